@@ -1,1 +1,11 @@
-//! Under construction.
+//! The Lab and what runs in it: whole machines as Linux namespaces, the platform's real programs, real WireGuard clients.
+//!
+//! `lab` knows machines, links and processes and nothing of CVault. `internet` is what a client reaches through its
+//! tunnel. `platform` starts control plane, server agents and clients in a lab and speaks the HTTP API.
+//! The end-to-end tests are in `e2e/`; the demonstration is `src/bin/demo.rs`.
+
+#![forbid(unsafe_code)]
+
+pub mod internet;
+pub mod lab;
+pub mod platform;

@@ -1,1 +1,11 @@
-//! Under construction.
+//! The words CVault's API is made of: ids, error codes, requests and responses. No I/O, no policy.
+//!
+//! The control plane renders its OpenAPI document from these types and the SDKs are written against them, so a field
+//! exists here or nowhere.
+#![forbid(unsafe_code)]
+
+pub mod error_code;
+pub mod id;
+
+pub use error_code::ErrorCode;
+pub use id::{ApiKeyId, DeviceId, PoolId, RequestId, ServerId, SessionId, TenantId, UserId};

@@ -1,0 +1,273 @@
+//! The only file that names boringtun: our key with its limiters, and one peer's Noise state.
+//!
+//! It hides boringtun's habits that a server must not inherit. The numbers are those of the trap list in the study:
+//! sessions are known before anything is encrypted (6), timers are fresh before a tunnel is touched (8), persistent
+//! keepalive is ours (10), counters near 2^64 are refused (7).
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use boringtun::noise::errors::WireGuardError;
+use boringtun::noise::handshake::parse_handshake_anon;
+use boringtun::noise::rate_limiter::RateLimiter;
+use boringtun::noise::{Packet, Tunn, TunnResult};
+use boringtun::x25519::{PublicKey, StaticSecret};
+
+use crate::change::Secret;
+use crate::drops::Drop;
+
+/// Handshake messages a second before cookies are demanded. 65,000 active peers need 542 a second.
+const HANDSHAKES_PER_SECOND: u64 = 2000;
+/// How old the timers may be when a tunnel is used (trap 8).
+const FRESH_MS: u64 = 250;
+/// `REKEY_AFTER_MESSAGES` of the protocol.
+const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
+/// `REJECT_AFTER_MESSAGES` of the protocol.
+pub(crate) const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
+/// The least room that boringtun needs to answer.
+pub(crate) const MIN_ROOM: usize = 148;
+/// Bytes that encryption adds.
+pub(crate) const OVERHEAD: usize = 32;
+
+/// Our key pair with the limiters that belong to it.
+pub(crate) struct Identity {
+    secret: Secret,
+    private: StaticSecret,
+    public: PublicKey,
+    /// Counts every handshake message once (trap 1); its count must be reset each second (trap 2).
+    outer: RateLimiter,
+    /// Never under load; shared by all tunnels so that they do not count again.
+    inner: Arc<RateLimiter>,
+}
+
+/// What the limiter says about a handshake message.
+pub(crate) enum Admission {
+    Pass,
+    /// Send this many bytes of the buffer back.
+    Cookie(usize),
+    Refused(Drop),
+}
+
+impl Identity {
+    pub(crate) fn new(secret: &Secret) -> Self {
+        let private = StaticSecret::from(*secret.0);
+        let public = PublicKey::from(&private);
+        Self {
+            secret: secret.clone(),
+            outer: RateLimiter::new(&public, HANDSHAKES_PER_SECOND),
+            inner: Arc::new(RateLimiter::new(&public, u64::MAX)),
+            private,
+            public,
+        }
+    }
+
+    pub(crate) fn public_key(&self) -> [u8; 32] {
+        self.public.to_bytes()
+    }
+
+    pub(crate) fn secret(&self) -> &Secret {
+        &self.secret
+    }
+
+    /// Once a second.
+    pub(crate) fn reset_limiter(&self) {
+        self.outer.reset_count();
+    }
+
+    /// Checks MAC1 and, under load, the cookie. The address is always given (trap 4).
+    pub(crate) fn admit(&self, source: IpAddr, message: &[u8], reply: &mut [u8]) -> Admission {
+        match self.outer.verify_packet(Some(source), message, reply) {
+            Ok(_) => Admission::Pass,
+            Err(TunnResult::WriteToNetwork(cookie)) => Admission::Cookie(cookie.len()),
+            Err(TunnResult::Err(WireGuardError::InvalidMac)) => Admission::Refused(Drop::BadMac),
+            Err(_) => Admission::Refused(Drop::Garbage),
+        }
+    }
+
+    /// Whose initiation this claims to be. Anybody can write any public key there: only the tunnel can verify it.
+    pub(crate) fn claimed_initiator(&self, message: &[u8]) -> Option<[u8; 32]> {
+        let Ok(Packet::HandshakeInit(init)) = Tunn::parse_incoming_packet(message) else {
+            return None;
+        };
+        parse_handshake_anon(&self.private, &self.public, &init).ok().map(|half| half.peer_static_public)
+    }
+}
+
+/// What a received message turned into.
+pub(crate) enum Received {
+    /// Authenticated and empty (or a cookie was stored).
+    Nothing,
+    /// An IP packet of this length lies in the buffer.
+    Packet(usize),
+    /// An answer of this length lies in the buffer.
+    Answer(usize),
+    Refused(Drop),
+}
+
+/// What the timers want.
+pub(crate) enum Timers {
+    Nothing,
+    /// Send this many bytes of the buffer.
+    Send(usize),
+    /// The tunnel is of no use any more.
+    Expired,
+}
+
+/// Noise state of one live peer, about 10 KB.
+pub(crate) struct Tunnel {
+    tunn: Tunn,
+    updated_ms: u64,
+    session: bool,
+    exhausted: bool,
+    wants_rekey: bool,
+    /// The local index of a session we answered with, until the initiator uses it.
+    unconfirmed: Option<u32>,
+}
+
+impl Tunnel {
+    pub(crate) fn new(identity: &Identity, peer: &[u8; 32], psk: Option<&Secret>, index: u32, now_ms: u64) -> Self {
+        let tunn = Tunn::new(
+            identity.private.clone(),
+            PublicKey::from(*peer),
+            psk.map(|psk| *psk.0),
+            None,
+            index,
+            Some(Arc::clone(&identity.inner)),
+        );
+        Self { tunn, updated_ms: now_ms, session: false, exhausted: false, wants_rekey: false, unconfirmed: None }
+    }
+
+    /// Whether a packet can be encrypted now.
+    pub(crate) fn has_session(&self) -> bool {
+        self.session && !self.exhausted
+    }
+
+    pub(crate) fn is_fresh(&self, now_ms: u64) -> bool {
+        now_ms.saturating_sub(self.updated_ms) < FRESH_MS
+    }
+
+    /// Runs boringtun's timers. `room` must have at least [`MIN_ROOM`] bytes.
+    pub(crate) fn update(&mut self, now_ms: u64, room: &mut [u8]) -> Timers {
+        self.updated_ms = now_ms;
+        let wants = match self.tunn.update_timers(room) {
+            TunnResult::WriteToNetwork(message) => Timers::Send(message.len()),
+            TunnResult::Err(WireGuardError::ConnectionExpired) => Timers::Expired,
+            TunnResult::Done
+            | TunnResult::Err(_)
+            | TunnResult::WriteToTunnelV4(..)
+            | TunnResult::WriteToTunnelV6(..) => Timers::Nothing,
+        };
+        self.look_for_session();
+        wants
+    }
+
+    /// Feeds one message; the caller has checked its type, and that `room` is at least as long as it and [`MIN_ROOM`].
+    pub(crate) fn receive(&mut self, source: IpAddr, message: &[u8], room: &mut [u8]) -> Received {
+        match self.tunn.decapsulate(Some(source), message, room) {
+            TunnResult::Done => Received::Nothing,
+            TunnResult::WriteToNetwork(answer) => Received::Answer(answer.len()),
+            TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
+                Received::Packet(packet.len())
+            }
+            TunnResult::Err(error) => Received::Refused(reason(&error)),
+        }
+    }
+
+    /// An initiation was answered: the session exists once the initiator uses it.
+    pub(crate) fn answered(&mut self, answer: &[u8]) {
+        self.unconfirmed = index_at(answer, 4);
+    }
+
+    /// A response was accepted: we have a new session.
+    pub(crate) fn established(&mut self) {
+        self.session = true;
+        self.exhausted = false;
+        self.wants_rekey = false;
+        self.unconfirmed = None;
+    }
+
+    /// A data message was authenticated. Returns true when this completes a handshake that the other side began.
+    pub(crate) fn authenticated(&mut self, message: &[u8]) -> bool {
+        if self.unconfirmed.is_some() && self.unconfirmed == index_at(message, 4) {
+            self.established();
+            return true;
+        }
+        if !self.session {
+            self.look_for_session();
+        }
+        false
+    }
+
+    /// Encrypts a packet (or a keepalive when it is empty). Needs a session and `packet.len() + OVERHEAD` bytes.
+    pub(crate) fn encrypt(&mut self, packet: &[u8], room: &mut [u8]) -> Option<usize> {
+        if !self.has_session() || room.len() < MIN_ROOM.max(packet.len() + OVERHEAD) {
+            return None;
+        }
+        let TunnResult::WriteToNetwork(message) = self.tunn.encapsulate(packet, room) else {
+            return None;
+        };
+        let counter = message.get(8..16).and_then(|c| c.try_into().ok()).map_or(u64::MAX, u64::from_le_bytes);
+        if counter >= REKEY_AFTER_MESSAGES {
+            self.wants_rekey = true;
+            self.exhausted = counter >= REJECT_AFTER_MESSAGES - 1;
+        }
+        Some(message.len())
+    }
+
+    /// Whether so many messages were sent that a new session is due.
+    pub(crate) fn take_wants_rekey(&mut self) -> bool {
+        std::mem::take(&mut self.wants_rekey)
+    }
+
+    /// An initiation, unless one is under way. `room` must have at least [`MIN_ROOM`] bytes.
+    pub(crate) fn initiate(&mut self, room: &mut [u8]) -> Option<usize> {
+        match self.tunn.format_handshake_initiation(room, false) {
+            TunnResult::WriteToNetwork(message) => Some(message.len()),
+            TunnResult::Done
+            | TunnResult::Err(_)
+            | TunnResult::WriteToTunnelV4(..)
+            | TunnResult::WriteToTunnelV6(..) => None,
+        }
+    }
+
+    /// What boringtun queued by itself: only keepalives that fell due without a session.
+    pub(crate) fn drain(&mut self, room: &mut [u8]) -> Option<usize> {
+        match self.tunn.decapsulate(None, &[], room) {
+            TunnResult::WriteToNetwork(message) => Some(message.len()),
+            TunnResult::Done
+            | TunnResult::Err(_)
+            | TunnResult::WriteToTunnelV4(..)
+            | TunnResult::WriteToTunnelV6(..) => None,
+        }
+    }
+
+    fn look_for_session(&mut self) {
+        self.session = self.tunn.time_since_last_handshake().is_some();
+    }
+}
+
+fn index_at(message: &[u8], at: usize) -> Option<u32> {
+    let bytes = message.get(at..at + 4)?.try_into().ok()?;
+    Some(u32::from_le_bytes(bytes))
+}
+
+fn reason(error: &WireGuardError) -> Drop {
+    match error {
+        WireGuardError::InvalidCounter
+        | WireGuardError::DuplicateCounter
+        | WireGuardError::WrongTai64nTimestamp => Drop::Replay,
+        WireGuardError::NoCurrentSession | WireGuardError::WrongIndex => Drop::NoSession,
+        WireGuardError::InvalidAeadTag => Drop::Decrypt,
+        WireGuardError::InvalidPacket => Drop::Malformed,
+        WireGuardError::InvalidMac => Drop::BadMac,
+        WireGuardError::UnderLoad => Drop::UnderLoad,
+        WireGuardError::DestinationBufferTooSmall
+        | WireGuardError::IncorrectPacketLength
+        | WireGuardError::UnexpectedPacket
+        | WireGuardError::WrongPacketType
+        | WireGuardError::WrongKey
+        | WireGuardError::InvalidTai64nTimestamp
+        | WireGuardError::LockFailed
+        | WireGuardError::ConnectionExpired => Drop::Handshake,
+    }
+}

@@ -1,0 +1,92 @@
+//! The error codes of the API. One enum is the source of the server's answers, the OpenAPI document and the SDKs.
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! codes {
+    ($($(#[$doc:meta])* $name:ident = ($text:literal, $status:literal, $title:literal, $retryable:literal);)+) => {
+        /// What went wrong, as a word a program can act on.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
+        pub enum ErrorCode {
+            $($(#[$doc])* #[serde(rename = $text)] $name,)+
+        }
+
+        impl ErrorCode {
+            /// Every code, in the order of the documentation.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)+];
+
+            #[must_use]
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$name => $text,)+ }
+            }
+
+            /// The HTTP status this code is answered with.
+            #[must_use]
+            pub const fn status(self) -> u16 {
+                match self { $(Self::$name => $status,)+ }
+            }
+
+            /// A short human-readable summary, constant per code.
+            #[must_use]
+            pub const fn title(self) -> &'static str {
+                match self { $(Self::$name => $title,)+ }
+            }
+
+            /// Whether the same request may succeed later without being changed.
+            #[must_use]
+            pub const fn retryable(self) -> bool {
+                match self { $(Self::$name => $retryable,)+ }
+            }
+        }
+    };
+}
+
+codes! {
+    /// The request is not valid HTTP or JSON.
+    MalformedRequest = ("MALFORMED_REQUEST", 400, "Malformed request", false);
+    /// API key unknown, revoked or expired, or its secret wrong: one answer for all.
+    InvalidApiKey = ("INVALID_API_KEY", 401, "Invalid API key", false);
+    /// Unknown user or wrong password: one answer for both.
+    InvalidCredentials = ("INVALID_CREDENTIALS", 401, "Invalid credentials", false);
+    TokenExpired = ("TOKEN_EXPIRED", 401, "Token expired", false);
+    InvalidToken = ("INVALID_TOKEN", 401, "Invalid token", false);
+    /// A refresh token was used twice; the whole family is revoked.
+    TokenReused = ("TOKEN_REUSED", 401, "Refresh token reused", false);
+    SessionTerminated = ("SESSION_TERMINATED", 401, "Session terminated", false);
+    TenantSuspended = ("TENANT_SUSPENDED", 403, "Tenant suspended", false);
+    BandwidthLimitExceeded = ("BANDWIDTH_LIMIT_EXCEEDED", 403, "Bandwidth limit exceeded", false);
+    UserLimitExceeded = ("USER_LIMIT_EXCEEDED", 403, "User limit exceeded", false);
+    DeviceLimitExceeded = ("DEVICE_LIMIT_EXCEEDED", 403, "Device limit exceeded", false);
+    InsufficientScope = ("INSUFFICIENT_SCOPE", 403, "Insufficient scope", false);
+    OriginNotAllowed = ("ORIGIN_NOT_ALLOWED", 403, "Origin not allowed", false);
+    SecretKeyInBrowser = ("SECRET_KEY_IN_BROWSER", 403, "Secret key sent by a browser", false);
+    NotFound = ("NOT_FOUND", 404, "Not found", false);
+    MethodNotAllowed = ("METHOD_NOT_ALLOWED", 405, "Method not allowed", false);
+    EmailTaken = ("EMAIL_TAKEN", 409, "E-mail address taken", false);
+    ExternalIdTaken = ("EXTERNAL_ID_TAKEN", 409, "External id taken", false);
+    PublicKeyInUse = ("PUBLIC_KEY_IN_USE", 409, "Public key in use", false);
+    IdempotencyKeyInUse = ("IDEMPOTENCY_KEY_IN_USE", 409, "Idempotency key in use", true);
+    PayloadTooLarge = ("PAYLOAD_TOO_LARGE", 413, "Payload too large", false);
+    UnsupportedMediaType = ("UNSUPPORTED_MEDIA_TYPE", 415, "Unsupported media type", false);
+    /// The request is well-formed, but fields are missing, unknown or out of bounds; all faults are listed.
+    ValidationFailed = ("VALIDATION_FAILED", 422, "Validation failed", false);
+    IdempotencyKeyReused = ("IDEMPOTENCY_KEY_REUSED", 422, "Idempotency key reused", false);
+    ChallengeRequired = ("CHALLENGE_REQUIRED", 428, "Challenge required", false);
+    RateLimited = ("RATE_LIMITED", 429, "Rate limited", true);
+    InternalError = ("INTERNAL_ERROR", 500, "Internal error", true);
+    ServerUnavailable = ("SERVER_UNAVAILABLE", 503, "No server available", true);
+    PoolExhausted = ("POOL_EXHAUSTED", 503, "Address pool exhausted", true);
+    Overloaded = ("OVERLOADED", 503, "Overloaded", true);
+    DatabaseUnavailable = ("DATABASE_UNAVAILABLE", 503, "Database unavailable", true);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_json_form_of_every_code_is_its_text() {
+        for code in ErrorCode::ALL {
+            assert_eq!(serde_json::to_string(code).unwrap(), format!("\"{}\"", code.as_str()));
+        }
+    }
+}

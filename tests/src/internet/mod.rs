@@ -1,0 +1,16 @@
+//! What a client reaches through its tunnel: a web server that tells the caller its address, and a DNS server.
+
+mod dns;
+mod web;
+
+use anyhow::Result;
+
+use crate::lab::{DNS_V4, DNS_V6};
+
+/// Serves on the internet machine until it is switched off.
+pub fn serve() -> Result<()> {
+    for address in [DNS_V4, DNS_V6] {
+        dns::start(address)?;
+    }
+    web::serve()
+}

@@ -1,0 +1,95 @@
+//! The folder of a lab (logs, configuration, data) and where the programs under test are.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result, bail};
+
+const PREFIX: &str = "cvault-lab-";
+
+static COUNTER: AtomicU32 = AtomicU32::new(0);
+
+pub(super) struct Folder {
+    path: PathBuf,
+    keep: bool,
+}
+
+impl Folder {
+    /// `<tmp>/cvault-lab-<pid>-<n>`; folders of labs whose program has ended are removed first.
+    pub(super) fn create() -> Result<Self> {
+        let root = std::env::temp_dir();
+        sweep(&root);
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let path = root.join(format!("{PREFIX}{}-{number}", std::process::id()));
+        std::fs::create_dir(&path).with_context(|| format!("create {}", path.display()))?;
+        Ok(Self { path, keep: false })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn keep(&mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if !self.keep {
+            let _ = std::fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+fn sweep(root: &Path) {
+    for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX)).and_then(|rest| rest.split('-').next());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+pub(super) fn find_logs(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
+    for entry in std::fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {
+        let entry = entry?;
+        let path = entry.path();
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            find_logs(&path, found)?;
+        } else if kind.is_file() && path.extension().is_some_and(|extension| extension == "log") {
+            found.push(path);
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn print_tail(log: &Path, lines: usize) {
+    let mut text = String::new();
+    let read = std::fs::File::open(log).and_then(|mut file| file.read_to_string(&mut text));
+    if read.is_err() || text.is_empty() {
+        return;
+    }
+    let all: Vec<&str> = text.lines().collect();
+    eprintln!("──── {} (last {} of {} lines)", log.display(), lines.min(all.len()), all.len());
+    for line in &all[all.len().saturating_sub(lines)..] {
+        eprintln!("{line}");
+    }
+}
+
+/// A program built by this workspace: beside the running executable, or where `CVAULT_BIN_DIR` says.
+pub fn binary(name: &str) -> Result<String> {
+    let mut folders: Vec<PathBuf> = std::env::var_os("CVAULT_BIN_DIR").map(PathBuf::from).into_iter().collect();
+    let here = std::env::current_exe().context("find the running executable")?;
+    folders.extend(here.ancestors().skip(1).take(2).map(Path::to_path_buf));
+    for folder in &folders {
+        let path = folder.join(name);
+        if path.is_file() {
+            return Ok(path.display().to_string());
+        }
+    }
+    bail!("{name} is not built: run `cargo build --bins` first (looked in {folders:?})")
+}
