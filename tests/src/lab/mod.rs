@@ -18,6 +18,7 @@ mod wait;
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail};
 
@@ -49,6 +50,14 @@ impl Network {
             Self::Clients => "clients",
             Self::Servers => "servers",
             Self::Services => "services",
+        }
+    }
+
+    fn number(self) -> u8 {
+        match self {
+            Self::Clients => 1,
+            Self::Servers => 2,
+            Self::Services => 3,
         }
     }
 
@@ -86,6 +95,7 @@ impl Addresses {
 pub struct Lab {
     folder: folder::Folder,
     internet: Machine,
+    ports: AtomicU32,
     secrets: Mutex<Vec<Secret>>,
 }
 
@@ -102,7 +112,7 @@ impl Lab {
         let internet = Machine::boot("internet", folder.path())?;
         internet.sh(INTERNET)?;
         let servers = internet.spawn("services", &binary("cvault-lab")?, ["internet"], [])?;
-        let lab = Self { folder, internet, secrets: Mutex::new(Vec::new()) };
+        let lab = Self { folder, internet, ports: AtomicU32::new(0), secrets: Mutex::new(Vec::new()) };
         eventually("the lab's HTTP server answers", 10, || {
             servers.check_running()?;
             lab.internet.sh(&format!("curl -sf -m 2 http://{HTTP_V4}/ip"))
@@ -128,9 +138,12 @@ impl Lab {
         let machine = Machine::boot(name, self.dir())?;
         let addresses = Addresses::of(network, host);
         let gateway = Addresses::of(network, 1);
-        let port = format!("{}{host}", &network.bridge()[..3]);
+        // A machine that boots again has the hardware address it had before; its old port may still be on its way out.
+        let hardware = format!("02:00:00:00:{:02x}:{host:02x}", network.number());
+        let port = format!("port{}", self.ports.fetch_add(1, Ordering::Relaxed));
         run_ip(&[
-            "link", "add", "up0", "netns", &machine.holder(), "type", "veth", "peer", "name", &port, "netns", &self.internet.holder(),
+            "link", "add", "up0", "address", &hardware, "netns", &machine.holder(), "type", "veth", "peer", "name", &port, "netns",
+            &self.internet.holder(),
         ])?;
         self.internet.sh(&format!("ip link set {port} master {} up", network.bridge()))?;
         machine.sh(&format!(

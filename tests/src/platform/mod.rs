@@ -1,1 +1,65 @@
-//! Being written.
+//! CVault as its users meet it: control plane, server agents, HTTP calls, and clients with Debian's WireGuard.
+
+mod account;
+mod client;
+mod control;
+mod http;
+mod server;
+
+use anyhow::Result;
+
+use crate::lab::{Lab, Network};
+
+pub use account::{Admin, Device, Tenant, Usage, User};
+pub use client::{Client, Counters, Pings, Up};
+pub use control::{Control, ControlOptions};
+pub use http::{Answer, Http, Request};
+pub use server::Server;
+
+/// A lab with a control plane in it. Servers and clients are added as a test wants them.
+pub struct Platform {
+    pub http: Http,
+    pub admin: Admin,
+    pub control: Control,
+    pub lab: Lab,
+}
+
+impl Platform {
+    /// A lab, and a control plane that is ready.
+    pub fn start(options: ControlOptions) -> Result<Self> {
+        let lab = Lab::build()?;
+        Self::start_in(lab, options)
+    }
+
+    pub fn start_in(lab: Lab, options: ControlOptions) -> Result<Self> {
+        let control = Control::start(&lab, options)?;
+        let http = Http::enter(control.machine(), control::url())?;
+        control.wait_until_ready(&http)?;
+        let admin = Admin::new(&lab, &control)?;
+        Ok(Self { http, admin, control, lab })
+    }
+
+    /// Creates server `number` in the control plane, boots its machine, enrols and starts its agent.
+    pub fn server(&self, number: u8) -> Result<Server> {
+        Server::join(&self.lab, &self.control, number)
+    }
+
+    /// Boots client machine `number`.
+    pub fn client(&self, number: u8) -> Result<Client> {
+        let (machine, addresses) = self.lab.machine(&format!("client{number}"), Network::Clients, 9 + number)?;
+        Client::new(machine, addresses)
+    }
+
+    pub fn tenant(&self, name: &str) -> Result<Tenant> {
+        self.admin.create_tenant(&self.lab, &self.http, name)
+    }
+
+    pub fn user(&self, tenant: &Tenant, email: &str) -> Result<User> {
+        User::register(&self.lab, &self.http, tenant, email)
+    }
+
+    /// Registers a device and waits until its server runs it.
+    pub fn device(&self, user: &User, name: &str) -> Result<Device> {
+        Device::register(&self.lab, &self.http, user, name)
+    }
+}

@@ -1,0 +1,240 @@
+//! A client machine: Debian's wg-quick and wireguard-go on the configuration exactly as the API returned it.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use crate::lab::{Addresses, HTTP_V4, HTTP_V6, Machine, Process, Signal, eventually};
+
+const INTERFACE: &str = "cvault";
+const FLAG_UP: u32 = 1;
+
+pub struct Client {
+    pub addresses: Addresses,
+    machine: Machine,
+    config: PathBuf,
+}
+
+/// How a tunnel came up.
+#[derive(Clone, Copy, Debug)]
+pub struct Up {
+    /// All of `wg-quick up`.
+    pub wg_quick: Duration,
+    /// From the moment the interface was switched on to the end of the first handshake.
+    pub handshake: Duration,
+}
+
+/// What the kernel counted on an interface. Of a TUN device, `rx` came from its WireGuard program, `tx` went to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    pub rx_bytes: u64,
+    pub tx_bytes: u64,
+    pub rx_packets: u64,
+    pub tx_packets: u64,
+}
+
+impl Counters {
+    pub(super) fn read(machine: &Machine, interface: &str) -> Result<Self> {
+        let folder = machine.path(&format!("/sys/class/net/{interface}/statistics"));
+        Ok(Self {
+            rx_bytes: number(&folder.join("rx_bytes"))?,
+            tx_bytes: number(&folder.join("tx_bytes"))?,
+            rx_packets: number(&folder.join("rx_packets"))?,
+            tx_packets: number(&folder.join("tx_packets"))?,
+        })
+    }
+}
+
+impl std::ops::Sub for Counters {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self {
+            rx_bytes: self.rx_bytes - before.rx_bytes,
+            tx_bytes: self.tx_bytes - before.tx_bytes,
+            rx_packets: self.rx_packets - before.rx_packets,
+            tx_packets: self.tx_packets - before.tx_packets,
+        }
+    }
+}
+
+impl Client {
+    pub(super) fn new(machine: Machine, addresses: Addresses) -> Result<Self> {
+        let config = machine.dir().join(format!("{INTERFACE}.conf"));
+        Ok(Self { addresses, machine, config })
+    }
+
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// `wg-quick up` on this configuration, then the first handshake.
+    pub fn up(&self, config: &str) -> Result<Up> {
+        let _ = std::fs::remove_file(&self.config);
+        std::fs::File::options().write(true).create_new(true).mode(0o600).open(&self.config)?.write_all(config.as_bytes())?;
+        let started = Instant::now();
+        let mut command = self.machine.command("wg-quick");
+        command.arg("up").arg(&self.config).env("WG_QUICK_USERSPACE_IMPLEMENTATION", "wireguard-go");
+        let mut wg_quick = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("run wg-quick")?;
+        let switched_on = eventually("the interface is switched on", 15, || {
+            if let Some(status) = wg_quick.try_wait()?
+                && !status.success()
+            {
+                return Ok(Err(anyhow!("wg-quick failed")));
+            }
+            self.is_on().map(Ok)
+        })??;
+        let output = wg_quick.wait_with_output()?;
+        if !output.status.success() {
+            bail!("wg-quick up: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        let wg_quick = started.elapsed();
+        let shaken = eventually("the first handshake", 15, || self.last_handshake()?.ok_or_else(|| anyhow!("no handshake yet")))?;
+        Ok(Up { wg_quick, handshake: shaken.duration_since(switched_on).unwrap_or_default() })
+    }
+
+    pub fn down(&self) -> Result<()> {
+        let mut command = self.machine.command("wg-quick");
+        command.arg("down").arg(&self.config);
+        self.machine.finish("wg-quick down", command).map(drop)
+    }
+
+    /// The time of the latest completed handshake, from the WireGuard program's own socket.
+    pub fn last_handshake(&self) -> Result<Option<SystemTime>> {
+        let mut socket = UnixStream::connect(self.machine.path(&format!("/run/wireguard/{INTERFACE}.sock")))?;
+        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+        socket.write_all(b"get=1\n\n")?;
+        let mut text = String::new();
+        let mut block = [0; 4096];
+        while !text.ends_with("\n\n") {
+            let length = socket.read(&mut block)?;
+            if length == 0 {
+                break;
+            }
+            text.push_str(&String::from_utf8_lossy(&block[..length]));
+        }
+        let figure = |name: &str| -> u64 {
+            text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).and_then(|value| value.parse().ok()).unwrap_or(0)
+        };
+        let since = Duration::from_secs(figure("last_handshake_time_sec")) + Duration::from_nanos(figure("last_handshake_time_nsec"));
+        Ok((!since.is_zero()).then(|| UNIX_EPOCH + since))
+    }
+
+    fn is_on(&self) -> Result<SystemTime> {
+        let flags = std::fs::read_to_string(self.machine.path(&format!("/sys/class/net/{INTERFACE}/flags")))?;
+        let flags = u32::from_str_radix(flags.trim().trim_start_matches("0x"), 16)?;
+        if flags & FLAG_UP == 0 {
+            bail!("the interface is down");
+        }
+        Ok(SystemTime::now())
+    }
+
+    /// The address the internet sees, by IPv4.
+    pub fn address_v4(&self) -> Result<String> {
+        self.get(&format!("http://{HTTP_V4}/ip"))
+    }
+
+    /// The address the internet sees, by IPv6.
+    pub fn address_v6(&self) -> Result<String> {
+        self.get(&format!("http://[{HTTP_V6}]/ip"))
+    }
+
+    pub fn get(&self, url: &str) -> Result<String> {
+        Ok(self.machine.run("curl", ["-sSf", "-m", "10", url])?.trim().to_owned())
+    }
+
+    /// The address from which the DNS server was asked, through the resolver of the machine.
+    pub fn address_seen_by_dns(&self) -> Result<String> {
+        let answer = self.machine.run("getent", ["ahostsv4", "whoami.test"])?;
+        answer.split_whitespace().next().map(str::to_owned).context("getent answered nothing")
+    }
+
+    /// Fetches `count` bytes from the internet.
+    pub fn download(&self, count: u64) -> Result<()> {
+        let url = format!("http://{HTTP_V4}/bytes/{count}");
+        let got = self.machine.run("curl", ["-sSf", "-m", "120", "-o", "/dev/null", "-w", "%{size_download}", &url])?;
+        same("downloaded", count, &got)
+    }
+
+    /// Sends `count` bytes to the internet.
+    pub fn upload(&self, count: u64) -> Result<()> {
+        let file = self.machine.dir().join("upload");
+        std::fs::File::create(&file)?.set_len(count)?;
+        let body = format!("@{}", file.display());
+        let url = format!("http://{HTTP_V4}/sink");
+        let got = self.machine.run("curl", ["-sSf", "-m", "120", "-H", "Expect:", "--data-binary", &body, &url])?;
+        std::fs::remove_file(&file)?;
+        same("uploaded", count, &got)
+    }
+
+    /// Whether one echo is answered within a second.
+    pub fn pings(&self, address: &str) -> bool {
+        self.machine.run("ping", ["-c1", "-W1", address]).is_ok()
+    }
+
+    /// Echo requests every 20 ms until they are stopped.
+    pub fn start_pings(&self, address: &str) -> Result<Pings> {
+        let process = self.machine.spawn("ping", "ping", ["-i", "0.02", "-n", address], [])?;
+        Ok(Pings { process })
+    }
+
+    /// What the kernel counted on the client's tunnel.
+    pub fn counters(&self) -> Result<Counters> {
+        Counters::read(&self.machine, INTERFACE)
+    }
+}
+
+/// A running series of echo requests.
+pub struct Pings {
+    process: Process,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PingCount {
+    pub sent: u64,
+    pub received: u64,
+}
+
+impl Pings {
+    /// How many answers there are so far.
+    pub fn answers(&self) -> usize {
+        std::fs::read_to_string(self.process.log()).unwrap_or_default().lines().filter(|line| line.contains("bytes from")).count()
+    }
+
+    /// Waits for `count` more answers.
+    pub fn wait_for(&self, count: usize) -> Result<()> {
+        let goal = self.answers() + count;
+        eventually("echoes are answered", 60, || {
+            self.process.check_running()?;
+            if self.answers() < goal { Err(anyhow!("{} of {goal}", self.answers())) } else { Ok(()) }
+        })
+    }
+
+    pub fn stop(self, client: &Client) -> Result<PingCount> {
+        self.process.end(client.machine(), Signal::Interrupt)?;
+        let text = self.process.last_lines(4);
+        let line = text.lines().find(|line| line.contains("packets transmitted")).with_context(|| format!("ping said {text}"))?;
+        let mut numbers = line.split(|c: char| !c.is_ascii_digit()).filter_map(|word| word.parse().ok());
+        let sent = numbers.next().context("ping told no count")?;
+        let received = numbers.next().context("ping told no answers")?;
+        std::fs::remove_file(self.process.log())?;
+        Ok(PingCount { sent, received })
+    }
+}
+
+fn same(what: &str, wanted: u64, got: &str) -> Result<()> {
+    if got.trim().parse() != Ok(wanted) {
+        bail!("{what} {} bytes of {wanted}", got.trim());
+    }
+    Ok(())
+}
+
+fn number(file: &Path) -> Result<u64> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+    text.trim().parse().with_context(|| format!("{} is no number", file.display()))
+}
