@@ -68,7 +68,6 @@ create table platform.servers (
     created_at timestamptz not null default now(),
     constraint servers_pkey primary key (server_id),
     constraint servers_pool_fkey foreign key (pool_id) references platform.address_pools,
-    constraint servers_name_unique unique (name),
     constraint servers_name_length check (char_length(name) between 1 and 64),
     constraint servers_region_form check (region ~ '^[a-z0-9][a-z0-9-]{0,49}$'),
     constraint servers_transport check (transport in ('agent', 'ssh')),
@@ -80,8 +79,11 @@ create table platform.servers (
     constraint servers_identity_pin_unique unique (identity_pin),
     constraint servers_digest_key_length check (octet_length(digest_key) = 32),
     constraint servers_digest_range check (digest >= 0 and digest < 340282366920938463463374607431768211456),
-    constraint servers_endpoint_unique unique (public_ip, endpoint_port)
+    -- a removed server can never again open a Watch
+    constraint servers_removed check (status <> 'removed' or identity_pin is null)
 );
+create unique index servers_name_unique on platform.servers (name) where status <> 'removed';
+create unique index servers_endpoint_unique on platform.servers (public_ip, endpoint_port) where status <> 'removed';
 
 create table platform.enrol_tokens (
     token_id uuid not null,
@@ -93,6 +95,7 @@ create table platform.enrol_tokens (
     created_at timestamptz not null default now(),
     constraint enrol_tokens_pkey primary key (token_id),
     constraint enrol_tokens_server_fkey foreign key (server_id) references platform.servers,
+    constraint enrol_tokens_pin_length check (octet_length(used_pin) = 32),
     constraint enrol_tokens_secret_length check (octet_length(secret_hash) = 32),
     constraint enrol_tokens_used check ((used_at is null) = (used_pin is null))
 );

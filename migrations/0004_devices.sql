@@ -15,8 +15,12 @@ create table cvault.devices (
     ipv4 inet not null,
     ipv6 inet not null,
     server_id uuid not null,
+    -- revision of the server at which it was placed there: acknowledged means active
+    placed_revision bigint not null default 0,
     status text not null default 'active',
     last_connected_at timestamptz,
+    -- by the receiver's clock: when the report that told of it arrived, minus the agent's ages
+    last_handshake_at timestamptz,
     created_at timestamptz not null default now(),
     revoked_at timestamptz,
     constraint devices_pkey primary key (tenant_id, device_id),
@@ -24,6 +28,7 @@ create table cvault.devices (
     constraint devices_pool_fkey foreign key (pool_id) references platform.address_pools,
     constraint devices_server_fkey foreign key (server_id) references platform.servers,
     constraint devices_name_length check (char_length(name) between 1 and 255),
+    constraint devices_platform_length check (char_length(platform) between 1 and 32),
     constraint devices_public_key_length check (octet_length(public_key) = 32),
     constraint devices_preshared_key_hash_length check (octet_length(preshared_key_hash) = 32),
     constraint devices_status check (status in ('active', 'revoked')),
@@ -31,16 +36,17 @@ create table cvault.devices (
     constraint devices_keys_destroyed check (status = 'active' or (private_key_sealed is null and preshared_key_sealed is null))
 );
 create index devices_user on cvault.devices (tenant_id, user_id, created_at) where status = 'active';
--- the backstop behind allocation; names both tenants' rows, so it lives outside the tenant's view
+-- across tenants a key is unique by peers_public_key_device_unique, which no tenant can see
 create unique index devices_tenant_public_key on cvault.devices (tenant_id, public_key) where status = 'active';
 
 call platform.protect('cvault.devices');
 grant select, insert on cvault.devices to cvault_app;
-grant update (name, public_key, private_key_sealed, preshared_key_sealed, preshared_key_hash, server_id, status, last_connected_at, revoked_at)
+grant update (name, public_key, private_key_sealed, preshared_key_sealed, preshared_key_hash, status, last_connected_at, revoked_at)
     on cvault.devices to cvault_app;
-grant select, update (status) on cvault.devices to cvault_fn;
+grant select, update (server_id, placed_revision) on cvault.devices to cvault_fn;
 create policy platform_access on cvault.devices for all to cvault_sys using (true) with check (true);
-grant select (tenant_id, device_id, user_id, status, server_id, last_connected_at), update (last_connected_at) on cvault.devices to cvault_sys;
+grant select (tenant_id, device_id, user_id, status, server_id, last_connected_at, last_handshake_at),
+    update (last_connected_at, last_handshake_at) on cvault.devices to cvault_sys;
 
 -- What each server should run (removed_revision is null), and what it once ran (for the last counters).
 create table platform.peers (
@@ -60,6 +66,9 @@ create table platform.peers (
     constraint peers_server_fkey foreign key (server_id) references platform.servers,
     constraint peers_public_key_length check (octet_length(public_key) = 32)
 );
+create index peers_device on platform.peers (device_id) where removed_revision is null;
+-- what a delta from an older revision has to bring
+create index peers_generation on platform.peers (server_id, generation) where removed_revision is null;
 create unique index peers_public_key_unique on platform.peers (server_id, public_key) where removed_revision is null;
 create unique index peers_ipv4_unique on platform.peers (server_id, ipv4) where removed_revision is null;
 create unique index peers_ipv6_unique on platform.peers (server_id, ipv6) where removed_revision is null;
@@ -107,9 +116,25 @@ $$;
 revoke all on function platform.peer_record_digest from public;
 grant execute on function platform.peer_record_digest to cvault_fn, cvault_sys;
 
--- Takes an address of the pool for a device of the current tenant. Released addresses first (oldest first, those that
--- another transaction holds are skipped); otherwise a block of 64 never-used host numbers is opened, so that the pool's
--- row is locked once in 64 registrations. No row: the pool is exhausted.
+-- Takes a free address of a pool for a device; NULL when none is free. Rows that another transaction holds are skipped.
+-- Never-used numbers come first, then the one released longest ago.
+create function platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) returns bigint
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    update platform.addresses a
+        set state = 'allocated', tenant_id = p_tenant, device_id = p_device,
+            release_server_id = null, release_revision = null
+        where (a.pool_id, a.host) = (
+            select f.pool_id, f.host from platform.addresses f
+            where f.pool_id = p_pool and f.state = 'free'
+            order by f.released_at nulls first, f.host
+            limit 1 for update skip locked)
+        returning a.host
+$$;
+
+-- Takes an address of the pool for a device of the current tenant. When the free list is empty, a block of 64 never-used
+-- host numbers is opened, so that the pool's row is locked once in 64 registrations. No row: the pool is exhausted.
 create function platform.allocate_address(p_pool uuid, p_device uuid) returns table (ipv4 inet, ipv6 inet)
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -123,24 +148,20 @@ begin
     if v_tenant is null then
         raise insufficient_privilege using message = 'no tenant context';
     end if;
-    for attempt in 1..2 loop
-        update platform.addresses a
-            set state = 'allocated', tenant_id = v_tenant, device_id = p_device,
-                release_server_id = null, release_revision = null
-            where (a.pool_id, a.host) = (
-                select f.pool_id, f.host from platform.addresses f
-                where f.pool_id = p_pool and f.state = 'free'
-                order by f.released_at nulls first, f.host
-                limit 1 for update skip locked)
-            returning a.host into v_host;
-        exit when found;
-        select * into v_pool from platform.address_pools p where p.pool_id = p_pool for update;
+    v_host := platform.take_free_address(p_pool, v_tenant, p_device);
+    if v_host is null then
+        select * into v_pool from platform.address_pools p where p.pool_id = p_pool for no key update;
+        -- whoever held the lock before may have opened a block meanwhile
+        v_host := platform.take_free_address(p_pool, v_tenant, p_device);
         v_last := (1::bigint << (32 - masklen(v_pool.ipv4))) - 2;
-        exit when v_pool.next_host > v_last;
-        insert into platform.addresses (pool_id, host, state)
-            select p_pool, h, 'free' from generate_series(v_pool.next_host, least(v_pool.next_host + 63, v_last)) as h;
-        update platform.address_pools p set next_host = least(v_pool.next_host + 64, v_last + 1) where p.pool_id = p_pool;
-    end loop;
+        if v_host is null and v_pool.next_host <= v_last then
+            insert into platform.addresses (pool_id, host, state)
+                select p_pool, h, 'free' from generate_series(v_pool.next_host, least(v_pool.next_host + 63, v_last)) as h;
+            update platform.address_pools p set next_host = least(v_pool.next_host + 64, v_last + 1)
+                where p.pool_id = p_pool;
+            v_host := platform.take_free_address(p_pool, v_tenant, p_device);
+        end if;
+    end if;
     if v_host is null then
         return;
     end if;
@@ -165,7 +186,12 @@ begin
     if not found then
         raise no_data_found using message = 'no such active device';
     end if;
-    select * into v_server from platform.servers s where s.server_id = v_device.server_id for update;
+    select * into v_server from platform.servers s where s.server_id = v_device.server_id
+        -- not `for update`: that would wait for every transaction that has inserted a device of this server
+        for no key update;
+    if v_server.status in ('removed', 'maintenance') or v_server.peer_count >= v_server.capacity then
+        raise check_violation using message = 'the server takes no more peers', constraint = 'servers_open_for_peers';
+    end if;
     v_revision := v_server.revision + 1;
     insert into platform.peers (server_id, device_id, tenant_id, user_id, public_key, preshared_key_sealed,
                                 preshared_key_hash, ipv4, ipv6, generation)
@@ -187,6 +213,8 @@ begin
         where s.server_id = v_server.server_id;
     insert into platform.node_changes (server_id, revision, op, device_id, public_key)
         values (v_server.server_id, v_revision, 'upsert', p_device, v_device.public_key);
+    update cvault.devices d set placed_revision = v_revision
+        where d.tenant_id = v_device.tenant_id and d.device_id = p_device;
     return v_revision;
 end
 $$;
@@ -206,7 +234,8 @@ begin
     if not found then
         return null;
     end if;
-    select s.revision + 1 into v_revision from platform.servers s where s.server_id = v_peer.server_id for update;
+    select s.revision + 1 into v_revision from platform.servers s where s.server_id = v_peer.server_id
+        for no key update;
     update platform.peers p set removed_revision = v_revision, preshared_key_sealed = null
         where p.server_id = v_peer.server_id and p.device_id = p_device;
     update platform.servers s
@@ -221,15 +250,51 @@ begin
 end
 $$;
 
--- Puts the address of a device of the current tenant into quarantine, until p_server has acknowledged p_revision.
-create function platform.release_address(p_device uuid, p_server uuid, p_revision bigint) returns void
-language sql security definer
+-- Moves a device of the current tenant to another server of the same pool; it keeps its addresses. Returns the new
+-- server's revision.
+create function platform.move_peer(p_device uuid, p_server uuid) returns bigint
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
+begin
+    -- both servers in id order, so that two devices that change places cannot wait for each other
+    perform from platform.servers s
+        where s.server_id = p_server or s.server_id = (
+            select p.server_id from platform.peers p where p.device_id = p_device and p.removed_revision is null)
+        order by s.server_id for no key update;
+    perform platform.withdraw_peer(p_device);
+    update cvault.devices d set server_id = p_server
+        where d.tenant_id = cvault.tenant_id() and d.device_id = p_device and d.status = 'active'
+          and d.pool_id = (select s.pool_id from platform.servers s where s.server_id = p_server);
+    if not found then
+        raise no_data_found using message = 'no such active device, or a server of another pool';
+    end if;
+    return platform.place_peer(p_device);
+end
+$$;
+
+-- Takes a revoked device of the current tenant off its server and puts its address into quarantine, until that server
+-- has acknowledged. Returns the server's revision; NULL when the device was on no server.
+create function platform.retire_peer(p_device uuid) returns bigint
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_device cvault.devices;
+    v_revision bigint;
+begin
+    select * into v_device from cvault.devices d
+        where d.tenant_id = cvault.tenant_id() and d.device_id = p_device and d.status = 'revoked';
+    if not found then
+        raise no_data_found using message = 'no such revoked device';
+    end if;
+    v_revision := platform.withdraw_peer(p_device);
     update platform.addresses a
-        set state = 'quarantine', tenant_id = null, device_id = null,
-            release_server_id = p_server, release_revision = p_revision, released_at = now()
-        where a.device_id = p_device and a.tenant_id = cvault.tenant_id()
+        set state = 'quarantine', tenant_id = null, device_id = null, release_server_id = v_device.server_id,
+            release_revision = coalesce(v_revision, 0), released_at = now()
+        where a.device_id = p_device and a.tenant_id = v_device.tenant_id;
+    return v_revision;
+end
 $$;
 
 -- What a tenant may know of the shared servers.
@@ -248,14 +313,16 @@ as $$
 $$;
 
 alter function platform.peer_record_digest owner to cvault_fn;
+alter function platform.take_free_address owner to cvault_fn;
 alter function platform.allocate_address owner to cvault_fn;
 alter function platform.place_peer owner to cvault_fn;
 alter function platform.withdraw_peer owner to cvault_fn;
-alter function platform.release_address owner to cvault_fn;
+alter function platform.retire_peer owner to cvault_fn;
+alter function platform.move_peer owner to cvault_fn;
 alter function platform.list_servers owner to cvault_fn;
-revoke all on function platform.allocate_address, platform.place_peer, platform.withdraw_peer,
-    platform.release_address, platform.list_servers from public;
-grant execute on function platform.allocate_address, platform.place_peer, platform.withdraw_peer,
-    platform.release_address, platform.list_servers to cvault_app;
+revoke all on function platform.take_free_address, platform.allocate_address, platform.place_peer, platform.withdraw_peer,
+    platform.move_peer, platform.retire_peer, platform.list_servers from public;
+grant execute on function platform.allocate_address, platform.place_peer, platform.move_peer,
+    platform.retire_peer, platform.list_servers to cvault_app;
 grant execute on function platform.list_servers to cvault_sys;
 revoke create on schema platform from cvault_fn;

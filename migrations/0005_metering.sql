@@ -100,3 +100,34 @@ create policy platform_access on cvault.usage_daily for all to cvault_sys using 
 grant select, insert, update on cvault.sessions, cvault.usage_hourly, cvault.usage_daily to cvault_sys;
 grant select, insert, update on platform.usage_counters, platform.usage_orphans to cvault_sys;
 grant select, insert, delete on platform.usage_windows to cvault_sys;
+
+-- Makes the partitions of usage_hourly from this month to p_months ahead; those that exist are left alone. Runs as the
+-- owner, because only the owner of a table may add a partition to it.
+create function platform.ensure_usage_partitions(p_months integer) returns integer
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_month timestamp := date_trunc('month', now() at time zone 'UTC');
+    v_name text;
+    v_made integer := 0;
+begin
+    perform pg_advisory_xact_lock(731992415);
+    for i in 0..least(p_months, 24) loop
+        v_name := 'usage_hourly_' || to_char(v_month, 'YYYY_MM');
+        if to_regclass('cvault.' || v_name) is null then
+            -- without a lock on the parent: attached only when complete
+            execute format('create table cvault.%I (like cvault.usage_hourly including defaults including constraints)', v_name);
+            call platform.protect(('cvault.' || v_name)::regclass);
+            execute format('alter table cvault.usage_hourly attach partition cvault.%I for values from (%L) to (%L)',
+                v_name, v_month at time zone 'UTC', (v_month + interval '1 month') at time zone 'UTC');
+            v_made := v_made + 1;
+        end if;
+        v_month := v_month + interval '1 month';
+    end loop;
+    return v_made;
+end
+$$;
+revoke all on function platform.ensure_usage_partitions from public;
+grant execute on function platform.ensure_usage_partitions to cvault_sys;
+select platform.ensure_usage_partitions(3);

@@ -1,1 +1,31 @@
-//! Under construction.
+//! CVault's control plane: the HTTP API for tenants, the gRPC gateway for servers, and everything behind them.
+//!
+//! A request goes `http` -> an operation in a noun's folder -> `tenancy::TenantTx` -> PostgreSQL, and nothing else keeps
+//! state. Deliberately absent: anything that touches a packet (`node-agent/`).
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod app;
+pub mod audit;
+pub mod auth;
+pub mod catalogue;
+pub mod clock;
+pub mod config;
+pub mod db;
+pub mod desired;
+pub mod dev;
+pub mod devices;
+pub mod http;
+pub mod ipam;
+pub mod keys;
+pub mod metrics;
+pub mod nodes;
+pub mod postgres;
+pub mod servers;
+pub mod sessions;
+pub mod tasks;
+pub mod telemetry;
+pub mod tenancy;
+pub mod tenants;
+pub mod usage;
+pub mod users;

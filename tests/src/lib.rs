@@ -2,7 +2,7 @@
 //!
 //! `lab` knows machines, links and processes and nothing of CVault. `internet` is what a client reaches through its
 //! tunnel. `platform` starts control plane, server agents and clients in a lab and speaks the HTTP API.
-//! The end-to-end tests are in `e2e/`; the demonstration is `src/bin/demo.rs`.
+//! The end-to-end tests are in `e2e/`; the demonstration is `src/bin/demo/main.rs`.
 
 #![forbid(unsafe_code)]
 

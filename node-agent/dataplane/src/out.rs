@@ -6,7 +6,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 /// Room in front of every packet for the TUN (`VIRTIO_NET_HDR_LEN`).
-pub const TUN_HEADROOM: usize = 10;
+pub(crate) const TUN_HEADROOM: usize = 10;
 /// No peer: handshake replies to unknown places.
 pub(crate) const NO_SLOT: u16 = u16::MAX;
 

@@ -61,6 +61,8 @@ codes! {
     SecretKeyInBrowser = ("SECRET_KEY_IN_BROWSER", 403, "Secret key sent by a browser", false);
     NotFound = ("NOT_FOUND", 404, "Not found", false);
     MethodNotAllowed = ("METHOD_NOT_ALLOWED", 405, "Method not allowed", false);
+    /// The body did not arrive in time.
+    RequestTimeout = ("REQUEST_TIMEOUT", 408, "Request timeout", true);
     EmailTaken = ("EMAIL_TAKEN", 409, "E-mail address taken", false);
     ExternalIdTaken = ("EXTERNAL_ID_TAKEN", 409, "External id taken", false);
     PublicKeyInUse = ("PUBLIC_KEY_IN_USE", 409, "Public key in use", false);

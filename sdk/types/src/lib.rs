@@ -4,8 +4,18 @@
 //! exists here or nowhere.
 #![forbid(unsafe_code)]
 
+pub mod auth;
+pub mod device;
 pub mod error_code;
+pub mod health;
 pub mod id;
+pub mod problem;
+pub mod secret;
+pub mod server;
+pub mod tenant;
+pub mod usage;
+pub mod vpn;
 
 pub use error_code::ErrorCode;
 pub use id::{ApiKeyId, DeviceId, PoolId, RequestId, ServerId, SessionId, TenantId, UserId};
+pub use secret::Secret;

@@ -14,3 +14,8 @@ pub fn serve() -> Result<()> {
     }
     web::serve()
 }
+
+/// Serves the web only, on whatever machine: something to connect to.
+pub fn serve_web() -> Result<()> {
+    web::serve()
+}

@@ -56,12 +56,18 @@ fn answer(stream: &TcpStream) -> Result<()> {
 
 fn text(mut stream: &TcpStream, status: &str, body: &str) -> Result<()> {
     let length = body.len() + 1;
-    write!(stream, "HTTP/1.1 {status}\r\ncontent-type: text/plain\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}\n")?;
+    write!(
+        stream,
+        "HTTP/1.1 {status}\r\ncontent-type: text/plain\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}\n"
+    )?;
     Ok(())
 }
 
 fn bytes(mut stream: &TcpStream, count: u64) -> Result<()> {
-    write!(stream, "HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ncontent-length: {count}\r\nconnection: close\r\n\r\n")?;
+    write!(
+        stream,
+        "HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ncontent-length: {count}\r\nconnection: close\r\n\r\n"
+    )?;
     std::io::copy(&mut std::io::repeat(0x5a).take(count), &mut stream)?;
     Ok(())
 }

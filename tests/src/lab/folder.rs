@@ -43,14 +43,37 @@ impl Drop for Folder {
     }
 }
 
+/// Removes the folders of programs that have ended.
 fn sweep(root: &Path) {
+    remove_where(root, |pid| !Path::new("/proc").join(pid).exists());
+}
+
+/// Removes this program's folders, after its machines have been switched off. A process that is just being ended may still
+/// write, so it is tried again.
+pub(super) fn remove_own() {
+    let own = std::process::id().to_string();
+    let _ = super::eventually("the lab's folders are removed", 3, || {
+        if remove_where(&std::env::temp_dir(), |pid| pid == own) {
+            Ok(())
+        } else {
+            bail!("a folder is still written to")
+        }
+    });
+}
+
+fn remove_where(root: &Path, wanted: impl Fn(&str) -> bool) -> bool {
+    let mut all = true;
     for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX)).and_then(|rest| rest.split('-').next());
-        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
-            let _ = std::fs::remove_dir_all(entry.path());
+        let pid = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(PREFIX))
+            .and_then(|rest| rest.split('-').next());
+        if pid.is_some_and(&wanted) {
+            all &= std::fs::remove_dir_all(entry.path()).is_ok();
         }
     }
+    all
 }
 
 pub(super) fn find_logs(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
@@ -74,7 +97,12 @@ pub(super) fn print_tail(log: &Path, lines: usize) {
         return;
     }
     let all: Vec<&str> = text.lines().collect();
-    eprintln!("──── {} (last {} of {} lines)", log.display(), lines.min(all.len()), all.len());
+    eprintln!(
+        "──── {} (last {} of {} lines)",
+        log.display(),
+        lines.min(all.len()),
+        all.len()
+    );
     for line in &all[all.len().saturating_sub(lines)..] {
         eprintln!("{line}");
     }
@@ -82,7 +110,10 @@ pub(super) fn print_tail(log: &Path, lines: usize) {
 
 /// A program built by this workspace: beside the running executable, or where `CVAULT_BIN_DIR` says.
 pub fn binary(name: &str) -> Result<String> {
-    let mut folders: Vec<PathBuf> = std::env::var_os("CVAULT_BIN_DIR").map(PathBuf::from).into_iter().collect();
+    let mut folders: Vec<PathBuf> = std::env::var_os("CVAULT_BIN_DIR")
+        .map(PathBuf::from)
+        .into_iter()
+        .collect();
     let here = std::env::current_exe().context("find the running executable")?;
     folders.extend(here.ancestors().skip(1).take(2).map(Path::to_path_buf));
     for folder in &folders {

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,6 +13,7 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use super::process::Process;
+use super::{expose, interrupt};
 
 /// A machine is on from `boot` until it is dropped.
 pub struct Machine {
@@ -25,9 +27,25 @@ impl Machine {
     pub fn boot(name: &str, dir: &Path) -> Result<Self> {
         let dir = dir.join(name);
         std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-        let log = File::options().create(true).append(true).open(dir.join("init.log"))?;
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(dir.join("init.log"))?;
         let mut init = Command::new("unshare")
-            .args(["--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--mount-proc", "sh", "-euc", SETUP, "sh"])
+            .args([
+                "--net",
+                "--mount",
+                "--pid",
+                "--uts",
+                "--ipc",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+                "sh",
+                "-euc",
+                SETUP,
+                "sh",
+            ])
             .arg(name)
             .arg(super::binary("cvault-lab")?)
             .stdin(Stdio::piped())
@@ -36,6 +54,7 @@ impl Machine {
             .process_group(0)
             .spawn()
             .context("run unshare")?;
+        interrupt::remember(&init);
         let mut ready = String::new();
         BufReader::new(init.stdout.take().expect("stdout is piped")).read_line(&mut ready)?;
         if ready.trim() != "ready" {
@@ -43,7 +62,11 @@ impl Machine {
             let why = std::fs::read_to_string(dir.join("init.log")).unwrap_or_default();
             bail!("machine {name} did not boot: {}", why.trim());
         }
-        Ok(Self { name: name.to_owned(), dir, init })
+        Ok(Self {
+            name: name.to_owned(),
+            dir,
+            init,
+        })
     }
 
     pub fn name(&self) -> &str {
@@ -84,12 +107,19 @@ impl Machine {
             .args(["--", program])
             .stdin(Stdio::null())
             .process_group(0)
-            .env("PATH", "/run/lab/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+            .env(
+                "PATH",
+                "/run/lab/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            );
         command
     }
 
     /// Runs a program to its end; its standard output, or an error with what it said.
-    pub fn run<'a>(&self, program: &str, arguments: impl IntoIterator<Item = &'a str>) -> Result<String> {
+    pub fn run<'a>(
+        &self,
+        program: &str,
+        arguments: impl IntoIterator<Item = &'a str>,
+    ) -> Result<String> {
         let mut command = self.command(program);
         command.args(arguments);
         self.finish(program, command)
@@ -104,11 +134,19 @@ impl Machine {
 
     /// Runs a prepared command of this machine to its end.
     pub fn finish(&self, what: &str, mut command: Command) -> Result<String> {
-        let output = command.output().with_context(|| format!("on {}: run {what}", self.name))?;
+        let output = command
+            .output()
+            .with_context(|| format!("on {}: run {what}", self.name))?;
         let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
         if !output.status.success() {
             let stderr = String::from_utf8_lossy(&output.stderr);
-            bail!("on {}: {what}: {}: {} {}", self.name, output.status, stdout.trim(), stderr.trim());
+            bail!(
+                "on {}: {what}: {}: {} {}",
+                self.name,
+                output.status,
+                stdout.trim(),
+                stderr.trim()
+            );
         }
         Ok(stdout)
     }
@@ -131,7 +169,8 @@ impl Machine {
 
     /// The process id found in a file, as the machine counts.
     pub fn pid_from(&self, file: &Path) -> Result<String> {
-        let text = std::fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+        let text =
+            std::fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
         let first = text.split_whitespace().next().unwrap_or_default();
         if first.parse::<u32>().is_err() {
             bail!("{} holds no process id: {text:?}", file.display());
@@ -139,9 +178,15 @@ impl Machine {
         Ok(first.to_owned())
     }
 
+    /// Lets programs outside the lab reach a port of this machine: the address to use.
+    pub fn expose(&self, inside: SocketAddr) -> Result<SocketAddr> {
+        expose::start(self.network()?, inside)
+    }
+
     fn power_off(&mut self) {
         drop(self.init.stdin.take());
         let _ = self.init.wait();
+        interrupt::forget(&self.init);
     }
 }
 

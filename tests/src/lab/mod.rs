@@ -10,7 +10,9 @@
 //! number of labs run side by side with the same addresses, and when the program that built a lab ends, in whatever
 //! way, the kernel ends every process of the lab with it. Only the folder of logs has a name; a later lab sweeps it.
 
+mod expose;
 mod folder;
+mod interrupt;
 mod machine;
 mod needs;
 mod process;
@@ -87,7 +89,10 @@ pub struct Addresses {
 
 impl Addresses {
     fn of(network: Network, host: u8) -> Self {
-        Self { v4: format!("{}.{host}", network.v4_prefix()), v6: format!("{}:{host}", network.v6_prefix()) }
+        Self {
+            v4: format!("{}.{host}", network.v4_prefix()),
+            v6: format!("{}:{host}", network.v6_prefix()),
+        }
     }
 }
 
@@ -108,14 +113,21 @@ impl Lab {
     /// Builds the internet machine and starts its HTTP and DNS servers.
     pub fn build() -> Result<Self> {
         needs::check()?;
+        interrupt::watch()?;
         let folder = folder::Folder::create()?;
         let internet = Machine::boot("internet", folder.path())?;
         internet.sh(INTERNET)?;
         let servers = internet.spawn("services", &binary("cvault-lab")?, ["internet"], [])?;
-        let lab = Self { folder, internet, ports: AtomicU32::new(0), secrets: Mutex::new(Vec::new()) };
+        let lab = Self {
+            folder,
+            internet,
+            ports: AtomicU32::new(0),
+            secrets: Mutex::new(Vec::new()),
+        };
         eventually("the lab's HTTP server answers", 10, || {
             servers.check_running()?;
-            lab.internet.sh(&format!("curl -sf -m 2 http://{HTTP_V4}/ip"))
+            lab.internet
+                .sh(&format!("curl -sf -m 2 http://{HTTP_V4}/ip"))
         })?;
         Ok(lab)
     }
@@ -142,10 +154,25 @@ impl Lab {
         let hardware = format!("02:00:00:00:{:02x}:{host:02x}", network.number());
         let port = format!("port{}", self.ports.fetch_add(1, Ordering::Relaxed));
         run_ip(&[
-            "link", "add", "up0", "address", &hardware, "netns", &machine.holder(), "type", "veth", "peer", "name", &port, "netns",
+            "link",
+            "add",
+            "up0",
+            "address",
+            &hardware,
+            "netns",
+            &machine.holder(),
+            "type",
+            "veth",
+            "peer",
+            "name",
+            &port,
+            "netns",
             &self.internet.holder(),
         ])?;
-        self.internet.sh(&format!("ip link set {port} master {} up", network.bridge()))?;
+        self.internet.sh(&format!(
+            "ip link set {port} master {} up",
+            network.bridge()
+        ))?;
         machine.sh(&format!(
             "ip link set up0 up
              ip addr add {v4}/24 dev up0
@@ -166,7 +193,10 @@ impl Lab {
             self.secrets
                 .lock()
                 .expect("no holder of this lock panics")
-                .push(Secret { what: what.to_owned(), value: value.to_owned() });
+                .push(Secret {
+                    what: what.to_owned(),
+                    value: value.to_owned(),
+                });
         }
     }
 
@@ -179,7 +209,12 @@ impl Lab {
             let text = String::from_utf8_lossy(&text);
             for secret in secrets.iter() {
                 if let Some(line) = text.lines().position(|line| line.contains(&secret.value)) {
-                    hits.push(format!("{} in {} line {}", secret.what, log.display(), line + 1));
+                    hits.push(format!(
+                        "{} in {} line {}",
+                        secret.what,
+                        log.display(),
+                        line + 1
+                    ));
                 }
             }
         }
@@ -198,9 +233,21 @@ impl Lab {
         Ok(found)
     }
 
+    /// Prints the end of every log on standard error.
+    pub fn print_logs(&self) {
+        self.copy_logs_aside();
+        for log in self.logs().unwrap_or_default() {
+            folder::print_tail(&log, 25);
+        }
+    }
+
     fn copy_logs_aside(&self) {
         if let Ok(folder) = std::env::var("CVAULT_LAB_LOGS") {
-            let _ = std::process::Command::new("cp").args(["-r", "--"]).arg(self.dir()).arg(folder).status();
+            let _ = std::process::Command::new("cp")
+                .args(["-r", "--"])
+                .arg(self.dir())
+                .arg(folder)
+                .status();
         }
     }
 }
@@ -208,10 +255,7 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.copy_logs_aside();
-            for log in self.logs().unwrap_or_default() {
-                folder::print_tail(&log, 25);
-            }
+            self.print_logs();
         }
     }
 }
@@ -233,9 +277,16 @@ done
 ";
 
 fn run_ip(arguments: &[&str]) -> Result<()> {
-    let output = std::process::Command::new("ip").args(arguments).output().context("run ip")?;
+    let output = std::process::Command::new("ip")
+        .args(arguments)
+        .output()
+        .context("run ip")?;
     if !output.status.success() {
-        bail!("ip {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "ip {}: {}",
+            arguments.join(" "),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     Ok(())
 }

@@ -21,12 +21,21 @@ pub fn eventually<T>(what: &str, seconds: u64, mut check: impl FnMut() -> Result
 }
 
 /// As `eventually`, for checks that answer `None` while it is not yet so.
-pub fn eventually_some<T>(what: &str, seconds: u64, mut check: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub fn eventually_some<T>(
+    what: &str,
+    seconds: u64,
+    mut check: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
     eventually(what, seconds, || check()?.ok_or_else(|| anyhow!("not yet")))
 }
 
 /// Reads a figure until it has not changed for `still`, and returns it.
-pub fn quiescent<T: PartialEq>(what: &str, still: Duration, seconds: u64, mut read: impl FnMut() -> Result<T>) -> Result<T> {
+pub fn quiescent<T: PartialEq>(
+    what: &str,
+    still: Duration,
+    seconds: u64,
+    mut read: impl FnMut() -> Result<T>,
+) -> Result<T> {
     let mut last = read()?;
     let mut since = Instant::now();
     eventually(what, seconds, || {
@@ -36,7 +45,11 @@ pub fn quiescent<T: PartialEq>(what: &str, still: Duration, seconds: u64, mut re
             since = Instant::now();
             return Err(anyhow!("still changing"));
         }
-        if since.elapsed() < still { Err(anyhow!("not still long enough")) } else { Ok(now) }
+        if since.elapsed() < still {
+            Err(anyhow!("not still long enough"))
+        } else {
+            Ok(now)
+        }
     })
 }
 
@@ -46,8 +59,12 @@ mod tests {
 
     #[test]
     fn a_condition_that_never_holds_fails_with_its_name_and_last_error() {
-        let error = eventually::<()>("the moon is cheese", 0, || Err(anyhow!("it is rock"))).unwrap_err();
-        assert_eq!(error.to_string(), "not within 0 s: the moon is cheese; last: it is rock");
+        let error =
+            eventually::<()>("the moon is cheese", 0, || Err(anyhow!("it is rock"))).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "not within 0 s: the moon is cheese; last: it is rock"
+        );
     }
 
     #[test]

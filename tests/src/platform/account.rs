@@ -1,8 +1,9 @@
 //! Tenants, users, devices and usage, by the API's own calls.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use super::client::Counters;
 use super::control::Control;
 use super::http::{Answer, Http, Request};
 use crate::lab::Lab;
@@ -37,6 +38,9 @@ pub struct Device {
     pub body: Value,
 }
 
+/// A handful of small packets that a client's kernel sends by itself.
+const REFUSED: u64 = 2_000;
+
 /// Billed bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
@@ -50,6 +54,42 @@ impl Usage {
     pub fn total(self) -> u64 {
         self.rx + self.tx
     }
+
+    /// Fails unless the bill lies between the two kernels' counts of one device's traffic, or equals one of them.
+    ///
+    /// The server's kernel counts an aggregated (GSO/GRO) packet with one header, so its count may be lower than the sum of
+    /// the packets on the wire, which is what the client's kernel counts and what is billed. The client's kernel also counts
+    /// what the server refuses (router solicitations from a link-local address): `REFUSED` bytes at most.
+    pub fn check_against(self, server: Counters, client: Counters) -> Result<()> {
+        let between = |low: u64, billed: u64, high: u64| {
+            low.saturating_sub(REFUSED) <= billed && billed <= high
+        };
+        if !between(
+            server.rx_bytes.min(client.tx_bytes),
+            self.rx,
+            client.tx_bytes,
+        ) {
+            bail!(
+                "billed {} from the device, counted {} by the server's kernel and {} by the client's",
+                self.rx,
+                server.rx_bytes,
+                client.tx_bytes
+            );
+        }
+        if !between(
+            server.tx_bytes.min(client.rx_bytes),
+            self.tx,
+            server.tx_bytes.max(client.rx_bytes),
+        ) {
+            bail!(
+                "billed {} to the device, counted {} by the server's kernel and {} by the client's",
+                self.tx,
+                server.tx_bytes,
+                client.rx_bytes
+            );
+        }
+        Ok(())
+    }
 }
 
 impl Admin {
@@ -61,7 +101,8 @@ impl Admin {
     }
 
     pub fn create_tenant_request(&self, name: &str) -> Request {
-        Request::post("/admin/tenants", &json!({ "name": name })).header("Authorization", &format!("Bearer {}", self.token))
+        Request::post("/admin/tenants", &json!({ "name": name }))
+            .header("Authorization", &format!("Bearer {}", self.token))
     }
 
     pub(super) fn create_tenant(&self, lab: &Lab, http: &Http, name: &str) -> Result<Tenant> {
@@ -72,14 +113,20 @@ impl Admin {
 impl Tenant {
     pub fn from_answer(lab: &Lab, answer: &Answer) -> Result<Self> {
         let body = answer.expect(201)?;
-        let tenant = Self { id: text_of(&body, &["tenant_id", "id"])?, api_key: text(&body, "api_key")?, api_secret: text(&body, "api_secret")? };
+        let tenant = Self {
+            id: text_of(&body, &["tenant_id", "id"])?,
+            api_key: text(&body, "api_key")?,
+            api_secret: text(&body, "api_secret")?,
+        };
         lab.secret("API secret", &tenant.api_secret);
         Ok(tenant)
     }
 
     /// Adds the tenant's key and secret.
     pub fn sign(&self, request: Request) -> Request {
-        request.header("X-API-Key", &self.api_key).header("X-API-Secret", &self.api_secret)
+        request
+            .header("X-API-Key", &self.api_key)
+            .header("X-API-Secret", &self.api_secret)
     }
 
     pub fn usage_request(&self) -> Request {
@@ -89,11 +136,17 @@ impl Tenant {
 
 impl User {
     pub fn register_request(tenant: &Tenant, email: &str, password: &str) -> Request {
-        tenant.sign(Request::post("/api/v1/auth/register", &json!({ "email": email, "password": password })))
+        tenant.sign(Request::post(
+            "/api/v1/auth/register",
+            &json!({ "email": email, "password": password }),
+        ))
     }
 
     pub fn login_request(tenant: &Tenant, email: &str, password: &str) -> Request {
-        tenant.sign(Request::post("/api/v1/auth/login", &json!({ "email": email, "password": password })))
+        tenant.sign(Request::post(
+            "/api/v1/auth/login",
+            &json!({ "email": email, "password": password }),
+        ))
     }
 
     pub(super) fn register(lab: &Lab, http: &Http, tenant: &Tenant, email: &str) -> Result<Self> {
@@ -103,7 +156,14 @@ impl User {
     }
 
     /// A user from the answer of `register` (201) or `login` (200).
-    pub fn from_answer(lab: &Lab, tenant: &Tenant, email: &str, password: &str, answer: &Answer, status: u16) -> Result<Self> {
+    pub fn from_answer(
+        lab: &Lab,
+        tenant: &Tenant,
+        email: &str,
+        password: &str,
+        answer: &Answer,
+        status: u16,
+    ) -> Result<Self> {
         let body = answer.expect(status)?;
         let user = Self {
             tenant: tenant.clone(),
@@ -121,19 +181,30 @@ impl User {
 
     /// Adds the tenant's key and the user's token.
     pub fn sign(&self, request: Request) -> Request {
-        request.header("X-API-Key", &self.tenant.api_key).header("Authorization", &format!("Bearer {}", self.access_token))
+        request
+            .header("X-API-Key", &self.tenant.api_key)
+            .header("Authorization", &format!("Bearer {}", self.access_token))
     }
 
     pub fn device_request(&self, name: &str) -> Request {
-        self.sign(Request::post("/api/v1/devices?wait=active", &json!({ "device_name": name })))
+        self.sign(Request::post(
+            "/api/v1/devices?wait=active",
+            &json!({ "device_name": name }),
+        ))
     }
 
     pub fn connect_request(&self, device: &Device) -> Request {
-        self.sign(Request::post("/api/v1/vpn/connect", &json!({ "device_id": device.id })))
+        self.sign(Request::post(
+            "/api/v1/vpn/connect",
+            &json!({ "device_id": device.id }),
+        ))
     }
 
     pub fn disconnect_request(&self, device: &Device) -> Request {
-        self.sign(Request::post("/api/v1/vpn/disconnect", &json!({ "device_id": device.id })))
+        self.sign(Request::post(
+            "/api/v1/vpn/disconnect",
+            &json!({ "device_id": device.id }),
+        ))
     }
 
     pub fn status_request(&self) -> Request {
@@ -159,7 +230,11 @@ impl Device {
         let device = Self {
             id: text_of(&body, &["device_id", "id"])?,
             config: text(&body, "config")?,
-            assigned_ip: text(&body, "assigned_ip")?.split('/').next().unwrap_or_default().to_owned(),
+            assigned_ip: text(&body, "assigned_ip")?
+                .split('/')
+                .next()
+                .unwrap_or_default()
+                .to_owned(),
             body,
         };
         for line in device.config.lines() {
@@ -176,9 +251,19 @@ impl Device {
     pub fn addresses(&self) -> Vec<String> {
         self.config
             .lines()
-            .filter_map(|line| line.split_once('=').filter(|(name, _)| name.trim() == "Address"))
+            .filter_map(|line| {
+                line.split_once('=')
+                    .filter(|(name, _)| name.trim() == "Address")
+            })
             .flat_map(|(_, value)| value.split(','))
-            .map(|address| address.trim().split('/').next().unwrap_or_default().to_owned())
+            .map(|address| {
+                address
+                    .trim()
+                    .split('/')
+                    .next()
+                    .unwrap_or_default()
+                    .to_owned()
+            })
             .collect()
     }
 }
@@ -188,14 +273,32 @@ impl Usage {
     pub fn from_body(body: &Value) -> Result<Self> {
         let period = &body["current_period"];
         let figure = |names: &[&str]| names.iter().find_map(|name| period[*name].as_u64());
-        let rx = figure(&["bytes_rx", "rx_bytes", "bytes_up", "upload_bytes", "bytes_from_devices"]);
-        let tx = figure(&["bytes_tx", "tx_bytes", "bytes_down", "download_bytes", "bytes_to_devices"]);
-        Ok(Self { rx: rx.with_context(|| format!("no received bytes in {period}"))?, tx: tx.with_context(|| format!("no sent bytes in {period}"))? })
+        let rx = figure(&[
+            "bytes_rx",
+            "rx_bytes",
+            "bytes_up",
+            "upload_bytes",
+            "bytes_from_devices",
+        ]);
+        let tx = figure(&[
+            "bytes_tx",
+            "tx_bytes",
+            "bytes_down",
+            "download_bytes",
+            "bytes_to_devices",
+        ]);
+        Ok(Self {
+            rx: rx.with_context(|| format!("no received bytes in {period}"))?,
+            tx: tx.with_context(|| format!("no sent bytes in {period}"))?,
+        })
     }
 }
 
 fn text(body: &Value, name: &str) -> Result<String> {
-    body[name].as_str().map(str::to_owned).with_context(|| format!("the answer has no {name}"))
+    body[name]
+        .as_str()
+        .map(str::to_owned)
+        .with_context(|| format!("the answer has no {name}"))
 }
 
 fn text_of(body: &Value, names: &[&str]) -> Result<String> {

@@ -66,7 +66,11 @@ impl std::ops::Sub for Counters {
 impl Client {
     pub(super) fn new(machine: Machine, addresses: Addresses) -> Result<Self> {
         let config = machine.dir().join(format!("{INTERFACE}.conf"));
-        Ok(Self { addresses, machine, config })
+        Ok(Self {
+            addresses,
+            machine,
+            config,
+        })
     }
 
     pub fn machine(&self) -> &Machine {
@@ -76,11 +80,23 @@ impl Client {
     /// `wg-quick up` on this configuration, then the first handshake.
     pub fn up(&self, config: &str) -> Result<Up> {
         let _ = std::fs::remove_file(&self.config);
-        std::fs::File::options().write(true).create_new(true).mode(0o600).open(&self.config)?.write_all(config.as_bytes())?;
+        std::fs::File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&self.config)?
+            .write_all(config.as_bytes())?;
         let started = Instant::now();
         let mut command = self.machine.command("wg-quick");
-        command.arg("up").arg(&self.config).env("WG_QUICK_USERSPACE_IMPLEMENTATION", "wireguard-go");
-        let mut wg_quick = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("run wg-quick")?;
+        command
+            .arg("up")
+            .arg(&self.config)
+            .env("WG_QUICK_USERSPACE_IMPLEMENTATION", "wireguard-go");
+        let mut wg_quick = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("run wg-quick")?;
         let switched_on = eventually("the interface is switched on", 15, || {
             if let Some(status) = wg_quick.try_wait()?
                 && !status.success()
@@ -94,8 +110,14 @@ impl Client {
             bail!("wg-quick up: {}", String::from_utf8_lossy(&output.stderr));
         }
         let wg_quick = started.elapsed();
-        let shaken = eventually("the first handshake", 15, || self.last_handshake()?.ok_or_else(|| anyhow!("no handshake yet")))?;
-        Ok(Up { wg_quick, handshake: shaken.duration_since(switched_on).unwrap_or_default() })
+        let shaken = eventually("the first handshake", 15, || {
+            self.last_handshake()?
+                .ok_or_else(|| anyhow!("no handshake yet"))
+        })?;
+        Ok(Up {
+            wg_quick,
+            handshake: shaken.duration_since(switched_on).unwrap_or_default(),
+        })
     }
 
     pub fn down(&self) -> Result<()> {
@@ -106,7 +128,10 @@ impl Client {
 
     /// The time of the latest completed handshake, from the WireGuard program's own socket.
     pub fn last_handshake(&self) -> Result<Option<SystemTime>> {
-        let mut socket = UnixStream::connect(self.machine.path(&format!("/run/wireguard/{INTERFACE}.sock")))?;
+        let mut socket = UnixStream::connect(
+            self.machine
+                .path(&format!("/run/wireguard/{INTERFACE}.sock")),
+        )?;
         socket.set_read_timeout(Some(Duration::from_secs(2)))?;
         socket.write_all(b"get=1\n\n")?;
         let mut text = String::new();
@@ -119,14 +144,21 @@ impl Client {
             text.push_str(&String::from_utf8_lossy(&block[..length]));
         }
         let figure = |name: &str| -> u64 {
-            text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).and_then(|value| value.parse().ok()).unwrap_or(0)
+            text.lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+                .and_then(|value| value.parse().ok())
+                .unwrap_or(0)
         };
-        let since = Duration::from_secs(figure("last_handshake_time_sec")) + Duration::from_nanos(figure("last_handshake_time_nsec"));
+        let since = Duration::from_secs(figure("last_handshake_time_sec"))
+            + Duration::from_nanos(figure("last_handshake_time_nsec"));
         Ok((!since.is_zero()).then(|| UNIX_EPOCH + since))
     }
 
     fn is_on(&self) -> Result<SystemTime> {
-        let flags = std::fs::read_to_string(self.machine.path(&format!("/sys/class/net/{INTERFACE}/flags")))?;
+        let flags = std::fs::read_to_string(
+            self.machine
+                .path(&format!("/sys/class/net/{INTERFACE}/flags")),
+        )?;
         let flags = u32::from_str_radix(flags.trim().trim_start_matches("0x"), 16)?;
         if flags & FLAG_UP == 0 {
             bail!("the interface is down");
@@ -145,19 +177,39 @@ impl Client {
     }
 
     pub fn get(&self, url: &str) -> Result<String> {
-        Ok(self.machine.run("curl", ["-sSf", "-m", "10", url])?.trim().to_owned())
+        Ok(self
+            .machine
+            .run("curl", ["-sSf", "-m", "10", url])?
+            .trim()
+            .to_owned())
     }
 
     /// The address from which the DNS server was asked, through the resolver of the machine.
     pub fn address_seen_by_dns(&self) -> Result<String> {
         let answer = self.machine.run("getent", ["ahostsv4", "whoami.test"])?;
-        answer.split_whitespace().next().map(str::to_owned).context("getent answered nothing")
+        answer
+            .split_whitespace()
+            .next()
+            .map(str::to_owned)
+            .context("getent answered nothing")
     }
 
     /// Fetches `count` bytes from the internet.
     pub fn download(&self, count: u64) -> Result<()> {
         let url = format!("http://{HTTP_V4}/bytes/{count}");
-        let got = self.machine.run("curl", ["-sSf", "-m", "120", "-o", "/dev/null", "-w", "%{size_download}", &url])?;
+        let got = self.machine.run(
+            "curl",
+            [
+                "-sSf",
+                "-m",
+                "120",
+                "-o",
+                "/dev/null",
+                "-w",
+                "%{size_download}",
+                &url,
+            ],
+        )?;
         same("downloaded", count, &got)
     }
 
@@ -167,7 +219,19 @@ impl Client {
         std::fs::File::create(&file)?.set_len(count)?;
         let body = format!("@{}", file.display());
         let url = format!("http://{HTTP_V4}/sink");
-        let got = self.machine.run("curl", ["-sSf", "-m", "120", "-H", "Expect:", "--data-binary", &body, &url])?;
+        let got = self.machine.run(
+            "curl",
+            [
+                "-sSf",
+                "-m",
+                "120",
+                "-H",
+                "Expect:",
+                "--data-binary",
+                &body,
+                &url,
+            ],
+        )?;
         std::fs::remove_file(&file)?;
         same("uploaded", count, &got)
     }
@@ -177,10 +241,33 @@ impl Client {
         self.machine.run("ping", ["-c1", "-W1", address]).is_ok()
     }
 
+    /// Exactly `count` echoes of `size` payload bytes; an error when one is lost. Datagrams are counted alike by everybody.
+    pub fn echo(&self, address: &str, count: u64, size: u64) -> Result<()> {
+        let output = self.machine.sh(&format!(
+            "ping -q -n -i 0.002 -c {count} -s {size} -W 2 {address}"
+        ))?;
+        if output.contains(" 0% packet loss") {
+            Ok(())
+        } else {
+            bail!("echoes were lost: {output}")
+        }
+    }
+
     /// Echo requests every 20 ms until they are stopped.
     pub fn start_pings(&self, address: &str) -> Result<Pings> {
-        let process = self.machine.spawn("ping", "ping", ["-i", "0.02", "-n", address], [])?;
+        let process = self
+            .machine
+            .spawn("ping", "ping", ["-i", "0.02", "-n", address], [])?;
         Ok(Pings { process })
+    }
+
+    /// Stops the keepalives (which carry no bytes) and lets nothing but them leave, so that counts can be compared.
+    pub fn silence(&self) -> Result<()> {
+        self.machine
+            .sh(&format!(
+                "wg set {INTERFACE} peer \"$(wg show {INTERFACE} peers)\" persistent-keepalive off"
+            ))
+            .map(drop)
     }
 
     /// What the kernel counted on the client's tunnel.
@@ -194,37 +281,67 @@ pub struct Pings {
     process: Process,
 }
 
+/// Echo requests up to the last one that was answered: what came after it may still have been on its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PingCount {
     pub sent: u64,
-    pub received: u64,
+    pub answered: u64,
+}
+
+impl PingCount {
+    pub fn lost(self) -> u64 {
+        self.sent - self.answered
+    }
 }
 
 impl Pings {
     /// How many answers there are so far.
-    pub fn answers(&self) -> usize {
-        std::fs::read_to_string(self.process.log()).unwrap_or_default().lines().filter(|line| line.contains("bytes from")).count()
+    pub fn answers(&self) -> u64 {
+        answered(&self.log()).count() as u64
     }
 
     /// Waits for `count` more answers.
-    pub fn wait_for(&self, count: usize) -> Result<()> {
+    pub fn wait_for(&self, count: u64) -> Result<()> {
         let goal = self.answers() + count;
         eventually("echoes are answered", 60, || {
             self.process.check_running()?;
-            if self.answers() < goal { Err(anyhow!("{} of {goal}", self.answers())) } else { Ok(()) }
+            if self.answers() < goal {
+                Err(anyhow!("{} of {goal}", self.answers()))
+            } else {
+                Ok(())
+            }
         })
     }
 
     pub fn stop(self, client: &Client) -> Result<PingCount> {
         self.process.end(client.machine(), Signal::Interrupt)?;
-        let text = self.process.last_lines(4);
-        let line = text.lines().find(|line| line.contains("packets transmitted")).with_context(|| format!("ping said {text}"))?;
-        let mut numbers = line.split(|c: char| !c.is_ascii_digit()).filter_map(|word| word.parse().ok());
-        let sent = numbers.next().context("ping told no count")?;
-        let received = numbers.next().context("ping told no answers")?;
+        let log = self.log();
         std::fs::remove_file(self.process.log())?;
-        Ok(PingCount { sent, received })
+        Ok(PingCount {
+            sent: answered(&log).max().context("no echo was ever answered")?,
+            answered: answered(&log).count() as u64,
+        })
     }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.process.log()).unwrap_or_default()
+    }
+}
+
+/// The sequence numbers of answers, each once.
+fn answered(log: &str) -> impl Iterator<Item = u64> {
+    let numbers: std::collections::BTreeSet<u64> = log
+        .lines()
+        .filter_map(|line| {
+            line.split("icmp_seq=")
+                .nth(1)?
+                .split(' ')
+                .next()?
+                .parse()
+                .ok()
+        })
+        .collect();
+    numbers.into_iter()
 }
 
 fn same(what: &str, wanted: u64, got: &str) -> Result<()> {
@@ -236,5 +353,7 @@ fn same(what: &str, wanted: u64, got: &str) -> Result<()> {
 
 fn number(file: &Path) -> Result<u64> {
     let text = std::fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
-    text.trim().parse().with_context(|| format!("{} is no number", file.display()))
+    text.trim()
+        .parse()
+        .with_context(|| format!("{} is no number", file.display()))
 }

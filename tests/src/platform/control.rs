@@ -7,7 +7,9 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::http::{Http, Request};
-use crate::lab::{self, CONTROL_V4, DNS_V4, DNS_V6, Lab, Machine, Network, Process, Signal, eventually};
+use crate::lab::{
+    self, CONTROL_V4, DNS_V4, DNS_V6, Lab, Machine, Network, Process, Signal, eventually,
+};
 
 const READY_SECONDS: u64 = 60;
 
@@ -21,7 +23,11 @@ pub struct ControlOptions {
 
 impl Default for ControlOptions {
     fn default() -> Self {
-        Self { quarantine_seconds: 60, rate_limit_per_minute: 1_000_000, log: "trace".to_owned() }
+        Self {
+            quarantine_seconds: 60,
+            rate_limit_per_minute: 1_000_000,
+            log: "trace".to_owned(),
+        }
     }
 }
 
@@ -48,7 +54,13 @@ impl Control {
         let program = lab::binary("cvault-control-plane")?;
         let data_dir = machine.dir().join("data");
         let process = start_dev(&machine, &program, &data_dir, &options)?;
-        Ok(Self { machine, program, data_dir, options, process: Mutex::new(process) })
+        Ok(Self {
+            machine,
+            program,
+            data_dir,
+            options,
+            process: Mutex::new(process),
+        })
     }
 
     pub(super) fn wait_until_ready(&self, http: &Http) -> Result<()> {
@@ -73,9 +85,14 @@ impl Control {
     pub fn admin<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Result<Value> {
         let data_dir = self.data_dir.display().to_string();
         let mut command = self.machine.command(&self.program);
-        command.args(["admin", "--data-dir", &data_dir]).args(arguments).arg("--json").env("CVAULT_LOG", "warn");
+        command
+            .args(["admin", "--data-dir", &data_dir])
+            .args(arguments)
+            .arg("--json")
+            .env("CVAULT_LOG", "warn");
         let output = self.machine.finish("cvault-control-plane admin", command)?;
-        serde_json::from_str(output.trim()).with_context(|| format!("admin printed no JSON: {output}"))
+        serde_json::from_str(output.trim())
+            .with_context(|| format!("admin printed no JSON: {output}"))
     }
 
     /// Kills the control plane's process; its PostgreSQL stays, as after a crash.
@@ -91,8 +108,11 @@ impl Control {
 
     /// Kills PostgreSQL's first process and everything of the cluster with it, as the kernel would for lack of memory.
     pub fn kill_postgres(&self) -> Result<()> {
-        let pid = self.machine.pid_from(&self.data_dir.join("pg/postmaster.pid"))?;
-        self.machine.sh(&format!("kill -KILL {pid} $(pgrep -P {pid})"))?;
+        let pid = self
+            .machine
+            .pid_from(&self.data_dir.join("pg/postmaster.pid"))?;
+        self.machine
+            .sh(&format!("kill -KILL {pid} $(pgrep -P {pid})"))?;
         Ok(())
     }
 
@@ -100,7 +120,10 @@ impl Control {
     pub fn sql(&self, query: &str) -> Result<String> {
         let socket = self.data_dir.join("run");
         let port = socket_port(&socket)?;
-        let owner = self.machine.sh(&format!("stat -c %U {}", self.data_dir.join("pg").display()))?;
+        let owner = self.machine.sh(&format!(
+            "stat -c %U {}",
+            self.data_dir.join("pg").display()
+        ))?;
         let program = psql_program()?;
         let mut command = self.machine.command("runuser");
         command
@@ -117,20 +140,41 @@ impl Control {
     }
 }
 
-fn start_dev(machine: &Machine, program: &str, data_dir: &Path, options: &ControlOptions) -> Result<Process> {
+fn start_dev(
+    machine: &Machine,
+    program: &str,
+    data_dir: &Path,
+    options: &ControlOptions,
+) -> Result<Process> {
     let data_dir = data_dir.display().to_string();
     let endpoint = node_endpoint();
     machine.spawn(
         "control-plane",
         program,
-        ["dev", "--data-dir", &data_dir, "--listen", "0.0.0.0:8080", "--node-listen", "0.0.0.0:8443", "--node-endpoint", &endpoint],
+        [
+            "dev",
+            "--data-dir",
+            &data_dir,
+            "--listen",
+            "0.0.0.0:8080",
+            "--node-listen",
+            "0.0.0.0:8443",
+            "--node-endpoint",
+            &endpoint,
+        ],
         [
             ("CVAULT_LOG", options.log.as_str()),
             ("CVAULT_LOG_FORMAT", "text"),
             ("CVAULT_PUBLIC_URL", url()),
             ("CVAULT_CLIENT_DNS", &format!("{DNS_V4},{DNS_V6}")),
-            ("CVAULT_RATE_LIMIT_PER_MINUTE", &options.rate_limit_per_minute.to_string()),
-            ("CVAULT_QUARANTINE_SECONDS", &options.quarantine_seconds.to_string()),
+            (
+                "CVAULT_RATE_LIMIT_PER_MINUTE",
+                &options.rate_limit_per_minute.to_string(),
+            ),
+            (
+                "CVAULT_QUARANTINE_SECONDS",
+                &options.quarantine_seconds.to_string(),
+            ),
         ],
     )
 }

@@ -3,6 +3,7 @@
 mod account;
 mod client;
 mod control;
+pub mod figures;
 mod http;
 mod server;
 
@@ -36,7 +37,12 @@ impl Platform {
         let http = Http::enter(control.machine(), control::url())?;
         control.wait_until_ready(&http)?;
         let admin = Admin::new(&lab, &control)?;
-        Ok(Self { http, admin, control, lab })
+        Ok(Self {
+            http,
+            admin,
+            control,
+            lab,
+        })
     }
 
     /// Creates server `number` in the control plane, boots its machine, enrols and starts its agent.
@@ -46,7 +52,9 @@ impl Platform {
 
     /// Boots client machine `number`.
     pub fn client(&self, number: u8) -> Result<Client> {
-        let (machine, addresses) = self.lab.machine(&format!("client{number}"), Network::Clients, 9 + number)?;
+        let (machine, addresses) =
+            self.lab
+                .machine(&format!("client{number}"), Network::Clients, 9 + number)?;
         Client::new(machine, addresses)
     }
 
@@ -61,5 +69,14 @@ impl Platform {
     /// Registers a device and waits until its server runs it.
     pub fn device(&self, user: &User, name: &str) -> Result<Device> {
         Device::register(&self.lab, &self.http, user, name)
+    }
+
+    /// The state of a pool's address in the database, and of the peer that had it.
+    pub fn address_state(&self, address: &str) -> Result<String> {
+        self.control.sql(&format!(
+            "select a.state || coalesce(', released ' || date_trunc('second', a.released_at)::text, '')
+             from platform.addresses a join platform.address_pools p using (pool_id)
+             where host(p.ipv4::inet + a.host) = '{address}'"
+        ))
     }
 }

@@ -9,7 +9,7 @@ use super::control::{self, Control};
 use crate::lab::{self, Addresses, Lab, Machine, Network, Process, Signal, eventually};
 
 /// The tunnel's interface on a server.
-pub const INTERFACE: &str = "cv0";
+pub(super) const INTERFACE: &str = "cv0";
 
 pub struct Server {
     pub id: String,
@@ -23,17 +23,51 @@ pub struct Server {
 
 impl Server {
     pub(super) fn join(lab: &Lab, control: &Control, number: u8) -> Result<Self> {
-        let (machine, addresses) = lab.machine(&format!("server{number}"), Network::Servers, 9 + number)?;
-        let created = control.admin(["server", "create", "--name", machine.name(), "--region", "lab-1", "--public-ip", &addresses.v4])?;
-        let id = created["server_id"].as_str().context("server create printed no server_id")?.to_owned();
-        let token = created["token"].as_str().context("server create printed no token")?;
+        let (machine, addresses) =
+            lab.machine(&format!("server{number}"), Network::Servers, 9 + number)?;
+        let created = control.admin([
+            "server",
+            "create",
+            "--name",
+            machine.name(),
+            "--region",
+            "lab-1",
+            "--public-ip",
+            &addresses.v4,
+        ])?;
+        let id = created["server_id"]
+            .as_str()
+            .context("server create printed no server_id")?
+            .to_owned();
+        let token = created["token"]
+            .as_str()
+            .context("server create printed no token")?;
         lab.secret("server token", token);
         let program = lab::binary("cvault-node-agent")?;
         let state_dir = machine.dir().join("state");
         let folder = state_dir.display().to_string();
-        machine.run(&program, ["enroll", "--control-plane", &control::node_endpoint(), "--token", token, "--state-dir", &folder])?;
+        machine.run(
+            &program,
+            [
+                "enroll",
+                "--control-plane",
+                &control::node_endpoint(),
+                "--token",
+                token,
+                "--state-dir",
+                &folder,
+            ],
+        )?;
         let agent = start_agent(&machine, &program, &folder)?;
-        let server = Self { id, addresses, number, machine, program, state_dir, agent };
+        let server = Self {
+            id,
+            addresses,
+            number,
+            machine,
+            program,
+            state_dir,
+            agent,
+        };
         server.wait_until_up()?;
         Ok(server)
     }
@@ -61,7 +95,12 @@ impl Server {
 
     /// The peers' public keys, as `wg show` tells.
     pub fn peers(&self) -> Result<Vec<String>> {
-        Ok(self.machine.run("wg", ["show", INTERFACE, "peers"])?.split_whitespace().map(str::to_owned).collect())
+        Ok(self
+            .machine
+            .run("wg", ["show", INTERFACE, "peers"])?
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect())
     }
 
     /// Kills the control process only.
@@ -70,7 +109,11 @@ impl Server {
     }
 
     pub fn start_agent(&mut self) -> Result<()> {
-        self.agent = start_agent(&self.machine, &self.program, &self.state_dir.display().to_string())?;
+        self.agent = start_agent(
+            &self.machine,
+            &self.program,
+            &self.state_dir.display().to_string(),
+        )?;
         Ok(())
     }
 
@@ -85,12 +128,29 @@ impl Server {
 
     /// Power off without warning, then boot with the same addresses and disk, and start the agent.
     pub fn reboot(self, lab: &Lab) -> Result<Self> {
-        let Self { id, number, machine, program, state_dir, agent, .. } = self;
+        let Self {
+            id,
+            number,
+            machine,
+            program,
+            state_dir,
+            agent,
+            ..
+        } = self;
         drop(agent);
         drop(machine);
-        let (machine, addresses) = lab.machine(&format!("server{number}"), Network::Servers, 9 + number)?;
+        let (machine, addresses) =
+            lab.machine(&format!("server{number}"), Network::Servers, 9 + number)?;
         let agent = start_agent(&machine, &program, &state_dir.display().to_string())?;
-        let server = Self { id, addresses, number, machine, program, state_dir, agent };
+        let server = Self {
+            id,
+            addresses,
+            number,
+            machine,
+            program,
+            state_dir,
+            agent,
+        };
         server.wait_until_up()?;
         Ok(server)
     }
@@ -100,7 +160,22 @@ fn start_agent(machine: &Machine, program: &str, state_dir: &str) -> Result<Proc
     machine.spawn(
         "node-agent",
         program,
-        ["run", "--state-dir", state_dir, "--interface", INTERFACE, "--metrics-listen", "127.0.0.1:9090"],
-        [("CVAULT_LOG", "trace"), ("CVAULT_LOG_FORMAT", "text"), ("LOG_FILE", &format!("{}/tunnel.log", machine.dir().display()))],
+        [
+            "run",
+            "--state-dir",
+            state_dir,
+            "--interface",
+            INTERFACE,
+            "--metrics-listen",
+            "127.0.0.1:9090",
+        ],
+        [
+            ("CVAULT_LOG", "trace"),
+            ("CVAULT_LOG_FORMAT", "text"),
+            (
+                "LOG_FILE",
+                &format!("{}/tunnel.log", machine.dir().display()),
+            ),
+        ],
     )
 }

@@ -1,1 +1,49 @@
-fn main() {}
+//! `cargo xtask <verb>`: the one door to building, testing, measuring and showing CVault, for people and for CI.
+
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stdout, reason = "a command-line tool")]
+
+mod database;
+mod host;
+mod verbs;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "usage: cargo xtask <verb>
+
+  demo [--keep]   from nothing to a metered WireGuard tunnel, in a lab on this computer (root)
+  test [--fast]   every test; --fast leaves out the end-to-end tests, which need root
+  check           what CI demands: format, lints, OpenAPI document, database schema
+  lint            format and lints only
+  openapi         write docs/openapi/v1.json from the control plane's router
+  schema          write migrations/schema.sql from the migrations
+  sqlx-prepare    write .sqlx/, the checked queries' data, so that building needs no database
+  bench           figures: activation, registrations per second, metering (root)";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let done = match words.as_slice() {
+        ["demo"] => verbs::demo(&[]),
+        ["demo", "--keep"] => verbs::demo(&["--keep"]),
+        ["test"] => verbs::test(),
+        ["test", "--fast"] => verbs::test_fast(),
+        ["check"] => verbs::check(),
+        ["lint"] => verbs::lint(),
+        ["openapi"] => verbs::openapi(),
+        ["schema"] => verbs::schema(),
+        ["sqlx-prepare"] => verbs::sqlx_prepare(),
+        ["bench"] => verbs::demo(&["--figures", "200"]),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! What every request and task shares: configuration, database, keys, secrets, wake-ups.
+
+use std::ops::Deref;
+use std::sync::Arc;
+
+use crate::auth::passwords::Passwords;
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::db::Db;
+use crate::http::limit::Limiter;
+use crate::keys::{KeyRing, PlatformSecrets};
+use crate::nodes::Hub;
+use cvault_types::TenantId;
+
+/// Cheap to clone; one per process.
+#[derive(Clone)]
+pub struct App(Arc<Inner>);
+
+pub struct Inner {
+    pub config: Config,
+    pub db: Db,
+    pub keys: KeyRing,
+    pub secrets: PlatformSecrets,
+    pub clock: Clock,
+    pub nodes: Hub,
+    pub passwords: Passwords,
+    pub limiter: Limiter<TenantId>,
+    /// Set once, at the beginning of the shutdown: readiness fails from then on.
+    pub draining: tokio_util::sync::CancellationToken,
+}
+
+impl App {
+    #[must_use]
+    pub fn new(config: Config, db: Db, keys: KeyRing, secrets: PlatformSecrets) -> Self {
+        Self(Arc::new(Inner {
+            config,
+            db,
+            keys,
+            secrets,
+            clock: Clock,
+            nodes: Hub::default(),
+            passwords: Passwords::default(),
+            limiter: Limiter::default(),
+            draining: tokio_util::sync::CancellationToken::new(),
+        }))
+    }
+}
+
+impl Deref for App {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}

@@ -1,0 +1,43 @@
+//! The audit log: one row for each write, in the write's own transaction; chained afterwards by a periodic task.
+
+use cvault_types::RequestId;
+use serde_json::Value;
+use uuid::Uuid;
+
+use crate::db::DbError;
+use crate::tenancy::TenantTx;
+
+/// What happened. Never put a secret, a key or a token into it.
+#[derive(Clone, Debug)]
+pub struct Entry<'a> {
+    /// Who: `usr_…`, `key_…`, `admin:…`, `system`.
+    pub actor: &'a str,
+    /// What, as `noun.verb`: `device.register`.
+    pub action: &'static str,
+    /// To what: `dev_…`.
+    pub target: &'a str,
+    pub details: Value,
+    pub request_id: Option<RequestId>,
+}
+
+/// Appends to the tenant's audit log.
+///
+/// # Errors
+/// Those of the database.
+pub async fn record(tx: &mut TenantTx, entry: Entry<'_>) -> Result<(), DbError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "insert into cvault.audit_log (tenant_id, audit_id, actor, action, target, details, request_id)
+         values ($1, $2, $3, $4, $5, $6, $7)",
+        tenant,
+        Uuid::now_v7(),
+        entry.actor,
+        entry.action,
+        entry.target,
+        entry.details,
+        entry.request_id.map(RequestId::uuid),
+    )
+    .execute(tx.conn())
+    .await?;
+    Ok(())
+}

@@ -1,0 +1,9 @@
+//! Who is calling: API keys and secrets, passwords, user and admin tokens, refresh families.
+
+pub mod api_keys;
+pub mod email;
+pub mod events;
+pub mod opaque;
+pub mod passwords;
+pub mod refresh;
+pub mod tokens;

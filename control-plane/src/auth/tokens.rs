@@ -1,0 +1,208 @@
+//! Access tokens: JWTs signed with Ed25519 (RFC 8037), so that a tenant can verify one with `/.well-known/jwks.json` and
+//! cannot make one. Algorithm and key are pinned: a token's header chooses nothing.
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use cvault_types::{ErrorCode, Secret, TenantId, UserId};
+use jsonwebtoken::{Algorithm, Header, Validation};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::http::Problem;
+use crate::keys::TokenKey;
+
+/// Seconds a user's access token lives.
+pub const ACCESS_SECONDS: u64 = 15 * 60;
+/// Seconds an admin token lives.
+pub const ADMIN_SECONDS: u64 = 12 * 3600;
+const CLIENT: &str = "client";
+const ADMIN: &str = "admin";
+
+/// Claims of a user's access token.
+#[derive(Debug, Serialize, Deserialize)]
+struct ClientClaims {
+    iss: String,
+    aud: String,
+    sub: UserId,
+    /// The tenant.
+    tid: TenantId,
+    /// The refresh family this token was given with.
+    sid: Uuid,
+    iat: i64,
+    exp: i64,
+    jti: Uuid,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct AdminClaims {
+    iss: String,
+    aud: String,
+    sub: String,
+    iat: i64,
+    exp: i64,
+    jti: Uuid,
+}
+
+/// Who a verified access token speaks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClientToken {
+    pub tenant: TenantId,
+    pub user: UserId,
+}
+
+/// A token for a tenant's user, valid for [`ACCESS_SECONDS`].
+#[must_use]
+pub fn mint_client(key: &TokenKey, issuer: &str, who: ClientToken, family: Uuid, now: OffsetDateTime) -> Secret {
+    let iat = now.unix_timestamp();
+    sign(
+        key,
+        &ClientClaims {
+            iss: issuer.to_owned(),
+            aud: CLIENT.to_owned(),
+            sub: who.user,
+            tid: who.tenant,
+            sid: family,
+            iat,
+            exp: iat + ACCESS_SECONDS.cast_signed(),
+            jti: Uuid::now_v7(),
+        },
+    )
+}
+
+/// A token for platform staff, valid for [`ADMIN_SECONDS`].
+#[must_use]
+pub fn mint_admin(key: &TokenKey, issuer: &str, subject: &str, now: OffsetDateTime) -> Secret {
+    let iat = now.unix_timestamp();
+    sign(
+        key,
+        &AdminClaims {
+            iss: issuer.to_owned(),
+            aud: ADMIN.to_owned(),
+            sub: subject.to_owned(),
+            iat,
+            exp: iat + ADMIN_SECONDS.cast_signed(),
+            jti: Uuid::now_v7(),
+        },
+    )
+}
+
+/// # Errors
+/// `INVALID_TOKEN`, or `TOKEN_EXPIRED` for one that was valid once.
+pub fn verify_client(key: &TokenKey, issuer: &str, token: &str, now: OffsetDateTime) -> Result<ClientToken, Problem> {
+    let claims: ClientClaims = verify(key, issuer, CLIENT, token)?;
+    not_expired(claims.exp, now)?;
+    Ok(ClientToken { tenant: claims.tid, user: claims.sub })
+}
+
+/// The subject of an admin token.
+///
+/// # Errors
+/// As [`verify_client`].
+pub fn verify_admin(key: &TokenKey, issuer: &str, token: &str, now: OffsetDateTime) -> Result<String, Problem> {
+    let claims: AdminClaims = verify(key, issuer, ADMIN, token)?;
+    not_expired(claims.exp, now)?;
+    Ok(claims.sub)
+}
+
+fn sign(key: &TokenKey, claims: &impl Serialize) -> Secret {
+    let mut header = Header::new(Algorithm::EdDSA);
+    header.kid = Some(key.kid().to_owned());
+    Secret::new(jsonwebtoken::encode(&header, claims, key.encoding()).expect("an Ed25519 key signs plain claims"))
+}
+
+fn verify<T: DeserializeOwned>(key: &TokenKey, issuer: &str, audience: &str, token: &str) -> Result<T, Problem> {
+    let invalid = || Problem::new(ErrorCode::InvalidToken);
+    let header = jsonwebtoken::decode_header(token).map_err(|_| invalid())?;
+    if header.alg != Algorithm::EdDSA || header.kid.as_deref() != Some(key.kid()) {
+        return Err(invalid());
+    }
+    let mut validation = Validation::new(Algorithm::EdDSA);
+    validation.set_issuer(&[issuer]);
+    validation.set_audience(&[audience]);
+    validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
+    // compared below, with the caller's clock and no leeway
+    validation.validate_exp = false;
+    jsonwebtoken::decode(token, key.decoding(), &validation).map(|data| data.claims).map_err(|_| invalid())
+}
+
+fn not_expired(exp: i64, now: OffsetDateTime) -> Result<(), Problem> {
+    if now.unix_timestamp() < exp { Ok(()) } else { Err(Problem::new(ErrorCode::TokenExpired)) }
+}
+
+/// The public key as a JSON Web Key Set (RFC 7517).
+#[must_use]
+pub fn jwks(key: &TokenKey) -> serde_json::Value {
+    serde_json::json!({"keys": [{
+        "kty": "OKP", "crv": "Ed25519", "use": "sig", "alg": "EdDSA",
+        "kid": key.kid(), "x": URL_SAFE_NO_PAD.encode(key.public()),
+    }]})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ISSUER: &str = "https://api.example.com";
+
+    fn who() -> ClientToken {
+        ClientToken { tenant: TenantId::from_uuid(Uuid::from_u128(1)), user: UserId::from_uuid(Uuid::from_u128(2)) }
+    }
+
+    fn at(unix: i64) -> OffsetDateTime {
+        OffsetDateTime::from_unix_timestamp(unix).unwrap()
+    }
+
+    fn code<T: std::fmt::Debug>(result: Result<T, Problem>) -> ErrorCode {
+        result.unwrap_err().code()
+    }
+
+    #[test]
+    fn a_token_is_valid_for_exactly_its_lifetime() {
+        let key = TokenKey::from_seed(&[1; 32]);
+        let token = mint_client(&key, ISSUER, who(), Uuid::nil(), at(1_000));
+        assert_eq!(verify_client(&key, ISSUER, token.expose(), at(1_899)).unwrap(), who());
+        assert_eq!(code(verify_client(&key, ISSUER, token.expose(), at(1_900))), ErrorCode::TokenExpired);
+    }
+
+    #[test]
+    fn another_key_issuer_or_audience_is_refused() {
+        let key = TokenKey::from_seed(&[1; 32]);
+        let token = mint_client(&key, ISSUER, who(), Uuid::nil(), at(1_000));
+        let other = TokenKey::from_seed(&[2; 32]);
+        assert_eq!(code(verify_client(&other, ISSUER, token.expose(), at(1_001))), ErrorCode::InvalidToken);
+        assert_eq!(code(verify_client(&key, "https://evil", token.expose(), at(1_001))), ErrorCode::InvalidToken);
+        assert_eq!(code(verify_admin(&key, ISSUER, token.expose(), at(1_001))), ErrorCode::InvalidToken);
+        let admin = mint_admin(&key, ISSUER, "ops", at(1_000));
+        assert_eq!(code(verify_client(&key, ISSUER, admin.expose(), at(1_001))), ErrorCode::InvalidToken);
+        assert_eq!(verify_admin(&key, ISSUER, admin.expose(), at(1_001)).unwrap(), "ops");
+    }
+
+    #[test]
+    fn a_token_that_chooses_its_own_algorithm_is_refused() {
+        let key = TokenKey::from_seed(&[1; 32]);
+        let token = mint_client(&key, ISSUER, who(), Uuid::nil(), at(1_000));
+        let (_, rest) = token.expose().split_once('.').unwrap();
+        for alg in ["none", "HS256", "EdDSA"] {
+            let header = URL_SAFE_NO_PAD.encode(format!(r#"{{"alg":"{alg}","kid":"{}"}}"#, key.kid()));
+            let forged = format!("{header}.{rest}");
+            assert_eq!(code(verify_client(&key, ISSUER, &forged, at(1_001))), ErrorCode::InvalidToken, "{alg}");
+        }
+        // the public key as an HMAC secret
+        let mut header = Header::new(Algorithm::HS256);
+        header.kid = Some(key.kid().to_owned());
+        let claims = serde_json::json!({"iss": ISSUER, "aud": "admin", "sub": "x", "iat": 1, "exp": 9_999_999_999_i64, "jti": Uuid::nil()});
+        let forged = jsonwebtoken::encode(&header, &claims, &jsonwebtoken::EncodingKey::from_secret(key.public())).unwrap();
+        assert_eq!(code(verify_admin(&key, ISSUER, &forged, at(1_001))), ErrorCode::InvalidToken);
+    }
+
+    #[test]
+    fn damaged_tokens_are_refused() {
+        let key = TokenKey::from_seed(&[1; 32]);
+        let token = mint_client(&key, ISSUER, who(), Uuid::nil(), at(1_000));
+        for text in ["", ".", "..", "a.b.c", "ey", &token.expose()[1..], &token.expose()[..token.expose().len() - 1]] {
+            assert_eq!(code(verify_client(&key, ISSUER, text, at(1_001))), ErrorCode::InvalidToken, "{text}");
+        }
+    }
+}

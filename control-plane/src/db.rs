@@ -1,0 +1,334 @@
+//! Connections to PostgreSQL: one pool for each role, migrations, and what a database error means.
+//!
+//! Tenant rows are reached through [`crate::tenancy`] only; the pool of role `cvault_sys` serves the node gateway,
+//! metering and periodic tasks. Deliberately absent: any way to begin a tenant transaction on a bare pool.
+
+use std::time::Duration;
+
+use sqlx::migrate::Migrator;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::pool::PoolConnection;
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Postgres};
+use zeroize::Zeroizing;
+
+use crate::tenancy::{ContextKey, Tenancy};
+
+static MIGRATIONS: Migrator = sqlx::migrate!("../migrations");
+const ROLES: &str = include_str!("../../migrations/roles.sql");
+
+/// A statement that takes longer is a fault; the slowest one we know of (a snapshot of 65,000 peers) takes 0.5 s.
+const STATEMENT_TIMEOUT: &str = "5s";
+/// A transaction that idles this long has lost its task.
+const IDLE_IN_TRANSACTION_TIMEOUT: &str = "10s";
+/// Longer than a crash recovery of PostgreSQL usually takes would only pile up requests.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Where the database is, for each of the two roles.
+#[derive(Clone, Debug)]
+pub struct DbConfig {
+    pub app: PgConnectOptions,
+    pub sys: PgConnectOptions,
+    pub app_connections: u32,
+    pub sys_connections: u32,
+}
+
+impl DbConfig {
+    /// 16 and 8 connections: a request holds one for about a millisecond, so more would only queue inside PostgreSQL.
+    #[must_use]
+    pub fn new(app: PgConnectOptions, sys: PgConnectOptions) -> Self {
+        Self { app, sys, app_connections: 16, sys_connections: 8 }
+    }
+}
+
+/// The database as the rest of the program sees it.
+#[derive(Clone, Debug)]
+pub struct Db {
+    /// The door to tenant rows.
+    pub tenancy: Tenancy,
+    /// Role `cvault_sys`: shared infrastructure, across tenants.
+    pub sys: PgPool,
+}
+
+/// A transaction whose connection is closed, never returned to the pool, when it was not cleanly finished: sqlx 0.9.0
+/// would hand a connection out again inside an open transaction (transact-rs/sqlx 4385, 4393).
+#[derive(Debug)]
+pub struct Tx {
+    /// `None` only after commit or rollback has succeeded.
+    conn: Option<PoolConnection<Postgres>>,
+}
+
+/// What went wrong, by what the caller can do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum DbError {
+    /// Nothing was changed; the same call may succeed later.
+    #[error("the database did not answer")]
+    Unavailable(#[source] sqlx::Error),
+    /// COMMIT was sent and its answer was lost.
+    #[error("it is not known whether the transaction was committed")]
+    CommitUnknown(#[source] sqlx::Error),
+    /// A named constraint refused the change.
+    #[error("constraint {name} refused the change")]
+    Constraint { name: String },
+    #[error("the database refused a statement")]
+    Other(#[source] sqlx::Error),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum MigrateError {
+    #[error("cannot connect to the database as its owner")]
+    Connect(#[source] sqlx::Error),
+    #[error(
+        "the roles of CVault are missing in this cluster and `{user}` may not create them: run `migrate` once as a \
+         superuser, or have one run migrations/roles.sql"
+    )]
+    RolesMissing { user: String },
+    #[error("the roles of CVault cannot be created")]
+    Roles(#[source] sqlx::Error),
+    #[error("the migrations cannot be applied")]
+    Apply(#[source] sqlx::migrate::MigrateError),
+    #[error("the schema cannot be inspected")]
+    Inspect(#[source] sqlx::Error),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    #[error("the database cannot be reached with {variable}")]
+    Unreachable { variable: &'static str, source: sqlx::Error },
+    #[error("the schema of the database is not the one of this program ({detail}): run `cvault-control-plane migrate`")]
+    Schema { detail: String },
+    #[error("the database refused a statement at start")]
+    Refused(#[source] sqlx::Error),
+}
+
+impl Db {
+    /// Opens both pools and checks that the schema is this program's own.
+    ///
+    /// # Errors
+    /// [`ConnectError::Unreachable`] names the variable whose database did not answer.
+    pub async fn connect(config: &DbConfig) -> Result<Self, ConnectError> {
+        let unreachable = |variable| move |source| ConnectError::Unreachable { variable, source };
+        let sys = pool(&config.sys, "cvault-sys", config.sys_connections)
+            .await
+            .map_err(unreachable("CVAULT_DATABASE_SYS_URL"))?;
+        check_schema(&sys).await?;
+        let key = ContextKey::load(&sys).await.map_err(ConnectError::Refused)?;
+        let app =
+            pool(&config.app, "cvault-app", config.app_connections).await.map_err(unreachable("DATABASE_URL"))?;
+        Ok(Self { tenancy: Tenancy::new(app, key), sys })
+    }
+
+    /// Whether both roles get an answer now.
+    ///
+    /// # Errors
+    /// [`DbError::Unavailable`] when one does not.
+    pub async fn ping(&self) -> Result<(), DbError> {
+        sqlx::query_scalar!("select 1").fetch_one(&self.sys).await?;
+        self.tenancy.ping().await
+    }
+
+    /// Closes both pools; waits for what is checked out.
+    pub async fn close(&self) {
+        self.tenancy.close().await;
+        self.sys.close().await;
+    }
+}
+
+impl Tx {
+    /// Begins a transaction of role `cvault_sys`. Cancelling this call, at any point, closes the connection.
+    ///
+    /// # Errors
+    /// [`DbError::Unavailable`] when no connection could be had in time.
+    pub async fn begin(sys: &PgPool) -> Result<Self, DbError> {
+        Self::begin_with(sys, "begin".to_owned().into()).await
+    }
+
+    /// As [`Tx::begin`], reading one state of the database throughout.
+    ///
+    /// # Errors
+    /// [`DbError::Unavailable`] when no connection could be had in time.
+    pub async fn snapshot(sys: &PgPool) -> Result<Self, DbError> {
+        Self::begin_with(sys, "begin isolation level repeatable read read only".to_owned().into()).await
+    }
+
+    /// `begin` is one message, so that whatever is set with it costs no round trip.
+    pub(crate) async fn begin_with(pool: &PgPool, begin: Zeroizing<String>) -> Result<Self, DbError> {
+        // the guard exists before the first byte of BEGIN is sent
+        let mut tx = Self { conn: Some(pool.acquire().await?) };
+        sqlx::raw_sql(AssertSqlSafe(begin.as_str().to_owned())).execute(tx.conn()).await?;
+        Ok(tx)
+    }
+
+    /// The connection, inside the transaction.
+    ///
+    /// # Panics
+    /// Never: commit and rollback consume the transaction.
+    pub fn conn(&mut self) -> &mut PgConnection {
+        self.conn.as_mut().expect("commit and rollback consume the transaction")
+    }
+
+    /// Commits. A transaction in which a statement has failed is an error here: PostgreSQL would answer a bare COMMIT
+    /// of it with a silent ROLLBACK, so a statement that must succeed travels in front.
+    ///
+    /// # Errors
+    /// [`DbError::CommitUnknown`] when the answer was lost; then nothing may be acknowledged.
+    pub async fn commit(mut self) -> Result<(), DbError> {
+        self.end("select 1; commit").await.map_err(DbError::of_commit)
+    }
+
+    /// Ends the transaction without effect and keeps the connection. Dropping has the same effect on the rows.
+    ///
+    /// # Errors
+    /// When the database does not answer; the transaction is without effect all the same.
+    pub async fn rollback(mut self) -> Result<(), DbError> {
+        Ok(self.end("rollback").await?)
+    }
+
+    async fn end(&mut self, statements: &'static str) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(statements).execute(self.conn()).await?;
+        // clean: its drop returns it to the pool
+        self.conn = None;
+        Ok(())
+    }
+}
+
+impl Drop for Tx {
+    fn drop(&mut self) {
+        if let Some(conn) = &mut self.conn {
+            conn.close_on_drop();
+        }
+    }
+}
+
+async fn pool(options: &PgConnectOptions, name: &str, connections: u32) -> Result<PgPool, sqlx::Error> {
+    let options = options
+        .clone()
+        .application_name(name)
+        .options([
+            ("statement_timeout", STATEMENT_TIMEOUT),
+            ("idle_in_transaction_session_timeout", IDLE_IN_TRANSACTION_TIMEOUT),
+        ])
+        // statements of a tenant transaction begin with its signed context: never in a log
+        .disable_statement_logging();
+    PgPoolOptions::new()
+        .max_connections(connections)
+        .min_connections(2)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .max_lifetime(Duration::from_secs(1800))
+        .connect_with(options)
+        .await
+}
+
+/// Creates the roles when they are missing, then applies the migrations as `cvault_owner`. Several processes may do
+/// this at once: an advisory lock makes them wait for each other.
+///
+/// # Errors
+/// [`MigrateError::RolesMissing`] when a person with more rights has to act.
+pub async fn migrate(owner: &PgConnectOptions) -> Result<(), MigrateError> {
+    let options = owner.clone().application_name("cvault-migrate").disable_statement_logging();
+    let mut conn = PgConnection::connect_with(&options).await.map_err(MigrateError::Connect)?;
+    create_roles(&mut conn).await?;
+    sqlx::raw_sql("set role cvault_owner").execute(&mut conn).await.map_err(MigrateError::Roles)?;
+    MIGRATIONS.run(&mut conn).await.map_err(MigrateError::Apply)?;
+    // `serve` compares this table with its own migrations
+    sqlx::raw_sql("grant select on _sqlx_migrations to cvault_sys")
+        .execute(&mut conn)
+        .await
+        .map_err(MigrateError::Inspect)?;
+    conn.close().await.map_err(MigrateError::Connect)
+}
+
+async fn create_roles(conn: &mut PgConnection) -> Result<(), MigrateError> {
+    let state = sqlx::query!(
+        r#"select current_user::text as "user!",
+                  (select count(*) from pg_roles
+                   where rolname in ('cvault_owner', 'cvault_app', 'cvault_sys', 'cvault_fn')) as "roles!",
+                  coalesce((select has_database_privilege(oid, current_database(), 'create')
+                                   and has_schema_privilege(oid, 'public', 'create')
+                            from pg_roles where rolname = 'cvault_owner'), false) as "prepared!",
+                  (select rolsuper or rolcreaterole from pg_roles where rolname = current_user) as "may_create!""#
+    )
+    .fetch_one(&mut *conn)
+    .await
+    .map_err(MigrateError::Inspect)?;
+    if state.roles == 4 && state.prepared {
+        return Ok(());
+    }
+    if !state.may_create {
+        return Err(MigrateError::RolesMissing { user: state.user });
+    }
+    // roles belong to the cluster: two databases being prepared at once must not create them twice
+    let script = format!("begin; select pg_advisory_xact_lock(731992414); {ROLES}; commit");
+    sqlx::raw_sql(AssertSqlSafe(script)).execute(conn).await.map_err(MigrateError::Roles)?;
+    Ok(())
+}
+
+async fn check_schema(sys: &PgPool) -> Result<(), ConnectError> {
+    // not a checked query: the table belongs to sqlx and does not exist in a development database made by psql
+    let applied: Vec<(i64, Vec<u8>)> =
+        sqlx::query_as("select version, checksum from _sqlx_migrations where success order by version")
+            .fetch_all(sys)
+            .await
+            .map_err(|error| match &error {
+                sqlx::Error::Database(refused) if refused.code().as_deref() == Some("42P01") => {
+                    ConnectError::Schema { detail: "it has none".to_owned() }
+                }
+                _ => ConnectError::Refused(error),
+            })?;
+    let wanted: Vec<_> = MIGRATIONS.iter().map(|m| (m.version, m.checksum.as_ref())).collect();
+    if applied.iter().map(|(version, sum)| (*version, sum.as_slice())).eq(wanted.iter().copied()) {
+        return Ok(());
+    }
+    let last = |versions: Option<i64>| versions.map_or_else(|| "nothing".to_owned(), |v| v.to_string());
+    Err(ConnectError::Schema {
+        detail: format!(
+            "applied up to {}, wanted up to {}",
+            last(applied.last().map(|(version, _)| *version)),
+            last(wanted.last().map(|(version, _)| *version))
+        ),
+    })
+}
+
+impl From<sqlx::Error> for DbError {
+    fn from(error: sqlx::Error) -> Self {
+        match &error {
+            sqlx::Error::Io(_)
+            | sqlx::Error::Tls(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::PoolClosed
+            | sqlx::Error::WorkerCrashed => Self::Unavailable(error),
+            sqlx::Error::Database(refused) => match (refused.constraint(), refused.code().as_deref()) {
+                (Some(name), _) => Self::Constraint { name: name.to_owned() },
+                (None, Some(code)) if is_passing(code) => Self::Unavailable(error),
+                (None, _) => Self::Other(error),
+            },
+            _ => Self::Other(error),
+        }
+    }
+}
+
+/// SQLSTATEs of a server that is stopping, starting, full or slow, and of a transaction that may simply be repeated.
+fn is_passing(code: &str) -> bool {
+    matches!(code, "40001" | "40P01" | "53300" | "55P03" | "57014" | "57P01" | "57P02" | "57P03" | "25P03")
+}
+
+impl DbError {
+    /// What a failed COMMIT means: refused by the database, or of unknown outcome.
+    pub(crate) fn of_commit(error: sqlx::Error) -> Self {
+        match &error {
+            // the server answered, and it answers a COMMIT that happened with success
+            sqlx::Error::Database(refused) if !refused.code().is_some_and(|code| code.starts_with("57P")) => {
+                Self::from(error)
+            }
+            _ => Self::CommitUnknown(error),
+        }
+    }
+
+    /// The name of the constraint that refused the change, if one did.
+    #[must_use]
+    pub fn constraint(&self) -> Option<&str> {
+        match self {
+            Self::Constraint { name } => Some(name),
+            Self::Unavailable(_) | Self::CommitUnknown(_) | Self::Other(_) => None,
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Reading a user's devices.
+
+use cvault_types::{DeviceId, ServerId, TenantId, UserId};
+use ipnet::IpNet;
+use time::OffsetDateTime;
+use zeroize::Zeroizing;
+
+use super::config::ConfigKey;
+use super::name::PublicKey;
+use crate::db::DbError;
+use crate::ipam::{self, Addresses};
+use crate::keys::{Aad, KeyError, KeyRing};
+use crate::tenancy::TenantTx;
+
+/// WireGuard gives a session up 180 s after its last handshake (REJECT_AFTER_TIME, whitepaper §6.1).
+pub const TUNNEL_UP_SECONDS: i64 = 180;
+
+/// An active device of a user.
+#[derive(Clone, Debug)]
+pub struct Device {
+    pub id: DeviceId,
+    pub name: String,
+    pub platform: Option<String>,
+    pub public_key: PublicKey,
+    pub addresses: Addresses,
+    pub server: ServerId,
+    /// The server has to acknowledge this revision before the device works.
+    pub placed_revision: u64,
+    pub last_handshake_at: Option<OffsetDateTime>,
+    pub last_connected_at: Option<OffsetDateTime>,
+    pub created_at: OffsetDateTime,
+}
+
+impl Device {
+    #[must_use]
+    pub fn tunnel_up(&self, now: OffsetDateTime) -> bool {
+        self.last_handshake_at.is_some_and(|at| (now - at).whole_seconds() < TUNNEL_UP_SECONDS)
+    }
+}
+
+struct Row {
+    device_id: uuid::Uuid,
+    name: String,
+    platform: Option<String>,
+    public_key: Vec<u8>,
+    ipv4: IpNet,
+    ipv6: IpNet,
+    server_id: uuid::Uuid,
+    placed_revision: i64,
+    last_handshake_at: Option<OffsetDateTime>,
+    last_connected_at: Option<OffsetDateTime>,
+    created_at: OffsetDateTime,
+}
+
+impl From<Row> for Device {
+    fn from(row: Row) -> Self {
+        Self {
+            id: DeviceId::from_uuid(row.device_id),
+            name: row.name,
+            platform: row.platform,
+            public_key: PublicKey::from_bytes(row.public_key.try_into().expect("devices_public_key_length")),
+            addresses: ipam::addresses(row.ipv4, row.ipv6),
+            server: ServerId::from_uuid(row.server_id),
+            placed_revision: u64::try_from(row.placed_revision).unwrap_or_default(),
+            last_handshake_at: row.last_handshake_at,
+            last_connected_at: row.last_connected_at,
+            created_at: row.created_at,
+        }
+    }
+}
+
+/// Up to `limit` active devices of the user, oldest first, after the one named.
+///
+/// # Errors
+/// Those of the database.
+pub async fn list(
+    tx: &mut TenantTx,
+    user: UserId,
+    after: Option<DeviceId>,
+    limit: u32,
+) -> Result<Vec<Device>, DbError> {
+    let tenant = tx.tenant().uuid();
+    let rows = sqlx::query_as!(
+        Row,
+        r#"select device_id, name, platform, public_key, ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet", server_id,
+                  placed_revision, last_handshake_at, last_connected_at, created_at
+           from cvault.devices
+           where tenant_id = $1 and user_id = $2 and status = 'active' and ($3::uuid is null or device_id > $3)
+           order by device_id limit $4"#,
+        tenant,
+        user.uuid(),
+        after.map(DeviceId::uuid),
+        i64::from(limit),
+    )
+    .fetch_all(tx.conn())
+    .await?;
+    Ok(rows.into_iter().map(Device::from).collect())
+}
+
+/// One active device of the user.
+///
+/// # Errors
+/// Those of the database.
+pub async fn find(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<Option<Device>, DbError> {
+    let tenant = tx.tenant().uuid();
+    let row = sqlx::query_as!(
+        Row,
+        r#"select device_id, name, platform, public_key, ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet", server_id,
+                  placed_revision, last_handshake_at, last_connected_at, created_at
+           from cvault.devices
+           where tenant_id = $1 and user_id = $2 and status = 'active' and device_id = $3"#,
+        tenant,
+        user.uuid(),
+        id.uuid(),
+    )
+    .fetch_optional(tx.conn())
+    .await?;
+    Ok(row.map(Device::from))
+}
+
+/// Why a device's private key could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("a device's private key does not open")]
+    Key(#[from] KeyError),
+    #[error(transparent)]
+    Db(#[from] DbError),
+}
+
+/// The private key for the configuration of an active device.
+///
+/// # Errors
+/// When it cannot be read or opened.
+pub async fn config_of(tx: &mut TenantTx, keys: &KeyRing, id: DeviceId) -> Result<ConfigKey, ConfigError> {
+    let tenant = tx.tenant();
+    let row = sqlx::query!(
+        "select d.private_key_sealed, t.data_key_sealed
+         from cvault.devices d join cvault.tenants t on t.tenant_id = d.tenant_id
+         where d.tenant_id = $1 and d.device_id = $2",
+        tenant.uuid(),
+        id.uuid()
+    )
+    .fetch_one(tx.conn())
+    .await
+    .map_err(DbError::from)?;
+    let Some(sealed) = row.private_key_sealed else { return Ok(ConfigKey::OnlyAtTheClient) };
+    let data_key = row.data_key_sealed.ok_or(KeyError::DoesNotOpen)?;
+    let opened = keys.open(&data_key, private_key_aad(tenant, id), &sealed)?;
+    let key: &[u8; 32] = opened.as_slice().try_into().map_err(|_| KeyError::Layout)?;
+    Ok(ConfigKey::Known(Zeroizing::new(*key)))
+}
+
+pub(super) fn private_key_aad(tenant: TenantId, device: DeviceId) -> Aad {
+    Aad { table: "devices", column: "private_key_sealed", tenant, row: device.uuid() }
+}

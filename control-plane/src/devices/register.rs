@@ -1,0 +1,189 @@
+//! Registering a device: limits, key pair, address, row, audit, and last of all the server's revision.
+
+use cvault_types::{DeviceId, RequestId, UserId};
+use ipnet::IpNet;
+use rand::{CryptoRng, RngCore as _};
+use time::OffsetDateTime;
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+use super::config::ConfigKey;
+use super::name::{DeviceName, Platform, PublicKey};
+use super::read::private_key_aad;
+use crate::audit;
+use crate::db::DbError;
+use crate::ipam::{self, Addresses};
+use crate::keys::{KeyError, KeyRing};
+use crate::servers::{self, Server};
+use crate::tenancy::TenantTx;
+
+/// What a user says of a new device.
+#[derive(Clone, Debug)]
+pub struct NewDevice {
+    pub name: DeviceName,
+    pub platform: Option<Platform>,
+    /// Made by the client; otherwise the platform makes the pair.
+    pub public_key: Option<PublicKey>,
+    pub region: Option<String>,
+}
+
+/// A device that exists once the transaction is committed.
+pub struct Registered {
+    pub id: DeviceId,
+    pub public_key: PublicKey,
+    pub key: ConfigKey,
+    pub addresses: Addresses,
+    pub server: Server,
+    /// When the server has acknowledged this revision, the device works.
+    pub revision: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RegisterError {
+    #[error("the user has {used} of {max} devices")]
+    DeviceLimit { max: i32, used: i64 },
+    #[error("the user does not exist any more or is disabled")]
+    UserGone,
+    #[error("the public key belongs to another device")]
+    PublicKeyInUse,
+    #[error("no server takes a device now")]
+    ServerUnavailable,
+    #[error("the address pool is exhausted")]
+    PoolExhausted,
+    #[error("the tenant's data key cannot be used")]
+    Key(#[from] KeyError),
+    #[error(transparent)]
+    Db(#[from] DbError),
+}
+
+/// Registers a device of `user`. After COMMIT, call `Hub::server_changed` for its server.
+///
+/// # Errors
+/// By variant; the transaction must then be rolled back.
+pub async fn register(
+    tx: &mut TenantTx,
+    keys: &KeyRing,
+    user: UserId,
+    new: NewDevice,
+    now: OffsetDateTime,
+    rng: &mut (impl CryptoRng + Send),
+    request_id: RequestId,
+) -> Result<Registered, RegisterError> {
+    let tenant = tx.tenant();
+    let data_key = check_limit(tx, user).await?;
+    let candidates = servers::candidates(tx, new.region.as_deref(), now).await?;
+    let id = DeviceId::from_uuid(Uuid::now_v7());
+    let (server, addresses) = place(tx, id, candidates).await?;
+
+    let (public_key, key, sealed) = match new.public_key {
+        Some(public_key) => (public_key, ConfigKey::OnlyAtTheClient, None),
+        None => {
+            let mut private = Zeroizing::new([0; 32]);
+            rng.fill_bytes(private.as_mut());
+            let secret = x25519_dalek::StaticSecret::from(*private);
+            let sealed = keys.seal(&data_key, private_key_aad(tenant, id), private.as_ref())?;
+            let public_key = PublicKey::from_bytes(x25519_dalek::PublicKey::from(&secret).to_bytes());
+            (public_key, ConfigKey::Known(private), Some(sealed))
+        }
+    };
+    sqlx::query!(
+        "insert into cvault.devices (tenant_id, device_id, user_id, name, platform, public_key, private_key_sealed,
+                                     pool_id, ipv4, ipv6, server_id, created_at)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+        tenant.uuid(),
+        id.uuid(),
+        user.uuid(),
+        new.name.as_str(),
+        new.platform.as_ref().map(Platform::as_str),
+        public_key.as_bytes().as_slice(),
+        sealed,
+        server.pool.uuid(),
+        IpNet::from(std::net::IpAddr::V4(addresses.ipv4)),
+        IpNet::from(std::net::IpAddr::V6(addresses.ipv6)),
+        server.id.uuid(),
+        now,
+    )
+    .execute(tx.conn())
+    .await
+    .map_err(refused)?;
+    let entry = audit::Entry {
+        actor: &user.to_string(),
+        action: "device.register",
+        target: &id.to_string(),
+        details: serde_json::json!({ "server": server.id.to_string() }),
+        request_id: Some(request_id),
+    };
+    audit::record(tx, entry).await?;
+    // last: from here to COMMIT the server's row is locked
+    let revision = sqlx::query_scalar!(r#"select platform.place_peer($1) as "revision!""#, id.uuid())
+        .fetch_one(tx.conn())
+        .await
+        .map_err(refused)?;
+    let revision = u64::try_from(revision).expect("revisions count from 1");
+    Ok(Registered { id, public_key, key, addresses, server, revision })
+}
+
+/// Locks the user, so that racing registrations count one after the other. Returns the tenant's sealed data key.
+async fn check_limit(tx: &mut TenantTx, user: UserId) -> Result<Vec<u8>, RegisterError> {
+    let tenant = tx.tenant().uuid();
+    let row = sqlx::query!(
+        "select t.max_devices_per_user, t.data_key_sealed
+         from cvault.users u join cvault.tenants t on t.tenant_id = u.tenant_id
+         where u.tenant_id = $1 and u.user_id = $2 and u.status = 'active'
+         for no key update of u",
+        tenant,
+        user.uuid()
+    )
+    .fetch_optional(tx.conn())
+    .await
+    .map_err(DbError::from)?
+    .ok_or(RegisterError::UserGone)?;
+    // a statement of its own: it sees what was committed while the first one waited for the lock
+    let used = sqlx::query_scalar!(
+        r#"select count(*) as "used!" from cvault.devices
+           where tenant_id = $1 and user_id = $2 and status = 'active'"#,
+        tenant,
+        user.uuid()
+    )
+    .fetch_one(tx.conn())
+    .await
+    .map_err(DbError::from)?;
+    let max = row.max_devices_per_user;
+    if used >= i64::from(max) {
+        return Err(RegisterError::DeviceLimit { max, used });
+    }
+    row.data_key_sealed.ok_or(RegisterError::Key(KeyError::DoesNotOpen))
+}
+
+/// The least loaded server whose pool has an address left.
+async fn place(
+    tx: &mut TenantTx,
+    device: DeviceId,
+    candidates: Vec<Server>,
+) -> Result<(Server, Addresses), RegisterError> {
+    if candidates.is_empty() {
+        return Err(RegisterError::ServerUnavailable);
+    }
+    let mut exhausted = Vec::new();
+    for server in candidates {
+        if exhausted.contains(&server.pool) {
+            continue;
+        }
+        match ipam::allocate(tx, server.pool, device).await? {
+            Some(addresses) => return Ok((server, addresses)),
+            None => exhausted.push(server.pool),
+        }
+    }
+    Err(RegisterError::PoolExhausted)
+}
+
+fn refused(error: sqlx::Error) -> RegisterError {
+    let error = DbError::from(error);
+    match error.constraint() {
+        Some("devices_tenant_public_key" | "peers_public_key_unique" | "peers_public_key_device_unique") => {
+            RegisterError::PublicKeyInUse
+        }
+        Some("servers_open_for_peers") => RegisterError::ServerUnavailable,
+        Some(_) | None => RegisterError::Db(error),
+    }
+}

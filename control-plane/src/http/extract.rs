@@ -1,0 +1,225 @@
+//! Strict extractors: a body, path or query that is not exactly what the route expects is refused with its fault named;
+//! a caller is who its credentials say, or nobody.
+
+use std::fmt::Display;
+use std::time::Duration;
+
+use axum::extract::{FromRequest, FromRequestParts, RawPathParams, Request};
+use cvault_types::{ApiKeyId, ErrorCode, RequestId, TenantId, UserId};
+use http::HeaderMap;
+use http::header::{AUTHORIZATION, CONTENT_TYPE};
+use http::request::Parts;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::de::DeserializeOwned;
+
+use super::{Problem, context};
+use crate::app::App;
+use crate::auth::{api_keys, tokens};
+
+/// The largest body the API reads.
+pub const MAX_BODY_BYTES: usize = 1 << 20;
+/// A body must be complete within this time.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A JSON body. Also the JSON answer.
+#[derive(Debug)]
+pub struct Json<T>(pub T);
+
+/// Parameters of the path. A text that is no id of the right kind is 404: nothing has that address.
+#[derive(Debug)]
+pub struct Path<T>(pub T);
+
+/// The query string. Unknown names are refused when `T` denies unknown fields.
+#[derive(Debug)]
+pub struct Query<T>(pub T);
+
+/// A tenant's user: API key and user token of the same tenant.
+#[derive(Debug, Clone, Copy)]
+pub struct Caller {
+    pub tenant: TenantId,
+    pub user: UserId,
+    pub request_id: RequestId,
+}
+
+/// The tenant's own backend: API key and secret.
+#[derive(Debug, Clone, Copy)]
+pub struct TenantKey {
+    pub tenant: TenantId,
+    pub api_key_id: ApiKeyId,
+    pub request_id: RequestId,
+}
+
+/// Platform staff: bearer token of audience `admin`.
+#[derive(Debug, Clone)]
+pub struct Admin {
+    pub subject: String,
+    pub request_id: RequestId,
+}
+
+impl FromRequestParts<App> for Caller {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        let key = api_keys::authenticate_key(app, &parts.headers).await?;
+        let claims = tokens::verify_client(&app.secrets.token_key, &app.config.public_url, bearer(&parts.headers)?, app.clock.now())?;
+        if claims.tenant != key.tenant {
+            return Err(Problem::new(ErrorCode::InvalidToken).detail("The token belongs to another tenant than the API key."));
+        }
+        Ok(Self { tenant: key.tenant, user: claims.user, request_id: context::request_id() })
+    }
+}
+
+impl FromRequestParts<App> for TenantKey {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        let key = api_keys::authenticate_secret(app, &parts.headers).await?;
+        Ok(Self { tenant: key.tenant, api_key_id: key.api_key_id, request_id: context::request_id() })
+    }
+}
+
+impl FromRequestParts<App> for Admin {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        let subject = tokens::verify_admin(&app.secrets.token_key, &app.config.public_url, bearer(&parts.headers)?, app.clock.now())?;
+        Ok(Self { subject, request_id: context::request_id() })
+    }
+}
+
+fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {
+    let missing = || Problem::new(ErrorCode::InvalidToken).detail("An Authorization header `Bearer <token>` is needed, once.");
+    let text = single(headers, AUTHORIZATION.as_str()).ok_or_else(missing)?;
+    let (scheme, token) = text.split_once(' ').ok_or_else(missing)?;
+    if scheme.eq_ignore_ascii_case("bearer") { Ok(token.trim()) } else { Err(missing()) }
+}
+
+/// A header that is there exactly once, in visible ASCII.
+pub(crate) fn single<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    let mut values = headers.get_all(name).iter();
+    match (values.next(), values.next()) {
+        (Some(value), None) => value.to_str().ok(),
+        _ => None,
+    }
+}
+
+impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, _app: &App) -> Result<Self, Problem> {
+        if !is_json(request.headers()) {
+            return Err(Problem::new(ErrorCode::UnsupportedMediaType));
+        }
+        parse_json(&read_body(request).await?).map(Json)
+    }
+}
+
+impl<T: serde::Serialize> axum::response::IntoResponse for Json<T> {
+    fn into_response(self) -> axum::response::Response {
+        axum::Json(self.0).into_response()
+    }
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    let Some(value) = single(headers, CONTENT_TYPE.as_str()) else { return false };
+    let mut parts = value.split(';').map(str::trim);
+    parts.next().is_some_and(|kind| kind.eq_ignore_ascii_case("application/json"))
+        && parts.all(|parameter| {
+            parameter.is_empty()
+                || parameter.split_once('=').is_some_and(|(name, value)| {
+                    name.eq_ignore_ascii_case("charset") && value.trim_matches('"').eq_ignore_ascii_case("utf-8")
+                })
+        })
+}
+
+async fn read_body(request: Request) -> Result<axum::body::Bytes, Problem> {
+    let body = Limited::new(request.into_body(), MAX_BODY_BYTES);
+    match tokio::time::timeout(BODY_TIMEOUT, body.collect()).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(Problem::new(ErrorCode::PayloadTooLarge)),
+        Ok(Err(_)) => Err(Problem::new(ErrorCode::MalformedRequest).detail("The body broke off.")),
+        Err(_) => Err(Problem::new(ErrorCode::RequestTimeout)),
+    }
+}
+
+fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let pointer = pointer(error.path());
+        let inner = error.into_inner();
+        if inner.is_data() { field_problem(&pointer, &inner) } else { syntax_problem(&inner) }
+    })?;
+    deserializer.end().map_err(|error| syntax_problem(&error))?;
+    Ok(value)
+}
+
+fn syntax_problem(error: &serde_json::Error) -> Problem {
+    Problem::new(ErrorCode::MalformedRequest)
+        .detail(format!("The body is not valid JSON: fault at line {}, column {}.", error.line(), error.column()))
+}
+
+fn pointer(path: &serde_path_to_error::Path) -> String {
+    use serde_path_to_error::Segment;
+    path.iter().fold(String::new(), |text, segment| match segment {
+        Segment::Seq { index } => format!("{text}/{index}"),
+        Segment::Map { key } | Segment::Enum { variant: key } => format!("{text}/{}", escape(key)),
+        Segment::Unknown => format!("{text}/?"),
+    })
+}
+
+fn escape(key: &str) -> String {
+    key.replace('~', "~0").replace('/', "~1")
+}
+
+/// serde's sentences name the field of a missing, unknown or doubled one between backticks; the rest is at `path`.
+/// Sentences about values are ours alone where they would repeat what the caller sent.
+fn field_problem(path: &str, error: &impl Display) -> Problem {
+    let text = error.to_string();
+    let named = |text: &str| text.split('`').nth(1).map(escape).unwrap_or_default();
+    let below = |parent: &str, name: &str| match parent {
+        "?" => format!("?{name}"),
+        _ if parent.ends_with(&format!("/{name}")) => parent.to_owned(),
+        _ => format!("{parent}/{name}"),
+    };
+    let problem = Problem::validation();
+    if text.starts_with("missing field") {
+        problem.field(below(path, &named(&text)), "missing", "is required")
+    } else if text.starts_with("unknown field") {
+        problem.field(below(path, &named(&text)), "unknown", "is not a field of this request")
+    } else if text.starts_with("duplicate field") {
+        problem.field(below(path, &named(&text)), "duplicate", "is there more than once")
+    } else if text.starts_with("invalid type") || text.starts_with("invalid value") {
+        let expected = text.rsplit_once("expected ").map_or("another type", |(_, expected)| expected);
+        let expected = expected.split(" at line ").next().unwrap_or(expected);
+        problem.field(path, "invalid_type", format!("must be {expected}"))
+    } else if text.starts_with("unknown variant") {
+        let choices = text.split_once("expected ").map_or("", |(_, choices)| choices);
+        let choices = choices.split(" at line ").next().unwrap_or(choices);
+        problem.field(path, "invalid_value", format!("must be {choices}"))
+    } else {
+        let sentence = text.split(" at line ").next().unwrap_or(&text);
+        problem.field(path, "invalid_format", sentence)
+    }
+}
+
+impl<T: DeserializeOwned + Send> FromRequestParts<App> for Path<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        // Percent-decoding faults and ids of another kind are the same to the caller: nothing is there.
+        RawPathParams::from_request_parts(parts, app).await.map_err(|_| Problem::new(ErrorCode::NotFound))?;
+        axum::extract::Path::<T>::from_request_parts(parts, app)
+            .await
+            .map(|path| Self(path.0))
+            .map_err(|_| Problem::new(ErrorCode::NotFound))
+    }
+}
+
+impl<T: DeserializeOwned> FromRequestParts<App> for Query<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _app: &App) -> Result<Self, Problem> {
+        let text = parts.uri.query().unwrap_or_default();
+        serde_urlencoded::from_str(text).map(Self).map_err(|error| field_problem("?", &error))
+    }
+}

@@ -1,0 +1,198 @@
+//! Every error answer of the API: RFC 9457, `application/problem+json`. The one place that maps errors to HTTP.
+//!
+//! Two texts: `detail` is what the caller may read; what the operator needs is logged where the problem is made.
+
+use axum::response::{IntoResponse, Response};
+use http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::{HeaderValue, StatusCode};
+use time::OffsetDateTime;
+
+use cvault_types::problem::{FieldFault, Limit, ProblemBody};
+use cvault_types::{ErrorCode, RequestId};
+
+use super::context;
+use crate::db::DbError;
+
+/// An error on its way to the caller.
+#[derive(Debug, Clone)]
+pub struct Problem {
+    code: ErrorCode,
+    detail: String,
+    errors: Vec<FieldFault>,
+    limit: Option<Limit>,
+    retry_after_seconds: Option<u64>,
+    allow: Option<HeaderValue>,
+}
+
+impl Problem {
+    #[must_use]
+    pub fn new(code: ErrorCode) -> Self {
+        Self {
+            code,
+            detail: default_detail(code).to_owned(),
+            errors: Vec::new(),
+            limit: None,
+            retry_after_seconds: None,
+            allow: None,
+        }
+    }
+
+    /// The error of a request whose fields are at fault; add them with [`Problem::field`].
+    #[must_use]
+    pub fn validation() -> Self {
+        Self::new(ErrorCode::ValidationFailed)
+    }
+
+    /// Logs what happened and answers with a constant sentence.
+    #[must_use]
+    pub fn internal(error: &dyn std::error::Error) -> Self {
+        tracing::error!(error = chain(error), "internal error");
+        Self::new(ErrorCode::InternalError)
+    }
+
+    #[must_use]
+    pub fn detail(mut self, detail: impl Into<String>) -> Self {
+        self.detail = detail.into();
+        self
+    }
+
+    #[must_use]
+    pub fn field(mut self, pointer: impl Into<String>, code: &str, detail: impl Into<String>) -> Self {
+        self.errors.push(FieldFault { pointer: pointer.into(), code: code.to_owned(), detail: detail.into() });
+        self
+    }
+
+    #[must_use]
+    pub fn limit(mut self, name: &str, max: i64, used: i64) -> Self {
+        self.limit = Some(Limit { name: name.to_owned(), max, used, resets_at: None });
+        self
+    }
+
+    #[must_use]
+    pub fn resets_at(mut self, at: OffsetDateTime) -> Self {
+        if let Some(limit) = &mut self.limit {
+            limit.resets_at = Some(at);
+        }
+        self
+    }
+
+    #[must_use]
+    pub fn retry_after(mut self, seconds: u64) -> Self {
+        self.retry_after_seconds = Some(seconds);
+        self
+    }
+
+    pub(super) fn allow(mut self, allow: Option<HeaderValue>) -> Self {
+        self.allow = allow;
+        self
+    }
+
+    #[must_use]
+    pub fn code(&self) -> ErrorCode {
+        self.code
+    }
+
+    /// Faults collected so far, or `value` when there are none.
+    ///
+    /// # Errors
+    /// The problem itself when it names a field.
+    pub fn or_ok<T>(self, value: T) -> Result<T, Self> {
+        if self.errors.is_empty() { Ok(value) } else { Err(self) }
+    }
+
+    fn body(&self, request_id: RequestId) -> ProblemBody {
+        ProblemBody {
+            kind: format!("https://docs.cvault.io/errors/{}", self.code.as_str()),
+            title: self.code.title().to_owned(),
+            status: self.code.status(),
+            detail: self.detail.clone(),
+            code: self.code,
+            request_id,
+            retryable: self.code.retryable(),
+            errors: self.errors.clone(),
+            limit: self.limit.clone(),
+        }
+    }
+}
+
+fn default_detail(code: ErrorCode) -> &'static str {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "a title is enough for every code without a sentence here")]
+    match code {
+        ErrorCode::InvalidApiKey => "The API key is unknown, revoked or expired, or its secret is missing or wrong.",
+        ErrorCode::InvalidCredentials => "The e-mail address or the password is wrong.",
+        ErrorCode::InvalidToken => "The token is missing, malformed, or not for this use.",
+        ErrorCode::TokenExpired => "The access token has expired. Use the refresh token to get a new one.",
+        ErrorCode::TokenReused => "This refresh token was used before. All tokens of this login are revoked; log in again.",
+        ErrorCode::TenantSuspended => "This tenant is suspended.",
+        ErrorCode::NotFound => "There is nothing here under this address, or it is not yours.",
+        ErrorCode::MethodNotAllowed => "This address does not answer this method.",
+        ErrorCode::PayloadTooLarge => "The body is larger than 1 MiB.",
+        ErrorCode::UnsupportedMediaType => "The body must be application/json.",
+        ErrorCode::ValidationFailed => "Some fields are missing, unknown or out of bounds; see errors.",
+        ErrorCode::RequestTimeout => "The request did not arrive whole in time.",
+        ErrorCode::RateLimited => "Too many requests. Wait as long as Retry-After says.",
+        ErrorCode::InternalError => "Something went wrong on our side. The request id helps us find it.",
+        ErrorCode::ServerUnavailable => "No server can take this device now.",
+        ErrorCode::PoolExhausted => "All addresses of the pool are in use.",
+        ErrorCode::Overloaded => "Too much work is waiting. Try again shortly.",
+        ErrorCode::DatabaseUnavailable => "The database does not answer. Try again shortly.",
+        _ => code.title(),
+    }
+}
+
+/// The whole chain of causes in one line, for the log.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+impl From<DbError> for Problem {
+    fn from(error: DbError) -> Self {
+        match &error {
+            DbError::Unavailable(_) => {
+                tracing::warn!(error = chain(&error), "database unavailable");
+                Self::new(ErrorCode::DatabaseUnavailable).retry_after(1)
+            }
+            DbError::CommitUnknown(_) => {
+                tracing::warn!(error = chain(&error), "outcome of a commit unknown");
+                Self::new(ErrorCode::DatabaseUnavailable)
+                    .detail("The database went away while saving. The change may or may not have been made.")
+                    .retry_after(1)
+            }
+            DbError::Constraint { .. } | DbError::Other(_) => Self::internal(&error),
+        }
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let id = context::request_id();
+        let status = StatusCode::from_u16(self.code.status()).expect("codes have valid statuses");
+        let body = serde_json::to_vec(&self.body(id)).expect("a problem is plain data");
+        let mut response = (status, body).into_response();
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if let Some(seconds) = self.retry_after_seconds {
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if let Some(allow) = self.allow {
+            headers.insert(http::header::ALLOW, allow);
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            let scheme = match self.code {
+                ErrorCode::InvalidApiKey => "ApiKey realm=\"cvault\"",
+                ErrorCode::TokenExpired => "Bearer realm=\"cvault\", error=\"invalid_token\", error_description=\"expired\"",
+                _ => "Bearer realm=\"cvault\"",
+            };
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static(scheme));
+        }
+        response
+    }
+}

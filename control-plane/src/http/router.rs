@@ -1,0 +1,34 @@
+//! Every route of the API.
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use cvault_types::ErrorCode;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+
+use super::extract::MAX_BODY_BYTES;
+use super::{Problem, middleware, openapi, routes};
+use crate::app::App;
+
+/// The routes with their descriptions: one that is not described cannot be added.
+pub fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::with_openapi(openapi::Description::openapi())
+        .merge(routes::health::router()) // GET /health /health/ready /metrics /.well-known/jwks.json /api/v1/openapi.json
+        .merge(routes::admin::router()) // /admin/tenants
+        .merge(routes::auth::router()) // POST /api/v1/auth/{register,login,refresh,logout}
+        .merge(routes::devices::router()) // /api/v1/devices
+        .merge(routes::vpn::router()) // /api/v1/vpn/{connect,disconnect,status}
+        .merge(routes::servers::router()) // GET /api/v1/servers
+        .merge(routes::usage::router()) // GET /api/v1/usage
+}
+
+/// The whole API, ready to be served.
+#[must_use]
+pub fn api(app: App) -> Router {
+    let (router, _) = routes().split_for_parts();
+    router
+        .fallback(async || Problem::new(ErrorCode::NotFound))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(axum::middleware::from_fn(middleware::own_task))
+        .with_state(app)
+}

@@ -1,0 +1,236 @@
+//! `/api/v1/auth/*`: register, login, refresh and logout of a tenant's users, called by the tenant's backend.
+
+use std::net::IpAddr;
+
+use cvault_types::auth::{LoginRequest, RefreshRequest, RegisterRequest, TokenResponse};
+use cvault_types::problem::ProblemBody;
+use cvault_types::{ErrorCode, Secret, UserId};
+use axum::extract::State;
+use http::StatusCode;
+use rand::SeedableRng;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::app::App;
+use crate::auth::email::Email;
+use crate::auth::events::{self, AuthEvent, AuthKind, Outcome};
+use crate::auth::passwords::PasswordError;
+use crate::auth::refresh::{self, Family, Taken};
+use crate::auth::tokens::{self, ClientToken};
+use crate::db::DbError;
+use crate::http::serve::Peer;
+use crate::http::{Json, Problem, TenantKey};
+use crate::tenancy::TenantTx;
+use crate::users::{self, RegisterError};
+
+pub fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(register)).routes(routes!(login)).routes(routes!(refresh_tokens)).routes(routes!(logout))
+}
+
+/// Register a user.
+#[utoipa::path(post, path = "/api/v1/auth/register", tag = "auth", security(("api_key" = [], "api_secret" = [])),
+    request_body = RegisterRequest,
+    responses((status = 201, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn register(
+    State(app): State<App>,
+    key: TenantKey,
+    peer: Peer,
+    Json(body): Json<RegisterRequest>,
+) -> Result<(StatusCode, Json<TokenResponse>), Problem> {
+    let (email, password) = checked(&body)?;
+    let event = Attempt { kind: AuthKind::Register, key, client_ip: peer.ip() };
+    let mut tx = app.db.tenancy.begin(key.tenant).await?;
+    // before the costly hash; asked again under the lock
+    let taken = users::email_exists(&mut tx, &email).await?;
+    tx.commit().await?;
+    if taken {
+        event.note(&app, Outcome::Failure, None).await?;
+        return Err(email_taken());
+    }
+    let hash = app.passwords.hash(password).await?;
+    let now = app.clock.now();
+    let mut tx = app.db.tenancy.begin(key.tenant).await?;
+    match users::register(&mut tx, &email, &hash, now).await {
+        Ok(user) => {
+            events::record(&mut tx, event.row(Outcome::Success, Some(user))).await?;
+            let answer = open_session(&app, &mut tx, Family::begin(user)).await?;
+            tx.commit().await?;
+            Ok((StatusCode::CREATED, Json(answer)))
+        }
+        Err(error) => {
+            events::record(&mut tx, event.row(Outcome::Failure, None)).await?;
+            tx.commit().await?;
+            Err(error.into())
+        }
+    }
+}
+
+/// Log a user in.
+#[utoipa::path(post, path = "/api/v1/auth/login", tag = "auth", security(("api_key" = [], "api_secret" = [])),
+    request_body = LoginRequest,
+    responses((status = 200, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn login(
+    State(app): State<App>,
+    key: TenantKey,
+    peer: Peer,
+    Json(body): Json<LoginRequest>,
+) -> Result<Json<TokenResponse>, Problem> {
+    let event = Attempt { kind: AuthKind::Login, key, client_ip: peer.ip() };
+    let found = match Email::parse(&body.email) {
+        Some(email) => {
+            let mut tx = app.db.tenancy.begin(key.tenant).await?;
+            let found = users::find_login(&mut tx, &email).await?;
+            tx.commit().await?;
+            found
+        }
+        None => None,
+    };
+    let (user, hash) = found.map_or((None, None), |login| (login.active.then_some(login.user), login.password_hash));
+    // no transaction is open while this takes its fifth of a second
+    let verified = app.passwords.verify(body.password, hash).await?;
+    let (Some(user), true) = (user, verified) else {
+        event.note(&app, Outcome::Failure, user).await?;
+        return Err(Problem::new(ErrorCode::InvalidCredentials));
+    };
+    let mut tx = app.db.tenancy.begin(key.tenant).await?;
+    events::record(&mut tx, event.row(Outcome::Success, Some(user))).await?;
+    let answer = open_session(&app, &mut tx, Family::begin(user)).await?;
+    tx.commit().await?;
+    Ok(Json(answer))
+}
+
+/// Exchange a refresh token for a new pair. Each refresh token works once.
+#[utoipa::path(post, path = "/api/v1/auth/refresh", tag = "auth", security(("api_key" = [], "api_secret" = [])),
+    request_body = RefreshRequest,
+    responses((status = 200, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn refresh_tokens(
+    State(app): State<App>,
+    key: TenantKey,
+    peer: Peer,
+    Json(body): Json<RefreshRequest>,
+) -> Result<Json<TokenResponse>, Problem> {
+    let event = Attempt { kind: AuthKind::Refresh, key, client_ip: peer.ip() };
+    let mut tx = app.db.tenancy.begin(key.tenant).await?;
+    let taken = refresh::take(&mut tx, &app.secrets, &body.refresh_token, app.clock.now()).await?;
+    let (family, outcome, code) = match taken {
+        Taken::Valid(family) if users::is_active(&mut tx, family.user).await? => {
+            events::record(&mut tx, event.row(Outcome::Success, Some(family.user))).await?;
+            let answer = open_session(&app, &mut tx, family).await?;
+            tx.commit().await?;
+            return Ok(Json(answer));
+        }
+        Taken::Reused(family) => (Some(family), Outcome::Reuse, ErrorCode::TokenReused),
+        Taken::Expired(family) => (Some(family), Outcome::Failure, ErrorCode::TokenExpired),
+        Taken::Valid(family) | Taken::Revoked(family) => (Some(family), Outcome::Failure, ErrorCode::InvalidToken),
+        Taken::Unknown => (None, Outcome::Failure, ErrorCode::InvalidToken),
+    };
+    events::record(&mut tx, event.row(outcome, family.map(|family| family.user))).await?;
+    // the revocation of the family has to last
+    tx.commit().await?;
+    Err(match code {
+        ErrorCode::TokenExpired => Problem::new(code).detail("The refresh token has expired. Log in again."),
+        _ => Problem::new(code),
+    })
+}
+
+/// End a login: its refresh tokens stop working.
+#[utoipa::path(post, path = "/api/v1/auth/logout", tag = "auth", security(("api_key" = [], "api_secret" = [])),
+    request_body = RefreshRequest,
+    responses((status = 204), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn logout(
+    State(app): State<App>,
+    key: TenantKey,
+    peer: Peer,
+    Json(body): Json<RefreshRequest>,
+) -> Result<StatusCode, Problem> {
+    let event = Attempt { kind: AuthKind::Logout, key, client_ip: peer.ip() };
+    let now = app.clock.now();
+    let mut tx = app.db.tenancy.begin(key.tenant).await?;
+    let family = match refresh::take(&mut tx, &app.secrets, &body.refresh_token, now).await? {
+        Taken::Valid(family) | Taken::Reused(family) | Taken::Expired(family) | Taken::Revoked(family) => family,
+        Taken::Unknown => {
+            events::record(&mut tx, event.row(Outcome::Failure, None)).await?;
+            tx.commit().await?;
+            return Err(Problem::new(ErrorCode::InvalidToken));
+        }
+    };
+    refresh::revoke(&mut tx, family, now).await?;
+    events::record(&mut tx, event.row(Outcome::Success, Some(family.user))).await?;
+    tx.commit().await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The constant parts of an attempt's event.
+#[derive(Clone, Copy)]
+struct Attempt {
+    kind: AuthKind,
+    key: TenantKey,
+    client_ip: Option<IpAddr>,
+}
+
+impl Attempt {
+    fn row(self, outcome: Outcome, user: Option<UserId>) -> AuthEvent {
+        AuthEvent { kind: self.kind, outcome, user, client_ip: self.client_ip, request_id: self.key.request_id }
+    }
+
+    async fn note(self, app: &App, outcome: Outcome, user: Option<UserId>) -> Result<(), DbError> {
+        let mut tx = app.db.tenancy.begin(self.key.tenant).await?;
+        events::record(&mut tx, self.row(outcome, user)).await?;
+        tx.commit().await
+    }
+}
+
+async fn open_session(app: &App, tx: &mut TenantTx, family: Family) -> Result<TokenResponse, DbError> {
+    let now = app.clock.now();
+    let refresh_token = refresh::issue(tx, &app.secrets, family, now, &mut rand::rngs::StdRng::from_os_rng()).await?;
+    let who = ClientToken { tenant: tx.tenant(), user: family.user };
+    Ok(TokenResponse {
+        user_id: family.user,
+        access_token: tokens::mint_client(&app.secrets.token_key, &app.config.public_url, who, family.id, now),
+        refresh_token,
+        token_type: "Bearer".to_owned(),
+        expires_in: tokens::ACCESS_SECONDS,
+    })
+}
+
+fn checked(body: &RegisterRequest) -> Result<(Email, Secret), Problem> {
+    let email = Email::parse(&body.email);
+    let mut problem = Problem::validation();
+    if email.is_none() {
+        problem = problem.field("/email", "invalid_format", "must be an e-mail address");
+    }
+    match body.password.expose().chars().count() {
+        0..8 => problem = problem.field("/password", "too_short", "must have 8 characters or more"),
+        8..=128 => {}
+        _ => problem = problem.field("/password", "too_long", "must have 128 characters or fewer"),
+    }
+    match email {
+        Some(email) => problem.or_ok((email, body.password.clone())),
+        None => Err(problem),
+    }
+}
+
+fn email_taken() -> Problem {
+    Problem::new(ErrorCode::EmailTaken).detail("This tenant has a user with this e-mail address.")
+}
+
+impl From<RegisterError> for Problem {
+    fn from(error: RegisterError) -> Self {
+        match error {
+            RegisterError::EmailTaken => email_taken(),
+            RegisterError::LimitExceeded { max, used } => Self::new(ErrorCode::UserLimitExceeded)
+                .detail(format!("This tenant has {used} of {max} users. Remove one or raise the limit."))
+                .limit("users", max, used),
+            RegisterError::Db(error) => error.into(),
+        }
+    }
+}
+
+impl From<PasswordError> for Problem {
+    fn from(error: PasswordError) -> Self {
+        match &error {
+            PasswordError::Overloaded => Self::new(ErrorCode::Overloaded).retry_after(2),
+            PasswordError::Hash(_) | PasswordError::Interrupted => Self::internal(&error),
+        }
+    }
+}

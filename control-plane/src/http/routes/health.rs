@@ -1,0 +1,74 @@
+//! Health, metrics, public keys and the API's own description: no credentials needed.
+
+use axum::extract::State;
+use axum::response::IntoResponse;
+use cvault_types::health::{Health, HealthStatus};
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use http::{HeaderName, StatusCode};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::app::App;
+use crate::auth::tokens;
+use crate::http::{Json, openapi};
+use crate::metrics;
+
+pub fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(routes!(health))
+        .routes(routes!(ready))
+        .routes(routes!(metrics_text))
+        .routes(routes!(jwks))
+        .routes(routes!(description))
+}
+
+/// Whether the platform works.
+#[utoipa::path(get, path = "/health", tag = "platform", security(()),
+    responses((status = 200, body = Health), (status = 503, body = Health)))]
+async fn health(State(app): State<App>) -> (StatusCode, Json<Health>) {
+    let db = app.db.ping().await.is_ok();
+    answer(&app, db, db)
+}
+
+/// Whether this replica should get requests: the database answers and the process is not shutting down.
+#[utoipa::path(get, path = "/health/ready", tag = "platform", security(()),
+    responses((status = 200, body = Health), (status = 503, body = Health)))]
+async fn ready(State(app): State<App>) -> (StatusCode, Json<Health>) {
+    let db = app.db.ping().await.is_ok();
+    answer(&app, db && !app.draining.is_cancelled(), db)
+}
+
+fn answer(app: &App, healthy: bool, db: bool) -> (StatusCode, Json<Health>) {
+    let (code, status) = if healthy {
+        (StatusCode::OK, HealthStatus::Healthy)
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, HealthStatus::Unhealthy)
+    };
+    (code, Json(Health { status, timestamp: app.clock.now(), db }))
+}
+
+/// Metrics in the Prometheus text format.
+#[utoipa::path(get, path = "/metrics", tag = "platform", security(()),
+    responses((status = 200, body = String, content_type = "text/plain")))]
+async fn metrics_text(State(app): State<App>) -> impl IntoResponse {
+    metrics::pool(app.db.sys.size(), app.db.sys.num_idle());
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics::render())
+}
+
+/// The public key that verifies access tokens (JSON Web Key Set).
+#[utoipa::path(get, path = "/.well-known/jwks.json", tag = "platform", security(()),
+    responses((status = 200, body = serde_json::Value)))]
+async fn jwks(State(app): State<App>) -> impl IntoResponse {
+    (PUBLIC, Json(tokens::jwks(&app.secrets.token_key)))
+}
+
+/// This document.
+#[utoipa::path(get, path = "/api/v1/openapi.json", tag = "platform", security(()),
+    responses((status = 200, body = serde_json::Value)))]
+async fn description() -> impl IntoResponse {
+    let [public] = PUBLIC;
+    ([public, (CONTENT_TYPE, "application/json")], openapi::document_text())
+}
+
+/// Five minutes: a new signing key has to be known before it signs.
+const PUBLIC: [(HeaderName, &str); 1] = [(CACHE_CONTROL, "public, max-age=300")];

@@ -1,0 +1,9 @@
+//! One file per noun: parse, authorise, call the operation, answer.
+
+pub mod admin;
+pub mod auth;
+pub mod devices;
+pub mod health;
+pub mod servers;
+pub mod usage;
+pub mod vpn;

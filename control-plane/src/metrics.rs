@@ -1,0 +1,62 @@
+//! Every metric of the control plane. No label names a tenant, a user or a server.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+const REQUESTS: &str = "cvault_http_requests_total";
+const REQUEST_SECONDS: &str = "cvault_http_request_duration_seconds";
+const PASSWORD_QUEUE: &str = "cvault_password_queue_depth";
+const POOL_CONNECTIONS: &str = "cvault_db_pool_connections";
+
+/// Seconds. From a cached answer to bcrypt at cost 12 under load.
+const BUCKETS: [f64; 12] = [0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+
+static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+
+/// Installs the recorder of this process; later calls find it installed.
+pub fn install() -> &'static PrometheusHandle {
+    HANDLE.get_or_init(|| {
+        let recorder = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Full(REQUEST_SECONDS.to_owned()), &BUCKETS)
+            .expect("the list of buckets is not empty")
+            .build_recorder();
+        let handle = recorder.handle();
+        // Another recorder can only have been installed by a program that embeds this crate; then it keeps its own.
+        if metrics::set_global_recorder(recorder).is_err() {
+            tracing::debug!("another metrics recorder is installed");
+        }
+        describe_counter!(REQUESTS, "Requests answered, by route template, method and status.");
+        describe_histogram!(REQUEST_SECONDS, "Time from the request's head to its answer, by route template.");
+        describe_gauge!(PASSWORD_QUEUE, "Password checks that run or wait.");
+        describe_gauge!(POOL_CONNECTIONS, "Connections of the cvault_sys pool, by state.");
+        handle
+    })
+}
+
+/// The text of `/metrics`.
+#[must_use]
+pub fn render() -> String {
+    let handle = install();
+    handle.run_upkeep();
+    handle.render()
+}
+
+pub fn request(route: &str, method: &str, status: u16, took: Duration) {
+    // a client may invent methods; a label may not
+    let method = if matches!(method, "GET" | "HEAD" | "POST" | "PATCH" | "PUT" | "DELETE") { method } else { "other" };
+    let labels = [("route", route.to_owned()), ("method", method.to_owned()), ("status", status.to_string())];
+    counter!(REQUESTS, &labels).increment(1);
+    histogram!(REQUEST_SECONDS, "route" => route.to_owned()).record(took.as_secs_f64());
+}
+
+pub fn password_queue(depth: usize) {
+    gauge!(PASSWORD_QUEUE).set(u32::try_from(depth).unwrap_or(u32::MAX));
+}
+
+pub fn pool(size: u32, idle: usize) {
+    gauge!(POOL_CONNECTIONS, "state" => "open").set(size);
+    gauge!(POOL_CONNECTIONS, "state" => "idle").set(u32::try_from(idle).unwrap_or(u32::MAX));
+}

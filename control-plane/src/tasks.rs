@@ -1,0 +1,1 @@
+//! Periodic work, supervised, stopped cleanly at shutdown.

@@ -1,0 +1,140 @@
+//! [`TenantTx`]: the only door to tenant rows.
+//!
+//! BEGIN and a signed tenant context travel in one message; row-level security in the database does the rest
+//! (`cvault.tenant_id()` in `migrations/0001_tenancy.sql` checks the signature). A connection whose transaction was not
+//! cleanly finished is closed, never returned to the pool (see [`Tx`]), so the next tenant cannot inherit it.
+
+use std::fmt;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use cvault_types::TenantId;
+use sha2::{Digest as _, Sha256};
+use sqlx::{PgConnection, PgPool};
+use zeroize::Zeroizing;
+
+use crate::db::{DbError, Tx};
+
+/// Long enough for the slowest statement, short enough that a leaked context is worth nothing. Checked against the
+/// start of the transaction, so it bounds the wait for the connection and the clocks' difference, not the work.
+const CONTEXT_LIFETIME_SECONDS: u64 = 30;
+
+/// The key that signs tenant contexts; role `cvault_app` cannot read it.
+#[derive(Clone)]
+pub struct ContextKey(Zeroizing<Vec<u8>>);
+
+/// Opens tenant transactions.
+#[derive(Clone, Debug)]
+pub struct Tenancy {
+    pool: PgPool,
+    key: ContextKey,
+}
+
+/// A transaction that sees and changes one tenant's rows.
+#[derive(Debug)]
+pub struct TenantTx {
+    tx: Tx,
+    tenant: TenantId,
+}
+
+impl ContextKey {
+    /// Loads the newest active key.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn load(sys: &PgPool) -> Result<Self, sqlx::Error> {
+        let key =
+            sqlx::query_scalar!("select key from platform.context_keys where active order by key_id desc limit 1")
+                .fetch_one(sys)
+                .await?;
+        Ok(Self(Zeroizing::new(key)))
+    }
+
+    /// `<tenant>.<expiry>.<mac>`: letters a–f, digits, `-` and `.`, so it may stand in a SQL literal.
+    fn sign(&self, tenant: TenantId, expiry: u64) -> Zeroizing<String> {
+        let body = format!("{}.{expiry}", tenant.uuid());
+        let inner = Sha256::new().chain_update(&*self.0).chain_update(&body).finalize();
+        let mac = Sha256::new().chain_update(&*self.0).chain_update(inner).finalize();
+        Zeroizing::new(format!("{body}.{}", hex::encode(mac)))
+    }
+}
+
+impl fmt::Debug for ContextKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ContextKey")
+    }
+}
+
+impl Tenancy {
+    #[must_use]
+    pub fn new(app_pool: PgPool, key: ContextKey) -> Self {
+        Self { pool: app_pool, key }
+    }
+
+    /// Begins a transaction in which only `tenant`'s rows exist. Cancelling this call, at any point, closes the
+    /// connection.
+    ///
+    /// # Errors
+    /// [`DbError::Unavailable`] when no connection could be had in time.
+    pub async fn begin(&self, tenant: TenantId) -> Result<TenantTx, DbError> {
+        let expiry = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()) + CONTEXT_LIFETIME_SECONDS;
+        let context = self.key.sign(tenant, expiry);
+        let begin = Zeroizing::new(format!("begin; set local app.ctx = '{}'", *context));
+        Ok(TenantTx { tx: Tx::begin_with(&self.pool, begin).await?, tenant })
+    }
+
+    pub(crate) async fn ping(&self) -> Result<(), DbError> {
+        sqlx::query_scalar!("select 1").fetch_one(&self.pool).await?;
+        Ok(())
+    }
+
+    pub(crate) async fn close(&self) {
+        self.pool.close().await;
+    }
+}
+
+impl TenantTx {
+    /// The connection, inside the transaction.
+    pub fn conn(&mut self) -> &mut PgConnection {
+        self.tx.conn()
+    }
+
+    #[must_use]
+    pub fn tenant(&self) -> TenantId {
+        self.tenant
+    }
+
+    /// Commits; see [`Tx::commit`].
+    ///
+    /// # Errors
+    /// [`DbError::CommitUnknown`] when the answer was lost; then nothing may be acknowledged.
+    pub async fn commit(self) -> Result<(), DbError> {
+        self.tx.commit().await
+    }
+
+    /// Ends the transaction without effect and keeps the connection. Dropping has the same effect on the rows.
+    ///
+    /// # Errors
+    /// When the database does not answer; the transaction is without effect all the same.
+    pub async fn rollback(self) -> Result<(), DbError> {
+        self.tx.rollback().await
+    }
+
+    /// Commits when the work succeeded, rolls back when it did not.
+    ///
+    /// # Errors
+    /// The work's own error, or that of the commit.
+    pub async fn finish<T, E: From<DbError>>(self, work: Result<T, E>) -> Result<T, E> {
+        match work {
+            Ok(value) => {
+                self.commit().await?;
+                Ok(value)
+            }
+            Err(error) => {
+                if let Err(lost) = self.rollback().await {
+                    tracing::debug!(error = %lost, "the connection of a failed transaction was lost");
+                }
+                Err(error)
+            }
+        }
+    }
+}

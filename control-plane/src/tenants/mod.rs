@@ -1,0 +1,331 @@
+//! The platform's business customers: creating, changing, suspending and deleting them.
+//!
+//! Every change is made inside the tenant's own transaction, also when platform staff makes it; only listing looks across
+//! tenants, with role `cvault_sys`.
+
+mod delete;
+
+use cvault_types::tenant::{CreateTenantRequest, Tenant, TenantStatus, UpdateTenantRequest};
+use cvault_types::{RequestId, TenantId};
+use rand::CryptoRng;
+use serde_json::json;
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::app::App;
+use crate::audit;
+use crate::auth::api_keys::{self, NewKey};
+use crate::db::DbError;
+use crate::http::Problem;
+use crate::tenancy::TenantTx;
+
+pub use delete::delete;
+
+/// Decimal, as bandwidth is sold: 1 GB = 10⁹ bytes.
+const GB: i64 = 1_000_000_000;
+
+/// Who changes a tenant, for the audit log.
+#[derive(Debug, Clone)]
+pub struct Actor {
+    /// `admin:<subject>` or `cli`.
+    pub name: String,
+    pub request_id: Option<RequestId>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum TenantError {
+    #[error("there is no such tenant")]
+    NotFound,
+    #[error("a key of the tenant does not open")]
+    Keys(#[from] crate::keys::KeyError),
+    #[error(transparent)]
+    Db(#[from] DbError),
+}
+
+/// Settings that have been checked.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub name: String,
+    pub status: TenantStatus,
+    pub bandwidth_limit_gb: Option<i64>,
+    pub user_limit: Option<i32>,
+    pub max_devices_per_user: i32,
+    pub rate_limit_per_minute: Option<i32>,
+    pub whitelabel_config: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Settings {
+    /// A tenant as the guide's defaults make it.
+    #[must_use]
+    pub fn named(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            status: TenantStatus::Active,
+            bandwidth_limit_gb: None,
+            user_limit: None,
+            max_devices_per_user: 5,
+            rate_limit_per_minute: None,
+            whitelabel_config: serde_json::Map::new(),
+        }
+    }
+
+    /// # Errors
+    /// All faults at once.
+    pub fn for_new(request: CreateTenantRequest) -> Result<Self, Problem> {
+        let defaults = Self::named(request.name);
+        Self {
+            status: request.status.unwrap_or(defaults.status),
+            bandwidth_limit_gb: request.bandwidth_limit_gb,
+            user_limit: request.user_limit,
+            max_devices_per_user: request.max_devices_per_user.unwrap_or(defaults.max_devices_per_user),
+            rate_limit_per_minute: request.rate_limit_per_minute,
+            whitelabel_config: request.whitelabel_config.unwrap_or_default(),
+            name: defaults.name,
+        }
+        .checked()
+    }
+
+    fn changed(self, request: UpdateTenantRequest) -> Result<Self, Problem> {
+        Self {
+            name: request.name.unwrap_or(self.name),
+            status: request.status.unwrap_or(self.status),
+            bandwidth_limit_gb: request.bandwidth_limit_gb.unwrap_or(self.bandwidth_limit_gb),
+            user_limit: request.user_limit.unwrap_or(self.user_limit),
+            max_devices_per_user: request.max_devices_per_user.unwrap_or(self.max_devices_per_user),
+            rate_limit_per_minute: request.rate_limit_per_minute.unwrap_or(self.rate_limit_per_minute),
+            whitelabel_config: request.whitelabel_config.unwrap_or(self.whitelabel_config),
+        }
+        .checked()
+    }
+
+    fn checked(self) -> Result<Self, Problem> {
+        let mut problem = Problem::validation();
+        let mut bounds = |pointer: &str, value: Option<i64>, min: i64, max: i64| {
+            if value.is_some_and(|value| !(min..=max).contains(&value)) {
+                let taken = std::mem::replace(&mut problem, Problem::validation());
+                problem = taken.field(pointer, "out_of_range", format!("must be from {min} to {max}"));
+            }
+        };
+        bounds("/bandwidth_limit_gb", self.bandwidth_limit_gb, 0, 1_000_000_000);
+        bounds("/user_limit", self.user_limit.map(i64::from), 0, i64::from(i32::MAX));
+        bounds("/max_devices_per_user", Some(i64::from(self.max_devices_per_user)), 0, 1_000);
+        bounds("/rate_limit_per_minute", self.rate_limit_per_minute.map(i64::from), 1, 1_000_000);
+        if !(1..=255).contains(&self.name.trim().chars().count()) || self.name.contains(char::is_control) {
+            problem = problem.field("/name", "invalid_format", "must have 1 to 255 characters and no control character");
+        }
+        if self.status == TenantStatus::Deleted {
+            problem = problem.field("/status", "invalid_value", "must be active, trial or suspended; delete with DELETE");
+        }
+        // what is stored is also what is audited and sent to browsers
+        if serde_json::to_string(&self.whitelabel_config).map_or(true, |text| text.len() > 16_384 || text.contains("\\u0000")) {
+            problem = problem.field("/whitelabel_config", "too_long", "must be at most 16 KiB of JSON without NUL");
+        }
+        problem.or_ok(self)
+    }
+}
+
+/// Makes a tenant with its data key and its first API key.
+///
+/// # Errors
+/// Those of the database.
+pub async fn create(
+    app: &App,
+    settings: Settings,
+    actor: &Actor,
+    rng: &mut impl CryptoRng,
+) -> Result<(Tenant, NewKey), TenantError> {
+    let id = TenantId::from_uuid(Uuid::now_v7());
+    let now = app.clock.now();
+    let data_key = app.keys.new_data_key(id, rng);
+    let mut tx = app.db.tenancy.begin(id).await?;
+    sqlx::query!(
+        "insert into cvault.tenants (tenant_id, name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user,
+             whitelabel_config, rate_limit_per_minute, data_key_version, data_key_sealed, created_at, updated_at)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $11)",
+        id.uuid(),
+        settings.name,
+        status_text(settings.status),
+        settings.bandwidth_limit_gb.map(|gb| gb * GB),
+        settings.user_limit,
+        settings.max_devices_per_user,
+        serde_json::Value::Object(settings.whitelabel_config.clone()),
+        settings.rate_limit_per_minute,
+        data_key.kek_version,
+        data_key.sealed,
+        now
+    )
+    .execute(tx.conn())
+    .await
+    .map_err(DbError::from)?;
+    let key = api_keys::create(&mut tx, &app.secrets, now, rng).await?;
+    note(&mut tx, actor, "tenant.create", json!({"name": settings.name})).await?;
+    tx.commit().await?;
+    Ok((tenant(id, settings, now), key))
+}
+
+/// # Errors
+/// [`TenantError::NotFound`] also for a deleted tenant.
+pub async fn get(app: &App, id: TenantId) -> Result<Tenant, TenantError> {
+    let mut tx = app.db.tenancy.begin(id).await?;
+    let found = load(&mut tx).await;
+    tx.finish(found).await
+}
+
+/// Up to `limit` tenants after `after`, oldest first; deleted ones are left out.
+///
+/// # Errors
+/// Those of the database.
+pub async fn list(sys: &PgPool, after: Option<TenantId>, limit: i64) -> Result<Vec<Tenant>, DbError> {
+    let rows = sqlx::query!(
+        "select tenant_id, name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user, rate_limit_per_minute,
+                whitelabel_config, created_at
+         from cvault.tenants where status <> 'deleted' and tenant_id > $1 order by tenant_id limit $2",
+        after.map_or(Uuid::nil(), TenantId::uuid),
+        limit
+    )
+    .fetch_all(sys)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let settings = Settings {
+                name: row.name,
+                status: parse_status(&row.status),
+                bandwidth_limit_gb: row.bandwidth_limit_bytes.map(|bytes| bytes / GB),
+                user_limit: row.user_limit,
+                max_devices_per_user: row.max_devices_per_user,
+                rate_limit_per_minute: row.rate_limit_per_minute,
+                whitelabel_config: object(row.whitelabel_config),
+            };
+            tenant(TenantId::from_uuid(row.tenant_id), settings, row.created_at)
+        })
+        .collect())
+}
+
+/// Changes the fields that `request` names.
+///
+/// # Errors
+/// Field faults as a problem; otherwise as [`get`].
+pub async fn update(app: &App, id: TenantId, request: UpdateTenantRequest, actor: &Actor) -> Result<Tenant, Problem> {
+    let mut tx = app.db.tenancy.begin(id).await?;
+    let work = change(&mut tx, request, actor, app.clock.now()).await;
+    tx.finish(work).await
+}
+
+async fn change(
+    tx: &mut TenantTx,
+    request: UpdateTenantRequest,
+    actor: &Actor,
+    now: OffsetDateTime,
+) -> Result<Tenant, Problem> {
+    let id = tx.tenant();
+    let details = serde_json::to_value(&request).unwrap_or_default();
+    let before = load(tx).await?;
+    let settings = Settings {
+        name: before.name,
+        status: before.status,
+        bandwidth_limit_gb: before.bandwidth_limit_gb,
+        user_limit: before.user_limit,
+        max_devices_per_user: before.max_devices_per_user,
+        rate_limit_per_minute: before.rate_limit_per_minute,
+        whitelabel_config: before.whitelabel_config,
+    }
+    .changed(request)?;
+    sqlx::query!(
+        "update cvault.tenants set name = $2, status = $3, bandwidth_limit_bytes = $4, user_limit = $5,
+             max_devices_per_user = $6, whitelabel_config = $7, rate_limit_per_minute = $8, updated_at = $9
+         where tenant_id = $1",
+        id.uuid(),
+        settings.name,
+        status_text(settings.status),
+        settings.bandwidth_limit_gb.map(|gb| gb * GB),
+        settings.user_limit,
+        settings.max_devices_per_user,
+        serde_json::Value::Object(settings.whitelabel_config.clone()),
+        settings.rate_limit_per_minute,
+        now
+    )
+    .execute(tx.conn())
+    .await
+    .map_err(DbError::from)?;
+    note(tx, actor, "tenant.update", details).await?;
+    Ok(tenant(id, settings, before.created_at))
+}
+
+/// The row, locked until the transaction ends.
+async fn load(tx: &mut TenantTx) -> Result<Tenant, TenantError> {
+    let id = tx.tenant();
+    let row = sqlx::query!(
+        "select name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user, rate_limit_per_minute,
+                whitelabel_config, created_at
+         from cvault.tenants where tenant_id = $1 and status <> 'deleted' for no key update",
+        id.uuid()
+    )
+    .fetch_optional(tx.conn())
+    .await
+    .map_err(DbError::from)?
+    .ok_or(TenantError::NotFound)?;
+    let settings = Settings {
+        name: row.name,
+        status: parse_status(&row.status),
+        bandwidth_limit_gb: row.bandwidth_limit_bytes.map(|bytes| bytes / GB),
+        user_limit: row.user_limit,
+        max_devices_per_user: row.max_devices_per_user,
+        rate_limit_per_minute: row.rate_limit_per_minute,
+        whitelabel_config: object(row.whitelabel_config),
+    };
+    Ok(tenant(id, settings, row.created_at))
+}
+
+async fn note(tx: &mut TenantTx, actor: &Actor, action: &'static str, details: serde_json::Value) -> Result<(), DbError> {
+    let target = tx.tenant().to_string();
+    let entry = audit::Entry { actor: &actor.name, action, target: &target, details, request_id: actor.request_id };
+    audit::record(tx, entry).await
+}
+
+fn tenant(id: TenantId, settings: Settings, created_at: OffsetDateTime) -> Tenant {
+    Tenant {
+        id,
+        name: settings.name,
+        status: settings.status,
+        bandwidth_limit_gb: settings.bandwidth_limit_gb,
+        user_limit: settings.user_limit,
+        max_devices_per_user: settings.max_devices_per_user,
+        rate_limit_per_minute: settings.rate_limit_per_minute,
+        whitelabel_config: settings.whitelabel_config,
+        created_at,
+    }
+}
+
+fn object(value: serde_json::Value) -> serde_json::Map<String, serde_json::Value> {
+    if let serde_json::Value::Object(map) = value { map } else { serde_json::Map::new() }
+}
+
+fn status_text(status: TenantStatus) -> &'static str {
+    match status {
+        TenantStatus::Active => "active",
+        TenantStatus::Trial => "trial",
+        TenantStatus::Suspended => "suspended",
+        TenantStatus::Deleted => "deleted",
+    }
+}
+
+fn parse_status(text: &str) -> TenantStatus {
+    match text {
+        "trial" => TenantStatus::Trial,
+        "suspended" => TenantStatus::Suspended,
+        "deleted" => TenantStatus::Deleted,
+        _ => TenantStatus::Active,
+    }
+}
+
+impl From<TenantError> for Problem {
+    fn from(error: TenantError) -> Self {
+        match error {
+            TenantError::NotFound => Self::new(cvault_types::ErrorCode::NotFound),
+            TenantError::Db(error) => error.into(),
+            TenantError::Keys(error) => Self::internal(&error),
+        }
+    }
+}

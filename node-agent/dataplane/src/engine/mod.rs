@@ -1,0 +1,297 @@
+//! The engine: every peer, key and counter of one interface, as plain data owned by one thread.
+//!
+//! Sans-IO: [`Engine::on_udp`], [`Engine::on_tun`], [`Engine::on_tick`] and [`Engine::apply_peer`] take the time as an
+//! argument and leave their output in [`Out`]; the shell reports what it really delivered. Only boringtun reads a clock.
+//! Invariants: nothing reaches `Out::tun` that was not authenticated by a peer and sent from that peer's addresses;
+//! endpoints change only after authentication; nothing is encrypted without a known session.
+
+mod apply;
+mod receive;
+mod send;
+#[cfg(test)]
+mod tests;
+mod tick;
+mod view;
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+
+use crate::allowed::AllowedIps;
+use crate::change::Secret;
+use crate::counters::{CounterTable, Field};
+use crate::drops::{Drop, Drops};
+use crate::index::{Place, Scramble};
+use crate::journal::ClosedPeer;
+use crate::limit::SourceLimit;
+use crate::out::{Datagram, NO_SLOT, Out};
+use crate::tunnel::{Identity, MIN_ROOM, Timers, Tunnel};
+
+pub(crate) use tick::TICK_MS;
+pub use view::{DeviceView, PeerView};
+
+/// Packets held for one peer while its handshake runs.
+const QUEUE_PER_PEER: usize = 16;
+/// Packets held for all peers together: 4 MB at full size.
+const QUEUE_TOTAL: usize = 2048;
+
+/// The time, read once a pass by the shell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Now {
+    /// Milliseconds on a clock that only goes forward.
+    pub mono_ms: u64,
+    /// Milliseconds since 1970.
+    pub unix_ms: u64,
+}
+
+/// Where a datagram came from, and the local address it came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The sender.
+    pub from: SocketAddr,
+    /// Our address it was sent to, to answer from the same one.
+    pub to: Option<IpAddr>,
+}
+
+/// What the engine needs to begin.
+pub struct EngineConfig {
+    /// The counters, new or found in a file.
+    pub counters: CounterTable,
+    /// Makes session indices unpredictable.
+    pub seed: u64,
+}
+
+/// One peer. About 400 bytes while it is cold.
+struct Peer {
+    public_key: [u8; 32],
+    generation: u64,
+    preshared_key: Option<Secret>,
+    tenant: Option<[u8; 16]>,
+    allowed_ips: Vec<IpNet>,
+    persistent_keepalive: u16,
+    endpoint: Option<SocketAddr>,
+    /// The local address the peer talks to.
+    via: Option<IpAddr>,
+    tunnel: Option<Box<Tunnel>>,
+    queue: VecDeque<Vec<u8>>,
+    /// Position in `Engine::live`.
+    live_at: Option<usize>,
+    /// Last authenticated message in either direction.
+    last_traffic_ms: Option<u64>,
+    /// Last handshake message in either direction, or creation of the tunnel.
+    last_attempt_ms: u64,
+    /// Last accepted initiation, and its ephemeral key: boringtun forgets its replay guard with the tunnel (trap 15).
+    last_init_ms: Option<u64>,
+    last_ephemeral: [u8; 32],
+}
+
+/// A removed peer whose final counters are not in the journal yet.
+struct Closing {
+    slot: u16,
+    peer: ClosedPeer,
+}
+
+/// A peer taken away by `replace_peers`, or found in the counter file: added again, it goes on in its slot.
+struct Parked {
+    slot: u16,
+    peer: Option<Box<Peer>>,
+}
+
+/// See the module.
+pub struct Engine {
+    identity: Option<Identity>,
+    peers: Vec<Option<Box<Peer>>>,
+    /// Life of each slot, part of the session index.
+    lives: Vec<u8>,
+    /// Slots given back, and the first one that was never used.
+    free: Vec<u16>,
+    unused: u32,
+    parked: HashMap<([u8; 32], u64), Parked>,
+    closing: Vec<Closing>,
+    by_key: HashMap<[u8; 32], u16>,
+    routes: AllowedIps,
+    overlay: Vec<IpNet>,
+    scramble: Scramble,
+    counters: CounterTable,
+    drops: Drops,
+    sources: SourceLimit,
+    handshakes: u64,
+    /// Slots with a tunnel or a persistent keepalive: the only ones with timers.
+    live: Vec<u16>,
+    sweep_at: usize,
+    next_second_ms: u64,
+    /// Peers that were active before a restart, to be called back.
+    callbacks: VecDeque<u16>,
+    queued: usize,
+}
+
+impl Engine {
+    /// An engine without key and peers. Slots found occupied in the counters wait for their peers to be added again.
+    #[must_use]
+    pub fn new(config: EngineConfig) -> Self {
+        let EngineConfig { counters, seed } = config;
+        let parked: HashMap<_, _> =
+            counters.occupied().into_iter().map(|(id, slot)| (id, Parked { slot, peer: None })).collect();
+        let unused = parked.values().map(|p| u32::from(p.slot) + 1).max().unwrap_or(0);
+        let mut taken = vec![false; unused as usize];
+        for parked in parked.values() {
+            taken[usize::from(parked.slot)] = true;
+        }
+        let free = (0..unused).filter_map(|s| u16::try_from(s).ok()).filter(|s| !taken[usize::from(*s)]).collect();
+        let capacity = counters.capacity() as usize;
+        Self {
+            identity: None,
+            peers: std::iter::repeat_with(|| None).take(capacity).collect(),
+            lives: vec![0; capacity],
+            free,
+            unused,
+            parked,
+            closing: Vec::new(),
+            by_key: HashMap::new(),
+            routes: AllowedIps::default(),
+            overlay: Vec::new(),
+            scramble: Scramble::new(seed),
+            counters,
+            drops: Drops::default(),
+            sources: SourceLimit::default(),
+            handshakes: 0,
+            live: Vec::new(),
+            sweep_at: 0,
+            next_second_ms: 0,
+            callbacks: VecDeque::new(),
+            queued: 0,
+        }
+    }
+
+    /// The shell handed packets of this peer to the TUN.
+    pub fn delivered(&mut self, slot: u16, packets: u64, inner_bytes: u64) {
+        self.counters.add(slot, Field::RxPackets, packets);
+        self.counters.add(slot, Field::RxInner, inner_bytes);
+    }
+
+    /// The shell handed datagrams to the socket. `inner` of all of them must be either zero or not.
+    pub fn sent(&mut self, slot: u16, packets: u64, inner_bytes: u64, wire_bytes: u64) {
+        if slot == NO_SLOT {
+            return;
+        }
+        self.counters.add(slot, Field::TxWire, wire_bytes);
+        if inner_bytes > 0 {
+            self.counters.add(slot, Field::TxPackets, packets);
+            self.counters.add(slot, Field::TxInner, inner_bytes);
+        }
+    }
+
+    /// The shell could not deliver packets or datagrams.
+    pub fn lost(&mut self, reason: Drop, packets: u64, bytes: u64) {
+        self.drops.many(reason, packets, bytes);
+    }
+
+    /// The local address a peer used is gone: let the kernel choose.
+    pub fn forget_local_address(&mut self, slot: u16) {
+        if let Some(peer) = self.peers.get_mut(usize::from(slot)).and_then(Option::as_mut) {
+            peer.via = None;
+        }
+    }
+
+    /// Whether [`Self::on_tick`] has work more often than once a second.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        !self.live.is_empty() || !self.callbacks.is_empty()
+    }
+
+    fn index_of(&self, slot: u16) -> u32 {
+        self.scramble.index(Place { slot, generation: self.lives[usize::from(slot)] })
+    }
+
+    /// The slot an index on the wire belongs to.
+    fn slot_of(&self, index: u32) -> Option<u16> {
+        let place = self.scramble.place(index >> 8);
+        let at = usize::from(place.slot);
+        let alive = self.lives.get(at) == Some(&place.generation) && self.peers[at].is_some();
+        alive.then_some(place.slot)
+    }
+
+    fn make_live(&mut self, slot: u16) {
+        let peer = self.peers[usize::from(slot)].as_mut().expect("the callers hold an occupied slot");
+        if peer.live_at.is_none() {
+            peer.live_at = Some(self.live.len());
+            self.live.push(slot);
+        }
+    }
+
+    fn make_cold(&mut self, slot: u16) {
+        let Some(at) = self.peers[usize::from(slot)].as_mut().and_then(|peer| peer.live_at.take()) else {
+            return;
+        };
+        self.live.swap_remove(at);
+        if let Some(moved) = self.live.get(at)
+            && let Some(peer) = self.peers[usize::from(*moved)].as_mut()
+        {
+            peer.live_at = Some(at);
+        }
+    }
+
+    /// Makes sure that a tunnel's timers are current before it is used.
+    fn freshen(&mut self, now: Now, slot: u16, out: &mut Out) {
+        let stale = |peer: &Peer| peer.tunnel.as_ref().is_some_and(|tunnel| !tunnel.is_fresh(now.mono_ms));
+        if self.peers[usize::from(slot)].as_deref().is_some_and(stale) {
+            self.update_timers(now, slot, out);
+        }
+    }
+
+    fn update_timers(&mut self, now: Now, slot: u16, out: &mut Out) {
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else { return };
+        let (Some(tunnel), Some(room)) = (peer.tunnel.as_mut(), out.net_room(MIN_ROOM)) else { return };
+        match tunnel.update(now.mono_ms, room) {
+            Timers::Nothing => {}
+            Timers::Send(len) => {
+                peer.last_attempt_ms = now.mono_ms;
+                push(peer, slot, len, 0, out);
+            }
+            Timers::Expired => self.drop_tunnel(slot),
+        }
+    }
+
+    /// Ends the peer's tunnel and whatever waited for it.
+    fn drop_tunnel(&mut self, slot: u16) {
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else { return };
+        peer.tunnel = None;
+        self.queued -= peer.queue.len();
+        for packet in peer.queue.drain(..) {
+            self.drops.one(Drop::TxNoSession, packet.len());
+        }
+        if peer.persistent_keepalive == 0 {
+            self.make_cold(slot);
+        }
+    }
+
+    /// Begins a handshake with a peer whose endpoint is known, unless one is under way.
+    fn initiate(&mut self, now: Now, slot: u16, out: &mut Out) {
+        let index = self.index_of(slot);
+        let Some(identity) = self.identity.as_ref() else { return };
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else { return };
+        let Some(room) = out.net_room(MIN_ROOM) else { return };
+        if peer.endpoint.is_none() {
+            return;
+        }
+        let tunnel = peer.tunnel.get_or_insert_with(|| {
+            peer.last_attempt_ms = now.mono_ms;
+            let psk = peer.preshared_key.as_ref();
+            Box::new(Tunnel::new(identity, &peer.public_key, psk, index, now.mono_ms))
+        });
+        if let Some(len) = tunnel.initiate(room) {
+            peer.last_attempt_ms = now.mono_ms;
+            push(peer, slot, len, 0, out);
+        }
+        self.make_live(slot);
+    }
+}
+
+/// Takes the datagram of `len` bytes that was just written into `out`, if the peer can be reached.
+fn push(peer: &Peer, slot: u16, len: usize, inner: usize, out: &mut Out) {
+    if let Some(to) = peer.endpoint {
+        let start = out.net_start();
+        out.push_net(Datagram { start, len, to, via: peer.via, slot, inner });
+    }
+}

@@ -1,0 +1,607 @@
+//! Two engines back to back: what one sends is what the other receives. No sockets, no clock but boringtun's.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::change::PeerChange;
+use crate::tunnel::REJECT_AFTER_MESSAGES;
+
+const SERVER: &str = "192.0.2.1:51820";
+const CLIENT: &str = "198.51.100.7:40000";
+const ELSEWHERE: &str = "203.0.113.9:50000";
+const START: Now = Now { mono_ms: 1_000, unix_ms: 1_800_000_000_000 };
+const TENANT: [u8; 16] = [1; 16];
+
+struct Host {
+    engine: Engine,
+    out: Out,
+    addr: SocketAddr,
+    now: Now,
+}
+
+type Packets = Vec<Vec<u8>>;
+
+impl Host {
+    fn new(key: u8, addr: &str) -> Self {
+        let counters = CounterTable::anonymous(16, [key; 16]).unwrap();
+        Self::with(counters, key, addr)
+    }
+
+    fn with(counters: CounterTable, key: u8, addr: &str) -> Self {
+        let mut engine = Engine::new(EngineConfig { counters, seed: u64::from(key) * 0x1234_5678_9abc });
+        engine.set_private_key(&secret(key));
+        Self { engine, out: Out::default(), addr: addr.parse().unwrap(), now: START }
+    }
+
+    fn peer(&mut self, key: u8, change: impl FnOnce(&mut PeerChange)) -> Result<(), Refused> {
+        let mut peer = PeerChange { public_key: public(key), ..PeerChange::default() };
+        change(&mut peer);
+        self.engine.apply_peer(self.now, peer, &mut self.out)
+    }
+
+    fn udp(&mut self, datagram: &[u8], from: &str) {
+        let origin = Origin { from: from.parse().unwrap(), to: None };
+        self.engine.on_udp(self.now, datagram, origin, &mut self.out);
+    }
+
+    fn tun(&mut self, packet: &[u8]) {
+        self.engine.on_tun(self.now, packet, &mut self.out);
+    }
+
+    fn tick(&mut self, ms: u64) {
+        self.now.mono_ms += ms;
+        self.now.unix_ms += ms;
+        self.engine.on_tick(self.now, &mut self.out);
+    }
+
+    /// Takes all datagrams as if the socket had sent them.
+    fn sent(&mut self) -> Vec<(SocketAddr, Vec<u8>)> {
+        let datagrams: Vec<Datagram> = self.out.net().to_vec();
+        let bytes = |d: &Datagram| self.out.net_bytes()[d.start..d.start + d.len].to_vec();
+        let sent = datagrams.iter().map(|d| (d.to, bytes(d))).collect();
+        for d in datagrams {
+            self.engine.sent(d.slot, 1, d.inner as u64, d.len as u64);
+        }
+        self.out.clear_net();
+        sent
+    }
+
+    /// Takes all packets as if the TUN had taken them.
+    fn delivered(&mut self) -> Packets {
+        let packets: Packets = self.out.tun().iter().map(|p| p.buf[crate::out::TUN_HEADROOM..].to_vec()).collect();
+        for packet in self.out.tun() {
+            self.engine.delivered(packet.slot, 1, (packet.buf.len() - crate::out::TUN_HEADROOM) as u64);
+        }
+        self.out.clear_tun();
+        packets
+    }
+
+    fn drops(&self, reason: Drop) -> u64 {
+        self.engine.device().drops.get(reason).packets
+    }
+
+    fn view(&self, key: u8) -> PeerView {
+        self.engine.peers(0, 100).0.into_iter().find(|p| p.public_key == public(key)).unwrap()
+    }
+}
+
+use crate::change::Refused;
+
+fn secret(key: u8) -> Secret {
+    Secret::new([key; 32])
+}
+
+fn public(key: u8) -> [u8; 32] {
+    Identity::new(&secret(key)).public_key()
+}
+
+fn packet(source: &str, destination: &str, len: usize) -> Vec<u8> {
+    let (source, destination): (IpAddr, IpAddr) = (source.parse().unwrap(), destination.parse().unwrap());
+    let mut packet = vec![0_u8; len];
+    match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            packet[0] = 0x45;
+            packet[2..4].copy_from_slice(&u16::try_from(len).unwrap().to_be_bytes());
+            packet[12..16].copy_from_slice(&source.octets());
+            packet[16..20].copy_from_slice(&destination.octets());
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            packet[0] = 0x60;
+            packet[4..6].copy_from_slice(&u16::try_from(len - 40).unwrap().to_be_bytes());
+            packet[8..24].copy_from_slice(&source.octets());
+            packet[24..40].copy_from_slice(&destination.octets());
+        }
+        _ => panic!("one family"),
+    }
+    packet
+}
+
+/// Lets both talk until nothing is on the wire.
+fn settle(server: &mut Host, client: &mut Host) {
+    loop {
+        let (from_client, from_server) = (client.sent(), server.sent());
+        if from_client.is_empty() && from_server.is_empty() {
+            return;
+        }
+        for (to, datagram) in from_client {
+            assert_eq!(to, server.addr);
+            server.udp(&datagram, &client.addr.to_string());
+        }
+        for (_, datagram) in from_server {
+            client.udp(&datagram, &server.addr.to_string());
+        }
+    }
+}
+
+/// A server with a tenant's peer 2 at 10.8.0.2, and that peer as client with everything routed to the server.
+fn pair() -> (Host, Host) {
+    let mut server = Host::new(1, SERVER);
+    server.engine.set_overlay(true, &["10.8.0.0/16".parse().unwrap(), "fd00:cafe::/64".parse().unwrap()]);
+    server
+        .peer(2, |p| {
+            p.tenant = Some(TENANT);
+            p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap(), "fd00:cafe::2/128".parse().unwrap()];
+        })
+        .unwrap();
+    let mut client = Host::new(2, CLIENT);
+    client
+        .peer(1, |p| {
+            p.endpoint = Some(SERVER.parse().unwrap());
+            p.allowed_ips = vec!["0.0.0.0/0".parse().unwrap(), "::/0".parse().unwrap()];
+        })
+        .unwrap();
+    (server, client)
+}
+
+fn connected() -> (Host, Host) {
+    let (mut server, mut client) = pair();
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    assert_eq!(server.delivered().len(), 1, "the packet that began the handshake is not lost");
+    (server, client)
+}
+
+#[test]
+fn data_flows_both_ways_and_is_counted_to_the_byte() {
+    let (mut server, mut client) = connected();
+    let up = packet("fd00:cafe::2", "2001:db8::1", 1280);
+    client.tun(&up);
+    settle(&mut server, &mut client);
+    assert_eq!(server.delivered(), [up]);
+    let down = packet("192.0.2.99", "10.8.0.2", 1420);
+    server.tun(&down);
+    settle(&mut server, &mut client);
+    assert_eq!(client.delivered(), [down]);
+    let counts = server.view(2).counts;
+    assert_eq!((counts.rx_inner, counts.rx_packets), (1380, 2));
+    assert_eq!((counts.tx_inner, counts.tx_packets), (1420, 1));
+    assert_eq!(counts.rx_wire, 148 + 32 + 132 + 1312, "initiation, keepalive, two packets");
+    assert_eq!(counts.tx_wire, 92 + 1452);
+    assert_eq!(counts.last_handshake_ms, START.unix_ms);
+    assert_eq!(server.view(2).endpoint, Some(CLIENT.parse().unwrap()));
+}
+
+#[test]
+fn a_cold_server_peer_has_no_tunnel_and_cannot_be_called_without_endpoint() {
+    let (mut server, _) = pair();
+    server.tun(&packet("192.0.2.99", "10.8.0.2", 100));
+    assert_eq!(server.drops(Drop::TxNoEndpoint), 1);
+    assert_eq!(server.engine.device().live_peers, 0);
+    server.tun(&packet("192.0.2.99", "10.9.9.9", 100));
+    assert_eq!(server.drops(Drop::TxNoRoute), 1);
+}
+
+#[test]
+fn a_spoofed_source_is_dropped() {
+    let (mut server, mut client) = connected();
+    for source in ["10.8.0.3", "192.0.2.5"] {
+        client.tun(&packet(source, "192.0.2.99", 100));
+    }
+    client.tun(&packet("fd00:cafe::3", "2001:db8::1", 100));
+    settle(&mut server, &mut client);
+    assert_eq!(server.delivered(), Packets::new());
+    assert_eq!(server.drops(Drop::Spoofed), 3);
+    assert_eq!(server.view(2).counts.rx_packets, 1);
+}
+
+#[test]
+fn tenants_reach_neither_each_other_nor_their_own_nor_the_gateway() {
+    let (mut server, mut client) = connected();
+    server
+        .peer(3, |p| {
+            p.tenant = Some([9; 16]);
+            p.allowed_ips = vec!["10.8.0.3/32".parse().unwrap(), "172.20.0.3/32".parse().unwrap()];
+        })
+        .unwrap();
+    for destination in ["10.8.0.3", "10.8.0.1", "10.8.255.255", "172.20.0.3"] {
+        client.tun(&packet("10.8.0.2", destination, 100));
+    }
+    client.tun(&packet("fd00:cafe::2", "fd00:cafe::3", 100));
+    settle(&mut server, &mut client);
+    assert_eq!(server.delivered(), Packets::new());
+    assert_eq!(server.drops(Drop::Isolation), 5);
+    server.tun(&packet("10.8.0.3", "10.8.0.2", 100));
+    assert_eq!(server.drops(Drop::TxIsolation), 1, "should the host forward it all the same");
+}
+
+#[test]
+fn a_tenants_peer_may_only_have_single_addresses() {
+    let (mut server, _) = pair();
+    let wide = |p: &mut PeerChange| p.allowed_ips = vec!["10.0.0.0/8".parse().unwrap()];
+    assert_eq!(server.peer(2, wide), Err(Refused::TenantPrefix));
+    assert_eq!(server.view(2).allowed_ips.len(), 2, "nothing was changed");
+    server.peer(4, wide).unwrap();
+    assert_eq!(server.peer(4, |p| p.tenant = Some(TENANT)), Err(Refused::TenantPrefix));
+}
+
+#[test]
+fn a_peer_roams_only_with_authenticated_messages() {
+    let (mut server, mut client) = connected();
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    let (_, datagram) = client.sent().remove(0);
+    let mut forged = datagram.clone();
+    *forged.last_mut().unwrap() ^= 1;
+    server.udp(&forged, ELSEWHERE);
+    assert_eq!(server.view(2).endpoint, Some(CLIENT.parse().unwrap()));
+    assert_eq!(server.drops(Drop::Decrypt), 1);
+    server.udp(&datagram, ELSEWHERE);
+    assert_eq!(server.view(2).endpoint, Some(ELSEWHERE.parse().unwrap()));
+    server.tun(&packet("192.0.2.99", "10.8.0.2", 100));
+    assert_eq!(server.sent()[0].0, ELSEWHERE.parse().unwrap());
+}
+
+#[test]
+fn replays_are_dropped_and_move_no_endpoint() {
+    let (mut server, mut client) = pair();
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    let (_, initiation) = client.sent().remove(0);
+    server.udp(&initiation, CLIENT);
+    let (_, response) = server.sent().remove(0);
+    assert_eq!(server.view(2).endpoint, None, "an initiation alone proves nothing");
+    server.now.mono_ms += 100;
+    server.udp(&initiation, ELSEWHERE);
+    assert_eq!((server.drops(Drop::Replay), server.sent().len()), (1, 0));
+    client.udp(&response, SERVER);
+    let datagrams = client.sent();
+    assert_eq!(datagrams.len(), 2, "keepalive and the held packet");
+    for (_, datagram) in datagrams.iter().chain(&datagrams) {
+        server.udp(datagram, CLIENT);
+    }
+    assert_eq!((server.delivered().len(), server.drops(Drop::Replay)), (1, 3));
+}
+
+#[test]
+fn counters_at_the_end_of_their_range_are_refused() {
+    let (mut server, mut client) = connected();
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    let (_, mut datagram) = client.sent().remove(0);
+    for counter in [REJECT_AFTER_MESSAGES, u64::MAX] {
+        datagram[8..16].copy_from_slice(&counter.to_le_bytes());
+        server.udp(&datagram, CLIENT);
+    }
+    assert_eq!(server.drops(Drop::Replay), 2);
+}
+
+#[test]
+fn a_forged_initiation_leaves_no_tunnel_behind() {
+    let (mut server, mut client) = pair();
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    let (_, mut initiation) = client.sent().remove(0);
+    initiation[147 - 16] ^= 1;
+    server.udp(&initiation, CLIENT);
+    assert_eq!(server.drops(Drop::BadMac), 1);
+    let mut stranger = Host::new(7, ELSEWHERE);
+    stranger
+        .peer(1, |p| {
+            p.endpoint = Some(SERVER.parse().unwrap());
+            p.allowed_ips = vec!["0.0.0.0/0".parse().unwrap()];
+        })
+        .unwrap();
+    stranger.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    server.udp(&stranger.sent()[0].1, ELSEWHERE);
+    assert_eq!(server.drops(Drop::UnknownPeer), 1);
+    assert_eq!(server.engine.device().live_peers, 0);
+}
+
+#[test]
+fn a_wrong_preshared_key_gives_no_session_and_the_right_one_does() {
+    let (mut server, mut client) = pair();
+    server.peer(2, |p| p.preshared_key = Some(secret(50))).unwrap();
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    assert_eq!(server.delivered(), Packets::new());
+    client.peer(1, |p| p.preshared_key = Some(secret(50))).unwrap();
+    server.now.mono_ms += 100;
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    assert_eq!(server.delivered().len(), 1);
+}
+
+#[test]
+fn packets_wait_for_the_handshake_in_a_bounded_queue() {
+    let (mut server, mut client) = pair();
+    for _ in 0..QUEUE_PER_PEER + 5 {
+        client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    }
+    assert_eq!(client.out.net().len(), 1, "one initiation");
+    settle(&mut server, &mut client);
+    assert_eq!(server.delivered().len(), QUEUE_PER_PEER);
+    assert_eq!(client.drops(Drop::TxNoSession), 5);
+    assert_eq!(client.engine.queued, 0);
+}
+
+#[test]
+fn a_persistent_keepalive_makes_and_keeps_the_session() {
+    let (mut server, mut client) = pair();
+    client.peer(1, |p| p.persistent_keepalive = Some(25)).unwrap();
+    client.tick(100);
+    settle(&mut server, &mut client);
+    assert_eq!(server.view(2).endpoint, Some(CLIENT.parse().unwrap()), "without any packet");
+    let before = server.view(2).counts.rx_wire;
+    for _ in 0..24 {
+        client.tick(1000);
+    }
+    assert_eq!(client.sent().len(), 0);
+    client.tick(1100);
+    settle(&mut server, &mut client);
+    assert_eq!(server.view(2).counts.rx_wire, before + 32);
+}
+
+#[test]
+fn another_private_key_ends_the_sessions() {
+    let (mut server, mut client) = connected();
+    server.engine.set_private_key(&secret(1));
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    assert_eq!(server.delivered().len(), 1, "the same key changes nothing");
+    server.engine.set_private_key(&secret(60));
+    assert_eq!(server.engine.device().live_peers, 0);
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    assert_eq!((server.delivered().len(), server.drops(Drop::NoSession)), (0, 1));
+}
+
+#[test]
+fn removal_journals_the_final_counters_before_the_slot_is_used_again() {
+    let (mut server, _client) = connected();
+    let slot = server.engine.by_key[&public(2)];
+    server.peer(2, |p| p.remove = true).unwrap();
+    server.peer(5, |_| {}).unwrap();
+    assert_ne!(server.engine.by_key[&public(5)], slot, "not before the journal has it");
+    assert!(server.engine.settle(|_| Err("disk full")).is_err());
+    let mut closed = Vec::new();
+    server.engine.settle(|peer| -> Result<(), ()> { Ok(closed.push(*peer)) }).unwrap();
+    assert_eq!(closed.len(), 1);
+    assert_eq!((closed[0].public_key, closed[0].epoch, closed[0].counts.rx_inner), (public(2), [1; 16], 100));
+    server.peer(6, |_| {}).unwrap();
+    assert_eq!(server.engine.by_key[&public(6)], slot);
+    assert_eq!(server.view(6).counts, crate::counters::Counts::default());
+}
+
+#[test]
+fn another_generation_starts_at_zero_and_the_same_goes_on() {
+    let (mut server, mut client) = connected();
+    server.peer(2, |p| p.generation = Some(0)).unwrap();
+    assert_eq!(server.view(2).counts.rx_inner, 100);
+    server
+        .peer(2, |p| {
+            p.generation = Some(1);
+            p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()];
+        })
+        .unwrap();
+    assert_eq!(server.view(2).counts.rx_inner, 0);
+    let mut closed = Vec::new();
+    server.engine.settle(|peer| -> Result<(), ()> { Ok(closed.push(peer.counts.rx_inner)) }).unwrap();
+    assert_eq!(closed, [100]);
+    client.peer(1, |p| p.remove = true).unwrap();
+    assert_eq!(server.engine.device().peers, 1);
+}
+
+#[test]
+fn replacing_all_peers_keeps_the_sessions_of_those_that_stay() {
+    let (mut server, mut client) = connected();
+    server.peer(3, |p| p.allowed_ips = vec!["10.8.0.3/32".parse().unwrap()]).unwrap();
+    server.engine.begin_replace();
+    server
+        .peer(2, |p| {
+            p.tenant = Some(TENANT);
+            p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()];
+        })
+        .unwrap();
+    server.engine.end_replace();
+    assert_eq!(server.engine.settle(|_| Ok::<(), ()>(())), Ok(1), "only peer 3 is closed");
+    assert_eq!(server.view(2).allowed_ips.len(), 1);
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    assert_eq!((server.delivered().len(), server.view(2).counts.rx_inner), (1, 200));
+}
+
+#[test]
+fn after_a_restart_counters_go_on_and_recent_peers_are_called_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = || CounterTable::open(dir.path(), 16, [3; 16], [1; 16]).unwrap();
+    let mut server = Host::with(open(), 1, SERVER);
+    let mut client = Host::new(2, CLIENT);
+    let configure = |server: &mut Host| {
+        server
+            .peer(2, |p| {
+                p.generation = Some(7);
+                p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()];
+            })
+            .unwrap();
+    };
+    configure(&mut server);
+    client
+        .peer(1, |p| {
+            p.endpoint = Some(SERVER.parse().unwrap());
+            p.allowed_ips = vec!["0.0.0.0/0".parse().unwrap()];
+        })
+        .unwrap();
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    server.delivered();
+    drop(server);
+
+    let mut server = Host::with(open(), 1, SERVER);
+    server.now.unix_ms += 60_000;
+    configure(&mut server);
+    assert_eq!(server.view(2).counts.rx_inner, 100);
+    assert!(server.engine.is_busy());
+    server.tick(100);
+    settle(&mut server, &mut client);
+    let down = packet("192.0.2.99", "10.8.0.2", 100);
+    server.tun(&down);
+    settle(&mut server, &mut client);
+    assert_eq!(client.delivered(), [down], "nobody had to wait for the client");
+}
+
+#[test]
+fn allowed_ips_move_to_the_peer_that_is_told_last() {
+    let (mut server, _) = pair();
+    server.peer(3, |p| p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()]).unwrap();
+    assert_eq!(server.view(2).allowed_ips, ["fd00:cafe::2/128".parse::<IpNet>().unwrap()]);
+    assert_eq!(server.view(3).allowed_ips, ["10.8.0.2/32".parse::<IpNet>().unwrap()]);
+    server.peer(3, |p| p.removed_ips = vec!["10.8.0.2/32".parse().unwrap()]).unwrap();
+    assert_eq!(server.view(3).allowed_ips, []);
+}
+
+#[test]
+fn a_full_table_refuses_and_changes_nothing() {
+    let mut server = Host::new(1, SERVER);
+    for key in 2..18 {
+        server.peer(key, |_| {}).unwrap();
+    }
+    assert_eq!(server.peer(100, |_| {}), Err(Refused::Full));
+    assert_eq!(server.engine.device().peers, 16);
+}
+
+#[test]
+fn our_own_key_is_no_peer() {
+    let mut server = Host::new(1, SERVER);
+    server.peer(1, |_| {}).unwrap();
+    assert_eq!(server.engine.device().peers, 0);
+    server.peer(9, |_| {}).unwrap();
+    server.engine.set_private_key(&secret(9));
+    assert_eq!(server.engine.device().peers, 0);
+}
+
+#[test]
+fn a_malformed_packet_inside_an_authentic_message_is_dropped() {
+    let (mut server, mut client) = connected();
+    let slot = client.engine.by_key[&public(1)];
+    for bytes in [&[0x45][..], &[0x45, 0, 0, 5], &[0x60; 39], &[0; 100], &[0xff; 20]] {
+        let mut inner = bytes.to_vec();
+        if inner.len() == 4 {
+            inner.resize(24, 0);
+        }
+        let peer = client.engine.peers[usize::from(slot)].as_mut().unwrap();
+        let mut room = vec![0; 2000];
+        let len = peer.tunnel.as_mut().unwrap().encrypt(&inner, &mut room).unwrap();
+        server.udp(&room[..len], CLIENT);
+    }
+    assert_eq!((server.delivered().len(), server.drops(Drop::Malformed)), (0, 5));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+
+    #[test]
+    fn garbage_never_panics_and_never_reaches_the_tun(
+        kind in 0_u8..6, len in 0_usize..2000, seed: u64, index: u32, counter: u64,
+    ) {
+        let (mut server, _client) = connected();
+        let mut bytes = vec![0_u8; len];
+        let mut state = seed;
+        for byte in &mut bytes {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            *byte = state.to_be_bytes()[0];
+        }
+        let header: Vec<u8> = [&[kind, 0, 0, 0][..], &index.to_le_bytes(), &counter.to_le_bytes()].concat();
+        let n = len.min(16);
+        bytes[..n].copy_from_slice(&header[..n]);
+        server.udp(&bytes, ELSEWHERE);
+        // The same for the live session, and at the lengths the protocol has.
+        let slot = server.engine.by_key[&public(2)];
+        let live = server.engine.index_of(slot) << 8;
+        for session in 0..3_u32 {
+            if len >= 12 {
+                bytes[4..8].copy_from_slice(&(live | session).to_le_bytes());
+                bytes[8..12].copy_from_slice(&(live | session).to_le_bytes());
+                server.udp(&bytes, ELSEWHERE);
+            }
+            for (kind, size) in [(1, 148), (2, 92), (3, 64), (4, 32), (4, 33)] {
+                bytes.resize(size.max(12), 0);
+                bytes[0] = kind;
+                bytes[1..4].fill(0);
+                server.udp(&bytes[..size], ELSEWHERE);
+            }
+        }
+        server.tun(&bytes);
+        prop_assert_eq!(server.delivered(), Packets::new());
+        prop_assert_eq!(server.view(2).endpoint, Some(CLIENT.parse().unwrap()));
+    }
+
+    #[test]
+    fn whatever_a_client_sends_only_its_own_source_passes(source: u32, destination: u32, len in 20_usize..1400) {
+        let (mut server, mut client) = connected();
+        let (source, destination) = (Ipv4Addr::from(source), Ipv4Addr::from(destination));
+        client.tun(&packet(&source.to_string(), &destination.to_string(), len));
+        client.tun(&packet("10.8.0.2", &destination.to_string(), len));
+        settle(&mut server, &mut client);
+        let overlay: IpNet = "10.8.0.0/16".parse().unwrap();
+        let allowed = !overlay.contains(&IpAddr::V4(destination));
+        prop_assert_eq!(server.delivered().len(), usize::from(allowed));
+    }
+
+    #[test]
+    fn changes_in_any_order_keep_the_tables_consistent(
+        steps in proptest::collection::vec((0_u8..6, 2_u8..8, 0_u8..4, 0_u64..3), 0..60),
+    ) {
+        let (mut server, _client) = connected();
+        for (what, key, addr, generation) in steps {
+            let result = server.peer(key, |p| {
+                p.remove = what == 0;
+                p.replace_allowed_ips = what == 1;
+                p.generation = (what == 2).then_some(generation);
+                p.persistent_keepalive = (what == 3).then_some(u16::from(addr));
+                p.endpoint = (what == 4).then(|| SocketAddr::new(Ipv4Addr::new(192, 0, 2, key).into(), 1));
+                p.preshared_key = (what == 4).then(|| secret(addr));
+                p.allowed_ips = vec![IpNet::new(Ipv4Addr::new(10, 8, 0, addr).into(), 32).unwrap()];
+            });
+            prop_assert!(result.is_ok() || result == Err(Refused::Full));
+            if what == 5 {
+                server.engine.begin_replace();
+                if addr > 1 {
+                    server.peer(key, |_| {}).unwrap();
+                }
+                server.engine.end_replace();
+            }
+            server.tun(&packet("192.0.2.99", &format!("10.8.0.{addr}"), 60));
+            server.tick(500);
+            server.engine.settle(|_| Ok::<(), ()>(())).unwrap();
+            server.sent();
+            consistent(&server.engine)?;
+        }
+    }
+}
+
+fn consistent(engine: &Engine) -> Result<(), TestCaseError> {
+    let mut queued = 0;
+    for (slot, peer) in engine.peers.iter().enumerate() {
+        let Some(peer) = peer else { continue };
+        let slot = u16::try_from(slot).unwrap();
+        queued += peer.queue.len();
+        prop_assert_eq!(engine.by_key.get(&peer.public_key), Some(&slot));
+        prop_assert_eq!(engine.slot_of(engine.index_of(slot) << 8), Some(slot));
+        prop_assert!(peer.allowed_ips.iter().all(|net| engine.routes.host(net.addr()) == Some(slot)));
+        prop_assert!(peer.live_at.is_none_or(|at| engine.live[at] == slot));
+        prop_assert!(peer.tunnel.is_none() || peer.live_at.is_some());
+        prop_assert!(!engine.free.contains(&slot));
+    }
+    prop_assert_eq!(engine.by_key.len(), engine.peers.iter().flatten().count());
+    prop_assert_eq!(engine.queued, queued);
+    prop_assert!(engine.live.iter().all(|slot| engine.peers[usize::from(*slot)].is_some()));
+    Ok(())
+}

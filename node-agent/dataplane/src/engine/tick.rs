@@ -1,0 +1,74 @@
+//! Timers: a sweep over live peers in slices, persistent keepalives, and call-backs after a restart.
+
+use super::{Engine, Now, push};
+use crate::out::Out;
+use crate::tunnel::MIN_ROOM;
+
+/// How often the shell calls [`Engine::on_tick`] while there is work.
+pub(crate) const TICK_MS: u64 = 100;
+/// Ticks in which every live peer is visited once, so that its timers are at most a second old.
+const SLICES: usize = 10;
+/// A tunnel without session and without any handshake message for so long is dropped.
+const IDLE_MS: u64 = 200_000;
+/// Call-backs per tick: 1,000 a second.
+const CALLBACKS_PER_TICK: usize = 100;
+
+impl Engine {
+    /// Every [`TICK_MS`] while [`Engine::is_busy`], else at least once a second.
+    pub fn on_tick(&mut self, now: Now, out: &mut Out) {
+        if now.mono_ms >= self.next_second_ms {
+            self.next_second_ms = now.mono_ms + 1000;
+            self.sources.refill();
+            if let Some(identity) = &self.identity {
+                identity.reset_limiter();
+            }
+        }
+        for _ in 0..self.live.len().div_ceil(SLICES) {
+            if self.live.is_empty() {
+                break;
+            }
+            self.sweep_at = if self.sweep_at >= self.live.len() { 0 } else { self.sweep_at };
+            let slot = self.live[self.sweep_at];
+            self.sweep_at += 1;
+            self.visit(now, slot, out);
+        }
+        for _ in 0..CALLBACKS_PER_TICK {
+            let Some(slot) = self.callbacks.pop_front() else { break };
+            if self.peers[usize::from(slot)].as_ref().is_some_and(|peer| peer.tunnel.is_none()) {
+                self.initiate(now, slot, out);
+            }
+        }
+    }
+
+    fn visit(&mut self, now: Now, slot: u16, out: &mut Out) {
+        self.update_timers(now, slot, out);
+        self.keep_alive(now, slot, out);
+        let Some(peer) = self.peers[usize::from(slot)].as_deref() else { return };
+        let idle = now.mono_ms.saturating_sub(peer.last_attempt_ms) > IDLE_MS;
+        match &peer.tunnel {
+            Some(tunnel) if !tunnel.has_session() && idle => self.drop_tunnel(slot),
+            None if peer.persistent_keepalive == 0 => self.make_cold(slot),
+            Some(_) | None => {}
+        }
+    }
+
+    /// Ours, because boringtun's fires on busy tunnels and queues without a session (trap 10).
+    fn keep_alive(&mut self, now: Now, slot: u16, out: &mut Out) {
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else { return };
+        let interval_ms = u64::from(peer.persistent_keepalive) * 1000;
+        let quiet = peer.last_traffic_ms.is_none_or(|last| now.mono_ms.saturating_sub(last) >= interval_ms);
+        if interval_ms == 0 || !quiet || peer.endpoint.is_none() {
+            return;
+        }
+        if let Some(tunnel) = peer.tunnel.as_mut()
+            && tunnel.has_session()
+        {
+            let Some(room) = out.net_room(MIN_ROOM) else { return };
+            let Some(len) = tunnel.encrypt(&[], room) else { return };
+            peer.last_traffic_ms = Some(now.mono_ms);
+            push(peer, slot, len, 0, out);
+        } else {
+            self.initiate(now, slot, out);
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! What the engine shows: device and peers as they are, for the control socket.
+
+use std::net::SocketAddr;
+
+use ipnet::IpNet;
+
+use super::Engine;
+use crate::change::Secret;
+use crate::counters::{Counts, Epoch};
+use crate::drops::Drops;
+use crate::tunnel::Identity;
+
+/// The device.
+#[derive(Clone, Debug)]
+pub struct DeviceView {
+    /// Our private key.
+    pub private_key: Option<Secret>,
+    /// Our public key.
+    pub public_key: Option<[u8; 32]>,
+    /// The life of the counters.
+    pub epoch: Epoch,
+    /// Drops by reason.
+    pub drops: Drops,
+    /// Handshakes answered and completed.
+    pub handshakes: u64,
+    /// The prefixes in which peers live.
+    pub overlay: Vec<IpNet>,
+    /// How many peers are configured.
+    pub peers: usize,
+    /// How many of them have a tunnel in memory.
+    pub live_peers: usize,
+}
+
+/// One peer.
+#[derive(Clone, Debug)]
+pub struct PeerView {
+    /// Its key.
+    pub public_key: [u8; 32],
+    /// The pre-shared key.
+    pub preshared_key: Option<Secret>,
+    /// Where it was last seen.
+    pub endpoint: Option<SocketAddr>,
+    /// Seconds; 0 is off.
+    pub persistent_keepalive: u16,
+    /// Its prefixes.
+    pub allowed_ips: Vec<IpNet>,
+    /// Its tenant.
+    pub tenant: Option<[u8; 16]>,
+    /// Which life of the key.
+    pub generation: u64,
+    /// Its counters.
+    pub counts: Counts,
+}
+
+impl Engine {
+    /// The device now.
+    #[must_use]
+    pub fn device(&self) -> DeviceView {
+        DeviceView {
+            private_key: self.identity.as_ref().map(|identity| identity.secret().clone()),
+            public_key: self.identity.as_ref().map(Identity::public_key),
+            epoch: self.counters.epoch(),
+            drops: self.drops,
+            handshakes: self.handshakes,
+            overlay: self.overlay.clone(),
+            peers: self.by_key.len(),
+            live_peers: self.live.len(),
+        }
+    }
+
+    /// Up to `limit` peers from slot `from` on, and the slot to go on with.
+    #[must_use]
+    pub fn peers(&self, from: u16, limit: usize) -> (Vec<PeerView>, Option<u16>) {
+        let mut views = Vec::new();
+        for slot in from..=u16::MAX {
+            if u32::from(slot) >= self.unused {
+                break;
+            }
+            if views.len() == limit {
+                return (views, Some(slot));
+            }
+            views.extend(self.view(slot));
+        }
+        (views, None)
+    }
+
+    fn view(&self, slot: u16) -> Option<PeerView> {
+        let peer = self.peers[usize::from(slot)].as_deref()?;
+        Some(PeerView {
+            public_key: peer.public_key,
+            preshared_key: peer.preshared_key.clone(),
+            endpoint: peer.endpoint,
+            persistent_keepalive: peer.persistent_keepalive,
+            allowed_ips: peer.allowed_ips.clone(),
+            tenant: peer.tenant,
+            generation: peer.generation,
+            counts: self.counters.peer(slot).map(|line| line.counts).unwrap_or_default(),
+        })
+    }
+}

@@ -1,0 +1,8 @@
+//! The I/O shell: one worker thread between the engine, the TUN device and the UDP sockets.
+
+pub(crate) mod mailbox;
+pub(crate) mod signals;
+mod sockopt;
+pub(crate) mod tun;
+pub(crate) mod udp;
+pub(crate) mod worker;

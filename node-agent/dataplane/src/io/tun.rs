@@ -1,0 +1,273 @@
+//! The TUN device: super-packets are split on the way in and merged on the way out when the kernel can offload.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use rustix::net::netdevice::name_to_index;
+use tun_rs::{DeviceBuilder, ExpandBuffer, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum, gso_split};
+
+use super::mailbox::ShellState;
+use crate::drops::Drop;
+use crate::engine::Engine;
+use crate::out::{Out, TUN_HEADROOM, TunPacket};
+
+/// What WireGuard uses on Ethernet: 1500 less 80 for IPv6, UDP and its own headers.
+const MTU: u16 = 1420;
+/// A burst for many peers at once; the kernel's default of 500 drops.
+const TX_QUEUE_LEN: u32 = 1000;
+const MAX_PACKET: usize = 65_535;
+/// No virtio header begins like this: what still does after merging was merged into another packet.
+const MERGED: u8 = 0xff;
+
+/// How the device is to be opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TunConfig<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) persist: bool,
+    pub(crate) offload: bool,
+}
+
+/// What one read brought.
+pub(crate) enum Read {
+    Packet,
+    Nothing,
+    /// The interface was deleted.
+    Gone,
+}
+
+pub(crate) struct Tun {
+    device: SyncDevice,
+    tso: bool,
+    uso: bool,
+    merge: bool,
+    gro: GROTable,
+    buffer: Vec<u8>,
+    pieces: Vec<Vec<u8>>,
+    sizes: Vec<usize>,
+}
+
+impl Tun {
+    pub(crate) fn open(config: TunConfig<'_>) -> io::Result<Self> {
+        let existed = interface_exists(config.name)?;
+        let device = match build(config.name, config.offload) {
+            Err(error) if config.offload && error.raw_os_error() == Some(libc::EINVAL) => {
+                tracing::info!(%error, "the TUN offers no offload");
+                build(config.name, false)?
+            }
+            other => other?,
+        };
+        if !existed {
+            device.set_mtu(MTU)?;
+            if let Err(error) = device.set_tx_queue_len(TX_QUEUE_LEN) {
+                tracing::debug!(%error, "the transmit queue keeps its length");
+            }
+        }
+        if config.persist {
+            device.persist()?;
+        }
+        device.set_nonblocking(true)?;
+        let tso = device.tcp_gso();
+        Ok(Self {
+            tso,
+            uso: device.udp_gso(),
+            merge: tso,
+            device,
+            gro: GROTable::new(),
+            buffer: vec![0; VIRTIO_NET_HDR_LEN + MAX_PACKET],
+            pieces: Vec::new(),
+            sizes: Vec::new(),
+        })
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.device.as_fd()
+    }
+
+    pub(crate) fn describe(&self, shell: &mut ShellState) {
+        shell.tun_tso = self.tso;
+        shell.tun_uso = self.uso;
+        shell.tun_merge = self.merge;
+    }
+
+    /// Reads once and hands every IP packet in it to `each`.
+    pub(crate) fn read(&mut self, shell: &mut ShellState, mut each: impl FnMut(&[u8])) -> io::Result<Read> {
+        let len = match self.device.recv(&mut self.buffer) {
+            Ok(len) => len,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Read::Nothing),
+            Err(error) if error.raw_os_error() == Some(libc::EBADFD) => return Ok(Read::Gone),
+            Err(error) => return Err(error),
+        };
+        if !self.tso {
+            shell.tun_read_bytes += len as u64;
+            each(&self.buffer[..len]);
+            return Ok(Read::Packet);
+        }
+        if len <= VIRTIO_NET_HDR_LEN {
+            return Ok(Read::Packet);
+        }
+        let (header, packet) = self.buffer[..len].split_at_mut(VIRTIO_NET_HDR_LEN);
+        let header = VirtioNetHdr::decode(header)?;
+        shell.tun_read_bytes += packet.len() as u64;
+        if header.gso_type == 0 {
+            finish_checksum(&header, packet);
+            each(packet);
+            return Ok(Read::Packet);
+        }
+        let whole = packet.len();
+        let count = split(header, packet, &mut self.pieces, &mut self.sizes)?;
+        let total: usize = self.sizes[..count].iter().sum();
+        shell.tun_split_bytes += total.saturating_sub(whole) as u64;
+        for (piece, size) in self.pieces.iter().zip(&self.sizes).take(count) {
+            each(&piece[..*size]);
+        }
+        Ok(Read::Packet)
+    }
+
+    /// Writes all packets of `out`, merged where they continue each other, and tells the engine what arrived.
+    pub(crate) fn write(&mut self, out: &mut Out, engine: &mut Engine, shell: &mut ShellState) {
+        if self.merge {
+            for packet in out.tun_mut() {
+                packet.buf[0] = MERGED;
+            }
+            if let Err(error) = self.gro.apply_gro(out.tun_mut(), TUN_HEADROOM, self.uso) {
+                tracing::debug!(%error, "a batch could not be merged");
+            }
+        } else {
+            for packet in out.tun_mut() {
+                packet.buf[..TUN_HEADROOM].fill(0);
+            }
+        }
+        for packet in out.tun().iter().filter(|packet| packet.buf[0] != MERGED) {
+            let group = group(&packet.buf);
+            let bytes = if self.tso { &packet.buf[..] } else { &packet.buf[TUN_HEADROOM..] };
+            match self.device.send(bytes) {
+                Ok(_) => {
+                    let written = (packet.buf.len() - TUN_HEADROOM) as u64;
+                    shell.tun_written_bytes += written;
+                    shell.tun_merged_bytes += group.bytes - written;
+                    engine.delivered(packet.slot, group.packets, group.bytes);
+                }
+                Err(error) => {
+                    if group.packets > 1 && error.raw_os_error() == Some(libc::EINVAL) {
+                        tracing::warn!("the kernel refuses merged packets: merging is off from now on");
+                        self.merge = false;
+                    }
+                    tracing::trace!(%error, "a packet for the TUN was refused");
+                    engine.lost(Drop::TunWrite, group.packets, group.bytes);
+                }
+            }
+        }
+        out.clear_tun();
+    }
+}
+
+fn build(name: &str, offload: bool) -> io::Result<SyncDevice> {
+    DeviceBuilder::new()
+        .name(name)
+        .inherit_enable_state()
+        .with(|builder| {
+            builder.offload(offload);
+        })
+        .build_sync()
+}
+
+fn interface_exists(name: &str) -> io::Result<bool> {
+    let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::DGRAM, None)?;
+    Ok(name_to_index(&socket, name).is_ok())
+}
+
+/// How many packets a (merged) packet for the TUN stands for, and their bytes.
+struct Group {
+    packets: u64,
+    bytes: u64,
+}
+
+fn group(buf: &[u8]) -> Group {
+    let len = (buf.len() - TUN_HEADROOM) as u64;
+    let single = Group { packets: 1, bytes: len };
+    let Ok(header) = VirtioNetHdr::decode(&buf[..TUN_HEADROOM]) else { return single };
+    let (headers, segment) = (u64::from(header.hdr_len), u64::from(header.gso_size));
+    if header.gso_type == 0 || segment == 0 || len <= headers {
+        return single;
+    }
+    let packets = (len - headers).div_ceil(segment);
+    Group { packets, bytes: len + (packets - 1) * headers }
+}
+
+/// The kernel leaves the checksum of a locally made packet to the device.
+fn finish_checksum(header: &VirtioNetHdr, packet: &mut [u8]) {
+    const NEEDS_CHECKSUM: u8 = 1;
+    let start = usize::from(header.csum_start);
+    let at = start + usize::from(header.csum_offset);
+    if header.flags & NEEDS_CHECKSUM == 0 || at + 2 > packet.len() {
+        return;
+    }
+    let pseudo_header = u16::from_be_bytes([packet[at], packet[at + 1]]);
+    packet[at..at + 2].fill(0);
+    let sum = !checksum(&packet[start..], u64::from(pseudo_header));
+    // Zero means "none" in UDP; all ones is the same sum.
+    let sum = if sum == 0 { u16::MAX } else { sum };
+    packet[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+}
+
+fn split(
+    mut header: VirtioNetHdr,
+    packet: &mut [u8],
+    pieces: &mut Vec<Vec<u8>>,
+    sizes: &mut Vec<usize>,
+) -> io::Result<usize> {
+    const TCP_DATA_OFFSET: usize = 12;
+    const UDP_CHECKSUM_OFFSET: u16 = 6;
+    let bad = || io::Error::from(io::ErrorKind::InvalidData);
+    let start = usize::from(header.csum_start);
+    // The kernel's own header length can be that of the whole first packet when it forwards.
+    let transport = if header.csum_offset == UDP_CHECKSUM_OFFSET {
+        8
+    } else {
+        u16::from(packet.get(start + TCP_DATA_OFFSET).ok_or_else(bad)? >> 4) * 4
+    };
+    header.hdr_len = header.csum_start.checked_add(transport).ok_or_else(bad)?;
+    let headers = usize::from(header.hdr_len);
+    let segment = usize::from(header.gso_size);
+    if headers > packet.len() || segment == 0 {
+        return Err(bad());
+    }
+    let count = (packet.len() - headers).div_ceil(segment);
+    if pieces.len() < count {
+        pieces.resize_with(count, Vec::new);
+        sizes.resize(count, 0);
+    }
+    for piece in &mut pieces[..count] {
+        piece.resize(piece.len().max(headers + segment), 0);
+    }
+    let is_v6 = packet[0] >> 4 == 6;
+    gso_split(packet, header, &mut pieces[..], &mut sizes[..], 0, is_v6)
+}
+
+impl AsRef<[u8]> for TunPacket {
+    fn as_ref(&self) -> &[u8] {
+        &self.buf
+    }
+}
+
+impl AsMut<[u8]> for TunPacket {
+    fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.buf
+    }
+}
+
+impl ExpandBuffer for TunPacket {
+    fn buf_capacity(&self) -> usize {
+        // A vector grows; this is the largest packet the TUN takes.
+        TUN_HEADROOM + MAX_PACKET
+    }
+
+    fn buf_resize(&mut self, new_len: usize, value: u8) {
+        self.buf.resize(new_len, value);
+    }
+
+    fn buf_extend_from_slice(&mut self, src: &[u8]) {
+        self.buf.extend_from_slice(src);
+    }
+}
+

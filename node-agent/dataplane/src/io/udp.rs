@@ -1,0 +1,266 @@
+//! Two UDP sockets on one port, IPv4 and IPv6, with segmentation offload both ways where the kernel has it.
+
+use std::io::{self, IoSliceMut};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::mailbox::ShellState;
+use super::sockopt;
+use crate::drops::Drop;
+use crate::engine::Engine;
+use crate::out::{Datagram, Out};
+
+/// Datagram buffers of one receive call, each large enough for a GRO super-packet.
+pub(crate) const BATCH: usize = 8;
+pub(crate) const BUFFER_BYTES: usize = 65_536;
+
+const RECEIVE_BUFFER: i32 = 8 * 1024 * 1024;
+const SEND_BUFFER: i32 = 2 * 1024 * 1024;
+/// The largest UDP payload that every kernel segments.
+const MAX_RUN_BYTES: usize = 65_000;
+const MAX_RUN_SEGMENTS: usize = 64;
+/// How long a full socket may hold up the worker.
+const SEND_PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 2_000_000 };
+
+struct Half {
+    socket: Socket,
+    state: UdpSocketState,
+    v6: bool,
+}
+
+/// Both sockets.
+pub(crate) struct Sockets {
+    v4: Option<Half>,
+    v6: Option<Half>,
+    port: u16,
+}
+
+impl Sockets {
+    /// Binds both families to one port; 0 lets the kernel choose. A host without IPv6 (or IPv4) gets one socket.
+    pub(crate) fn bind(port: u16, fwmark: u32) -> io::Result<Self> {
+        const ATTEMPTS: usize = 10;
+        let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+        for _ in 0..if port == 0 { ATTEMPTS } else { 1 } {
+            match Self::bind_once(port, fwmark) {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => last = error,
+                other => return other,
+            }
+        }
+        Err(last)
+    }
+
+    fn bind_once(port: u16, fwmark: u32) -> io::Result<Self> {
+        let v4 = optional(Half::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port), fwmark))?;
+        let bound = v4.as_ref().map(Half::port).transpose()?.unwrap_or(port);
+        let v6 = optional(Half::bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), bound), fwmark))?;
+        let port = v6.as_ref().map(Half::port).transpose()?.unwrap_or(bound);
+        Ok(Self { v4, v6, port })
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub(crate) fn set_fwmark(&self, fwmark: u32) -> io::Result<()> {
+        self.v4.iter().chain(&self.v6).try_for_each(|half| half.socket.set_mark(fwmark))
+    }
+
+    pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.v4.iter().chain(&self.v6).map(|half| half.socket.as_fd())
+    }
+
+    pub(crate) fn describe(&self, shell: &mut ShellState) {
+        let mut halves = self.v4.iter().chain(&self.v6);
+        shell.udp_gso = halves.clone().all(|half| half.state.max_gso_segments() > 1);
+        shell.udp_gro = halves.all(|half| half.state.gro_segments() > 1);
+    }
+
+    /// Receives from both sockets into `buffers` ([`BATCH`] × [`BUFFER_BYTES`]), handing each datagram to `each`.
+    pub(crate) fn receive(&self, buffers: &mut [u8], mut each: impl FnMut(&[u8], &RecvMeta)) -> usize {
+        let mut received = 0;
+        for half in self.v4.iter().chain(&self.v6) {
+            let mut meta = [RecvMeta::default(); BATCH];
+            let Ok(count) = half.receive(buffers, &mut meta) else { continue };
+            received += count;
+            for (buffer, meta) in buffers.chunks_exact(BUFFER_BYTES).zip(&meta).take(count) {
+                // A super-packet may end with a shorter message of another kind: every segment is looked at.
+                for segment in buffer[..meta.len].chunks(meta.stride.max(1)) {
+                    each(segment, meta);
+                }
+            }
+        }
+        received
+    }
+
+    /// Sends all datagrams of `out`, runs to one endpoint in one call, and tells the engine what left.
+    pub(crate) fn send(&mut self, out: &mut Out, engine: &mut Engine) {
+        let mut rest = out.net();
+        while let Some(first) = rest.first() {
+            let half = if first.to.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
+            let Some(half) = half else {
+                engine.lost(Drop::TxSend, 1, first.len as u64);
+                rest = &rest[1..];
+                continue;
+            };
+            let count = run(rest, half.state.max_gso_segments().min(MAX_RUN_SEGMENTS));
+            let (these, others) = rest.split_at(count);
+            half.send_run(these, out.net_bytes(), engine);
+            rest = others;
+        }
+        out.clear_net();
+    }
+}
+
+/// How many datagrams from the front can leave in one call.
+fn run(datagrams: &[Datagram], max_segments: usize) -> usize {
+    let first = &datagrams[0];
+    let mut total = first.len;
+    let mut count = 1;
+    for next in &datagrams[1..] {
+        let same = next.to == first.to && next.via == first.via && next.slot == first.slot;
+        let kind = (next.inner == 0) == (first.inner == 0);
+        total += next.len;
+        if count >= max_segments || !same || !kind || next.len > first.len || total > MAX_RUN_BYTES {
+            break;
+        }
+        count += 1;
+        if next.len < first.len {
+            break;
+        }
+    }
+    count
+}
+
+fn optional(half: io::Result<Half>) -> io::Result<Option<Half>> {
+    match half {
+        Ok(half) => Ok(Some(half)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+impl Half {
+    fn bind(addr: SocketAddr, fwmark: u32) -> io::Result<Self> {
+        let v6 = addr.is_ipv6();
+        let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
+        let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
+        if v6 {
+            socket.set_only_v6(true)?;
+        }
+        if fwmark != 0 {
+            socket.set_mark(fwmark)?;
+        }
+        if let Err(error) = sockopt::force_buffers(&socket, RECEIVE_BUFFER, SEND_BUFFER) {
+            tracing::info!(%error, "socket buffers keep the host's limits");
+        }
+        socket.bind(&addr.into())?;
+        let state = offloads(&socket, v6)?;
+        Ok(Self { socket, state, v6 })
+    }
+
+    fn port(&self) -> io::Result<u16> {
+        let addr = self.socket.local_addr()?.as_socket();
+        addr.map(|addr| addr.port()).ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+    }
+
+    fn receive(&self, buffers: &mut [u8], meta: &mut [RecvMeta; BATCH]) -> io::Result<usize> {
+        let mut chunks = buffers.chunks_exact_mut(BUFFER_BYTES);
+        let mut slices: [IoSliceMut<'_>; BATCH] = std::array::from_fn(|_| {
+            IoSliceMut::new(chunks.next().expect("the worker allocates BATCH buffers"))
+        });
+        self.state.recv(UdpSockRef::from(&self.socket), &mut slices, meta)
+    }
+
+    fn send_run(&mut self, datagrams: &[Datagram], arena: &[u8], engine: &mut Engine) {
+        match self.transmit(datagrams, arena, true) {
+            Ok(()) => account(engine, datagrams),
+            // Segments larger than the path, or a device without checksums: singly it may work.
+            Err(_) if datagrams.len() > 1 => {
+                for datagram in datagrams {
+                    self.send_single(datagram, arena, engine);
+                }
+            }
+            Err(_) => self.send_single(&datagrams[0], arena, engine),
+        }
+    }
+
+    fn send_single(&mut self, datagram: &Datagram, arena: &[u8], engine: &mut Engine) {
+        let one = std::slice::from_ref(datagram);
+        if self.transmit(one, arena, true).is_ok() {
+            account(engine, one);
+            return;
+        }
+        if datagram.via.is_some() && self.transmit(one, arena, false).is_ok() {
+            account(engine, one);
+            engine.forget_local_address(datagram.slot);
+            // The failure made quinn-udp give up offloads that work.
+            match offloads(&self.socket, self.v6) {
+                Ok(state) => self.state = state,
+                Err(error) => tracing::debug!(%error, "offloads stay off"),
+            }
+            return;
+        }
+        let bytes = if datagram.inner > 0 { datagram.inner } else { datagram.len };
+        engine.lost(Drop::TxSend, 1, bytes as u64);
+    }
+
+    fn transmit(&self, datagrams: &[Datagram], arena: &[u8], sticky: bool) -> io::Result<()> {
+        let (first, last) = (&datagrams[0], &datagrams[datagrams.len() - 1]);
+        let transmit = Transmit {
+            destination: first.to,
+            ecn: None,
+            contents: &arena[first.start..last.start + last.len],
+            segment_size: (datagrams.len() > 1).then_some(first.len),
+            src_ip: first.via.filter(|via| sticky && via.is_ipv6() == self.v6),
+        };
+        let send = || self.state.try_send(UdpSockRef::from(&self.socket), &transmit);
+        match send() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                poll(&mut [PollFd::new(&self.socket, PollFlags::OUT)], Some(&SEND_PATIENCE))?;
+                send()
+            }
+            other => other,
+        }
+    }
+}
+
+fn account(engine: &mut Engine, datagrams: &[Datagram]) {
+    let inner: usize = datagrams.iter().map(|datagram| datagram.inner).sum();
+    let wire: usize = datagrams.iter().map(|datagram| datagram.len).sum();
+    engine.sent(datagrams[0].slot, datagrams.len() as u64, inner as u64, wire as u64);
+}
+
+/// Turns offloads on, and off again what quinn-udp turns on besides.
+fn offloads(socket: &Socket, v6: bool) -> io::Result<UdpSocketState> {
+    let state = UdpSocketState::new(UdpSockRef::from(socket))?;
+    sockopt::allow_fragmentation(socket, v6)?;
+    sockopt::disable_timestamps(socket)?;
+    Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn datagram(to: &str, len: usize) -> Datagram {
+        Datagram { start: 0, len, to: to.parse().unwrap(), via: None, slot: 1, inner: len - 32 }
+    }
+
+    #[test]
+    fn a_run_is_one_endpoint_with_equal_lengths_and_perhaps_a_shorter_end() {
+        let a = |len| datagram("192.0.2.1:1", len);
+        let b = |len| datagram("192.0.2.2:1", len);
+        assert_eq!(run(&[a(100), a(100), a(60), a(60)], 64), 3);
+        assert_eq!(run(&[a(100), a(100), a(101)], 64), 2);
+        assert_eq!(run(&[a(100), b(100)], 64), 1);
+        assert_eq!(run(&[a(100); 100], 64), 64);
+        assert_eq!(run(&[a(100); 100], 1), 1);
+        assert_eq!(run(&[a(1452); 64], 64), MAX_RUN_BYTES / 1452);
+        let keepalive = Datagram { inner: 0, ..a(32) };
+        assert_eq!(run(&[a(100), keepalive], 64), 1, "counted apart");
+    }
+}

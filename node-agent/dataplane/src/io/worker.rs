@@ -1,0 +1,305 @@
+//! The worker: everything that touches packets, on one thread.
+
+use std::fs::File;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::mailbox::{DeviceState, Mailbox, Reply, Request, ShellState, canonical};
+use super::tun::{Read, Tun};
+use super::udp::{BATCH, BUFFER_BYTES, Sockets};
+use crate::change::{DeviceChange, PeerChange, Refused};
+use crate::engine::{Engine, Now, Origin, TICK_MS};
+use crate::journal::Journal;
+use crate::out::Out;
+
+/// Letters, receive calls and TUN reads in one pass, so that none starves the others.
+const MAX_LETTERS: usize = 4;
+const MAX_RECEIVES: usize = 4;
+const MAX_READS: usize = 32;
+const SECOND_MS: u64 = 1000;
+
+/// Why the worker ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It was told to.
+    Stopped,
+    /// The interface was deleted.
+    InterfaceGone,
+}
+
+pub(crate) struct Worker {
+    pub(crate) engine: Engine,
+    pub(crate) tun: Tun,
+    pub(crate) journal: Option<Journal>,
+    pub(crate) mailbox: Mailbox,
+    net: Net,
+    out: Out,
+    buffers: Vec<u8>,
+    shell: ShellState,
+    started: Instant,
+    next_tick_ms: u64,
+    end: Option<End>,
+}
+
+/// The sockets and what was asked of them.
+#[derive(Default)]
+struct Net {
+    sockets: Option<Sockets>,
+    fwmark: u32,
+}
+
+impl Worker {
+    pub(crate) fn new(engine: Engine, tun: Tun, journal: Option<Journal>, mailbox: Mailbox) -> Self {
+        Self {
+            engine,
+            tun,
+            journal,
+            mailbox,
+            net: Net::default(),
+            out: Out::default(),
+            buffers: vec![0; BATCH * BUFFER_BYTES],
+            shell: ShellState::default(),
+            started: Instant::now(),
+            next_tick_ms: 0,
+            end: None,
+        }
+    }
+
+    /// Runs until it is told to stop or the interface is gone.
+    pub(crate) fn run(mut self) -> io::Result<End> {
+        let mut worked = false;
+        loop {
+            self.wait(worked)?;
+            // A panic costs the packets of one pass, not the sessions of everybody (trap 16).
+            match catch_unwind(AssertUnwindSafe(|| self.pass())) {
+                Ok(did) => worked = did?,
+                Err(_) => {
+                    self.shell.panics += 1;
+                    tracing::error!(panics = self.shell.panics, "a pass of the worker panicked; its packets are lost");
+                    self.out.clear_net();
+                    self.out.clear_tun();
+                }
+            }
+            if let Some(end) = self.end {
+                return Ok(end);
+            }
+        }
+    }
+
+    fn now(&self) -> Now {
+        let millis = |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        Now {
+            mono_ms: millis(self.started.elapsed()),
+            unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, millis),
+        }
+    }
+
+    fn wait(&self, worked: bool) -> io::Result<()> {
+        let until_tick = if worked { 0 } else { self.next_tick_ms.saturating_sub(self.now().mono_ms).min(SECOND_MS) };
+        let nanos = i64::try_from(until_tick * 1_000_000).expect("at most a second");
+        let timeout = Timespec { tv_sec: nanos / 1_000_000_000, tv_nsec: nanos % 1_000_000_000 };
+        let (mailbox, tun) = (self.mailbox.fd(), self.tun.fd());
+        let mut sockets = self.net.sockets.iter().flat_map(Sockets::fds);
+        let mut fds = [mailbox, tun, sockets.next().unwrap_or(mailbox), sockets.next().unwrap_or(mailbox)]
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// One round over everything that may be ready; says whether there was anything.
+    fn pass(&mut self) -> io::Result<bool> {
+        let now = self.now();
+        let mut worked = self.receive(now);
+        worked |= self.read_tun(now)?;
+        if now.mono_ms >= self.next_tick_ms {
+            self.engine.on_tick(now, &mut self.out);
+            self.next_tick_ms = now.mono_ms + if self.engine.is_busy() { TICK_MS } else { SECOND_MS };
+        }
+        self.flush();
+        self.settle();
+        worked |= self.read_mail(now);
+        // Work may have appeared for a tick that was a second away.
+        if self.engine.is_busy() {
+            self.next_tick_ms = self.next_tick_ms.min(now.mono_ms + TICK_MS);
+        }
+        Ok(worked)
+    }
+
+    fn receive(&mut self, now: Now) -> bool {
+        let mut worked = false;
+        for _ in 0..MAX_RECEIVES {
+            let Some(sockets) = &self.net.sockets else { break };
+            let (engine, out) = (&mut self.engine, &mut self.out);
+            let count = sockets.receive(&mut self.buffers, |segment, meta| {
+                let origin = Origin { from: canonical(meta.addr), to: meta.dst_ip };
+                engine.on_udp(now, segment, origin, out);
+            });
+            worked |= count > 0;
+            if self.out.wants_flush() {
+                self.flush();
+            }
+            if count == 0 {
+                break;
+            }
+        }
+        worked
+    }
+
+    fn read_tun(&mut self, now: Now) -> io::Result<bool> {
+        for reads in 0..MAX_READS {
+            let (engine, out) = (&mut self.engine, &mut self.out);
+            match self.tun.read(&mut self.shell, |packet| engine.on_tun(now, packet, out)) {
+                Ok(Read::Packet) => {}
+                Ok(Read::Nothing) => return Ok(reads > 0),
+                Ok(Read::Gone) => {
+                    self.end = Some(End::InterfaceGone);
+                    return Ok(true);
+                }
+                // What the kernel made and we cannot split; it is gone.
+                Err(error) if error.raw_os_error().is_none() => {
+                    tracing::debug!(%error, "a super-packet could not be split");
+                }
+                Err(error) => return Err(error),
+            }
+            if self.out.wants_flush() {
+                self.flush();
+            }
+        }
+        Ok(true)
+    }
+
+    fn flush(&mut self) {
+        if !self.out.net().is_empty() {
+            match &mut self.net.sockets {
+                Some(sockets) => sockets.send(&mut self.out, &mut self.engine),
+                None => self.out.clear_net(),
+            }
+        }
+        if !self.out.tun().is_empty() {
+            self.tun.write(&mut self.out, &mut self.engine, &mut self.shell);
+        }
+    }
+
+    /// Journals removed peers; a full disk keeps their slots from being used again until there is room.
+    fn settle(&mut self) {
+        let journal = &mut self.journal;
+        let settled = self.engine.settle(|closed| match journal {
+            Some(journal) => journal.append(closed),
+            None => Ok(()),
+        });
+        if let Err(error) = settled {
+            tracing::warn!(%error, "the journal of closed peers cannot be written");
+        }
+    }
+
+    fn read_mail(&mut self, now: Now) -> bool {
+        self.mailbox.clear_wake();
+        for letters in 0..MAX_LETTERS {
+            let Some(mail) = self.mailbox.next() else { return letters > 0 };
+            let reply = self.handle(now, mail.request);
+            // The asker may have given up waiting.
+            let _ = mail.reply.try_send(reply);
+        }
+        true
+    }
+
+    fn handle(&mut self, now: Now, request: Request) -> Reply {
+        let errno = match request {
+            Request::Describe => return Reply::Device(Box::new(self.describe())),
+            Request::List { from, limit } => {
+                let (peers, next) = self.engine.peers(from, limit);
+                return Reply::Peers { peers, next };
+            }
+            Request::Device(change) => self.change_device(&change).map_or_else(|error| errno_of(&error), |()| 0),
+            Request::Peers(changes) => self.change_peers(now, changes),
+            Request::BeginReplace => {
+                self.engine.begin_replace();
+                0
+            }
+            Request::EndReplace => {
+                self.engine.end_replace();
+                self.settle();
+                0
+            }
+            Request::Stop => {
+                self.end = Some(End::Stopped);
+                0
+            }
+        };
+        self.flush();
+        Reply::Done(errno)
+    }
+
+    fn change_device(&mut self, change: &DeviceChange) -> io::Result<()> {
+        if let Some(fwmark) = change.fwmark {
+            if let Some(sockets) = &self.net.sockets {
+                sockets.set_fwmark(fwmark)?;
+            }
+            self.net.fwmark = fwmark;
+        }
+        if let Some(secret) = &change.private_key {
+            self.engine.set_private_key(secret);
+        }
+        self.engine.set_overlay(change.replace_overlay, &change.overlay);
+        let bound = self.net.sockets.as_ref().map(Sockets::port);
+        let wanted = match (change.listen_port, bound) {
+            (Some(port), Some(bound)) if port == bound => None,
+            (Some(port), _) => Some(port),
+            // Without a port of its own an interface with a key gets any.
+            (None, None) => self.engine.device().private_key.map(|_| 0),
+            (None, Some(_)) => None,
+        };
+        if let Some(port) = wanted {
+            self.net.sockets = Some(Sockets::bind(port, self.net.fwmark)?);
+        }
+        if let (Some(len), Some(journal)) = (change.journal_ack, &mut self.journal) {
+            journal.acknowledge(len)?;
+        }
+        Ok(())
+    }
+
+    fn change_peers(&mut self, now: Now, changes: Vec<PeerChange>) -> i32 {
+        for change in changes {
+            match self.engine.apply_peer(now, change, &mut self.out) {
+                Ok(()) => {}
+                Err(Refused::Full) => return libc::ENOSPC,
+                Err(Refused::TenantPrefix) => return libc::EINVAL,
+            }
+            // A slot that was just left may be needed by the next peer.
+            self.settle();
+            if self.out.wants_flush() {
+                self.flush();
+            }
+        }
+        0
+    }
+
+    fn describe(&self) -> DeviceState {
+        let mut shell = self.shell;
+        self.tun.describe(&mut shell);
+        if let Some(sockets) = &self.net.sockets {
+            sockets.describe(&mut shell);
+        }
+        DeviceState {
+            view: self.engine.device(),
+            listen_port: self.net.sockets.as_ref().map_or(0, Sockets::port),
+            fwmark: self.net.fwmark,
+            shell,
+        }
+    }
+
+    /// A handle with which the control side makes removals durable without holding up packets.
+    pub(crate) fn journal_handle(&self) -> io::Result<Option<File>> {
+        self.journal.as_ref().map(Journal::sync_handle).transpose()
+    }
+}
+
+fn errno_of(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}
+

@@ -1,0 +1,79 @@
+//! The answer to `get=1`.
+
+use std::fmt::Write;
+
+use crate::drops::Drop;
+use crate::engine::PeerView;
+use crate::io::mailbox::DeviceState;
+
+pub(crate) fn device(state: &DeviceState) -> String {
+    let mut text = String::with_capacity(4096);
+    let view = &state.view;
+    if let Some(secret) = &view.private_key {
+        line(&mut text, "private_key", &hex::encode(*secret.0));
+    }
+    line(&mut text, "listen_port", state.listen_port);
+    if state.fwmark != 0 {
+        line(&mut text, "fwmark", state.fwmark);
+    }
+    line(&mut text, "cvault_epoch", &hex::encode(view.epoch));
+    line(&mut text, "cvault_peers", view.peers);
+    line(&mut text, "cvault_live_peers", view.live_peers);
+    line(&mut text, "cvault_handshakes", view.handshakes);
+    for net in &view.overlay {
+        line(&mut text, "cvault_overlay", net);
+    }
+    for reason in Drop::ALL {
+        line(&mut text, &format!("cvault_drop_{}", reason.name()), view.drops.get(reason).packets);
+    }
+    for reason in Drop::ALL {
+        line(&mut text, &format!("cvault_dropped_bytes_{}", reason.name()), view.drops.get(reason).bytes);
+    }
+    let shell = &state.shell;
+    for (name, on) in [
+        ("tun_tso", shell.tun_tso),
+        ("tun_uso", shell.tun_uso),
+        ("tun_merge", shell.tun_merge),
+        ("udp_gso", shell.udp_gso),
+        ("udp_gro", shell.udp_gro),
+    ] {
+        line(&mut text, &format!("cvault_offload_{name}"), u8::from(on));
+    }
+    line(&mut text, "cvault_tun_read_bytes", shell.tun_read_bytes);
+    line(&mut text, "cvault_tun_split_bytes", shell.tun_split_bytes);
+    line(&mut text, "cvault_tun_written_bytes", shell.tun_written_bytes);
+    line(&mut text, "cvault_tun_merged_bytes", shell.tun_merged_bytes);
+    line(&mut text, "cvault_panics", shell.panics);
+    text
+}
+
+pub(crate) fn peer(text: &mut String, peer: &PeerView) {
+    line(text, "public_key", &hex::encode(peer.public_key));
+    let psk = peer.preshared_key.as_ref().map_or([0; 32], |psk| *psk.0);
+    line(text, "preshared_key", &hex::encode(psk));
+    line(text, "protocol_version", 1);
+    if let Some(endpoint) = peer.endpoint {
+        line(text, "endpoint", endpoint);
+    }
+    let counts = &peer.counts;
+    line(text, "last_handshake_time_sec", counts.last_handshake_ms / 1000);
+    line(text, "last_handshake_time_nsec", counts.last_handshake_ms % 1000 * 1_000_000);
+    line(text, "tx_bytes", counts.tx_wire);
+    line(text, "rx_bytes", counts.rx_wire);
+    line(text, "persistent_keepalive_interval", peer.persistent_keepalive);
+    for net in &peer.allowed_ips {
+        line(text, "allowed_ip", net);
+    }
+    if let Some(tenant) = peer.tenant {
+        line(text, "cvault_tenant", &hex::encode(tenant));
+    }
+    line(text, "cvault_generation", peer.generation);
+    line(text, "cvault_rx_inner", counts.rx_inner);
+    line(text, "cvault_tx_inner", counts.tx_inner);
+    line(text, "cvault_rx_packets", counts.rx_packets);
+    line(text, "cvault_tx_packets", counts.tx_packets);
+}
+
+fn line(text: &mut String, key: &str, value: impl std::fmt::Display) {
+    writeln!(text, "{key}={value}").expect("a string takes everything");
+}

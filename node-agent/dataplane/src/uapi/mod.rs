@@ -1,0 +1,13 @@
+//! The control socket: the WireGuard cross-platform protocol (<https://www.wireguard.com/xplatform/>) with CVault's keys.
+//!
+//! Clients get a thread each, a few at a time, with bounds on size and time: a slow or hostile one holds up neither
+//! packets nor the others. A request is read to its end before anything of it is applied.
+
+mod format;
+mod parse;
+pub(crate) mod server;
+
+pub use parse::{Invalid, SetParser, SetRequest};
+
+/// Where the sockets of all userspace WireGuard implementations are.
+pub const SOCKET_DIR: &str = "/var/run/wireguard";

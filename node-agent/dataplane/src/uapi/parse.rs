@@ -1,0 +1,217 @@
+//! `set=1` requests, line by line.
+
+use std::net::SocketAddr;
+use std::str::FromStr;
+
+use ipnet::IpNet;
+
+use crate::change::{DeviceChange, PeerChange, Secret};
+
+/// More peers than this are no sensible request: twice the capacity.
+const MAX_PEERS: usize = 131_072;
+/// Lines of one request that carry prefixes, for all peers together.
+const MAX_PREFIXES: usize = 1 << 20;
+
+/// A line that cannot be understood. The answer is `errno=-22` (`EINVAL`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("invalid line in the request")]
+pub struct Invalid;
+
+/// A whole request.
+#[derive(Clone, Debug, Default)]
+pub struct SetRequest {
+    /// Changes of the device.
+    pub device: DeviceChange,
+    /// All peers that are not in the request go.
+    pub replace_peers: bool,
+    /// Changes of peers, in order.
+    pub peers: Vec<PeerChange>,
+}
+
+/// Collects the lines between `set=1` and the empty line.
+#[derive(Debug, Default)]
+pub struct SetParser {
+    request: SetRequest,
+    prefixes: usize,
+}
+
+impl SetParser {
+    /// Takes one line without its end.
+    ///
+    /// # Errors
+    /// [`Invalid`] when key or value are unknown; the request is to be refused as a whole.
+    pub fn line(&mut self, line: &str) -> Result<(), Invalid> {
+        let (key, value) = line.split_once('=').ok_or(Invalid)?;
+        if key == "public_key" {
+            if self.request.peers.len() == MAX_PEERS {
+                return Err(Invalid);
+            }
+            let public_key = hex_bytes(value)?;
+            self.request.peers.push(PeerChange { public_key, ..PeerChange::default() });
+            return Ok(());
+        }
+        if key == "allowed_ip" || key == "cvault_overlay" {
+            self.prefixes += 1;
+            if self.prefixes > MAX_PREFIXES {
+                return Err(Invalid);
+            }
+        }
+        match self.request.peers.last_mut() {
+            Some(peer) => peer_line(peer, key, value),
+            None => device_line(&mut self.request, key, value),
+        }
+    }
+
+    /// The request, at the empty line.
+    #[must_use]
+    pub fn finish(self) -> SetRequest {
+        self.request
+    }
+}
+
+fn device_line(request: &mut SetRequest, key: &str, value: &str) -> Result<(), Invalid> {
+    let device = &mut request.device;
+    match key {
+        "private_key" => device.private_key = Some(Secret::new(hex_bytes(value)?)),
+        "listen_port" => device.listen_port = Some(number(value)?),
+        "fwmark" => device.fwmark = Some(if value.is_empty() { 0 } else { number(value)? }),
+        "replace_peers" => request.replace_peers = truth(value)?,
+        "cvault_overlay" => device.overlay.push(number(value)?),
+        "cvault_replace_overlay" => device.replace_overlay = truth(value)?,
+        "cvault_journal_ack" => device.journal_ack = Some(number(value)?),
+        _ => return Err(Invalid),
+    }
+    Ok(())
+}
+
+fn peer_line(peer: &mut PeerChange, key: &str, value: &str) -> Result<(), Invalid> {
+    match key {
+        "remove" => peer.remove = truth(value)?,
+        "update_only" => peer.update_only = truth(value)?,
+        "preshared_key" => peer.preshared_key = Some(Secret::new(hex_bytes(value)?)),
+        "endpoint" => {
+            let endpoint: SocketAddr = number(value)?;
+            peer.endpoint = Some(SocketAddr::new(endpoint.ip().to_canonical(), endpoint.port()));
+        }
+        "persistent_keepalive_interval" => peer.persistent_keepalive = Some(number(value)?),
+        "replace_allowed_ips" => peer.replace_allowed_ips = truth(value)?,
+        "allowed_ip" => match value.strip_prefix('-') {
+            Some(value) => peer.removed_ips.push(prefix(value)?),
+            None => peer.allowed_ips.push(prefix(value.strip_prefix('+').unwrap_or(value))?),
+        },
+        "protocol_version" if value == "1" => {}
+        "cvault_tenant" => peer.tenant = Some(hex_bytes(value)?),
+        "cvault_generation" => peer.generation = Some(number(value)?),
+        _ => return Err(Invalid),
+    }
+    Ok(())
+}
+
+fn number<T: FromStr>(value: &str) -> Result<T, Invalid> {
+    value.parse().map_err(|_| Invalid)
+}
+
+fn prefix(value: &str) -> Result<IpNet, Invalid> {
+    Ok(number::<IpNet>(value)?.trunc())
+}
+
+fn truth(value: &str) -> Result<bool, Invalid> {
+    match value {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => Err(Invalid),
+    }
+}
+
+fn hex_bytes<const N: usize>(value: &str) -> Result<[u8; N], Invalid> {
+    let mut bytes = [0; N];
+    hex::decode_to_slice(value, &mut bytes).map_err(|_| Invalid)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const KEY: &str = "b85996fecc9c7f1fc6d2572a76eda11d59bcd20be8e543b15ce4bd85a8e75a33";
+
+    fn parse(text: &str) -> Result<SetRequest, Invalid> {
+        let mut parser = SetParser::default();
+        text.lines().try_for_each(|line| parser.line(line))?;
+        Ok(parser.finish())
+    }
+
+    #[test]
+    fn a_whole_request_is_read_in_order() {
+        let request = parse(&format!(
+            "private_key={KEY}\nlisten_port=51820\nfwmark=\nreplace_peers=true\ncvault_replace_overlay=true\n\
+             cvault_overlay=10.8.0.0/16\ncvault_overlay=fd00:cafe::/64\ncvault_journal_ack=256\n\
+             public_key={KEY}\nprotocol_version=1\nendpoint=[::ffff:192.0.2.1]:51820\nreplace_allowed_ips=true\n\
+             allowed_ip=10.8.0.2/32\nallowed_ip=-10.8.0.9/32\ncvault_tenant=000102030405060708090a0b0c0d0e0f\n\
+             cvault_generation=7\npersistent_keepalive_interval=25\npublic_key={KEY}\nremove=true"
+        ))
+        .unwrap();
+        assert_eq!((request.device.listen_port, request.device.fwmark), (Some(51820), Some(0)));
+        assert!(request.replace_peers && request.device.replace_overlay);
+        assert_eq!((request.device.overlay.len(), request.device.journal_ack), (2, Some(256)));
+        let [first, second] = &request.peers[..] else { panic!("two peers") };
+        assert_eq!(first.endpoint, Some("192.0.2.1:51820".parse().unwrap()));
+        assert_eq!((first.allowed_ips.len(), first.removed_ips.len()), (1, 1));
+        assert_eq!((first.generation, first.persistent_keepalive), (Some(7), Some(25)));
+        assert_eq!(first.tenant.unwrap()[15], 15);
+        assert!(second.remove && !first.remove);
+    }
+
+    #[test]
+    fn malformed_lines_are_refused() {
+        for line in [
+            "=",
+            "listen_port",
+            "listen_port=65536",
+            "listen_port=-1",
+            "private_key=00",
+            "private_key=zz5996fecc9c7f1fc6d2572a76eda11d59bcd20be8e543b15ce4bd85a8e75a33",
+            "replace_peers=yes",
+            "allowed_ip=10.0.0.0/8",
+            "unknown=1",
+            "cvault_overlay=10.0.0.0/33",
+        ] {
+            assert_eq!(parse(line).err(), Some(Invalid), "{line:?}");
+        }
+        for line in [
+            "endpoint=example.org:51820",
+            "endpoint=192.0.2.1",
+            "allowed_ip=10.0.0.0",
+            "allowed_ip=10.0.0.0/33",
+            "persistent_keepalive_interval=off",
+            "preshared_key=",
+            "protocol_version=2",
+            "cvault_tenant=00",
+            "cvault_generation=18446744073709551616",
+            "private_key=00",
+        ] {
+            assert_eq!(parse(&format!("public_key={KEY}\n{line}")).err(), Some(Invalid), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_request_of_hostile_size_is_refused() {
+        let mut parser = SetParser::default();
+        let line = format!("public_key={KEY}");
+        assert!((0..MAX_PEERS).all(|_| parser.line(&line).is_ok()));
+        assert_eq!(parser.line(&line), Err(Invalid));
+        let mut parser = SetParser::default();
+        assert!((0..MAX_PREFIXES).all(|_| parser.line("cvault_overlay=10.0.0.0/8").is_ok()));
+        assert_eq!(parser.line("cvault_overlay=10.0.0.0/8"), Err(Invalid));
+    }
+
+    proptest! {
+        #[test]
+        fn any_line_is_read_without_panic(key in "[a-z_]{0,30}", value in ".{0,100}") {
+            let _ = parse(&format!("{key}={value}"));
+            let _ = parse(&format!("public_key={KEY}\n{key}={value}"));
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! The engine as the agent needs it: brought up with the host around it, changed by differences, revived when it dies.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::time::Instant;
+use zeroize::Zeroizing;
+
+use crate::desired::{Change, Desired, PublicKey, Refusal, check_mass_removal};
+use crate::host;
+use crate::interface::Interface;
+use crate::state_dir::StateDir;
+use crate::tunnel::{Launch, Tunnel};
+use crate::uapi::{Uapi, UapiError};
+
+/// A tunnel that dies again at once is started again after this, not in a busy loop.
+const RESTART_PAUSE: Duration = Duration::from_millis(500);
+/// Restarts in a row without a pause.
+const QUICK_RESTARTS: u32 = 3;
+
+pub(crate) struct Engine {
+    launch: Launch,
+    uapi: Uapi,
+    private_key: Zeroizing<[u8; 32]>,
+    tunnel: Option<Tunnel>,
+    /// This server has served: a tunnel that is missing must be started again, not before this.
+    retry_at: Option<Instant>,
+    /// The engine holds exactly the committed peers.
+    in_sync: bool,
+    pub(crate) restarts: u32,
+    quick_restarts: u32,
+}
+
+impl Engine {
+    pub(crate) fn new(launch: Launch, private_key: Zeroizing<[u8; 32]>) -> Self {
+        let uapi = Uapi::of_interface(&launch.interface);
+        Self { launch, uapi, private_key, tunnel: None, retry_at: None, in_sync: false, restarts: 0, quick_restarts: 0 }
+    }
+
+    pub(crate) fn uapi(&self) -> &Uapi {
+        &self.uapi
+    }
+
+    pub(crate) fn is_up(&self) -> bool {
+        self.tunnel.is_some()
+    }
+
+    /// Adopts or starts the tunnel and brings it and the host into the state that `interface` needs. When that fails
+    /// and the tunnel was started here, it is stopped and its interface removed again.
+    pub(crate) async fn bring_up(&mut self, dir: &StateDir, interface: &Interface) -> anyhow::Result<()> {
+        let adopted = Tunnel::adopt(&self.uapi).await?;
+        let started = adopted.is_none();
+        let tunnel = match adopted {
+            Some(tunnel) => tunnel,
+            None => Tunnel::start(&self.launch, dir, &self.uapi).await?,
+        };
+        tracing::info!(pid = tunnel.pid(), started, interface = self.launch.interface, "the tunnel process runs");
+        if let Err(error) = self.configure(interface).await {
+            if started && self.retry_at.is_none() {
+                tunnel.stop().await;
+                host::delete_link(&self.launch.interface).await.ok();
+            }
+            return Err(error);
+        }
+        self.tunnel = Some(tunnel);
+        self.retry_at = Some(Instant::now());
+        self.in_sync = false;
+        Ok(())
+    }
+
+    /// Sets the device and the host around it; changes nothing that is right already.
+    pub(crate) async fn configure(&self, interface: &Interface) -> anyhow::Result<()> {
+        self.uapi.configure(&self.private_key, interface).await.map_err(|error| {
+            if error.is_address_in_use() {
+                let port = interface.listen_port;
+                anyhow::anyhow!("UDP port {port} is taken by another program: stop that one, or give this server another port")
+            } else {
+                anyhow::Error::new(error).context("the tunnel cannot be configured")
+            }
+        })?;
+        host::set_up(&self.launch.interface, interface).await
+    }
+
+    /// Makes the engine hold exactly the committed peers, by difference. An adopted engine loses no tunnel that stays.
+    pub(crate) async fn synchronise(&mut self, desired: &Desired) -> Result<(), Refusal> {
+        if self.in_sync {
+            return Ok(());
+        }
+        let Some(target) = desired.cursor() else { return Ok(()) };
+        let expected_removed = u32::MAX;
+        let change = Change { target, removed: Vec::new(), upserted: Vec::new(), expected_removed };
+        self.reconcile(desired, &change).await
+    }
+
+    /// Applies a checked change. A tunnel that died meanwhile is revived and the change tried once more.
+    pub(crate) async fn apply(&mut self, dir: &StateDir, saved: &crate::store::Saved, change: &Change) -> Result<(), Refusal> {
+        match self.push(&saved.desired, change).await {
+            Err(Refusal::Engine(reason)) => {
+                tracing::warn!(reason, "a change could not be applied: trying again with the whole difference");
+                self.in_sync = false;
+                if self.has_died().await {
+                    self.revive(dir, &saved.interface, None).await.map_err(engine_refusal)?;
+                }
+                self.push(&saved.desired, change).await
+            }
+            done => done,
+        }
+    }
+
+    async fn push(&mut self, desired: &Desired, change: &Change) -> Result<(), Refusal> {
+        if self.in_sync {
+            return self.uapi.apply(change).await.map_err(uapi_refusal);
+        }
+        let mut target = desired.clone();
+        target.commit(change);
+        self.reconcile(&target, change).await
+    }
+
+    async fn reconcile(&mut self, target: &Desired, change: &Change) -> Result<(), Refusal> {
+        let running = self.uapi.peers().await.map_err(uapi_refusal)?;
+        let removed: Vec<_> =
+            running.iter().map(|peer| peer.public_key).filter(|key| target.peer(key).is_none()).collect();
+        check_mass_removal(running.len(), removed.len(), change.expected_removed)?;
+        let running: HashMap<PublicKey, _> = running.into_iter().map(|peer| (peer.public_key, peer)).collect();
+        let stays = |key: &PublicKey, peer| running.get(key).is_some_and(|engine| engine.is(peer));
+        let upserted: Vec<_> = target.peers().filter(|peer| !stays(&peer.public_key, peer)).cloned().collect();
+        tracing::info!(
+            running = running.len(), removed = removed.len(), upserted = upserted.len(), "compared the engine's peers"
+        );
+        let difference = Change { removed, upserted, ..change.clone() };
+        self.uapi.apply(&difference).await.map_err(uapi_refusal)?;
+        self.in_sync = true;
+        Ok(())
+    }
+
+    /// Returns when the tunnel process has ended, or when it is time to try again to start it. Cancel-safe.
+    pub(crate) async fn ended(&self) {
+        match (&self.tunnel, self.retry_at) {
+            (Some(tunnel), _) => tunnel.ended().await,
+            (None, Some(at)) => tokio::time::sleep_until(at).await,
+            (None, None) => std::future::pending().await,
+        }
+    }
+
+    async fn has_died(&self) -> bool {
+        tokio::time::timeout(Duration::from_millis(100), self.ended()).await.is_ok()
+    }
+
+    /// Starts a dead tunnel again and gives it everything. The counter file makes its counters continue.
+    pub(crate) async fn revive(&mut self, dir: &StateDir, interface: &Interface, desired: Option<&Desired>) -> anyhow::Result<()> {
+        self.tunnel = None;
+        self.restarts += 1;
+        self.quick_restarts += 1;
+        self.retry_at = Some(Instant::now() + RESTART_PAUSE);
+        if self.quick_restarts > QUICK_RESTARTS {
+            tokio::time::sleep(RESTART_PAUSE).await;
+        }
+        self.bring_up(dir, interface).await.context("the tunnel died and cannot be started again")?;
+        if let Some(desired) = desired {
+            self.synchronise(desired).await?;
+        }
+        Ok(())
+    }
+
+    /// The tunnel answered: it may be restarted at once again when it dies.
+    pub(crate) fn is_healthy(&mut self) {
+        self.quick_restarts = 0;
+    }
+
+    /// Kills a tunnel that no longer answers; its end is then noticed like any other.
+    pub(crate) fn kill(&self) {
+        if let Some(tunnel) = &self.tunnel {
+            tunnel.kill();
+        }
+    }
+
+    pub(crate) async fn stop(&mut self) {
+        if let Some(tunnel) = self.tunnel.take() {
+            tunnel.stop().await;
+        }
+    }
+}
+
+fn uapi_refusal(error: UapiError) -> Refusal {
+    Refusal::Engine(crate::chain(&error))
+}
+
+fn engine_refusal(error: anyhow::Error) -> Refusal {
+    Refusal::Engine(format!("{error:#}"))
+}

@@ -1,0 +1,353 @@
+//! The state file: what this server runs, so that it serves again after a reboot without the control plane.
+//!
+//! One base record, then one record per change; appended and synced in O(change), rewritten whole (temp, fsync, rename,
+//! fsync of the directory) when the changes outgrow the base. A change that was torn by a crash was never reported.
+
+use std::io;
+
+use cvault_node_protocol::v1;
+use prost::Message as _;
+
+use crate::desired::{Change, Cursor, Desired, Life, Peer, PublicKey, Refusal, Snapshot, parse_key};
+use crate::frames::{FrameError, FrameFile};
+use crate::interface::{Interface, InterfaceError};
+use crate::state_dir::StateDir;
+
+const FILE: &str = "state.bin";
+const MAGIC: &[u8; 8] = b"CVSTATE\x01";
+/// Below this the file is never rewritten for its size.
+const MIN_COMPACT_BYTES: u64 = 256 << 10;
+
+/// The open state file.
+#[derive(Debug)]
+pub(crate) struct Store {
+    file: FrameFile,
+    server_id: [u8; 16],
+    base_bytes: u64,
+    behind: bool,
+}
+
+/// What was stored.
+#[derive(Debug)]
+pub(crate) struct Saved {
+    pub(crate) interface: Interface,
+    pub(crate) desired: Desired,
+    hello: v1::Hello,
+}
+
+impl Saved {
+    /// The state before the first snapshot.
+    pub(crate) fn first(interface: Interface, hello: &v1::Hello) -> Result<Self, Refusal> {
+        let desired = Desired::new(digest_key(hello)?, interface.overlay.clone());
+        Ok(Self { interface, desired, hello: kept(hello) })
+    }
+
+    pub(crate) fn report_interval_ms(&self) -> u32 {
+        self.hello.report_interval_ms
+    }
+
+    /// Takes over what a new Hello says; `true` when something is different.
+    pub(crate) fn update(&mut self, interface: Interface, hello: &v1::Hello) -> Result<bool, Refusal> {
+        if kept(hello) == self.hello {
+            return Ok(false);
+        }
+        self.desired.reconfigure(digest_key(hello)?, interface.overlay.clone());
+        self.interface = interface;
+        self.hello = kept(hello);
+        Ok(true)
+    }
+}
+
+fn digest_key(hello: &v1::Hello) -> Result<[u8; 32], Refusal> {
+    hello.digest_key.as_ref().try_into().map_err(|_| Refusal::Malformed("digest_key"))
+}
+
+/// The lasting part of a Hello.
+fn kept(hello: &v1::Hello) -> v1::Hello {
+    v1::Hello {
+        digest_key: hello.digest_key.clone(),
+        interface: hello.interface.clone(),
+        report_interval_ms: hello.report_interval_ms,
+        ..v1::Hello::default()
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StoreError {
+    #[error("the state file cannot be used")]
+    Frames(#[from] FrameError),
+    #[error("the state file holds a record that cannot be read")]
+    Record(#[from] prost::DecodeError),
+    #[error("the state file holds an impossible state")]
+    State(#[from] Refusal),
+    #[error("the state file holds an impossible interface")]
+    Interface(#[from] InterfaceError),
+    #[error("the state file belongs to another server")]
+    OtherServer,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Record {
+    #[prost(message, optional, tag = "1")]
+    base: Option<Base>,
+    #[prost(message, optional, tag = "2")]
+    delta: Option<v1::Delta>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Base {
+    #[prost(bytes = "bytes", tag = "1")]
+    server_id: prost::bytes::Bytes,
+    #[prost(message, optional, tag = "2")]
+    hello: Option<v1::Hello>,
+    #[prost(message, optional, tag = "3")]
+    cursor: Option<v1::Cursor>,
+    #[prost(message, repeated, tag = "4")]
+    peers: Vec<v1::Peer>,
+    #[prost(message, repeated, tag = "5")]
+    retired: Vec<Retired>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Retired {
+    #[prost(bytes = "bytes", tag = "1")]
+    public_key: prost::bytes::Bytes,
+    #[prost(uint64, tag = "2")]
+    generation: u64,
+    #[prost(bytes = "bytes", tag = "3")]
+    device_id: prost::bytes::Bytes,
+}
+
+impl Store {
+    /// Opens the state file of this server and reads what it holds.
+    ///
+    /// # Errors
+    /// Any [`StoreError`] leaves the file as it is; see [`Store::open_or_set_aside`].
+    fn open(dir: &StateDir, server_id: [u8; 16]) -> Result<(Self, Option<Saved>), StoreError> {
+        let (file, recovered) = FrameFile::open(&dir.file(FILE), MAGIC)?;
+        if recovered.torn_bytes > 0 {
+            tracing::warn!(bytes = recovered.torn_bytes, "cut an unfinished change off the state file");
+        }
+        let mut saved: Option<Saved> = None;
+        let mut base_bytes = 0;
+        for (location, payload) in recovered.frames {
+            let record = Record::decode(payload.as_slice())?;
+            if let Some(base) = record.base {
+                saved = load_base(&base, server_id)?;
+                base_bytes = location.bytes();
+            }
+            if let (Some(delta), Some(saved)) = (record.delta, saved.as_mut()) {
+                saved.desired.commit(&load_change(&delta)?);
+            }
+        }
+        if saved.as_ref().is_some_and(|saved| !saved.desired.is_whole()) {
+            return Err(Refusal::Digest.into());
+        }
+        Ok((Self { file, server_id, base_bytes, behind: false }, saved))
+    }
+
+    /// Opens the state file; one that cannot be used is renamed, so that somebody can look at it, and the server waits
+    /// for a snapshot. Peers that an engine still runs stay until then.
+    ///
+    /// # Errors
+    /// When the file can be neither used nor renamed.
+    pub(crate) fn open_or_set_aside(dir: &StateDir, server_id: [u8; 16], wall_ms: u64) -> anyhow::Result<(Self, Option<Saved>)> {
+        match Self::open(dir, server_id) {
+            Ok(opened) => Ok(opened),
+            Err(error) => {
+                let aside = dir.set_aside(FILE, "refused", wall_ms)?;
+                tracing::error!(
+                    error = crate::chain(&error), kept_as = %aside.display(),
+                    "refused the state file; no tunnel is set up until the control plane has sent a snapshot"
+                );
+                Ok(Self::open(dir, server_id)?)
+            }
+        }
+    }
+
+    /// Appends a change; durable after [`Store::sync_or_rewrite`].
+    pub(crate) fn append(&mut self, change: &Change, saved: &Saved) -> io::Result<()> {
+        if self.base_bytes == 0 || self.behind {
+            return self.rewrite(saved);
+        }
+        let delta = v1::Delta {
+            target: Some(change.target.to_wire()),
+            removed: change.removed.iter().map(|key| key.0.to_vec().into()).collect(),
+            upserted: change.upserted.iter().map(Peer::to_wire).collect(),
+            ..v1::Delta::default()
+        };
+        let record = Record { base: None, delta: Some(delta) }.encode_to_vec();
+        let grown = self.file.length() + record.len() as u64 - self.base_bytes;
+        if grown > self.base_bytes.max(MIN_COMPACT_BYTES) {
+            return self.rewrite(saved);
+        }
+        self.file.append(&record).map(drop)
+    }
+
+    /// Makes what was appended durable; the whole state, when an earlier write failed.
+    pub(crate) fn sync_or_rewrite(&mut self, saved: &Saved) -> io::Result<()> {
+        if self.behind { self.rewrite(saved) } else { self.file.sync() }
+    }
+
+    /// The file misses a change: the next sync writes everything.
+    pub(crate) fn invalidate(&mut self) {
+        self.behind = true;
+    }
+
+    /// Writes the whole state; durable on return.
+    pub(crate) fn rewrite(&mut self, saved: &Saved) -> io::Result<()> {
+        let desired = &saved.desired;
+        let base = Base {
+            server_id: self.server_id.to_vec().into(),
+            hello: Some(saved.hello.clone()),
+            cursor: desired.cursor().map(Cursor::to_wire),
+            peers: desired.peers().map(Peer::to_wire).collect(),
+            retired: desired
+                .retired()
+                .iter()
+                .map(|(life, device_id)| Retired {
+                    public_key: life.public_key.0.to_vec().into(),
+                    generation: life.generation,
+                    device_id: device_id.to_vec().into(),
+                })
+                .collect(),
+        };
+        let record = Record { base: Some(base), delta: None }.encode_to_vec();
+        let locations = self.file.rewrite(MAGIC, &[record])?;
+        self.base_bytes = locations.iter().map(|location| location.bytes()).sum();
+        self.behind = false;
+        Ok(())
+    }
+}
+
+fn load_base(base: &Base, server_id: [u8; 16]) -> Result<Option<Saved>, StoreError> {
+    if base.server_id != server_id.as_slice() {
+        return Err(StoreError::OtherServer);
+    }
+    let hello = base.hello.as_ref().ok_or(Refusal::Malformed("hello"))?;
+    let interface = Interface::parse(hello.interface.as_ref().ok_or(Refusal::Malformed("interface"))?)?;
+    let mut saved = Saved::first(interface, hello)?;
+    if let Some(target) = &base.cursor {
+        let begin = v1::SnapshotBegin {
+            target: Some(target.clone()),
+            peer_count: u32::try_from(base.peers.len()).map_err(|_| Refusal::Malformed("peers"))?,
+        };
+        let mut snapshot = Snapshot::begin(&begin)?;
+        for peers in base.peers.chunks(cvault_node_protocol::MAX_CHUNK_PEERS) {
+            snapshot.chunk(&v1::SnapshotChunk { peers: peers.to_vec() })?;
+        }
+        if let Some(change) = saved.desired.plan_snapshot(&snapshot)? {
+            saved.desired.commit(&change);
+        }
+    }
+    for retired in &base.retired {
+        let life = Life { public_key: parse_key(&retired.public_key)?, generation: retired.generation };
+        let device_id = retired.device_id.as_ref().try_into().map_err(|_| Refusal::Malformed("device_id"))?;
+        saved.desired.restore_retired(life, device_id);
+    }
+    Ok(Some(saved))
+}
+
+fn load_change(delta: &v1::Delta) -> Result<Change, Refusal> {
+    Ok(Change {
+        target: Cursor::parse(delta.target.as_ref().ok_or(Refusal::Malformed("target"))?)?,
+        removed: delta.removed.iter().map(|key| parse_key(key)).collect::<Result<Vec<PublicKey>, _>>()?,
+        upserted: delta.upserted.iter().map(Peer::parse).collect::<Result<_, _>>()?,
+        expected_removed: 0,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cvault_node_protocol::digest::Digest;
+
+    const SERVER: [u8; 16] = [3; 16];
+
+    fn hello() -> v1::Hello {
+        v1::Hello {
+            digest_key: vec![9; 32].into(),
+            interface: Some(v1::InterfaceConfig {
+                listen_port: 51820,
+                addresses: vec!["10.8.0.1/16".to_owned(), "fd00:cafe::1/64".to_owned()],
+                overlay: vec!["10.8.0.0/16".to_owned(), "fd00:cafe::/64".to_owned()],
+                mtu: 1420,
+            }),
+            ..v1::Hello::default()
+        }
+    }
+
+    fn first() -> Saved {
+        let hello = hello();
+        Saved::first(Interface::parse(hello.interface.as_ref().unwrap()).unwrap(), &hello).unwrap()
+    }
+
+    fn add_peer(saved: &mut Saved, store: &mut Store, n: u8) {
+        let wire = v1::Peer {
+            device_id: vec![n; 16].into(),
+            tenant_id: vec![1; 16].into(),
+            public_key: vec![n; 32].into(),
+            ipv4: u32::from_be_bytes([10, 8, 1, n]),
+            ipv6: format!("fd00:cafe::{n:x}").parse::<std::net::Ipv6Addr>().unwrap().octets().to_vec().into(),
+            generation: 1,
+            ..v1::Peer::default()
+        };
+        // The digest that committing leads to, found by trial: `commit` computes it, `is_whole` compares.
+        let mut trial = saved.desired.clone();
+        let peer = Peer::parse(&wire).unwrap();
+        let target = |digest| Cursor { incarnation: [1; 16], revision: u64::from(n), digest };
+        let mut change =
+            Change { target: target(Digest::default()), removed: vec![], upserted: vec![peer], expected_removed: 0 };
+        trial.commit(&change);
+        change.target = target(trial.digest_for_test());
+        saved.desired.commit(&change);
+        store.append(&change, saved).unwrap();
+        store.sync_or_rewrite(saved).unwrap();
+    }
+
+    #[test]
+    fn what_was_saved_is_loaded_again_also_over_rewrites() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::open(root.path()).unwrap();
+        let (mut store, none) = Store::open(&dir, SERVER).unwrap();
+        assert!(none.is_none());
+        let mut saved = first();
+        for n in 1..100 {
+            add_peer(&mut saved, &mut store, n);
+            if n == 50 {
+                store.rewrite(&saved).unwrap();
+            }
+        }
+        let (_, loaded) = Store::open(&dir, SERVER).unwrap();
+        let loaded = loaded.unwrap();
+        assert_eq!(loaded.desired.cursor(), saved.desired.cursor());
+        assert_eq!(loaded.desired.peers().len(), 99);
+        assert_eq!(loaded.interface, saved.interface);
+    }
+
+    #[test]
+    fn a_damaged_file_is_refused_and_kept_aside() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::open(root.path()).unwrap();
+        let (mut store, _) = Store::open(&dir, SERVER).unwrap();
+        let mut saved = first();
+        add_peer(&mut saved, &mut store, 1);
+        add_peer(&mut saved, &mut store, 2);
+        let mut content = std::fs::read(dir.file(FILE)).unwrap();
+        content[40] ^= 1;
+        std::fs::write(dir.file(FILE), &content).unwrap();
+        assert!(matches!(Store::open(&dir, SERVER), Err(StoreError::Frames(FrameError::Damaged { .. }))));
+        let (_, loaded) = Store::open_or_set_aside(&dir, SERVER, 77).unwrap();
+        assert!(loaded.is_none());
+        assert_eq!(std::fs::read(dir.file("state.bin.refused-77")).unwrap(), content);
+    }
+
+    #[test]
+    fn the_state_of_another_server_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::open(root.path()).unwrap();
+        let (mut store, _) = Store::open(&dir, SERVER).unwrap();
+        add_peer(&mut first(), &mut store, 1);
+        assert!(matches!(Store::open(&dir, [4; 16]), Err(StoreError::OtherServer)));
+    }
+}

@@ -1,0 +1,365 @@
+//! Client of the tunnel's control socket: the WireGuard cross-platform protocol with CVault's extension keys.
+//!
+//! One connection per operation, every wait bounded. Text that holds keys is wiped after use and never logged.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::UnixStream;
+use zeroize::Zeroizing;
+
+use crate::desired::{Change, Peer, PresharedKey, PublicKey};
+use crate::interface::Interface;
+
+/// Peers in one `set`: about 700 KiB of text.
+const BATCH_PEERS: usize = 2_000;
+/// One `set` of a full batch takes milliseconds; a tunnel that needs longer than this is stuck.
+const SET_TIMEOUT: Duration = Duration::from_secs(10);
+/// A full `get` of 65,535 peers.
+const GET_TIMEOUT: Duration = Duration::from_secs(20);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+#[derive(Clone, Debug)]
+pub(crate) struct Uapi {
+    path: PathBuf,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UapiError {
+    #[error("the tunnel's control socket does not answer")]
+    Connect(#[source] io::Error),
+    #[error("the connection to the tunnel's control socket broke")]
+    Io(#[from] io::Error),
+    #[error("the tunnel took too long to answer")]
+    Timeout,
+    #[error("the tunnel refused with {}", io::Error::from_raw_os_error(*.0))]
+    Errno(i32),
+    #[error("the tunnel answered with a line that cannot be read")]
+    Malformed,
+}
+
+impl UapiError {
+    pub(crate) fn is_address_in_use(&self) -> bool {
+        matches!(self, Self::Errno(errno) if *errno == rustix::io::Errno::ADDRINUSE.raw_os_error())
+    }
+}
+
+/// The device part of a `get`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct DeviceStatus {
+    pub(crate) listen_port: u16,
+    pub(crate) handshakes: u64,
+    pub(crate) drops: BTreeMap<String, u64>,
+    pub(crate) offloads: BTreeMap<String, u64>,
+}
+
+/// A peer as the engine has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct EnginePeer {
+    pub(crate) public_key: PublicKey,
+    preshared_key: Option<PresharedKey>,
+    allowed_ips: Vec<IpNet>,
+    tenant: Option<[u8; 16]>,
+    generation: u64,
+}
+
+impl EnginePeer {
+    fn new(public_key: PublicKey) -> Self {
+        Self { public_key, preshared_key: None, allowed_ips: Vec::new(), tenant: None, generation: 0 }
+    }
+
+    /// Whether the engine already runs exactly this peer.
+    pub(crate) fn is(&self, peer: &Peer) -> bool {
+        let wanted: [IpNet; 2] = [IpNet::from(std::net::IpAddr::from(peer.ipv4)), IpNet::from(std::net::IpAddr::from(peer.ipv6))];
+        self.public_key == peer.public_key
+            && self.generation == peer.generation
+            && self.tenant == Some(peer.tenant_id)
+            && self.preshared_key == peer.preshared_key
+            && self.allowed_ips.len() == wanted.len()
+            && wanted.iter().all(|net| self.allowed_ips.contains(net))
+    }
+}
+
+impl Uapi {
+    pub(crate) fn of_interface(interface: &str) -> Self {
+        Self { path: PathBuf::from(format!("/var/run/wireguard/{interface}.sock")) }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn at(path: PathBuf) -> Self {
+        Self { path }
+    }
+
+    async fn connect(&self) -> Result<UnixStream, UapiError> {
+        match tokio::time::timeout(CONNECT_TIMEOUT, UnixStream::connect(&self.path)).await {
+            Ok(connected) => connected.map_err(UapiError::Connect),
+            Err(_) => Err(UapiError::Timeout),
+        }
+    }
+
+    /// The process behind the socket.
+    pub(crate) async fn pid(&self) -> Result<i32, UapiError> {
+        self.connect().await?.peer_cred()?.pid().ok_or(UapiError::Malformed)
+    }
+
+    pub(crate) async fn configure(&self, private_key: &[u8; 32], interface: &Interface) -> Result<(), UapiError> {
+        self.set(&device_text(private_key, interface)).await
+    }
+
+    /// Removals first, then the rest, in batches. After an error the engine may hold a part of it.
+    pub(crate) async fn apply(&self, change: &Change) -> Result<(), UapiError> {
+        for keys in change.removed.chunks(BATCH_PEERS) {
+            self.set(&removal_text(keys)).await?;
+        }
+        self.add(change.upserted.iter()).await
+    }
+
+    pub(crate) async fn add(&self, peers: impl Iterator<Item = &Peer>) -> Result<(), UapiError> {
+        let peers: Vec<_> = peers.collect();
+        for batch in peers.chunks(BATCH_PEERS) {
+            self.set(&peers_text(batch)).await?;
+        }
+        Ok(())
+    }
+
+    /// Lets the tunnel empty its journal, if nothing was added behind these bytes.
+    pub(crate) async fn acknowledge_journal(&self, bytes: u64) -> Result<(), UapiError> {
+        self.set(&format!("set=1\ncvault_journal_ack={bytes}\n\n")).await
+    }
+
+    async fn set(&self, text: &str) -> Result<(), UapiError> {
+        let exchange = async {
+            let mut stream = self.connect().await?;
+            stream.write_all(text.as_bytes()).await?;
+            let mut lines = BufReader::new(stream).lines();
+            while let Some(line) = lines.next_line().await? {
+                if let Some(errno) = line.strip_prefix("errno=") {
+                    return match errno.parse().map_err(|_| UapiError::Malformed)? {
+                        0 => Ok(()),
+                        errno => Err(UapiError::Errno(i32::abs(errno))),
+                    };
+                }
+            }
+            Err(UapiError::Io(io::ErrorKind::UnexpectedEof.into()))
+        };
+        tokio::time::timeout(SET_TIMEOUT, exchange).await.unwrap_or(Err(UapiError::Timeout))
+    }
+
+    /// The device's own values; the connection is closed where the peers begin.
+    pub(crate) async fn device(&self) -> Result<DeviceStatus, UapiError> {
+        let mut status = DeviceStatus::default();
+        self.get(|key, value| {
+            if key == "public_key" {
+                return Ok(Next::Stop);
+            }
+            device_line(&mut status, key, value).map(|()| Next::More)
+        })
+        .await?;
+        Ok(status)
+    }
+
+    pub(crate) async fn peers(&self) -> Result<Vec<EnginePeer>, UapiError> {
+        let mut peers: Vec<EnginePeer> = Vec::new();
+        self.get(|key, value| peer_line(&mut peers, key, value).map(|()| Next::More)).await?;
+        Ok(peers)
+    }
+
+    async fn get(&self, mut take: impl FnMut(&str, &str) -> Result<Next, UapiError>) -> Result<(), UapiError> {
+        let exchange = async {
+            let mut stream = self.connect().await?;
+            stream.write_all(b"get=1\n\n").await?;
+            let mut reader = BufReader::with_capacity(1 << 16, stream);
+            let mut line = Zeroizing::new(String::new());
+            loop {
+                line.clear();
+                if reader.read_line(&mut line).await? == 0 {
+                    return Err(UapiError::Io(io::ErrorKind::UnexpectedEof.into()));
+                }
+                let (key, value) = line.trim_end().split_once('=').ok_or(UapiError::Malformed)?;
+                if key == "errno" {
+                    return match value.parse().map_err(|_| UapiError::Malformed)? {
+                        0 => Ok(()),
+                        errno => Err(UapiError::Errno(i32::abs(errno))),
+                    };
+                }
+                if take(key, value)? == Next::Stop {
+                    return Ok(());
+                }
+            }
+        };
+        tokio::time::timeout(GET_TIMEOUT, exchange).await.unwrap_or(Err(UapiError::Timeout))
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Next {
+    More,
+    Stop,
+}
+
+const TO_STRING: &str = "writing to a string cannot fail";
+
+fn device_text(private_key: &[u8; 32], interface: &Interface) -> Zeroizing<String> {
+    let mut text = Zeroizing::new(String::with_capacity(1024));
+    let key = Zeroizing::new(hex::encode(private_key));
+    write!(text, "set=1\nprivate_key={}\nlisten_port={}\ncvault_replace_overlay=true\n", *key, interface.listen_port)
+        .expect(TO_STRING);
+    for prefix in &interface.overlay {
+        writeln!(text, "cvault_overlay={prefix}").expect(TO_STRING);
+    }
+    text.push('\n');
+    text
+}
+
+fn removal_text(keys: &[PublicKey]) -> String {
+    let mut text = String::from("set=1\n");
+    for key in keys {
+        writeln!(text, "public_key={}\nremove=true", hex::encode(key.0)).expect(TO_STRING);
+    }
+    text.push('\n');
+    text
+}
+
+fn peers_text(peers: &[&Peer]) -> Zeroizing<String> {
+    let mut text = Zeroizing::new(String::with_capacity(512 * peers.len() + 16));
+    text.push_str("set=1\n");
+    for peer in peers {
+        let preshared_key = peer.preshared_key.as_ref().map_or([0; 32], |key| *key.0);
+        let preshared_key = Zeroizing::new(hex::encode(Zeroizing::new(preshared_key).as_slice()));
+        write!(
+            text,
+            "public_key={}\npreshared_key={}\ncvault_tenant={}\ncvault_generation={}\nreplace_allowed_ips=true\n\
+             allowed_ip={}/32\nallowed_ip={}/128\n",
+            hex::encode(peer.public_key.0),
+            *preshared_key,
+            hex::encode(peer.tenant_id),
+            peer.generation,
+            peer.ipv4,
+            peer.ipv6
+        )
+        .expect(TO_STRING);
+    }
+    text.push('\n');
+    text
+}
+
+fn device_line(status: &mut DeviceStatus, key: &str, value: &str) -> Result<(), UapiError> {
+    let number = || value.parse::<u64>().map_err(|_| UapiError::Malformed);
+    if let Some(reason) = key.strip_prefix("cvault_drop_") {
+        status.drops.insert(reason.to_owned(), number()?);
+    } else if let Some(name) = key.strip_prefix("cvault_offload_") {
+        status.offloads.insert(name.to_owned(), number()?);
+    } else if key == "cvault_handshakes" {
+        status.handshakes = number()?;
+    } else if key == "listen_port" {
+        status.listen_port = value.parse().map_err(|_| UapiError::Malformed)?;
+    }
+    Ok(())
+}
+
+fn peer_line(peers: &mut Vec<EnginePeer>, key: &str, value: &str) -> Result<(), UapiError> {
+    if key == "public_key" {
+        peers.push(EnginePeer::new(PublicKey(bytes(value)?)));
+        return Ok(());
+    }
+    let Some(peer) = peers.last_mut() else { return Ok(()) };
+    match key {
+        "preshared_key" => {
+            let secret = Zeroizing::new(bytes::<32>(value)?);
+            peer.preshared_key = (*secret != [0; 32]).then_some(PresharedKey(secret));
+        }
+        "allowed_ip" => peer.allowed_ips.push(value.parse().map_err(|_| UapiError::Malformed)?),
+        "cvault_tenant" => peer.tenant = Some(bytes(value)?),
+        "cvault_generation" => peer.generation = value.parse().map_err(|_| UapiError::Malformed)?,
+        _ => {}
+    }
+    Ok(())
+}
+
+fn bytes<const N: usize>(text: &str) -> Result<[u8; N], UapiError> {
+    let mut bytes = [0; N];
+    hex::decode_to_slice(text, &mut bytes).map_err(|_| UapiError::Malformed)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncReadExt as _;
+
+    fn peer() -> Peer {
+        Peer {
+            public_key: PublicKey([1; 32]),
+            device_id: [2; 16],
+            tenant_id: [3; 16],
+            preshared_key: None,
+            ipv4: [10, 8, 0, 2].into(),
+            ipv6: "fd00:cafe::2".parse().unwrap(),
+            generation: 7,
+        }
+    }
+
+    #[test]
+    fn the_text_of_a_peer_is_literally_this() {
+        let expected = format!(
+            "set=1\npublic_key={}\npreshared_key={}\ncvault_tenant={}\ncvault_generation=7\nreplace_allowed_ips=true\n\
+             allowed_ip=10.8.0.2/32\nallowed_ip=fd00:cafe::2/128\n\n",
+            "01".repeat(32),
+            "00".repeat(32),
+            "03".repeat(16)
+        );
+        assert_eq!(*peers_text(&[&peer()]), expected);
+        assert_eq!(removal_text(&[PublicKey([1; 32])]), format!("set=1\npublic_key={}\nremove=true\n\n", "01".repeat(32)));
+    }
+
+    /// A tunnel that answers one connection with fixed text.
+    async fn answering(text: &'static str) -> (tempfile::TempDir, Uapi, tokio::task::JoinHandle<String>) {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("wg.sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut asked = String::new();
+            while !asked.ends_with("\n\n") {
+                let mut buffer = [0; 4096];
+                let n = stream.read(&mut buffer).await.unwrap();
+                asked.push_str(std::str::from_utf8(&buffer[..n]).unwrap());
+            }
+            stream.write_all(text.as_bytes()).await.unwrap();
+            asked
+        });
+        (root, Uapi::at(path), server)
+    }
+
+    #[tokio::test]
+    async fn a_get_is_read_into_peers_that_compare_with_the_desired_ones() {
+        let text = "private_key=00\nlisten_port=51820\ncvault_handshakes=3\ncvault_drop_spoofed=9\n\
+            public_key=0101010101010101010101010101010101010101010101010101010101010101\n\
+            preshared_key=0000000000000000000000000000000000000000000000000000000000000000\n\
+            allowed_ip=10.8.0.2/32\nallowed_ip=fd00:cafe::2/128\ntx_bytes=1\ncvault_generation=7\n\
+            cvault_tenant=03030303030303030303030303030303\nprotocol_version=1\nerrno=0\n\n";
+        let (_root, uapi, server) = answering(text).await;
+        let peers = uapi.peers().await.unwrap();
+        assert_eq!(server.await.unwrap(), "get=1\n\n");
+        assert!(peers.len() == 1 && peers[0].is(&peer()));
+        assert!(!peers[0].is(&Peer { generation: 8, ..peer() }));
+        let (_root, uapi, _server) = answering(text).await;
+        let device = uapi.device().await.unwrap();
+        assert_eq!((device.listen_port, device.handshakes, device.drops["spoofed"]), (51820, 3, 9));
+    }
+
+    #[tokio::test]
+    async fn a_refused_set_tells_its_errno() {
+        let (_root, uapi, _server) = answering("errno=-98\n\n").await;
+        let error = uapi.acknowledge_journal(1).await.unwrap_err();
+        assert!(error.is_address_in_use(), "{error}");
+        let (_root, uapi, server) = answering("errno=0\n\n").await;
+        uapi.acknowledge_journal(128).await.unwrap();
+        assert_eq!(server.await.unwrap(), "set=1\ncvault_journal_ack=128\n\n");
+    }
+}

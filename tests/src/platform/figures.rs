@@ -1,0 +1,115 @@
+//! Measurements that tests and `cargo xtask bench` share.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+
+use super::{Counters, Platform, Server, Tenant, Usage, User};
+use crate::lab::quiescent;
+
+const DEVICES_PER_USER: usize = 4;
+
+#[derive(Clone, Copy, Debug)]
+pub struct Activation {
+    pub p50: Duration,
+    pub p99: Duration,
+}
+
+/// One device's traffic, by three counts.
+#[derive(Clone, Copy, Debug)]
+pub struct Account {
+    pub billed: Usage,
+    pub client: Counters,
+    pub server: Counters,
+}
+
+/// Time of `POST /api/v1/devices?wait=active`, over `count` devices one after the other.
+pub fn activation(platform: &Platform, count: usize) -> Result<Activation> {
+    let users = users(platform, "Activation", count)?;
+    let mut times = Vec::with_capacity(count);
+    for number in 0..count {
+        let user = &users[number / DEVICES_PER_USER];
+        let answer = platform
+            .http
+            .send(&user.device_request(&format!("device {number}")))?;
+        let body = answer.expect(201)?;
+        if body["status"] != "active" {
+            return Err(anyhow!("device {number} is {}", body["status"]));
+        }
+        times.push(answer.took);
+    }
+    times.sort_unstable();
+    Ok(Activation {
+        p50: times[count / 2],
+        p99: times[(count * 99 / 100).min(count - 1)],
+    })
+}
+
+/// Registrations per second with `at_once` callers.
+pub fn registrations(platform: &Platform, count: usize, at_once: usize) -> Result<f64> {
+    let users = users(platform, "Registrations", count)?;
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        let callers: Vec<_> = (0..at_once)
+            .map(|caller| {
+                let users = &users;
+                scope.spawn(move || {
+                    (caller..count).step_by(at_once).try_for_each(|number| {
+                        let mut request = users[number / DEVICES_PER_USER]
+                            .device_request(&format!("device {number}"));
+                        request.path = "/api/v1/devices".to_owned();
+                        platform.http.send(&request)?.expect(201).map(drop)
+                    })
+                })
+            })
+            .collect();
+        callers
+            .into_iter()
+            .try_for_each(|caller| caller.join().map_err(|_| anyhow!("a caller panicked"))?)
+    })?;
+    #[expect(clippy::cast_precision_loss, reason = "a figure to look at")]
+    let count = count as f64;
+    Ok(count / started.elapsed().as_secs_f64())
+}
+
+/// Carries `bytes` each way for a tenant of its own, and returns the settled counts. Nothing else may use the server.
+pub fn metering(platform: &Platform, server: &Server, bytes: u64) -> Result<Account> {
+    let tenant = platform.tenant("Metering")?;
+    let user = platform.user(&tenant, "meter@example.com")?;
+    let device = platform.device(&user, "meter")?;
+    let client = platform.client(240)?;
+    let before = server.counters()?;
+    client.up(&device.config)?;
+    client.download(bytes)?;
+    client.upload(bytes)?;
+    client.silence()?;
+    let billed = platform.settled_usage(&tenant)?;
+    let account = Account {
+        billed,
+        client: client.counters()?,
+        server: server.counters()? - before,
+    };
+    client.down()?;
+    Ok(account)
+}
+
+impl Platform {
+    /// What a tenant is billed.
+    pub fn usage(&self, tenant: &Tenant) -> Result<Usage> {
+        Usage::from_body(&self.http.send(&tenant.usage_request())?.expect(200)?)
+    }
+
+    /// What a tenant is billed, once it has not changed for four seconds.
+    pub fn settled_usage(&self, tenant: &Tenant) -> Result<Usage> {
+        quiescent("the bill", Duration::from_secs(4), 60, || {
+            self.usage(tenant)
+        })
+    }
+}
+
+fn users(platform: &Platform, name: &str, devices: usize) -> Result<Vec<User>> {
+    let tenant = platform.tenant(name)?;
+    (0..devices.div_ceil(DEVICES_PER_USER))
+        .map(|number| platform.user(&tenant, &format!("user{number}@example.com")))
+        .collect()
+}
