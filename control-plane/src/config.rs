@@ -126,6 +126,20 @@ impl Config {
     }
 }
 
+impl Config {
+    /// The same with the ports that the kernel chose where 0 was asked for.
+    #[must_use]
+    pub fn bound_to(mut self, listen: SocketAddr, node_listen: SocketAddr) -> Self {
+        if let Some(host) = self.public_url.strip_suffix(":0") {
+            self.public_url = format!("{host}:{}", listen.port());
+        }
+        if let Some(host) = self.node_endpoint.strip_suffix(":0") {
+            self.node_endpoint = format!("{host}:{}", node_listen.port());
+        }
+        Self { listen, node_listen, ..self }
+    }
+}
+
 impl LogConfig {
     /// # Errors
     /// All faults at once.

@@ -183,6 +183,25 @@ impl Tx {
         Ok(self.end("rollback").await?)
     }
 
+    /// Commits when the work succeeded, rolls back when it did not.
+    ///
+    /// # Errors
+    /// The work's own error, or that of the commit.
+    pub async fn finish<T, E: From<DbError>>(self, work: Result<T, E>) -> Result<T, E> {
+        match work {
+            Ok(value) => {
+                self.commit().await?;
+                Ok(value)
+            }
+            Err(error) => {
+                if let Err(lost) = self.rollback().await {
+                    tracing::debug!(error = %lost, "the connection of a failed transaction was lost");
+                }
+                Err(error)
+            }
+        }
+    }
+
     async fn end(&mut self, statements: &'static str) -> Result<(), sqlx::Error> {
         sqlx::raw_sql(statements).execute(self.conn()).await?;
         // clean: its drop returns it to the pool

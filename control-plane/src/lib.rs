@@ -21,6 +21,7 @@ pub mod keys;
 pub mod metrics;
 pub mod nodes;
 pub mod postgres;
+pub mod serve;
 pub mod servers;
 pub mod sessions;
 pub mod tasks;

@@ -10,6 +10,10 @@ const REQUESTS: &str = "cvault_http_requests_total";
 const REQUEST_SECONDS: &str = "cvault_http_request_duration_seconds";
 const PASSWORD_QUEUE: &str = "cvault_password_queue_depth";
 const POOL_CONNECTIONS: &str = "cvault_db_pool_connections";
+const NODE_ALARMS: &str = "cvault_node_alarms_total";
+const BILLED_BYTES: &str = "cvault_billed_bytes_total";
+const ORPHAN_BYTES: &str = "cvault_orphan_bytes_total";
+const TASK_RUNS: &str = "cvault_task_runs_total";
 
 /// Seconds. From a cached answer to bcrypt at cost 12 under load.
 const BUCKETS: [f64; 12] = [0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
@@ -32,6 +36,10 @@ pub fn install() -> &'static PrometheusHandle {
         describe_histogram!(REQUEST_SECONDS, "Time from the request's head to its answer, by route template.");
         describe_gauge!(PASSWORD_QUEUE, "Password checks that run or wait.");
         describe_gauge!(POOL_CONNECTIONS, "Connections of the cvault_sys pool, by state.");
+        describe_counter!(NODE_ALARMS, "Faults of servers and of their state that somebody must look at, by kind.");
+        describe_counter!(BILLED_BYTES, "Bytes entered into the ledger of a tenant.");
+        describe_counter!(ORPHAN_BYTES, "Bytes of unknown devices: kept, billed to nobody.");
+        describe_counter!(TASK_RUNS, "Runs of periodic tasks, by task and outcome.");
         handle
     })
 }
@@ -59,4 +67,17 @@ pub fn password_queue(depth: usize) {
 pub fn pool(size: u32, idle: usize) {
     gauge!(POOL_CONNECTIONS, "state" => "open").set(size);
     gauge!(POOL_CONNECTIONS, "state" => "idle").set(u32::try_from(idle).unwrap_or(u32::MAX));
+}
+
+pub fn node_alarm(kind: &'static str) {
+    counter!(NODE_ALARMS, "kind" => kind).increment(1);
+}
+
+pub fn billed(bytes: u64, orphan_bytes: u64) {
+    counter!(BILLED_BYTES).increment(bytes);
+    counter!(ORPHAN_BYTES).increment(orphan_bytes);
+}
+
+pub fn task_run(task: &'static str, outcome: &'static str) {
+    counter!(TASK_RUNS, "task" => task, "outcome" => outcome).increment(1);
 }

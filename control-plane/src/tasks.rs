@@ -1,1 +1,115 @@
-//! Periodic work, supervised, stopped cleanly at shutdown.
+//! Periodic work: quarantine, sessions, audit chain, usage, trimming. Each task runs by itself, is started again after a
+//! fault, and stops cleanly. Any number of replicas may run them at once: every task is one or more statements that
+//! change nothing the second time.
+
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::app::App;
+use crate::db::DbError;
+use crate::{audit, ipam, metrics, sessions, usage};
+
+/// One kind of periodic work; `run` returns how many rows it has dealt with.
+struct Task {
+    name: &'static str,
+    every: Duration,
+    run: fn(App) -> BoxFuture<'static, Result<u64, DbError>>,
+}
+
+const TASKS: &[Task] = &[
+    Task {
+        name: "free_quarantined",
+        every: Duration::from_secs(1),
+        run: |app| Box::pin(async move { ipam::free_quarantined(&app.db.sys).await }),
+    },
+    Task {
+        name: "close_silent_sessions",
+        every: Duration::from_secs(5),
+        run: |app| Box::pin(async move { sessions::close_silent(&app.db.sys).await }),
+    },
+    Task {
+        name: "chain_audit",
+        every: Duration::from_secs(2),
+        run: |app| Box::pin(async move { audit::chain_new(&app.db.sys).await }),
+    },
+    Task {
+        name: "refresh_usage_daily",
+        every: Duration::from_secs(60),
+        run: |app| Box::pin(async move { usage::refresh_daily(&app.db.sys).await }),
+    },
+    Task {
+        name: "usage_partitions",
+        every: Duration::from_secs(6 * 3600),
+        run: |app| Box::pin(async move { usage::ensure_partitions(&app.db.sys).await }),
+    },
+    Task {
+        name: "trim",
+        every: Duration::from_secs(600),
+        run: |app| Box::pin(async move { trim(&app).await }),
+    },
+];
+
+/// Runs all tasks until `shutdown`; returns when the last one has finished what it was doing.
+pub async fn run(app: App, shutdown: CancellationToken) {
+    let tracker = TaskTracker::new();
+    for task in TASKS {
+        tracker.spawn(repeat(app.clone(), task, shutdown.clone()));
+    }
+    tracker.close();
+    tracker.wait().await;
+}
+
+async fn repeat(app: App, task: &'static Task, shutdown: CancellationToken) {
+    let mut ticks = interval(task.every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = shutdown.cancelled() => return,
+        }
+        // its own task: a panic ends this run and not the supervisor
+        match tokio::spawn((task.run)(app.clone())).await {
+            Ok(Ok(rows)) => {
+                metrics::task_run(task.name, "done");
+                if rows > 0 {
+                    tracing::debug!(task = task.name, rows, "done");
+                }
+            }
+            Ok(Err(error)) => {
+                metrics::task_run(task.name, "failed");
+                tracing::warn!(task = task.name, error = crate::http::problem::chain(&error), "a periodic task has failed");
+            }
+            Err(panicked) => {
+                metrics::task_run(task.name, "panicked");
+                tracing::error!(task = task.name, error = %panicked, "a periodic task has panicked");
+            }
+        }
+    }
+}
+
+/// Forgets what is past use: changes every server has long had, old windows, expired keys and tokens.
+async fn trim(app: &App) -> Result<u64, DbError> {
+    let sys = &app.db.sys;
+    let changes = sqlx::query!(
+        // a server that needs an older change gets a snapshot
+        "delete from platform.node_changes c using platform.servers s
+         where s.server_id = c.server_id
+           and (c.at < now() - interval '7 days' or c.revision < s.revision - 100000)"
+    )
+    .execute(sys)
+    .await?
+    .rows_affected();
+    let keys = sqlx::query!("delete from cvault.idempotency_keys where created_at < now() - interval '24 hours'")
+        .execute(sys)
+        .await?
+        .rows_affected();
+    let tokens = sqlx::query!("delete from cvault.refresh_tokens where expires_at < now() - interval '1 day'")
+        .execute(sys)
+        .await?
+        .rows_affected();
+    Ok(changes + keys + tokens + usage::trim_windows(sys).await?)
+}

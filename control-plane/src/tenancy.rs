@@ -119,22 +119,11 @@ impl TenantTx {
         self.tx.rollback().await
     }
 
-    /// Commits when the work succeeded, rolls back when it did not.
+    /// Commits when the work succeeded, rolls back when it did not; see [`Tx::finish`].
     ///
     /// # Errors
     /// The work's own error, or that of the commit.
     pub async fn finish<T, E: From<DbError>>(self, work: Result<T, E>) -> Result<T, E> {
-        match work {
-            Ok(value) => {
-                self.commit().await?;
-                Ok(value)
-            }
-            Err(error) => {
-                if let Err(lost) = self.rollback().await {
-                    tracing::debug!(error = %lost, "the connection of a failed transaction was lost");
-                }
-                Err(error)
-            }
-        }
+        self.tx.finish(work).await
     }
 }

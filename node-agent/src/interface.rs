@@ -18,8 +18,6 @@ pub(crate) struct Interface {
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum InterfaceError {
-    #[error("the interface is missing")]
-    Missing,
     #[error("the listen port {0} is not a port")]
     Port(u32),
     #[error("the MTU {0} is not between 1280 and 65535")]

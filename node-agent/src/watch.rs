@@ -54,10 +54,10 @@ enum SessionEnd {
 impl Watcher {
     /// Runs until the agent drops its end of the channel.
     pub(crate) async fn run(mut self) {
-        let mut failures = 0;
+        let mut failures = 0_u32;
         loop {
             let began = Instant::now();
-            let end = self.session().await;
+            let end = self.session(failures).await;
             if began.elapsed() >= GOOD_SESSION {
                 failures = 0;
             }
@@ -78,13 +78,18 @@ impl Watcher {
         }
     }
 
-    async fn session(&mut self) -> SessionEnd {
+    async fn session(&mut self, failures: u32) -> SessionEnd {
         let resume = self.resume.borrow_and_update().clone();
         let enrolment = &self.enrolment;
         let mut gateway = match connect::connect(&enrolment.control_plane, &enrolment.keys.tls, enrolment.pin).await {
             Ok(gateway) => gateway,
             Err(error) => {
-                tracing::warn!(error = crate::chain(&error), "no connection to the control plane");
+                let error_text = crate::chain(&error);
+                if failures.is_power_of_two() || failures == 0 {
+                    tracing::warn!(error = error_text, failures, "no connection to the control plane; the tunnels go on");
+                } else {
+                    tracing::debug!(error = error_text, failures, "no connection to the control plane");
+                }
                 return if error.is_network() { SessionEnd::Unreachable } else { SessionEnd::Refused };
             }
         };

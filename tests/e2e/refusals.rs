@@ -69,7 +69,7 @@ fn the_control_plane_refuses_what_cannot_work_and_says_why() {
         &[database[0], database[1], ("API_ENCRYPTION_KEY", "abcd")],
     );
     assert!(
-        short_key.names(&["API_ENCRYPTION_KEY"]),
+        short_key.names(&["key-encryption key"]),
         "{:?}: {}",
         short_key.status,
         short_key.said

@@ -114,9 +114,10 @@ fn a_device_goes_from_registration_through_a_tunnel_to_its_removal() {
 
     // 7. Disconnect
     client.silence().unwrap();
-    let billed = platform.settled_usage(&tenant).unwrap();
-    billed
-        .check_against(server.counters().unwrap(), client.counters().unwrap())
+    platform
+        .bill_where(&tenant, |billed| {
+            billed.check_against(server.counters()?, client.counters()?)
+        })
         .unwrap();
     client.down().unwrap();
     assert_eq!(client.address_v4().unwrap(), client.addresses.v4);

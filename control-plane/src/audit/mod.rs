@@ -1,11 +1,15 @@
 //! The audit log: one row for each write, in the write's own transaction; chained afterwards by a periodic task.
 
+mod chain;
+
 use cvault_types::RequestId;
 use serde_json::Value;
 use uuid::Uuid;
 
 use crate::db::DbError;
 use crate::tenancy::TenantTx;
+
+pub use chain::{Broken, chain_new, verify_chain};
 
 /// What happened. Never put a secret, a key or a token into it.
 #[derive(Clone, Debug)]

@@ -135,12 +135,13 @@ pub async fn create(
     let key = opaque::API_KEY.draw(rng).expose().to_owned();
     let secret = opaque::API_SECRET.draw(rng);
     let tenant = tx.tenant().uuid();
+    let hash = hash_secret(secrets, secret.expose());
     sqlx::query!(
         "insert into cvault.api_keys (tenant_id, api_key_id, key_text, secret_hash, created_at) values ($1, $2, $3, $4, $5)",
         tenant,
         id.uuid(),
         key,
-        hash_secret(secrets, secret.expose()).as_slice(),
+        hash.as_slice(),
         now
     )
     .execute(tx.conn())

@@ -57,7 +57,7 @@ mod tests {
         #[test]
         fn a_parsed_address_parses_to_itself(text in "[A-Za-z0-9.+_@-]{0,40}") {
             if let Some(email) = Email::parse(&text) {
-                prop_assert_eq!(Email::parse(email.as_str()).as_ref(), Some(&email));
+                prop_assert_eq!(Email::parse(email.as_str()), Some(email.clone()));
             }
         }
     }

@@ -51,11 +51,12 @@ pub async fn issue(
 ) -> Result<Secret, DbError> {
     let token = opaque::REFRESH_TOKEN.draw(rng);
     let tenant = tx.tenant().uuid();
+    let hash = hash(secrets, token.expose());
     sqlx::query!(
         "insert into cvault.refresh_tokens (tenant_id, token_hash, family_id, user_id, issued_at, expires_at)
          values ($1, $2, $3, $4, $5, $6)",
         tenant,
-        hash(secrets, token.expose()).as_slice(),
+        hash.as_slice(),
         family.id,
         family.user.uuid(),
         now,

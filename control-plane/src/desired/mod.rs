@@ -1,1 +1,283 @@
-//! Under construction.
+//! What a server should run: read as a snapshot, or as a delta from what it has.
+//!
+//! Everything is read in one REPEATABLE READ transaction. Before anything is sent, what was read must agree with the
+//! server's own row (count and digest of a snapshot, gapless changes of a delta); otherwise nothing is sent: a fault that
+//! hides rows looks like "no peers", and a server must never act on that.
+
+use cvault_node_protocol::MAX_CHUNK_PEERS;
+use cvault_node_protocol::digest::{Digest, PeerRecord};
+use cvault_node_protocol::v1::{Cursor, Peer};
+use cvault_types::{ServerId, TenantId};
+use ipnet::IpNet;
+use sqlx::PgConnection;
+use sqlx::PgPool;
+use uuid::Uuid;
+
+use crate::db::{DbError, Tx};
+use crate::ipam;
+use crate::keys::{Aad, KeyError, KeyRing};
+
+/// A position in a server's history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    pub incarnation: Uuid,
+    pub revision: u64,
+    pub digest: Digest,
+}
+
+impl Position {
+    #[must_use]
+    pub fn to_wire(self) -> Cursor {
+        Cursor {
+            incarnation: self.incarnation.as_bytes().to_vec().into(),
+            revision: self.revision,
+            digest: self.digest.to_bytes().to_vec().into(),
+        }
+    }
+
+    /// `None` for anything that is not a position.
+    #[must_use]
+    pub fn from_wire(cursor: &Cursor) -> Option<Self> {
+        Some(Self {
+            incarnation: Uuid::from_slice(&cursor.incarnation).ok()?,
+            revision: cursor.revision,
+            digest: Digest::from_bytes(&cursor.digest)?,
+        })
+    }
+}
+
+/// What brings a server up to date.
+#[derive(Debug)]
+pub enum Update {
+    /// It is.
+    Nothing,
+    Snapshot {
+        target: Position,
+        peers: Vec<Peer>,
+        /// How many peers the server must expect to lose, as far as that is known.
+        expected_removed: u32,
+    },
+    Delta {
+        from_revision: u64,
+        target: Position,
+        peer_count: u32,
+        removed: Vec<Vec<u8>>,
+        upserted: Vec<Peer>,
+    },
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DesiredError {
+    #[error("there is no such server")]
+    NoSuchServer,
+    /// An alarm: the rows that can be read are not the state the server's row speaks of.
+    #[error("the peers that can be read are not revision {revision}: {what}")]
+    Inconsistent { revision: u64, what: String },
+    #[error("a preshared key does not open")]
+    Key(#[from] KeyError),
+    #[error(transparent)]
+    Db(#[from] DbError),
+}
+
+/// Reads what `server` needs, given what it has. A position of another history, of the future, or with another digest
+/// gets a snapshot.
+///
+/// # Errors
+/// [`DesiredError::Inconsistent`] must be alarmed; nothing may be sent then.
+pub async fn read(
+    sys: &PgPool,
+    keys: &KeyRing,
+    server: ServerId,
+    have: Option<Position>,
+) -> Result<Update, DesiredError> {
+    let mut tx = Tx::snapshot(sys).await?;
+    let update = read_in(tx.conn(), keys, server.uuid(), have).await;
+    tx.finish(update).await
+}
+
+async fn read_in(
+    conn: &mut PgConnection,
+    keys: &KeyRing,
+    server: Uuid,
+    have: Option<Position>,
+) -> Result<Update, DesiredError> {
+    let state = state(conn, server).await?;
+    let known = have.filter(|have| {
+        have.incarnation == state.target.incarnation
+            && (have.revision < state.target.revision || *have == state.target)
+    });
+    let Some(have) = known else { return snapshot(conn, keys, server, state).await };
+    if have.revision == state.target.revision {
+        return Ok(Update::Nothing);
+    }
+    match delta(conn, keys, server, have, &state).await? {
+        Some(update) => Ok(update),
+        None => snapshot(conn, keys, server, state).await,
+    }
+}
+
+struct State {
+    target: Position,
+    peer_count: u32,
+    digest_key: [u8; 32],
+    removals_since_ack: u32,
+}
+
+async fn state(conn: &mut PgConnection, server: Uuid) -> Result<State, DesiredError> {
+    let row = sqlx::query!(
+        r#"select s.revision, s.peer_count, s.digest::text as "digest!", s.digest_key, i.incarnation,
+                  (select count(*) from platform.node_changes c
+                   where c.server_id = s.server_id and c.revision > s.acked_revision and c.op = 'remove') as "removals!"
+           from platform.servers s cross join platform.installation i
+           where s.server_id = $1"#,
+        server
+    )
+    .fetch_optional(conn)
+    .await
+    .map_err(DbError::from)?
+    .ok_or(DesiredError::NoSuchServer)?;
+    let revision = u64::try_from(row.revision).unwrap_or_default();
+    let damaged = |what: &str| DesiredError::Inconsistent { revision, what: what.to_owned() };
+    let digest: u128 = row.digest.parse().map_err(|_| damaged("the digest is no number"))?;
+    Ok(State {
+        target: Position {
+            incarnation: row.incarnation,
+            revision,
+            digest: Digest::from_bytes(&digest.to_be_bytes()).expect("16 bytes"),
+        },
+        peer_count: u32::try_from(row.peer_count).map_err(|_| damaged("the count of peers is out of bounds"))?,
+        digest_key: row.digest_key.try_into().map_err(|_| damaged("the digest key is damaged"))?,
+        removals_since_ack: u32::try_from(row.removals).unwrap_or(u32::MAX),
+    })
+}
+
+async fn snapshot(conn: &mut PgConnection, keys: &KeyRing, server: Uuid, state: State) -> Result<Update, DesiredError> {
+    let peers = peers(conn, keys, server, 0).await?;
+    let mut digest = Digest::default();
+    for peer in &peers {
+        digest.add(&state.digest_key, &peer.record);
+    }
+    let revision = state.target.revision;
+    if peers.len() != state.peer_count as usize {
+        let what = format!("{} peers instead of {}", peers.len(), state.peer_count);
+        return Err(DesiredError::Inconsistent { revision, what });
+    }
+    if digest != state.target.digest {
+        return Err(DesiredError::Inconsistent { revision, what: "another digest".to_owned() });
+    }
+    Ok(Update::Snapshot {
+        target: state.target,
+        peers: peers.into_iter().map(|peer| peer.wire).collect(),
+        // what was removed on purpose since the server last said what it has
+        expected_removed: state.removals_since_ack,
+    })
+}
+
+/// `None` when the log does not cover the way, or the way is too long for one message.
+async fn delta(
+    conn: &mut PgConnection,
+    keys: &KeyRing,
+    server: Uuid,
+    have: Position,
+    state: &State,
+) -> Result<Option<Update>, DesiredError> {
+    let from = i64::try_from(have.revision).unwrap_or(i64::MAX);
+    let to = i64::try_from(state.target.revision).unwrap_or(i64::MAX);
+    // more changes than this are read faster as a snapshot
+    const MAX_CHANGES: usize = 4 * MAX_CHUNK_PEERS;
+    if to - from > MAX_CHANGES as i64 {
+        return Ok(None);
+    }
+    // the first change of a key tells whether the server has it: added and removed again needs no message
+    let changes = sqlx::query!(
+        r#"select public_key as "public_key!", (array_agg(op order by revision))[1] as "first_op!", count(*) as "count!"
+           from platform.node_changes
+           where server_id = $1 and revision > $2 and revision <= $3
+           group by public_key order by min(revision)"#,
+        server,
+        from,
+        to,
+    )
+    .fetch_all(&mut *conn)
+    .await
+    .map_err(DbError::from)?;
+    if changes.iter().map(|change| change.count).sum::<i64>() != to - from {
+        // trimmed; a gap in the middle is repaired by the snapshot just as well
+        return Ok(None);
+    }
+    let removed: Vec<_> =
+        changes.into_iter().filter(|change| change.first_op == "remove").map(|change| change.public_key).collect();
+    let upserted = peers(conn, keys, server, from).await?;
+    if removed.len() > MAX_CHUNK_PEERS || upserted.len() > MAX_CHUNK_PEERS {
+        return Ok(None);
+    }
+    Ok(Some(Update::Delta {
+        from_revision: have.revision,
+        target: state.target,
+        peer_count: state.peer_count,
+        removed,
+        upserted: upserted.into_iter().map(|peer| peer.wire).collect(),
+    }))
+}
+
+struct ReadPeer {
+    record: PeerRecord,
+    wire: Peer,
+}
+
+/// The server's peers that were added after a revision. Index `peers_generation`.
+async fn peers(
+    conn: &mut PgConnection,
+    keys: &KeyRing,
+    server: Uuid,
+    after: i64,
+) -> Result<Vec<ReadPeer>, DesiredError> {
+    let rows = sqlx::query!(
+        r#"select p.device_id, p.tenant_id, p.public_key, p.preshared_key_sealed, p.preshared_key_hash,
+                  p.ipv4 as "ipv4!: IpNet", p.ipv6 as "ipv6!: IpNet", p.generation, t.data_key_sealed as "data_key_sealed?"
+           from platform.peers p
+           left join cvault.tenants t on t.tenant_id = p.tenant_id and p.preshared_key_sealed is not null
+           where p.server_id = $1 and p.removed_revision is null and p.generation > $2
+           order by p.generation"#,
+        server,
+        after
+    )
+    .fetch_all(conn)
+    .await
+    .map_err(DbError::from)?;
+    rows.into_iter()
+        .map(|row| {
+            let addresses = ipam::addresses(row.ipv4, row.ipv6);
+            let record = PeerRecord {
+                device_id: row.device_id.into_bytes(),
+                tenant_id: row.tenant_id.into_bytes(),
+                public_key: row.public_key.try_into().expect("peers_public_key_length"),
+                preshared_key_hash: row.preshared_key_hash.try_into().expect("devices_preshared_key_hash_length"),
+                ipv4: addresses.ipv4.octets(),
+                ipv6: addresses.ipv6.octets(),
+                generation: u64::try_from(row.generation).unwrap_or_default(),
+            };
+            let preshared_key = match row.preshared_key_sealed {
+                None => Vec::new(),
+                Some(sealed) => {
+                    let data_key = row.data_key_sealed.ok_or(KeyError::DoesNotOpen)?;
+                    keys.open(&data_key, preshared_key_aad(row.tenant_id, row.device_id), &sealed)?.to_vec()
+                }
+            };
+            let wire = Peer {
+                device_id: record.device_id.to_vec().into(),
+                tenant_id: record.tenant_id.to_vec().into(),
+                public_key: record.public_key.to_vec().into(),
+                preshared_key: preshared_key.into(),
+                ipv4: u32::from(addresses.ipv4),
+                ipv6: record.ipv6.to_vec().into(),
+                generation: record.generation,
+            };
+            Ok(ReadPeer { record, wire })
+        })
+        .collect()
+}
+
+fn preshared_key_aad(tenant: Uuid, device: Uuid) -> Aad {
+    Aad { table: "devices", column: "preshared_key_sealed", tenant: TenantId::from_uuid(tenant), row: device }
+}

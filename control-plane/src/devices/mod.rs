@@ -12,7 +12,7 @@ mod revoke;
 
 pub use activation::wait_until_acked;
 pub use config::{ClientDefaults, ConfigKey, render_config};
-pub use name::{DeviceName, Platform, PublicKey};
-pub use read::{Device, config_of, find, list};
+pub use name::{DeviceName, Fault, Platform, PublicKey, is_region};
+pub use read::{ConfigError, Device, config_of, find, list};
 pub use register::{NewDevice, RegisterError, Registered, register};
 pub use revoke::{RevokeError, Revoked, revoke};

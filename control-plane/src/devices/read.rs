@@ -13,7 +13,7 @@ use crate::keys::{Aad, KeyError, KeyRing};
 use crate::tenancy::TenantTx;
 
 /// WireGuard gives a session up 180 s after its last handshake (REJECT_AFTER_TIME, whitepaper §6.1).
-pub const TUNNEL_UP_SECONDS: i64 = 180;
+const TUNNEL_UP_SECONDS: i64 = 180;
 
 /// An active device of a user.
 #[derive(Clone, Debug)]

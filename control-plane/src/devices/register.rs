@@ -2,7 +2,7 @@
 
 use cvault_types::{DeviceId, RequestId, UserId};
 use ipnet::IpNet;
-use rand::{CryptoRng, RngCore as _};
+use rand::CryptoRng;
 use time::OffsetDateTime;
 use uuid::Uuid;
 use zeroize::Zeroizing;

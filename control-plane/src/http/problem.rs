@@ -92,6 +92,17 @@ impl Problem {
         self.code
     }
 
+    /// The faults as text, for a terminal.
+    #[must_use]
+    pub fn sentences(&self) -> String {
+        if self.errors.is_empty() {
+            return self.detail.clone();
+        }
+        let faults: Vec<String> =
+            self.errors.iter().map(|fault| format!("{} {}", fault.pointer.trim_start_matches('/'), fault.detail)).collect();
+        faults.join("; ")
+    }
+
     /// Faults collected so far, or `value` when there are none.
     ///
     /// # Errors

@@ -22,7 +22,7 @@ const MAX_CONNECTIONS: usize = 10_000;
 /// A request's head must be complete within this time (slow senders).
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Requests that run when the shutdown begins get this long.
-const DRAIN: Duration = Duration::from_secs(10);
+pub const DRAIN: Duration = Duration::from_secs(10);
 
 /// Where the caller's connection comes from; unknown behind a test's direct call.
 #[derive(Debug, Clone, Copy, Default)]

@@ -9,7 +9,7 @@ use cvault_node_protocol::tls::{Identity, IdentityError};
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::EncodePrivateKey;
 use hmac::{Hmac, Mac};
-use rand::{CryptoRng, RngCore};
+use rand::CryptoRng;
 use sha2::{Digest, Sha256};
 use sqlx::PgPool;
 use zeroize::Zeroizing;
@@ -54,7 +54,7 @@ impl PlatformSecrets {
         let identity = drawn_once(sys, keys, "node_identity", identity.private_key()).await?;
         Ok(Self {
             node_identity: Identity::from_pkcs8(&identity)?,
-            token_key: TokenKey::from_seed(&bytes32(&token_key, "token_key")?),
+            token_key: TokenKey::from_seed(&*bytes32(&token_key, "token_key")?),
             pepper: bytes32(&pepper, "pepper")?,
         })
     }
@@ -97,7 +97,7 @@ async fn drawn_once(
 }
 
 fn bytes32(bytes: &[u8], name: &'static str) -> Result<Zeroizing<[u8; 32]>, SecretsError> {
-    bytes.try_into().map(Zeroizing::new).map_err(|_| SecretsError::Damaged { name })
+    <[u8; 32]>::try_from(bytes).map(Zeroizing::new).map_err(|_| SecretsError::Damaged { name })
 }
 
 /// The Ed25519 key that signs user and admin tokens. `Debug` shows the key id only.

@@ -6,7 +6,7 @@
 use std::fmt;
 
 use aes_gcm::aead::{Aead, KeyInit, Payload};
-use aes_gcm::{Aes256Gcm, Key, Nonce};
+use aes_gcm::Aes256Gcm;
 use cvault_types::TenantId;
 use rand::{CryptoRng, RngCore};
 use uuid::Uuid;
@@ -150,8 +150,8 @@ impl fmt::Debug for KeyRing {
 fn encrypt(key: &[u8; 32], aad: &[u8], plaintext: &[u8]) -> Vec<u8> {
     let mut nonce = [0; NONCE_BYTES];
     rand::rng().fill_bytes(&mut nonce);
-    let ciphertext = Aes256Gcm::new(Key::<Aes256Gcm>::from_slice(key))
-        .encrypt(Nonce::from_slice(&nonce), Payload { msg: plaintext, aad })
+    let ciphertext = Aes256Gcm::new(key.into())
+        .encrypt(&nonce.into(), Payload { msg: plaintext, aad })
         .expect("AES-GCM refuses only messages of 64 GiB and more");
     let mut sealed = Vec::with_capacity(1 + NONCE_BYTES + ciphertext.len());
     sealed.push(FORMAT);
@@ -161,13 +161,10 @@ fn encrypt(key: &[u8; 32], aad: &[u8], plaintext: &[u8]) -> Vec<u8> {
 }
 
 fn decrypt(key: &[u8; 32], aad: &[u8], sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, KeyError> {
-    let (Some(&FORMAT), Some(nonce), Some(ciphertext)) =
-        (sealed.first(), sealed.get(1..1 + NONCE_BYTES), sealed.get(1 + NONCE_BYTES..))
-    else {
-        return Err(KeyError::Layout);
-    };
-    Aes256Gcm::new(Key::<Aes256Gcm>::from_slice(key))
-        .decrypt(Nonce::from_slice(nonce), Payload { msg: ciphertext, aad })
+    let Some((&[FORMAT], rest)) = sealed.split_first_chunk::<1>() else { return Err(KeyError::Layout) };
+    let Some((nonce, ciphertext)) = rest.split_first_chunk::<NONCE_BYTES>() else { return Err(KeyError::Layout) };
+    Aes256Gcm::new(key.into())
+        .decrypt(nonce.into(), Payload { msg: ciphertext, aad })
         .map(Zeroizing::new)
         .map_err(|_| KeyError::DoesNotOpen)
 }

@@ -112,8 +112,14 @@ impl Cluster {
     /// Connects as `role` to `database`.
     #[must_use]
     pub fn options(&self, role: &str, database: &str) -> PgConnectOptions {
+        Self::options_at(&self.sockets(), role, database)
+    }
+
+    /// The same for a cluster that another process runs, by its socket's folder.
+    #[must_use]
+    pub fn options_at(sockets: &Path, role: &str, database: &str) -> PgConnectOptions {
         PgConnectOptions::new_without_pgpass()
-            .socket(self.dir.join("run"))
+            .socket(sockets)
             .username(role)
             .database(database)
             .disable_statement_logging()

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use cvault_types::ServerId;
 use ipnet::IpNet;
-use rand::{CryptoRng, RngCore as _};
+use rand::CryptoRng;
 use sqlx::PgPool;
 use time::OffsetDateTime;
 use uuid::Uuid;

@@ -4,7 +4,7 @@
 use cvault_node_protocol::tls::Pin;
 use cvault_node_protocol::token::EnrolToken;
 use cvault_types::ServerId;
-use rand::{CryptoRng, RngCore as _};
+use rand::CryptoRng;
 use sqlx::PgPool;
 use uuid::Uuid;
 
@@ -44,13 +44,14 @@ pub async fn issue_token(
     let mut secret = [0; 32];
     rng.fill_bytes(&mut secret);
     let token = EnrolToken::new(Uuid::now_v7(), secret, control_plane);
+    let hash = token.secret_hash();
     let made = sqlx::query!(
         "insert into platform.enrol_tokens (token_id, server_id, secret_hash, expires_at)
          select $1, server_id, $3, now() + make_interval(secs => $4)
          from platform.servers where server_id = $2 and status <> 'removed'",
         token.id,
         server.uuid(),
-        token.secret_hash().as_slice(),
+        hash.as_slice(),
         TOKEN_LIFETIME_SECONDS,
     )
     .execute(sys)
@@ -68,6 +69,7 @@ pub async fn consume_token(
     pin: Pin,
     wireguard_key: &[u8; 32],
 ) -> Result<Enrolled, EnrolError> {
+    let hash = token.secret_hash();
     let server = sqlx::query!(
         r#"with used as (
                update platform.enrol_tokens
@@ -81,7 +83,7 @@ pub async fn consume_token(
            where s.server_id = used.server_id and s.status <> 'removed'
            returning s.server_id, s.name"#,
         token.id,
-        token.secret_hash().as_slice(),
+        hash.as_slice(),
         pin.as_bytes().as_slice(),
         wireguard_key.as_slice(),
     )

@@ -10,6 +10,7 @@ use crate::db::DbError;
 /// The last handshake of a device, by the receiver's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Handshake {
+    pub tenant: Uuid,
     pub device: Uuid,
     pub at: OffsetDateTime,
 }
@@ -27,18 +28,21 @@ pub async fn note_handshakes(
     now: OffsetDateTime,
 ) -> Result<(), DbError> {
     let fresh = |handshake: &&Handshake| (now - handshake.at).whole_seconds() < SILENT_AFTER_SECONDS;
-    let (devices, times): (Vec<_>, Vec<_>) =
-        handshakes.iter().filter(fresh).map(|handshake| (handshake.device, handshake.at)).unzip();
-    if devices.is_empty() {
+    let fresh: Vec<_> = handshakes.iter().filter(fresh).collect();
+    if fresh.is_empty() {
         return Ok(());
     }
+    let tenants: Vec<_> = fresh.iter().map(|handshake| handshake.tenant).collect();
+    let devices: Vec<_> = fresh.iter().map(|handshake| handshake.device).collect();
+    let times: Vec<_> = fresh.iter().map(|handshake| handshake.at).collect();
     // ages are measured in two places, so the same handshake comes out a few milliseconds apart in each report
     sqlx::query!(
         "update cvault.devices d
          set last_handshake_at = h.at, last_connected_at = greatest(d.last_connected_at, h.at)
-         from unnest($1::uuid[], $2::timestamptz[]) as h (device_id, at)
-         where d.device_id = h.device_id and d.status = 'active'
+         from unnest($1::uuid[], $2::uuid[], $3::timestamptz[]) as h (tenant_id, device_id, at)
+         where d.tenant_id = h.tenant_id and d.device_id = h.device_id and d.status = 'active'
            and h.at > coalesce(d.last_handshake_at, '-infinity') + interval '1 second'",
+        &tenants,
         &devices,
         &times,
     )
@@ -48,14 +52,15 @@ pub async fn note_handshakes(
     sqlx::query!(
         "insert into cvault.sessions (tenant_id, session_id, device_id, user_id, server_id, opened_by, connected_at,
                                       last_handshake_at)
-         select d.tenant_id, h.session_id, d.device_id, d.user_id, $4, 'handshake', h.at, h.at
-         from unnest($1::uuid[], $2::timestamptz[], $3::uuid[]) as h (device_id, at, session_id)
-         join cvault.devices d on d.device_id = h.device_id and d.status = 'active'
+         select d.tenant_id, h.session_id, d.device_id, d.user_id, $5, 'handshake', h.at, h.at
+         from unnest($1::uuid[], $2::uuid[], $3::timestamptz[], $4::uuid[]) as h (tenant_id, device_id, at, session_id)
+         join cvault.devices d on d.tenant_id = h.tenant_id and d.device_id = h.device_id and d.status = 'active'
          where not exists (
              select from cvault.sessions s
              where s.tenant_id = d.tenant_id and s.device_id = d.device_id
                and (s.status = 'active' or s.disconnected_at >= h.at))
          on conflict (tenant_id, device_id) where status = 'active' do nothing",
+        &tenants,
         &devices,
         &times,
         &sessions,
@@ -66,10 +71,10 @@ pub async fn note_handshakes(
     sqlx::query!(
         "update cvault.sessions s
          set last_handshake_at = h.at
-         from unnest($1::uuid[], $2::timestamptz[]) as h (device_id, at)
-         join cvault.devices d on d.device_id = h.device_id
-         where s.tenant_id = d.tenant_id and s.device_id = d.device_id and s.status = 'active'
+         from unnest($1::uuid[], $2::uuid[], $3::timestamptz[]) as h (tenant_id, device_id, at)
+         where s.tenant_id = h.tenant_id and s.device_id = h.device_id and s.status = 'active'
            and h.at > coalesce(s.last_handshake_at, '-infinity') + interval '1 second'",
+        &tenants,
         &devices,
         &times,
     )

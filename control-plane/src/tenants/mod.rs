@@ -99,7 +99,9 @@ impl Settings {
         .checked()
     }
 
-    fn checked(self) -> Result<Self, Problem> {
+    /// # Errors
+    /// All faults at once.
+    pub fn checked(self) -> Result<Self, Problem> {
         let mut problem = Problem::validation();
         let mut bounds = |pointer: &str, value: Option<i64>, min: i64, max: i64| {
             if value.is_some_and(|value| !(min..=max).contains(&value)) {

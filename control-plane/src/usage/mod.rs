@@ -1,1 +1,12 @@
-//! Under construction.
+//! Metering: cumulative counters from servers become bytes per hour, exactly once; tenants read them.
+//!
+//! Deliberately absent: any counting of packets (the servers do that) and any delta on the wire.
+
+pub mod arithmetic;
+mod jobs;
+mod ledger;
+mod report;
+
+pub use jobs::{Verified, ensure_partitions, refresh_daily, trim_windows, verify_ledger};
+pub use ledger::{Ingested, ingest};
+pub use report::{Day, Limits, Period, Totals, days, limits, totals};

@@ -8,7 +8,9 @@ use cvault_dataplane::process::{TunnelOptions, run};
 
 fn main() -> ExitCode {
     let Some(options) = options(std::env::args().skip(1)) else {
-        eprintln!("usage: tunnel [-f|--foreground] [--persist] [--no-offload] [--state-dir DIR] IFNAME");
+        eprintln!(
+            "usage: tunnel [-f|--foreground] [--persist] [--no-offload] [--state-dir DIR] IFNAME"
+        );
         return ExitCode::from(2);
     };
     match run(&options) {
@@ -34,7 +36,9 @@ fn options(mut args: impl Iterator<Item = String>) -> Option<TunnelOptions> {
             "--persist" => options.persist = true,
             "--no-offload" => options.offload = false,
             "--state-dir" => options.state_dir = Some(PathBuf::from(args.next()?)),
-            name if !name.starts_with('-') && options.interface.is_empty() => options.interface = arg,
+            name if !name.starts_with('-') && options.interface.is_empty() => {
+                options.interface = arg
+            }
             _ => return None,
         }
     }

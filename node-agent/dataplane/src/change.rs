@@ -73,6 +73,16 @@ pub struct PeerChange {
     pub generation: Option<u64>,
 }
 
+/// A peer's address as the sockets want it: an IPv4-mapped IPv6 address is IPv4. The scope of others is kept.
+pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
+    match addr {
+        SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_some() => {
+            SocketAddr::new(addr.ip().to_canonical(), addr.port())
+        }
+        SocketAddr::V4(_) | SocketAddr::V6(_) => addr,
+    }
+}
+
 /// Why a change was refused. Nothing of the refused change was applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {

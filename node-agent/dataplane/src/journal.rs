@@ -36,7 +36,10 @@ impl ClosedPeer {
         record[8..16].copy_from_slice(&self.generation.to_le_bytes());
         record[16..32].copy_from_slice(&self.epoch);
         record[32..64].copy_from_slice(&self.public_key);
-        for (bytes, word) in record[64..120].chunks_exact_mut(8).zip(self.counts.to_words()) {
+        for (bytes, word) in record[64..120]
+            .chunks_exact_mut(8)
+            .zip(self.counts.to_words())
+        {
             bytes.copy_from_slice(&word.to_le_bytes());
         }
         let crc = crc32fast::hash(&record[8..]);
@@ -46,7 +49,9 @@ impl ClosedPeer {
 
     fn decode(record: &[u8; RECORD_BYTES]) -> Option<Self> {
         let word = |at: usize| {
-            let bytes = record[at..at + 8].try_into().expect("eight bytes of the record");
+            let bytes = record[at..at + 8]
+                .try_into()
+                .expect("eight bytes of the record");
             u64::from_le_bytes(bytes)
         };
         let crc = crc32fast::hash(&record[8..]).to_le_bytes();
@@ -54,8 +59,12 @@ impl ClosedPeer {
             return None;
         }
         Some(Self {
-            epoch: record[16..32].try_into().expect("sixteen bytes of the record"),
-            public_key: record[32..64].try_into().expect("thirty-two bytes of the record"),
+            epoch: record[16..32]
+                .try_into()
+                .expect("sixteen bytes of the record"),
+            public_key: record[32..64]
+                .try_into()
+                .expect("thirty-two bytes of the record"),
             generation: word(8),
             counts: Counts::from_words(std::array::from_fn(|i| word(64 + i * 8))),
         })
@@ -120,7 +129,13 @@ impl Journal {
     /// When the file cannot be used.
     pub fn open(dir: &Path) -> io::Result<Self> {
         let path = dir.join(FILE_NAME);
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)?;
         let len = scan(file.try_clone()?)?.len;
         file.set_len(len)?;
         Ok(Self { file, len })
@@ -166,8 +181,17 @@ mod tests {
     use super::*;
 
     fn closed(generation: u64) -> ClosedPeer {
-        let counts = Counts { rx_inner: generation * 10, last_handshake_ms: 5, ..Counts::default() };
-        ClosedPeer { epoch: [1; 16], public_key: [2; 32], generation, counts }
+        let counts = Counts {
+            rx_inner: generation * 10,
+            last_handshake_ms: 5,
+            ..Counts::default()
+        };
+        ClosedPeer {
+            epoch: [1; 16],
+            public_key: [2; 32],
+            generation,
+            counts,
+        }
     }
 
     #[test]
@@ -183,11 +207,20 @@ mod tests {
         let mut bytes = std::fs::read(&path).unwrap();
         bytes.extend_from_slice(&closed(3).encode()[..77]);
         std::fs::write(&path, &bytes).unwrap();
-        assert_eq!(reader.read().unwrap(), Closed { peers: vec![closed(1), closed(2)], len: 256 });
+        assert_eq!(
+            reader.read().unwrap(),
+            Closed {
+                peers: vec![closed(1), closed(2)],
+                len: 256
+            }
+        );
 
         let mut journal = Journal::open(dir.path()).unwrap();
         journal.append(&closed(4)).unwrap();
-        assert_eq!(reader.read().unwrap().peers, [closed(1), closed(2), closed(4)]);
+        assert_eq!(
+            reader.read().unwrap().peers,
+            [closed(1), closed(2), closed(4)]
+        );
     }
 
     #[test]

@@ -11,7 +11,10 @@ pub(crate) const TUN_HEADROOM: usize = 10;
 pub(crate) const NO_SLOT: u16 = u16::MAX;
 
 const NET_BYTES: usize = 512 * 1024;
-const MAX_TUN_PACKETS: usize = 1024;
+const MAX_TUN_PACKETS: usize = 2048;
+/// Merged packets grow to 64 KB: keeping this many such buffers costs 8 MB.
+const MAX_LARGE_BUFFERS: usize = 128;
+const LARGE_BUFFER: usize = 4096;
 
 /// One datagram to send; its bytes are `Out::net_bytes()[start..start + len]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +54,13 @@ pub struct Out {
 
 impl Default for Out {
     fn default() -> Self {
-        Self { arena: vec![0; NET_BYTES], used: 0, net: Vec::with_capacity(1024), tun: Vec::new(), tun_used: 0 }
+        Self {
+            arena: vec![0; NET_BYTES],
+            used: 0,
+            net: Vec::with_capacity(1024),
+            tun: Vec::new(),
+            tun_used: 0,
+        }
     }
 }
 
@@ -85,15 +94,20 @@ impl Out {
         self.used = 0;
     }
 
-    /// Forgets all packets; their buffers are kept.
+    /// Forgets all packets; their buffers are kept, but only a few of those that grew by merging.
     pub fn clear_tun(&mut self) {
+        for packet in self.tun[..self.tun_used].iter_mut().skip(MAX_LARGE_BUFFERS) {
+            if packet.buf.capacity() > LARGE_BUFFER {
+                packet.buf = Vec::new();
+            }
+        }
         self.tun_used = 0;
     }
 
     /// Whether the shell should send before it feeds more.
     #[must_use]
     pub fn wants_flush(&self) -> bool {
-        self.used > NET_BYTES / 2 || self.tun_used > MAX_TUN_PACKETS / 2
+        self.used > NET_BYTES / 2 || self.tun_used > MAX_TUN_PACKETS / 4
     }
 
     /// Room for a datagram of up to `len` bytes.

@@ -89,7 +89,9 @@ impl Identity {
         let Ok(Packet::HandshakeInit(init)) = Tunn::parse_incoming_packet(message) else {
             return None;
         };
-        parse_handshake_anon(&self.private, &self.public, &init).ok().map(|half| half.peer_static_public)
+        parse_handshake_anon(&self.private, &self.public, &init)
+            .ok()
+            .map(|half| half.peer_static_public)
     }
 }
 
@@ -125,7 +127,13 @@ pub(crate) struct Tunnel {
 }
 
 impl Tunnel {
-    pub(crate) fn new(identity: &Identity, peer: &[u8; 32], psk: Option<&Secret>, index: u32, now_ms: u64) -> Self {
+    pub(crate) fn new(
+        identity: &Identity,
+        peer: &[u8; 32],
+        psk: Option<&Secret>,
+        index: u32,
+        now_ms: u64,
+    ) -> Self {
         let tunn = Tunn::new(
             identity.private.clone(),
             PublicKey::from(*peer),
@@ -134,7 +142,14 @@ impl Tunnel {
             index,
             Some(Arc::clone(&identity.inner)),
         );
-        Self { tunn, updated_ms: now_ms, session: false, exhausted: false, wants_rekey: false, unconfirmed: None }
+        Self {
+            tunn,
+            updated_ms: now_ms,
+            session: false,
+            exhausted: false,
+            wants_rekey: false,
+            unconfirmed: None,
+        }
     }
 
     /// Whether a packet can be encrypted now.
@@ -206,7 +221,10 @@ impl Tunnel {
         let TunnResult::WriteToNetwork(message) = self.tunn.encapsulate(packet, room) else {
             return None;
         };
-        let counter = message.get(8..16).and_then(|c| c.try_into().ok()).map_or(u64::MAX, u64::from_le_bytes);
+        let counter = message
+            .get(8..16)
+            .and_then(|c| c.try_into().ok())
+            .map_or(u64::MAX, u64::from_le_bytes);
         if counter >= REKEY_AFTER_MESSAGES {
             self.wants_rekey = true;
             self.exhausted = counter >= REJECT_AFTER_MESSAGES - 1;

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 
-use crate::{DeviceId, ServerId};
+use crate::{DeviceId, Secret, ServerId};
 
 /// `POST /api/v1/devices`
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -41,7 +41,7 @@ pub enum DeviceStatus {
 pub struct RegisteredDevice {
     pub device_id: DeviceId,
     /// A WireGuard configuration file, ready for `wg-quick`.
-    pub config: String,
+    pub config: Secret,
     #[schema(example = "10.8.0.45", format = "ipv4")]
     pub assigned_ip: String,
     #[schema(example = "fd00:cafe::2d", format = "ipv6")]

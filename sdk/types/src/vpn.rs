@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 
-use crate::{DeviceId, ServerId, SessionId};
+use crate::{DeviceId, Secret, ServerId, SessionId};
 
 /// `POST /api/v1/vpn/connect`
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -42,7 +42,7 @@ pub struct Connected {
     pub server_port: u16,
     pub status: ConnectionStatus,
     /// A WireGuard configuration file, ready for `wg-quick`.
-    pub config: String,
+    pub config: Secret,
     #[schema(example = "10.8.0.45", format = "ipv4")]
     pub assigned_ip: String,
     pub server_id: ServerId,

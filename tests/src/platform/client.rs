@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::lab::{Addresses, HTTP_V4, HTTP_V6, Machine, Process, Signal, eventually};
+use crate::lab::{Addresses, HTTP_V4, HTTP_V6, Lab, Machine, Network, Process, Signal, eventually};
 
 const INTERFACE: &str = "cvault";
 const FLAG_UP: u32 = 1;
@@ -39,7 +39,7 @@ pub struct Counters {
 }
 
 impl Counters {
-    pub(super) fn read(machine: &Machine, interface: &str) -> Result<Self> {
+    pub fn read(machine: &Machine, interface: &str) -> Result<Self> {
         let folder = machine.path(&format!("/sys/class/net/{interface}/statistics"));
         Ok(Self {
             rx_bytes: number(&folder.join("rx_bytes"))?,
@@ -64,7 +64,10 @@ impl std::ops::Sub for Counters {
 }
 
 impl Client {
-    pub(super) fn new(machine: Machine, addresses: Addresses) -> Result<Self> {
+    /// Boots client machine `number` (1–240).
+    pub fn boot(lab: &Lab, number: u8) -> Result<Self> {
+        let (machine, addresses) =
+            lab.machine(&format!("client{number}"), Network::Clients, 9 + number)?;
         let config = machine.dir().join(format!("{INTERFACE}.conf"));
         Ok(Self {
             addresses,
@@ -128,21 +131,7 @@ impl Client {
 
     /// The time of the latest completed handshake, from the WireGuard program's own socket.
     pub fn last_handshake(&self) -> Result<Option<SystemTime>> {
-        let mut socket = UnixStream::connect(
-            self.machine
-                .path(&format!("/run/wireguard/{INTERFACE}.sock")),
-        )?;
-        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
-        socket.write_all(b"get=1\n\n")?;
-        let mut text = String::new();
-        let mut block = [0; 4096];
-        while !text.ends_with("\n\n") {
-            let length = socket.read(&mut block)?;
-            if length == 0 {
-                break;
-            }
-            text.push_str(&String::from_utf8_lossy(&block[..length]));
-        }
+        let text = uapi(&self.machine, INTERFACE, "get=1\n\n")?;
         let figure = |name: &str| -> u64 {
             text.lines()
                 .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
@@ -342,6 +331,24 @@ fn answered(log: &str) -> impl Iterator<Item = u64> {
         })
         .collect();
     numbers.into_iter()
+}
+
+/// One exchange on a WireGuard program's own socket (https://www.wireguard.com/xplatform/), from outside its machine.
+pub fn uapi(machine: &Machine, interface: &str, request: &str) -> Result<String> {
+    let mut socket =
+        UnixStream::connect(machine.path(&format!("/run/wireguard/{interface}.sock")))?;
+    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    socket.write_all(request.as_bytes())?;
+    let mut text = String::new();
+    let mut block = [0; 4096];
+    while !text.ends_with("\n\n") {
+        let length = socket.read(&mut block)?;
+        if length == 0 {
+            break;
+        }
+        text.push_str(&String::from_utf8_lossy(&block[..length]));
+    }
+    Ok(text)
 }
 
 fn same(what: &str, wanted: u64, got: &str) -> Result<()> {

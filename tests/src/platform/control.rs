@@ -89,7 +89,8 @@ impl Control {
             .args(["admin", "--data-dir", &data_dir])
             .args(arguments)
             .arg("--json")
-            .env("CVAULT_LOG", "warn");
+            .env("CVAULT_LOG", "warn")
+            .env("CVAULT_PUBLIC_URL", url());
         let output = self.machine.finish("cvault-control-plane admin", command)?;
         serde_json::from_str(output.trim())
             .with_context(|| format!("admin printed no JSON: {output}"))
@@ -131,7 +132,7 @@ impl Control {
             .arg(program)
             .args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-h"])
             .arg(&socket)
-            .args(["-p", &port, "-U", owner.trim(), "-d", "cvault", "-c", query]);
+            .args(["-p", &port, "-U", "postgres", "-d", "cvault", "-c", query]);
         Ok(self.machine.finish("psql", command)?.trim().to_owned())
     }
 

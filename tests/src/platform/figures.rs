@@ -2,11 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 
 use super::{Counters, Platform, Server, Tenant, Usage, User};
-use crate::lab::quiescent;
+use crate::lab::{eventually, quiescent};
 
+/// Several report intervals.
+const BILLING_SECONDS: u64 = 60;
 const DEVICES_PER_USER: usize = 4;
 
 #[derive(Clone, Copy, Debug)]
@@ -83,7 +85,9 @@ pub fn metering(platform: &Platform, server: &Server, bytes: u64) -> Result<Acco
     client.download(bytes)?;
     client.upload(bytes)?;
     client.silence()?;
-    let billed = platform.settled_usage(&tenant)?;
+    let billed = platform.bill_where(&tenant, |billed| {
+        billed.check_against(server.counters()? - before, client.counters()?)
+    })?;
     let account = Account {
         billed,
         client: client.counters()?,
@@ -99,11 +103,22 @@ impl Platform {
         Usage::from_body(&self.http.send(&tenant.usage_request())?.expect(200)?)
     }
 
-    /// What a tenant is billed, once it has not changed for four seconds.
-    pub fn settled_usage(&self, tenant: &Tenant) -> Result<Usage> {
-        quiescent("the bill", Duration::from_secs(4), 60, || {
+    /// What a tenant is billed, once `right` finds nothing wrong with it and it has stayed so for three seconds.
+    pub fn bill_where(
+        &self,
+        tenant: &Tenant,
+        right: impl Fn(Usage) -> Result<()>,
+    ) -> Result<Usage> {
+        let read = || -> Result<Usage> {
+            let billed = self.usage(tenant)?;
+            right(billed).map(|()| billed)
+        };
+        eventually("the bill is right", BILLING_SECONDS, read)?;
+        let billed = quiescent("the bill", Duration::from_secs(3), BILLING_SECONDS, || {
             self.usage(tenant)
-        })
+        })?;
+        right(billed).context("after it had been right")?;
+        Ok(billed)
     }
 }
 

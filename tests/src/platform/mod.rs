@@ -9,10 +9,10 @@ mod server;
 
 use anyhow::Result;
 
-use crate::lab::{Lab, Network};
+use crate::lab::Lab;
 
 pub use account::{Admin, Device, Tenant, Usage, User};
-pub use client::{Client, Counters, Pings, Up};
+pub use client::{Client, Counters, PingCount, Pings, Up, uapi};
 pub use control::{Control, ControlOptions};
 pub use http::{Answer, Http, Request};
 pub use server::Server;
@@ -52,10 +52,7 @@ impl Platform {
 
     /// Boots client machine `number`.
     pub fn client(&self, number: u8) -> Result<Client> {
-        let (machine, addresses) =
-            self.lab
-                .machine(&format!("client{number}"), Network::Clients, 9 + number)?;
-        Client::new(machine, addresses)
+        Client::boot(&self.lab, number)
     }
 
     pub fn tenant(&self, name: &str) -> Result<Tenant> {

@@ -15,10 +15,23 @@ use crate::tunnel::Identity;
 /// After a restart, peers whose last handshake is younger than this still believe in their session.
 const CALLBACK_AGE_MS: u64 = 180_000;
 
+/// Whether removed peers are left to journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// None.
+    All,
+    /// Some: go on later.
+    More,
+}
+
 impl Engine {
     /// Sets or removes our key. Sessions made with another key end.
     pub fn set_private_key(&mut self, secret: &Secret) {
-        if self.identity.as_ref().is_some_and(|identity| identity.secret() == secret) {
+        if self
+            .identity
+            .as_ref()
+            .is_some_and(|identity| identity.secret() == secret)
+        {
             return;
         }
         self.identity = (!secret.is_zero()).then(|| Identity::new(secret));
@@ -27,7 +40,10 @@ impl Engine {
                 peer.live_at = None;
             }
             self.drop_tunnel(slot);
-            if self.peers[usize::from(slot)].as_ref().is_some_and(|peer| peer.persistent_keepalive > 0) {
+            if self.peers[usize::from(slot)]
+                .as_ref()
+                .is_some_and(|peer| peer.persistent_keepalive > 0)
+            {
                 self.make_live(slot);
             }
         }
@@ -58,7 +74,13 @@ impl Engine {
             if let Some(mut peer) = self.detach(slot) {
                 peer.allowed_ips.clear();
                 let id = (peer.public_key, peer.generation);
-                self.parked.insert(id, Parked { slot, peer: Some(peer) });
+                self.parked.insert(
+                    id,
+                    Parked {
+                        slot,
+                        peer: Some(peer),
+                    },
+                );
             }
         }
     }
@@ -74,8 +96,16 @@ impl Engine {
     ///
     /// # Errors
     /// Nothing was changed then.
-    pub fn apply_peer(&mut self, now: Now, change: PeerChange, out: &mut Out) -> Result<(), Refused> {
-        let is_self = self.identity.as_ref().is_some_and(|identity| identity.public_key() == change.public_key);
+    pub fn apply_peer(
+        &mut self,
+        now: Now,
+        change: PeerChange,
+        out: &mut Out,
+    ) -> Result<(), Refused> {
+        let is_self = self
+            .identity
+            .as_ref()
+            .is_some_and(|identity| identity.public_key() == change.public_key);
         let existing = self.by_key.get(&change.public_key).copied();
         if change.remove {
             match existing {
@@ -89,7 +119,9 @@ impl Engine {
         }
         self.check_tenant(existing, &change)?;
         let same_life = |slot: &u16| {
-            let generation = self.peers[usize::from(*slot)].as_ref().map(|peer| peer.generation);
+            let generation = self.peers[usize::from(*slot)]
+                .as_ref()
+                .map(|peer| peer.generation);
             change.generation.is_none() || change.generation == generation
         };
         let slot = match existing {
@@ -106,30 +138,46 @@ impl Engine {
         Ok(())
     }
 
-    /// Hands the final counters of removed peers to `journal`; only then can their slots be used again.
+    /// Hands the final counters of up to `limit` removed peers to `journal`; only then can their slots be used again.
     ///
     /// # Errors
     /// The first error of `journal`. What it did not take stays.
-    pub fn settle<E>(&mut self, mut journal: impl FnMut(&ClosedPeer) -> Result<(), E>) -> Result<usize, E> {
-        let mut settled = 0;
-        while let Some(closing) = self.closing.last() {
+    pub fn settle<E>(
+        &mut self,
+        limit: usize,
+        mut journal: impl FnMut(&ClosedPeer) -> Result<(), E>,
+    ) -> Result<Settled, E> {
+        for _ in 0..limit {
+            let Some(closing) = self.closing.last() else {
+                break;
+            };
             journal(&closing.peer)?;
             let slot = closing.slot;
             self.counters.vacate(slot);
             self.lives[usize::from(slot)] = self.lives[usize::from(slot)].wrapping_add(1);
             self.free.push(slot);
             self.closing.pop();
-            settled += 1;
         }
-        Ok(settled)
+        Ok(if self.closing.is_empty() {
+            Settled::All
+        } else {
+            Settled::More
+        })
     }
 
     fn check_tenant(&self, existing: Option<u16>, change: &PeerChange) -> Result<(), Refused> {
         let peer = existing.and_then(|slot| self.peers[usize::from(slot)].as_deref());
         let had_tenant = peer.is_some_and(|peer| peer.tenant.is_some());
         let tenant = change.tenant.map_or(had_tenant, |tenant| tenant != [0; 16]);
-        let kept = peer.filter(|_| !change.replace_allowed_ips).map_or(&[][..], |peer| &peer.allowed_ips);
-        if tenant && !kept.iter().chain(&change.allowed_ips).all(|net| is_host(*net)) {
+        let kept = peer
+            .filter(|_| !change.replace_allowed_ips)
+            .map_or(&[][..], |peer| &peer.allowed_ips);
+        if tenant
+            && !kept
+                .iter()
+                .chain(&change.allowed_ips)
+                .all(|net| is_host(*net))
+        {
             return Err(Refused::TenantPrefix);
         }
         Ok(())
@@ -195,7 +243,9 @@ impl Engine {
         if let Some(slot) = self.free.pop() {
             return Some(slot);
         }
-        let slot = u16::try_from(self.unused).ok().filter(|_| self.unused < self.counters.capacity())?;
+        let slot = u16::try_from(self.unused)
+            .ok()
+            .filter(|_| self.unused < self.counters.capacity())?;
         self.unused += 1;
         Some(slot)
     }
@@ -204,7 +254,9 @@ impl Engine {
         if let Some(psk) = change.preshared_key {
             self.set_preshared_key(now, slot, psk, out);
         }
-        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else { return };
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
+            return;
+        };
         if let Some(endpoint) = change.endpoint
             && peer.endpoint != Some(endpoint)
         {
@@ -234,7 +286,9 @@ impl Engine {
     }
 
     fn set_preshared_key(&mut self, now: Now, slot: u16, psk: Secret, out: &mut Out) {
-        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else { return };
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
+            return;
+        };
         let psk = (!psk.is_zero()).then_some(psk);
         if peer.preshared_key == psk {
             return;
@@ -249,7 +303,8 @@ impl Engine {
 
     fn add_allowed_ip(&mut self, slot: u16, net: IpNet) {
         let former = self.routes.insert(net, slot);
-        if let Some(peer) = former.and_then(|former| self.peers[usize::from(former)].as_deref_mut()) {
+        if let Some(peer) = former.and_then(|former| self.peers[usize::from(former)].as_deref_mut())
+        {
             peer.allowed_ips.retain(|have| *have != net);
         }
         if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut()
@@ -260,7 +315,9 @@ impl Engine {
     }
 
     fn set_keepalive(&mut self, slot: u16, seconds: u16) {
-        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else { return };
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
+            return;
+        };
         if peer.persistent_keepalive == 0 && seconds > 0 {
             // As in the kernel: the first one is due at once.
             peer.last_traffic_ms = None;
@@ -280,10 +337,22 @@ impl Engine {
     /// Closes the slot of a peer that an earlier process left behind.
     fn remove_parked(&mut self, change: &PeerChange) {
         let wanted = |id: &([u8; 32], u64)| {
-            id.0 == change.public_key && change.generation.is_none_or(|generation| generation == id.1)
+            id.0 == change.public_key
+                && change
+                    .generation
+                    .is_none_or(|generation| generation == id.1)
         };
-        let ids: Vec<_> = self.parked.keys().filter(|id| wanted(id)).copied().collect();
-        for parked in ids.iter().filter_map(|id| self.parked.remove(id)).collect::<Vec<_>>() {
+        let ids: Vec<_> = self
+            .parked
+            .keys()
+            .filter(|id| wanted(id))
+            .copied()
+            .collect();
+        for parked in ids
+            .iter()
+            .filter_map(|id| self.parked.remove(id))
+            .collect::<Vec<_>>()
+        {
             self.close(parked.slot);
         }
     }

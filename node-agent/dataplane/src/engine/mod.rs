@@ -28,6 +28,7 @@ use crate::limit::SourceLimit;
 use crate::out::{Datagram, NO_SLOT, Out};
 use crate::tunnel::{Identity, MIN_ROOM, Timers, Tunnel};
 
+pub use apply::Settled;
 pub(crate) use tick::TICK_MS;
 pub use view::{DeviceView, PeerView};
 
@@ -131,14 +132,24 @@ impl Engine {
     #[must_use]
     pub fn new(config: EngineConfig) -> Self {
         let EngineConfig { counters, seed } = config;
-        let parked: HashMap<_, _> =
-            counters.occupied().into_iter().map(|(id, slot)| (id, Parked { slot, peer: None })).collect();
-        let unused = parked.values().map(|p| u32::from(p.slot) + 1).max().unwrap_or(0);
+        let parked: HashMap<_, _> = counters
+            .occupied()
+            .into_iter()
+            .map(|(id, slot)| (id, Parked { slot, peer: None }))
+            .collect();
+        let unused = parked
+            .values()
+            .map(|p| u32::from(p.slot) + 1)
+            .max()
+            .unwrap_or(0);
         let mut taken = vec![false; unused as usize];
         for parked in parked.values() {
             taken[usize::from(parked.slot)] = true;
         }
-        let free = (0..unused).filter_map(|s| u16::try_from(s).ok()).filter(|s| !taken[usize::from(*s)]).collect();
+        let free = (0..unused)
+            .filter_map(|s| u16::try_from(s).ok())
+            .filter(|s| !taken[usize::from(*s)])
+            .collect();
         let capacity = counters.capacity() as usize;
         Self {
             identity: None,
@@ -189,7 +200,11 @@ impl Engine {
 
     /// The local address a peer used is gone: let the kernel choose.
     pub fn forget_local_address(&mut self, slot: u16) {
-        if let Some(peer) = self.peers.get_mut(usize::from(slot)).and_then(Option::as_mut) {
+        if let Some(peer) = self
+            .peers
+            .get_mut(usize::from(slot))
+            .and_then(Option::as_mut)
+        {
             peer.via = None;
         }
     }
@@ -201,7 +216,10 @@ impl Engine {
     }
 
     fn index_of(&self, slot: u16) -> u32 {
-        self.scramble.index(Place { slot, generation: self.lives[usize::from(slot)] })
+        self.scramble.index(Place {
+            slot,
+            generation: self.lives[usize::from(slot)],
+        })
     }
 
     /// The slot an index on the wire belongs to.
@@ -213,7 +231,9 @@ impl Engine {
     }
 
     fn make_live(&mut self, slot: u16) {
-        let peer = self.peers[usize::from(slot)].as_mut().expect("the callers hold an occupied slot");
+        let peer = self.peers[usize::from(slot)]
+            .as_mut()
+            .expect("the callers hold an occupied slot");
         if peer.live_at.is_none() {
             peer.live_at = Some(self.live.len());
             self.live.push(slot);
@@ -221,7 +241,10 @@ impl Engine {
     }
 
     fn make_cold(&mut self, slot: u16) {
-        let Some(at) = self.peers[usize::from(slot)].as_mut().and_then(|peer| peer.live_at.take()) else {
+        let Some(at) = self.peers[usize::from(slot)]
+            .as_mut()
+            .and_then(|peer| peer.live_at.take())
+        else {
             return;
         };
         self.live.swap_remove(at);
@@ -234,15 +257,23 @@ impl Engine {
 
     /// Makes sure that a tunnel's timers are current before it is used.
     fn freshen(&mut self, now: Now, slot: u16, out: &mut Out) {
-        let stale = |peer: &Peer| peer.tunnel.as_ref().is_some_and(|tunnel| !tunnel.is_fresh(now.mono_ms));
+        let stale = |peer: &Peer| {
+            peer.tunnel
+                .as_ref()
+                .is_some_and(|tunnel| !tunnel.is_fresh(now.mono_ms))
+        };
         if self.peers[usize::from(slot)].as_deref().is_some_and(stale) {
             self.update_timers(now, slot, out);
         }
     }
 
     fn update_timers(&mut self, now: Now, slot: u16, out: &mut Out) {
-        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else { return };
-        let (Some(tunnel), Some(room)) = (peer.tunnel.as_mut(), out.net_room(MIN_ROOM)) else { return };
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
+            return;
+        };
+        let (Some(tunnel), Some(room)) = (peer.tunnel.as_mut(), out.net_room(MIN_ROOM)) else {
+            return;
+        };
         match tunnel.update(now.mono_ms, room) {
             Timers::Nothing => {}
             Timers::Send(len) => {
@@ -255,7 +286,9 @@ impl Engine {
 
     /// Ends the peer's tunnel and whatever waited for it.
     fn drop_tunnel(&mut self, slot: u16) {
-        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else { return };
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
+            return;
+        };
         peer.tunnel = None;
         self.queued -= peer.queue.len();
         for packet in peer.queue.drain(..) {
@@ -269,16 +302,28 @@ impl Engine {
     /// Begins a handshake with a peer whose endpoint is known, unless one is under way.
     fn initiate(&mut self, now: Now, slot: u16, out: &mut Out) {
         let index = self.index_of(slot);
-        let Some(identity) = self.identity.as_ref() else { return };
-        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else { return };
-        let Some(room) = out.net_room(MIN_ROOM) else { return };
+        let Some(identity) = self.identity.as_ref() else {
+            return;
+        };
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
+            return;
+        };
+        let Some(room) = out.net_room(MIN_ROOM) else {
+            return;
+        };
         if peer.endpoint.is_none() {
             return;
         }
         let tunnel = peer.tunnel.get_or_insert_with(|| {
             peer.last_attempt_ms = now.mono_ms;
             let psk = peer.preshared_key.as_ref();
-            Box::new(Tunnel::new(identity, &peer.public_key, psk, index, now.mono_ms))
+            Box::new(Tunnel::new(
+                identity,
+                &peer.public_key,
+                psk,
+                index,
+                now.mono_ms,
+            ))
         });
         if let Some(len) = tunnel.initiate(room) {
             peer.last_attempt_ms = now.mono_ms;
@@ -292,6 +337,13 @@ impl Engine {
 fn push(peer: &Peer, slot: u16, len: usize, inner: usize, out: &mut Out) {
     if let Some(to) = peer.endpoint {
         let start = out.net_start();
-        out.push_net(Datagram { start, len, to, via: peer.via, slot, inner });
+        out.push_net(Datagram {
+            start,
+            len,
+            to,
+            via: peer.via,
+            slot,
+            inner,
+        });
     }
 }

@@ -16,8 +16,13 @@ impl Engine {
 
     fn route(&mut self, now: Now, packet: &[u8], out: &mut Out) -> Result<(), Drop> {
         let addresses = packet::addresses(packet).ok_or(Drop::TxMalformed)?;
-        let slot = self.routes.find(addresses.destination).ok_or(Drop::TxNoRoute)?;
-        let peer = self.peers[usize::from(slot)].as_deref().ok_or(Drop::TxNoRoute)?;
+        let slot = self
+            .routes
+            .find(addresses.destination)
+            .ok_or(Drop::TxNoRoute)?;
+        let peer = self.peers[usize::from(slot)]
+            .as_deref()
+            .ok_or(Drop::TxNoRoute)?;
         // Peer to peer is refused where it comes in; should the host forward such a packet all the same, it ends here.
         if peer.tenant.is_some() && self.routes.host(addresses.source).is_some() {
             return Err(Drop::TxIsolation);
@@ -31,14 +36,18 @@ impl Engine {
 
     /// Encrypts if there is a session; says whether it did.
     fn encrypt(&mut self, now: Now, slot: u16, packet: &[u8], out: &mut Out) -> Result<bool, Drop> {
-        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::TxNoRoute)?;
+        let peer = self.peers[usize::from(slot)]
+            .as_deref_mut()
+            .ok_or(Drop::TxNoRoute)?;
         let Some(tunnel) = peer.tunnel.as_mut().filter(|tunnel| tunnel.has_session()) else {
             return Ok(false);
         };
         if peer.endpoint.is_none() {
             return Err(Drop::TxNoEndpoint);
         }
-        let room = out.net_room(MIN_ROOM.max(packet.len() + OVERHEAD)).ok_or(Drop::TxNoRoom)?;
+        let room = out
+            .net_room(MIN_ROOM.max(packet.len() + OVERHEAD))
+            .ok_or(Drop::TxNoRoom)?;
         let len = tunnel.encrypt(packet, room).ok_or(Drop::TxNoSession)?;
         let rekey = tunnel.take_wants_rekey();
         peer.last_traffic_ms = Some(now.mono_ms);
@@ -51,7 +60,9 @@ impl Engine {
 
     /// Keeps a few packets while a handshake runs, and begins one.
     fn hold(&mut self, now: Now, slot: u16, packet: &[u8], out: &mut Out) -> Result<(), Drop> {
-        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::TxNoRoute)?;
+        let peer = self.peers[usize::from(slot)]
+            .as_deref_mut()
+            .ok_or(Drop::TxNoRoute)?;
         if peer.endpoint.is_none() {
             return Err(Drop::TxNoEndpoint);
         }
@@ -70,11 +81,15 @@ impl Engine {
     /// There is a session now: sends what waited for it.
     pub(super) fn flush_queue(&mut self, now: Now, slot: u16, out: &mut Out) {
         while let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
-            let (Some(tunnel), Some(room)) = (peer.tunnel.as_mut(), out.net_room(MIN_ROOM)) else { break };
+            let (Some(tunnel), Some(room)) = (peer.tunnel.as_mut(), out.net_room(MIN_ROOM)) else {
+                break;
+            };
             let Some(len) = tunnel.drain(room) else { break };
             push(peer, slot, len, 0, out);
         }
-        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else { return };
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
+            return;
+        };
         let queue = std::mem::take(&mut peer.queue);
         self.queued -= queue.len();
         for packet in queue {

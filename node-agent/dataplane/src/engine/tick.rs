@@ -27,14 +27,23 @@ impl Engine {
             if self.live.is_empty() {
                 break;
             }
-            self.sweep_at = if self.sweep_at >= self.live.len() { 0 } else { self.sweep_at };
+            self.sweep_at = if self.sweep_at >= self.live.len() {
+                0
+            } else {
+                self.sweep_at
+            };
             let slot = self.live[self.sweep_at];
             self.sweep_at += 1;
             self.visit(now, slot, out);
         }
         for _ in 0..CALLBACKS_PER_TICK {
-            let Some(slot) = self.callbacks.pop_front() else { break };
-            if self.peers[usize::from(slot)].as_ref().is_some_and(|peer| peer.tunnel.is_none()) {
+            let Some(slot) = self.callbacks.pop_front() else {
+                break;
+            };
+            if self.peers[usize::from(slot)]
+                .as_ref()
+                .is_some_and(|peer| peer.tunnel.is_none())
+            {
                 self.initiate(now, slot, out);
             }
         }
@@ -43,7 +52,9 @@ impl Engine {
     fn visit(&mut self, now: Now, slot: u16, out: &mut Out) {
         self.update_timers(now, slot, out);
         self.keep_alive(now, slot, out);
-        let Some(peer) = self.peers[usize::from(slot)].as_deref() else { return };
+        let Some(peer) = self.peers[usize::from(slot)].as_deref() else {
+            return;
+        };
         let idle = now.mono_ms.saturating_sub(peer.last_attempt_ms) > IDLE_MS;
         match &peer.tunnel {
             Some(tunnel) if !tunnel.has_session() && idle => self.drop_tunnel(slot),
@@ -54,17 +65,25 @@ impl Engine {
 
     /// Ours, because boringtun's fires on busy tunnels and queues without a session (trap 10).
     fn keep_alive(&mut self, now: Now, slot: u16, out: &mut Out) {
-        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else { return };
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
+            return;
+        };
         let interval_ms = u64::from(peer.persistent_keepalive) * 1000;
-        let quiet = peer.last_traffic_ms.is_none_or(|last| now.mono_ms.saturating_sub(last) >= interval_ms);
+        let quiet = peer
+            .last_traffic_ms
+            .is_none_or(|last| now.mono_ms.saturating_sub(last) >= interval_ms);
         if interval_ms == 0 || !quiet || peer.endpoint.is_none() {
             return;
         }
         if let Some(tunnel) = peer.tunnel.as_mut()
             && tunnel.has_session()
         {
-            let Some(room) = out.net_room(MIN_ROOM) else { return };
-            let Some(len) = tunnel.encrypt(&[], room) else { return };
+            let Some(room) = out.net_room(MIN_ROOM) else {
+                return;
+            };
+            let Some(len) = tunnel.encrypt(&[], room) else {
+                return;
+            };
             peer.last_traffic_ms = Some(now.mono_ms);
             push(peer, slot, len, 0, out);
         } else {

@@ -1,7 +1,6 @@
 //! How other threads talk to the worker: a short bounded queue and an eventfd to wake it.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -22,8 +21,13 @@ pub(crate) enum Request {
     Peers(Vec<PeerChange>),
     BeginReplace,
     EndReplace,
+    /// Go on journaling removed peers; `EAGAIN` while there are more.
+    Settle,
     Describe,
-    List { from: u16, limit: usize },
+    List {
+        from: u16,
+        limit: usize,
+    },
     Stop,
 }
 
@@ -31,7 +35,10 @@ pub(crate) enum Reply {
     /// 0, or an errno.
     Done(i32),
     Device(Box<DeviceState>),
-    Peers { peers: Vec<PeerView>, next: Option<u16> },
+    Peers {
+        peers: Vec<PeerView>,
+        next: Option<u16>,
+    },
 }
 
 /// The engine's view and what the shell adds.
@@ -85,14 +92,25 @@ pub(crate) struct WorkerGone;
 pub(crate) fn mailbox() -> io::Result<(Controller, Mailbox)> {
     let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
     let (sender, receiver) = sync_channel(BOUND);
-    let controller = Controller { queue: sender, wake: Arc::clone(&wake) };
-    Ok((controller, Mailbox { queue: receiver, wake }))
+    let controller = Controller {
+        queue: sender,
+        wake: Arc::clone(&wake),
+    };
+    Ok((
+        controller,
+        Mailbox {
+            queue: receiver,
+            wake,
+        },
+    ))
 }
 
 impl Controller {
     pub(crate) fn ask(&self, request: Request) -> Result<Reply, WorkerGone> {
         let (reply, answer) = sync_channel(1);
-        self.queue.send(Mail { request, reply }).map_err(|_| WorkerGone)?;
+        self.queue
+            .send(Mail { request, reply })
+            .map_err(|_| WorkerGone)?;
         // A full eventfd counter means that the worker is already being woken.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
         answer.recv_timeout(PATIENCE).map_err(|_| WorkerGone)
@@ -112,9 +130,4 @@ impl Mailbox {
     pub(crate) fn clear_wake(&self) {
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
     }
-}
-
-/// A peer's address as the socket wants it: IPv4-mapped IPv6 addresses are IPv4.
-pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
-    SocketAddr::new(addr.ip().to_canonical(), addr.port())
 }

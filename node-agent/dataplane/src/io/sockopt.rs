@@ -1,5 +1,8 @@
 //! Socket options that no safe crate offers.
-#![expect(unsafe_code, reason = "setsockopt has no safe wrapper for these options")]
+#![expect(
+    unsafe_code,
+    reason = "setsockopt has no safe wrapper for these options"
+)]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -7,9 +10,19 @@ use std::os::fd::{AsFd, AsRawFd};
 /// WireGuard's outer packets may be fragmented (DF=0); quinn-udp forbids it, so it is allowed again.
 pub(crate) fn allow_fragmentation(socket: &impl AsFd, v6: bool) -> io::Result<()> {
     if v6 {
-        set(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
+        set(
+            socket,
+            libc::IPPROTO_IPV6,
+            libc::IPV6_MTU_DISCOVER,
+            libc::IPV6_PMTUDISC_DONT,
+        )
     } else {
-        set(socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
+        set(
+            socket,
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            libc::IP_PMTUDISC_DONT,
+        )
     }
 }
 
@@ -29,7 +42,17 @@ fn set(socket: &impl AsFd, level: i32, name: i32, value: i32) -> io::Result<()> 
     // SAFETY: the descriptor is open for as long as `socket` is borrowed, and the kernel copies `len` bytes from a
     // pointer to a live `i32` of that size before the call returns.
     let done = unsafe {
-        libc::setsockopt(socket.as_fd().as_raw_fd(), level, name, (&raw const value).cast(), len)
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            len,
+        )
     };
-    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }

@@ -4,7 +4,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::net::netdevice::name_to_index;
-use tun_rs::{DeviceBuilder, ExpandBuffer, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum, gso_split};
+use tun_rs::{
+    DeviceBuilder, ExpandBuffer, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum,
+    gso_split,
+};
 
 use super::mailbox::ShellState;
 use crate::drops::Drop;
@@ -90,7 +93,11 @@ impl Tun {
     }
 
     /// Reads once and hands every IP packet in it to `each`.
-    pub(crate) fn read(&mut self, shell: &mut ShellState, mut each: impl FnMut(&[u8])) -> io::Result<Read> {
+    pub(crate) fn read(
+        &mut self,
+        shell: &mut ShellState,
+        mut each: impl FnMut(&[u8]),
+    ) -> io::Result<Read> {
         let len = match self.device.recv(&mut self.buffer) {
             Ok(len) => len,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Read::Nothing),
@@ -139,7 +146,11 @@ impl Tun {
         }
         for packet in out.tun().iter().filter(|packet| packet.buf[0] != MERGED) {
             let group = group(&packet.buf);
-            let bytes = if self.tso { &packet.buf[..] } else { &packet.buf[TUN_HEADROOM..] };
+            let bytes = if self.tso {
+                &packet.buf[..]
+            } else {
+                &packet.buf[TUN_HEADROOM..]
+            };
             match self.device.send(bytes) {
                 Ok(_) => {
                     let written = (packet.buf.len() - TUN_HEADROOM) as u64;
@@ -149,7 +160,9 @@ impl Tun {
                 }
                 Err(error) => {
                     if group.packets > 1 && error.raw_os_error() == Some(libc::EINVAL) {
-                        tracing::warn!("the kernel refuses merged packets: merging is off from now on");
+                        tracing::warn!(
+                            "the kernel refuses merged packets: merging is off from now on"
+                        );
                         self.merge = false;
                     }
                     tracing::trace!(%error, "a packet for the TUN was refused");
@@ -184,14 +197,22 @@ struct Group {
 
 fn group(buf: &[u8]) -> Group {
     let len = (buf.len() - TUN_HEADROOM) as u64;
-    let single = Group { packets: 1, bytes: len };
-    let Ok(header) = VirtioNetHdr::decode(&buf[..TUN_HEADROOM]) else { return single };
+    let single = Group {
+        packets: 1,
+        bytes: len,
+    };
+    let Ok(header) = VirtioNetHdr::decode(&buf[..TUN_HEADROOM]) else {
+        return single;
+    };
     let (headers, segment) = (u64::from(header.hdr_len), u64::from(header.gso_size));
     if header.gso_type == 0 || segment == 0 || len <= headers {
         return single;
     }
     let packets = (len - headers).div_ceil(segment);
-    Group { packets, bytes: len + (packets - 1) * headers }
+    Group {
+        packets,
+        bytes: len + (packets - 1) * headers,
+    }
 }
 
 /// The kernel leaves the checksum of a locally made packet to the device.
@@ -270,4 +291,3 @@ impl ExpandBuffer for TunPacket {
         self.buf.extend_from_slice(src);
     }
 }
-

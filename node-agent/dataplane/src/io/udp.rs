@@ -24,7 +24,10 @@ const SEND_BUFFER: i32 = 2 * 1024 * 1024;
 const MAX_RUN_BYTES: usize = 65_000;
 const MAX_RUN_SEGMENTS: usize = 64;
 /// How long a full socket may hold up the worker.
-const SEND_PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 2_000_000 };
+const SEND_PATIENCE: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 2_000_000,
+};
 
 struct Half {
     socket: Socket,
@@ -54,9 +57,15 @@ impl Sockets {
     }
 
     fn bind_once(port: u16, fwmark: u32) -> io::Result<Self> {
-        let v4 = optional(Half::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port), fwmark))?;
+        let v4 = optional(Half::bind(
+            SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port),
+            fwmark,
+        ))?;
         let bound = v4.as_ref().map(Half::port).transpose()?.unwrap_or(port);
-        let v6 = optional(Half::bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), bound), fwmark))?;
+        let v6 = optional(Half::bind(
+            SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), bound),
+            fwmark,
+        ))?;
         let port = v6.as_ref().map(Half::port).transpose()?.unwrap_or(bound);
         Ok(Self { v4, v6, port })
     }
@@ -66,11 +75,17 @@ impl Sockets {
     }
 
     pub(crate) fn set_fwmark(&self, fwmark: u32) -> io::Result<()> {
-        self.v4.iter().chain(&self.v6).try_for_each(|half| half.socket.set_mark(fwmark))
+        self.v4
+            .iter()
+            .chain(&self.v6)
+            .try_for_each(|half| half.socket.set_mark(fwmark))
     }
 
     pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.v4.iter().chain(&self.v6).map(|half| half.socket.as_fd())
+        self.v4
+            .iter()
+            .chain(&self.v6)
+            .map(|half| half.socket.as_fd())
     }
 
     pub(crate) fn describe(&self, shell: &mut ShellState) {
@@ -80,11 +95,17 @@ impl Sockets {
     }
 
     /// Receives from both sockets into `buffers` ([`BATCH`] × [`BUFFER_BYTES`]), handing each datagram to `each`.
-    pub(crate) fn receive(&self, buffers: &mut [u8], mut each: impl FnMut(&[u8], &RecvMeta)) -> usize {
+    pub(crate) fn receive(
+        &self,
+        buffers: &mut [u8],
+        mut each: impl FnMut(&[u8], &RecvMeta),
+    ) -> usize {
         let mut received = 0;
         for half in self.v4.iter().chain(&self.v6) {
             let mut meta = [RecvMeta::default(); BATCH];
-            let Ok(count) = half.receive(buffers, &mut meta) else { continue };
+            let Ok(count) = half.receive(buffers, &mut meta) else {
+                continue;
+            };
             received += count;
             for (buffer, meta) in buffers.chunks_exact(BUFFER_BYTES).zip(&meta).take(count) {
                 // A super-packet may end with a shorter message of another kind: every segment is looked at.
@@ -100,7 +121,11 @@ impl Sockets {
     pub(crate) fn send(&mut self, out: &mut Out, engine: &mut Engine) {
         let mut rest = out.net();
         while let Some(first) = rest.first() {
-            let half = if first.to.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
+            let half = if first.to.is_ipv4() {
+                &mut self.v4
+            } else {
+                &mut self.v6
+            };
             let Some(half) = half else {
                 engine.lost(Drop::TxSend, 1, first.len as u64);
                 rest = &rest[1..];
@@ -124,7 +149,8 @@ fn run(datagrams: &[Datagram], max_segments: usize) -> usize {
         let same = next.to == first.to && next.via == first.via && next.slot == first.slot;
         let kind = (next.inner == 0) == (first.inner == 0);
         total += next.len;
-        if count >= max_segments || !same || !kind || next.len > first.len || total > MAX_RUN_BYTES {
+        if count >= max_segments || !same || !kind || next.len > first.len || total > MAX_RUN_BYTES
+        {
             break;
         }
         count += 1;
@@ -138,7 +164,14 @@ fn run(datagrams: &[Datagram], max_segments: usize) -> usize {
 fn optional(half: io::Result<Half>) -> io::Result<Option<Half>> {
     match half {
         Ok(half) => Ok(Some(half)),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => Ok(None),
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
+            ) =>
+        {
+            Ok(None)
+        }
         Err(error) => Err(error),
     }
 }
@@ -164,7 +197,8 @@ impl Half {
 
     fn port(&self) -> io::Result<u16> {
         let addr = self.socket.local_addr()?.as_socket();
-        addr.map(|addr| addr.port()).ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+        addr.map(|addr| addr.port())
+            .ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
     }
 
     fn receive(&self, buffers: &mut [u8], meta: &mut [RecvMeta; BATCH]) -> io::Result<usize> {
@@ -172,7 +206,8 @@ impl Half {
         let mut slices: [IoSliceMut<'_>; BATCH] = std::array::from_fn(|_| {
             IoSliceMut::new(chunks.next().expect("the worker allocates BATCH buffers"))
         });
-        self.state.recv(UdpSockRef::from(&self.socket), &mut slices, meta)
+        self.state
+            .recv(UdpSockRef::from(&self.socket), &mut slices, meta)
     }
 
     fn send_run(&mut self, datagrams: &[Datagram], arena: &[u8], engine: &mut Engine) {
@@ -204,7 +239,11 @@ impl Half {
             }
             return;
         }
-        let bytes = if datagram.inner > 0 { datagram.inner } else { datagram.len };
+        let bytes = if datagram.inner > 0 {
+            datagram.inner
+        } else {
+            datagram.len
+        };
         engine.lost(Drop::TxSend, 1, bytes as u64);
     }
 
@@ -217,10 +256,16 @@ impl Half {
             segment_size: (datagrams.len() > 1).then_some(first.len),
             src_ip: first.via.filter(|via| sticky && via.is_ipv6() == self.v6),
         };
-        let send = || self.state.try_send(UdpSockRef::from(&self.socket), &transmit);
+        let send = || {
+            self.state
+                .try_send(UdpSockRef::from(&self.socket), &transmit)
+        };
         match send() {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                poll(&mut [PollFd::new(&self.socket, PollFlags::OUT)], Some(&SEND_PATIENCE))?;
+                poll(
+                    &mut [PollFd::new(&self.socket, PollFlags::OUT)],
+                    Some(&SEND_PATIENCE),
+                )?;
                 send()
             }
             other => other,
@@ -231,7 +276,12 @@ impl Half {
 fn account(engine: &mut Engine, datagrams: &[Datagram]) {
     let inner: usize = datagrams.iter().map(|datagram| datagram.inner).sum();
     let wire: usize = datagrams.iter().map(|datagram| datagram.len).sum();
-    engine.sent(datagrams[0].slot, datagrams.len() as u64, inner as u64, wire as u64);
+    engine.sent(
+        datagrams[0].slot,
+        datagrams.len() as u64,
+        inner as u64,
+        wire as u64,
+    );
 }
 
 /// Turns offloads on, and off again what quinn-udp turns on besides.
@@ -247,7 +297,14 @@ mod tests {
     use super::*;
 
     fn datagram(to: &str, len: usize) -> Datagram {
-        Datagram { start: 0, len, to: to.parse().unwrap(), via: None, slot: 1, inner: len - 32 }
+        Datagram {
+            start: 0,
+            len,
+            to: to.parse().unwrap(),
+            via: None,
+            slot: 1,
+            inner: len - 32,
+        }
     }
 
     #[test]

@@ -7,11 +7,11 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::mailbox::{DeviceState, Mailbox, Reply, Request, ShellState, canonical};
+use super::mailbox::{DeviceState, Mailbox, Reply, Request, ShellState};
 use super::tun::{Read, Tun};
 use super::udp::{BATCH, BUFFER_BYTES, Sockets};
-use crate::change::{DeviceChange, PeerChange, Refused};
-use crate::engine::{Engine, Now, Origin, TICK_MS};
+use crate::change::{DeviceChange, PeerChange, Refused, canonical};
+use crate::engine::{Engine, Now, Origin, Settled, TICK_MS};
 use crate::journal::Journal;
 use crate::out::Out;
 
@@ -19,6 +19,8 @@ use crate::out::Out;
 const MAX_LETTERS: usize = 4;
 const MAX_RECEIVES: usize = 4;
 const MAX_READS: usize = 32;
+/// Removed peers journaled in one go, a few microseconds each.
+const MAX_SETTLED: usize = 256;
 const SECOND_MS: u64 = 1000;
 
 /// Why the worker ended.
@@ -52,7 +54,12 @@ struct Net {
 }
 
 impl Worker {
-    pub(crate) fn new(engine: Engine, tun: Tun, journal: Option<Journal>, mailbox: Mailbox) -> Self {
+    pub(crate) fn new(
+        engine: Engine,
+        tun: Tun,
+        journal: Option<Journal>,
+        mailbox: Mailbox,
+    ) -> Self {
         Self {
             engine,
             tun,
@@ -78,7 +85,10 @@ impl Worker {
                 Ok(did) => worked = did?,
                 Err(_) => {
                     self.shell.panics += 1;
-                    tracing::error!(panics = self.shell.panics, "a pass of the worker panicked; its packets are lost");
+                    tracing::error!(
+                        panics = self.shell.panics,
+                        "a pass of the worker panicked; its packets are lost"
+                    );
                     self.out.clear_net();
                     self.out.clear_tun();
                 }
@@ -90,21 +100,38 @@ impl Worker {
     }
 
     fn now(&self) -> Now {
-        let millis = |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let millis =
+            |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         Now {
             mono_ms: millis(self.started.elapsed()),
-            unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, millis),
+            unix_ms: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, millis),
         }
     }
 
     fn wait(&self, worked: bool) -> io::Result<()> {
-        let until_tick = if worked { 0 } else { self.next_tick_ms.saturating_sub(self.now().mono_ms).min(SECOND_MS) };
+        let until_tick = if worked {
+            0
+        } else {
+            self.next_tick_ms
+                .saturating_sub(self.now().mono_ms)
+                .min(SECOND_MS)
+        };
         let nanos = i64::try_from(until_tick * 1_000_000).expect("at most a second");
-        let timeout = Timespec { tv_sec: nanos / 1_000_000_000, tv_nsec: nanos % 1_000_000_000 };
+        let timeout = Timespec {
+            tv_sec: nanos / 1_000_000_000,
+            tv_nsec: nanos % 1_000_000_000,
+        };
         let (mailbox, tun) = (self.mailbox.fd(), self.tun.fd());
         let mut sockets = self.net.sockets.iter().flat_map(Sockets::fds);
-        let mut fds = [mailbox, tun, sockets.next().unwrap_or(mailbox), sockets.next().unwrap_or(mailbox)]
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let mut fds = [
+            mailbox,
+            tun,
+            sockets.next().unwrap_or(mailbox),
+            sockets.next().unwrap_or(mailbox),
+        ]
+        .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         match poll(&mut fds, Some(&timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
@@ -118,7 +145,12 @@ impl Worker {
         worked |= self.read_tun(now)?;
         if now.mono_ms >= self.next_tick_ms {
             self.engine.on_tick(now, &mut self.out);
-            self.next_tick_ms = now.mono_ms + if self.engine.is_busy() { TICK_MS } else { SECOND_MS };
+            self.next_tick_ms = now.mono_ms
+                + if self.engine.is_busy() {
+                    TICK_MS
+                } else {
+                    SECOND_MS
+                };
         }
         self.flush();
         self.settle();
@@ -133,10 +165,15 @@ impl Worker {
     fn receive(&mut self, now: Now) -> bool {
         let mut worked = false;
         for _ in 0..MAX_RECEIVES {
-            let Some(sockets) = &self.net.sockets else { break };
+            let Some(sockets) = &self.net.sockets else {
+                break;
+            };
             let (engine, out) = (&mut self.engine, &mut self.out);
             let count = sockets.receive(&mut self.buffers, |segment, meta| {
-                let origin = Origin { from: canonical(meta.addr), to: meta.dst_ip };
+                let origin = Origin {
+                    from: canonical(meta.addr),
+                    to: meta.dst_ip,
+                };
                 engine.on_udp(now, segment, origin, out);
             });
             worked |= count > 0;
@@ -153,7 +190,10 @@ impl Worker {
     fn read_tun(&mut self, now: Now) -> io::Result<bool> {
         for reads in 0..MAX_READS {
             let (engine, out) = (&mut self.engine, &mut self.out);
-            match self.tun.read(&mut self.shell, |packet| engine.on_tun(now, packet, out)) {
+            match self
+                .tun
+                .read(&mut self.shell, |packet| engine.on_tun(now, packet, out))
+            {
                 Ok(Read::Packet) => {}
                 Ok(Read::Nothing) => return Ok(reads > 0),
                 Ok(Read::Gone) => {
@@ -181,26 +221,34 @@ impl Worker {
             }
         }
         if !self.out.tun().is_empty() {
-            self.tun.write(&mut self.out, &mut self.engine, &mut self.shell);
+            self.tun
+                .write(&mut self.out, &mut self.engine, &mut self.shell);
         }
     }
 
     /// Journals removed peers; a full disk keeps their slots from being used again until there is room.
-    fn settle(&mut self) {
+    fn settle(&mut self) -> i32 {
         let journal = &mut self.journal;
-        let settled = self.engine.settle(|closed| match journal {
+        let settled = self.engine.settle(MAX_SETTLED, |closed| match journal {
             Some(journal) => journal.append(closed),
             None => Ok(()),
         });
-        if let Err(error) = settled {
-            tracing::warn!(%error, "the journal of closed peers cannot be written");
+        match settled {
+            Ok(Settled::All) => 0,
+            Ok(Settled::More) => libc::EAGAIN,
+            Err(error) => {
+                tracing::debug!(%error, "the journal of closed peers cannot be written");
+                errno_of(&error)
+            }
         }
     }
 
     fn read_mail(&mut self, now: Now) -> bool {
         self.mailbox.clear_wake();
         for letters in 0..MAX_LETTERS {
-            let Some(mail) = self.mailbox.next() else { return letters > 0 };
+            let Some(mail) = self.mailbox.next() else {
+                return letters > 0;
+            };
             let reply = self.handle(now, mail.request);
             // The asker may have given up waiting.
             let _ = mail.reply.try_send(reply);
@@ -215,7 +263,9 @@ impl Worker {
                 let (peers, next) = self.engine.peers(from, limit);
                 return Reply::Peers { peers, next };
             }
-            Request::Device(change) => self.change_device(&change).map_or_else(|error| errno_of(&error), |()| 0),
+            Request::Device(change) => self
+                .change_device(&change)
+                .map_or_else(|error| errno_of(&error), |()| 0),
             Request::Peers(changes) => self.change_peers(now, changes),
             Request::BeginReplace => {
                 self.engine.begin_replace();
@@ -223,9 +273,9 @@ impl Worker {
             }
             Request::EndReplace => {
                 self.engine.end_replace();
-                self.settle();
-                0
+                self.settle()
             }
+            Request::Settle => self.settle(),
             Request::Stop => {
                 self.end = Some(End::Stopped);
                 0
@@ -245,7 +295,8 @@ impl Worker {
         if let Some(secret) = &change.private_key {
             self.engine.set_private_key(secret);
         }
-        self.engine.set_overlay(change.replace_overlay, &change.overlay);
+        self.engine
+            .set_overlay(change.replace_overlay, &change.overlay);
         let bound = self.net.sockets.as_ref().map(Sockets::port);
         let wanted = match (change.listen_port, bound) {
             (Some(port), Some(bound)) if port == bound => None,
@@ -302,4 +353,3 @@ impl Worker {
 fn errno_of(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(libc::EIO)
 }
-

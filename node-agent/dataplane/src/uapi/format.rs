@@ -10,13 +10,13 @@ pub(crate) fn device(state: &DeviceState) -> String {
     let mut text = String::with_capacity(4096);
     let view = &state.view;
     if let Some(secret) = &view.private_key {
-        line(&mut text, "private_key", &hex::encode(*secret.0));
+        line(&mut text, "private_key", hex::encode(*secret.0));
     }
     line(&mut text, "listen_port", state.listen_port);
     if state.fwmark != 0 {
         line(&mut text, "fwmark", state.fwmark);
     }
-    line(&mut text, "cvault_epoch", &hex::encode(view.epoch));
+    line(&mut text, "cvault_epoch", hex::encode(view.epoch));
     line(&mut text, "cvault_peers", view.peers);
     line(&mut text, "cvault_live_peers", view.live_peers);
     line(&mut text, "cvault_handshakes", view.handshakes);
@@ -24,10 +24,18 @@ pub(crate) fn device(state: &DeviceState) -> String {
         line(&mut text, "cvault_overlay", net);
     }
     for reason in Drop::ALL {
-        line(&mut text, &format!("cvault_drop_{}", reason.name()), view.drops.get(reason).packets);
+        line(
+            &mut text,
+            &format!("cvault_drop_{}", reason.name()),
+            view.drops.get(reason).packets,
+        );
     }
     for reason in Drop::ALL {
-        line(&mut text, &format!("cvault_dropped_bytes_{}", reason.name()), view.drops.get(reason).bytes);
+        line(
+            &mut text,
+            &format!("cvault_dropped_bytes_{}", reason.name()),
+            view.drops.get(reason).bytes,
+        );
     }
     let shell = &state.shell;
     for (name, on) in [
@@ -41,31 +49,47 @@ pub(crate) fn device(state: &DeviceState) -> String {
     }
     line(&mut text, "cvault_tun_read_bytes", shell.tun_read_bytes);
     line(&mut text, "cvault_tun_split_bytes", shell.tun_split_bytes);
-    line(&mut text, "cvault_tun_written_bytes", shell.tun_written_bytes);
+    line(
+        &mut text,
+        "cvault_tun_written_bytes",
+        shell.tun_written_bytes,
+    );
     line(&mut text, "cvault_tun_merged_bytes", shell.tun_merged_bytes);
     line(&mut text, "cvault_panics", shell.panics);
     text
 }
 
 pub(crate) fn peer(text: &mut String, peer: &PeerView) {
-    line(text, "public_key", &hex::encode(peer.public_key));
+    line(text, "public_key", hex::encode(peer.public_key));
     let psk = peer.preshared_key.as_ref().map_or([0; 32], |psk| *psk.0);
-    line(text, "preshared_key", &hex::encode(psk));
+    line(text, "preshared_key", hex::encode(psk));
     line(text, "protocol_version", 1);
     if let Some(endpoint) = peer.endpoint {
         line(text, "endpoint", endpoint);
     }
     let counts = &peer.counts;
-    line(text, "last_handshake_time_sec", counts.last_handshake_ms / 1000);
-    line(text, "last_handshake_time_nsec", counts.last_handshake_ms % 1000 * 1_000_000);
+    line(
+        text,
+        "last_handshake_time_sec",
+        counts.last_handshake_ms / 1000,
+    );
+    line(
+        text,
+        "last_handshake_time_nsec",
+        counts.last_handshake_ms % 1000 * 1_000_000,
+    );
     line(text, "tx_bytes", counts.tx_wire);
     line(text, "rx_bytes", counts.rx_wire);
-    line(text, "persistent_keepalive_interval", peer.persistent_keepalive);
+    line(
+        text,
+        "persistent_keepalive_interval",
+        peer.persistent_keepalive,
+    );
     for net in &peer.allowed_ips {
         line(text, "allowed_ip", net);
     }
     if let Some(tenant) = peer.tenant {
-        line(text, "cvault_tenant", &hex::encode(tenant));
+        line(text, "cvault_tenant", hex::encode(tenant));
     }
     line(text, "cvault_generation", peer.generation);
     line(text, "cvault_rx_inner", counts.rx_inner);
@@ -76,4 +100,48 @@ pub(crate) fn peer(text: &mut String, peer: &PeerView) {
 
 fn line(text: &mut String, key: &str, value: impl std::fmt::Display) {
     writeln!(text, "{key}={value}").expect("a string takes everything");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::counters::Counts;
+
+    #[test]
+    fn a_peer_reads_as_the_standard_tools_expect() {
+        let view = PeerView {
+            public_key: [0xab; 32],
+            preshared_key: None,
+            endpoint: Some("[2001:db8::1]:51820".parse().unwrap()),
+            persistent_keepalive: 25,
+            allowed_ips: vec![
+                "10.8.0.2/32".parse().unwrap(),
+                "fd00::2/128".parse().unwrap(),
+            ],
+            tenant: Some([1; 16]),
+            generation: 7,
+            counts: Counts {
+                rx_inner: 1,
+                tx_inner: 2,
+                rx_wire: 3,
+                tx_wire: 4,
+                rx_packets: 5,
+                tx_packets: 6,
+                last_handshake_ms: 1_700_000_000_123,
+            },
+        };
+        let mut text = String::new();
+        peer(&mut text, &view);
+        let expected = format!(
+            "public_key={}\npreshared_key={}\nprotocol_version=1\nendpoint=[2001:db8::1]:51820\n\
+             last_handshake_time_sec=1700000000\nlast_handshake_time_nsec=123000000\ntx_bytes=4\nrx_bytes=3\n\
+             persistent_keepalive_interval=25\nallowed_ip=10.8.0.2/32\nallowed_ip=fd00::2/128\n\
+             cvault_tenant={}\ncvault_generation=7\ncvault_rx_inner=1\ncvault_tx_inner=2\n\
+             cvault_rx_packets=5\ncvault_tx_packets=6\n",
+            "ab".repeat(32),
+            "00".repeat(32),
+            "01".repeat(16),
+        );
+        assert_eq!(text, expected);
+    }
 }

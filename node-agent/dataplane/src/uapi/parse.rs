@@ -1,11 +1,10 @@
 //! `set=1` requests, line by line.
 
-use std::net::SocketAddr;
 use std::str::FromStr;
 
 use ipnet::IpNet;
 
-use crate::change::{DeviceChange, PeerChange, Secret};
+use crate::change::{DeviceChange, PeerChange, Secret, canonical};
 
 /// More peers than this are no sensible request: twice the capacity.
 const MAX_PEERS: usize = 131_072;
@@ -47,7 +46,10 @@ impl SetParser {
                 return Err(Invalid);
             }
             let public_key = hex_bytes(value)?;
-            self.request.peers.push(PeerChange { public_key, ..PeerChange::default() });
+            self.request.peers.push(PeerChange {
+                public_key,
+                ..PeerChange::default()
+            });
             return Ok(());
         }
         if key == "allowed_ip" || key == "cvault_overlay" {
@@ -89,15 +91,14 @@ fn peer_line(peer: &mut PeerChange, key: &str, value: &str) -> Result<(), Invali
         "remove" => peer.remove = truth(value)?,
         "update_only" => peer.update_only = truth(value)?,
         "preshared_key" => peer.preshared_key = Some(Secret::new(hex_bytes(value)?)),
-        "endpoint" => {
-            let endpoint: SocketAddr = number(value)?;
-            peer.endpoint = Some(SocketAddr::new(endpoint.ip().to_canonical(), endpoint.port()));
-        }
+        "endpoint" => peer.endpoint = Some(canonical(number(value)?)),
         "persistent_keepalive_interval" => peer.persistent_keepalive = Some(number(value)?),
         "replace_allowed_ips" => peer.replace_allowed_ips = truth(value)?,
         "allowed_ip" => match value.strip_prefix('-') {
             Some(value) => peer.removed_ips.push(prefix(value)?),
-            None => peer.allowed_ips.push(prefix(value.strip_prefix('+').unwrap_or(value))?),
+            None => peer
+                .allowed_ips
+                .push(prefix(value.strip_prefix('+').unwrap_or(value))?),
         },
         "protocol_version" if value == "1" => {}
         "cvault_tenant" => peer.tenant = Some(hex_bytes(value)?),
@@ -153,13 +154,24 @@ mod tests {
              cvault_generation=7\npersistent_keepalive_interval=25\npublic_key={KEY}\nremove=true"
         ))
         .unwrap();
-        assert_eq!((request.device.listen_port, request.device.fwmark), (Some(51820), Some(0)));
+        assert_eq!(
+            (request.device.listen_port, request.device.fwmark),
+            (Some(51820), Some(0))
+        );
         assert!(request.replace_peers && request.device.replace_overlay);
-        assert_eq!((request.device.overlay.len(), request.device.journal_ack), (2, Some(256)));
-        let [first, second] = &request.peers[..] else { panic!("two peers") };
+        assert_eq!(
+            (request.device.overlay.len(), request.device.journal_ack),
+            (2, Some(256))
+        );
+        let [first, second] = &request.peers[..] else {
+            panic!("two peers")
+        };
         assert_eq!(first.endpoint, Some("192.0.2.1:51820".parse().unwrap()));
         assert_eq!((first.allowed_ips.len(), first.removed_ips.len()), (1, 1));
-        assert_eq!((first.generation, first.persistent_keepalive), (Some(7), Some(25)));
+        assert_eq!(
+            (first.generation, first.persistent_keepalive),
+            (Some(7), Some(25))
+        );
         assert_eq!(first.tenant.unwrap()[15], 15);
         assert!(second.remove && !first.remove);
     }
@@ -192,7 +204,11 @@ mod tests {
             "cvault_generation=18446744073709551616",
             "private_key=00",
         ] {
-            assert_eq!(parse(&format!("public_key={KEY}\n{line}")).err(), Some(Invalid), "{line:?}");
+            assert_eq!(
+                parse(&format!("public_key={KEY}\n{line}")).err(),
+                Some(Invalid),
+                "{line:?}"
+            );
         }
     }
 

@@ -49,9 +49,17 @@ pub(crate) fn occupant(path: &Path) -> Occupant {
     }
 }
 
+/// The directory of the sockets, writable by root alone.
+pub(crate) fn create_dir() -> io::Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(SOCKET_DIR)
+}
+
 /// Binds the socket, taking over a path that nobody listens on any more.
 pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
-    DirBuilder::new().recursive(true).mode(0o700).create(SOCKET_DIR)?;
+    create_dir()?;
     if occupant(path) == Occupant::Somebody {
         return Err(io::ErrorKind::AddrInUse.into());
     }
@@ -76,7 +84,12 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) fn new(controller: Controller, journal: Option<File>) -> Arc<Self> {
-        Arc::new(Self { controller, journal, clients: AtomicUsize::new(0), setting: Mutex::new(()) })
+        Arc::new(Self {
+            controller,
+            journal,
+            clients: AtomicUsize::new(0),
+            setting: Mutex::new(()),
+        })
     }
 
     /// Accepts whoever waits and serves each on a thread of its own.
@@ -94,12 +107,19 @@ impl Server {
                 continue;
             }
             let server = Arc::clone(self);
-            std::thread::Builder::new().name("uapi-client".into()).spawn(move || {
+            let client = move || {
                 if let Err(error) = server.serve(&stream) {
                     tracing::debug!(%error, "a client of the control socket failed");
                 }
                 server.clients.fetch_sub(1, Ordering::Relaxed);
-            })?;
+            };
+            if let Err(error) = std::thread::Builder::new()
+                .name("uapi-client".into())
+                .spawn(client)
+            {
+                self.clients.fetch_sub(1, Ordering::Relaxed);
+                return Err(error);
+            }
         }
     }
 
@@ -138,7 +158,9 @@ impl Server {
         let mut next = Some(0);
         let mut text = Zeroizing::new(String::with_capacity(CHUNK * 600));
         while let Some(from) = next {
-            let Ok(Reply::Peers { peers, next: more }) = self.controller.ask(Request::List { from, limit: CHUNK }) else {
+            let Ok(Reply::Peers { peers, next: more }) =
+                self.controller.ask(Request::List { from, limit: CHUNK })
+            else {
                 return Ok(Err(WorkerGone));
             };
             text.clear();
@@ -153,8 +175,15 @@ impl Server {
 
     fn set(&self, request: SetRequest) -> Result<i32, WorkerGone> {
         let _one_at_a_time = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
-        let SetRequest { device, replace_peers, peers } = request;
-        let removes = replace_peers || peers.iter().any(|peer| peer.remove || peer.generation.is_some());
+        let SetRequest {
+            device,
+            replace_peers,
+            peers,
+        } = request;
+        let removes = replace_peers
+            || peers
+                .iter()
+                .any(|peer| peer.remove || peer.generation.is_some());
         let mut errno = self.done(Request::Device(device))?;
         if errno != 0 {
             return Ok(errno);
@@ -168,7 +197,11 @@ impl Server {
             errno = self.done(Request::Peers(chunk))?;
         }
         if replace_peers {
-            self.done(Request::EndReplace)?;
+            let mut settled = self.done(Request::EndReplace)?;
+            while settled == libc::EAGAIN {
+                settled = self.done(Request::Settle)?;
+            }
+            errno = if errno == 0 { settled } else { errno };
         }
         if let (true, Some(journal)) = (removes, &self.journal)
             && let Err(error) = journal.sync_data()
@@ -201,7 +234,9 @@ fn read_set<R: BufRead>(lines: &mut Lines<'_, R>) -> io::Result<SetRequest> {
         match text(&lines.next()?) {
             None => return Err(io::ErrorKind::UnexpectedEof.into()),
             Some("") => return Ok(parser.finish()),
-            Some(line) => parser.line(line).map_err(|Invalid| io::Error::from(io::ErrorKind::InvalidData))?,
+            Some(line) => parser
+                .line(line)
+                .map_err(|Invalid| io::Error::from(io::ErrorKind::InvalidData))?,
         }
     }
 }
@@ -219,7 +254,11 @@ struct Lines<'a, R> {
 
 impl<'a, R: BufRead> Lines<'a, R> {
     fn new(reader: &'a mut R) -> Self {
-        Self { reader, bytes_left: MAX_REQUEST, started: None }
+        Self {
+            reader,
+            bytes_left: MAX_REQUEST,
+            started: None,
+        }
     }
 
     /// The next line without its end; `None` when the client hung up between lines. Lines may hold keys.
@@ -243,7 +282,150 @@ impl<'a, R: BufRead> Lines<'a, R> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Shutdown;
+    use std::thread;
+
+    use rustix::event::{PollFd, PollFlags, poll};
+
     use super::*;
+    use crate::counters::CounterTable;
+    use crate::engine::{Engine, EngineConfig, Now};
+    use crate::io::mailbox::{DeviceState, Mailbox, ShellState, mailbox};
+    use crate::out::Out;
+
+    /// An engine behind a mailbox, without TUN and sockets.
+    fn worker(mailbox: &Mailbox) {
+        let counters = CounterTable::anonymous(600, [1; 16]).unwrap();
+        let mut engine = Engine::new(EngineConfig { counters, seed: 1 });
+        let mut out = Out::default();
+        loop {
+            poll(
+                &mut [PollFd::from_borrowed_fd(mailbox.fd(), PollFlags::IN)],
+                None,
+            )
+            .unwrap();
+            mailbox.clear_wake();
+            while let Some(mail) = mailbox.next() {
+                let reply = match mail.request {
+                    Request::Device(change) => {
+                        change
+                            .private_key
+                            .iter()
+                            .for_each(|key| engine.set_private_key(key));
+                        Reply::Done(0)
+                    }
+                    Request::Peers(changes) => {
+                        assert!(changes.len() <= CHUNK);
+                        let mut apply =
+                            |change| engine.apply_peer(Now::default(), change, &mut out);
+                        let done = changes.into_iter().try_for_each(&mut apply);
+                        Reply::Done(done.map_or(libc::ENOSPC, |()| 0))
+                    }
+                    Request::BeginReplace => {
+                        engine.begin_replace();
+                        Reply::Done(0)
+                    }
+                    Request::EndReplace => {
+                        engine.end_replace();
+                        Reply::Done(libc::EAGAIN)
+                    }
+                    Request::Settle => {
+                        engine.settle(1000, |_| Ok::<(), ()>(())).unwrap();
+                        Reply::Done(0)
+                    }
+                    Request::Describe => Reply::Device(Box::new(DeviceState {
+                        view: engine.device(),
+                        listen_port: 51820,
+                        fwmark: 0,
+                        shell: ShellState::default(),
+                    })),
+                    Request::List { from, limit } => {
+                        let (peers, next) = engine.peers(from, limit);
+                        Reply::Peers { peers, next }
+                    }
+                    Request::Stop => return,
+                };
+                mail.reply.send(reply).unwrap();
+            }
+        }
+    }
+
+    /// Sends everything on one connection and returns all answers.
+    fn talk(request: &str) -> String {
+        let (controller, mailbox) = mailbox().unwrap();
+        let engine = thread::spawn(move || worker(&mailbox));
+        let server = Server::new(controller.clone(), None);
+        let (mut client, ours) = UnixStream::pair().unwrap();
+        let serving = thread::spawn(move || server.serve(&ours));
+        client.write_all(request.as_bytes()).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        serving.join().unwrap().unwrap();
+        assert!(
+            controller.ask(Request::Stop).is_err(),
+            "it stops without an answer"
+        );
+        engine.join().unwrap();
+        answer
+    }
+
+    fn peers(numbers: std::ops::Range<u16>) -> String {
+        numbers
+            .map(|n| {
+                format!(
+                    "public_key={n:064x}\nallowed_ip=10.8.{}.{}/32\n",
+                    n >> 8,
+                    n & 0xff
+                )
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_is_set_can_be_got_on_the_same_connection() {
+        let key = "01".repeat(32);
+        let answer = talk(&format!(
+            "set=1\nprivate_key={key}\n{}\nget=1\n\n",
+            peers(1..600)
+        ));
+        assert!(answer.starts_with(&format!(
+            "errno=0\n\nprivate_key={key}\nlisten_port=51820\n"
+        )));
+        assert!(answer.ends_with("errno=0\n\n"));
+        assert_eq!(
+            answer.matches("\npublic_key=").count(),
+            599,
+            "over several letters to the worker"
+        );
+        assert!(answer.contains("\nallowed_ip=10.8.2.87/32\n"));
+        assert!(answer.contains("\ncvault_drop_spoofed=0\n"));
+    }
+
+    #[test]
+    fn a_replacement_leaves_the_named_peers() {
+        let answer = talk(&format!(
+            "set=1\n{}\nset=1\nreplace_peers=true\n{}\nget=1\n\n",
+            peers(1..9),
+            peers(5..7)
+        ));
+        assert_eq!(answer.matches("public_key=").count(), 2);
+        assert!(answer.starts_with("errno=0\n\nerrno=0\n\n"));
+    }
+
+    #[test]
+    fn a_bad_request_is_refused_as_a_whole() {
+        assert_eq!(
+            talk(&format!("set=1\n{}nonsense=1\n\n", peers(1..3))),
+            "errno=-22\n\n"
+        );
+        assert_eq!(talk("hello\n"), "errno=-71\n\n");
+        assert_eq!(talk(""), "");
+        assert!(
+            talk(&format!("set=1\n{}\n", peers(1..700))).starts_with("errno=-28"),
+            "more peers than slots"
+        );
+    }
 
     fn read(bytes: &[u8]) -> io::Result<SetRequest> {
         let mut reader = bytes;
@@ -252,15 +434,27 @@ mod tests {
 
     #[test]
     fn a_request_ends_with_an_empty_line() {
-        assert_eq!(read(b"listen_port=1\n\n").unwrap().device.listen_port, Some(1));
-        assert_eq!(read(b"listen_port=1\n").unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
-        assert_eq!(read(b"listen_port=1").unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(
+            read(b"listen_port=1\n\n").unwrap().device.listen_port,
+            Some(1)
+        );
+        assert_eq!(
+            read(b"listen_port=1\n").unwrap_err().kind(),
+            io::ErrorKind::UnexpectedEof
+        );
+        assert_eq!(
+            read(b"listen_port=1").unwrap_err().kind(),
+            io::ErrorKind::InvalidData
+        );
     }
 
     #[test]
     fn a_line_without_end_costs_no_memory() {
         let endless = vec![b'a'; 1 << 20];
-        assert_eq!(read(&endless).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(
+            read(&endless).unwrap_err().kind(),
+            io::ErrorKind::InvalidData
+        );
         assert!(read(&[0xff; 100]).is_err(), "not even text");
     }
 }

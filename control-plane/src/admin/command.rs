@@ -1,0 +1,92 @@
+//! The commands and their arguments.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use cvault_types::{ServerId, TenantId};
+use ipnet::{Ipv4Net, Ipv6Net};
+
+#[derive(Debug, Args)]
+pub struct AdminArgs {
+    /// The folder of a running `dev`; without it, the environment of `serve` is used
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Answer with one JSON object
+    #[arg(long, global = true)]
+    pub json: bool,
+    #[command(subcommand)]
+    pub command: AdminCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AdminCommand {
+    /// Print a bearer token for /admin, valid for 12 hours
+    Token,
+    /// Business customers
+    #[command(subcommand)]
+    Tenant(TenantCommand),
+    /// Address pools
+    #[command(subcommand)]
+    Pool(PoolCommand),
+    /// WireGuard servers
+    #[command(subcommand)]
+    Server(ServerCommand),
+    /// Check that what was billed is what the servers counted; exit status 1 when it is not
+    VerifyLedger,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TenantCommand {
+    /// Create a tenant and print its API key and secret, once
+    Create {
+        #[arg(long)]
+        name: String,
+    },
+    List,
+    /// Refuse the tenant's API calls
+    Suspend { id: TenantId },
+    /// Take a suspension back
+    Resume { id: TenantId },
+    /// Delete a tenant, its devices and its data key; cannot be undone
+    Delete { id: TenantId },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PoolCommand {
+    Create {
+        #[arg(long)]
+        name: String,
+        /// IPv4 prefix, /8 to /29
+        #[arg(long, value_name = "CIDR")]
+        v4: Ipv4Net,
+        /// IPv6 prefix, /48 to /96
+        #[arg(long, value_name = "CIDR")]
+        v6: Ipv6Net,
+    },
+    List,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ServerCommand {
+    /// Create a server and print its enrolment token, once
+    Create {
+        #[arg(long)]
+        name: String,
+        #[arg(long)]
+        region: String,
+        /// Where clients send WireGuard packets
+        #[arg(long, value_name = "IP")]
+        public_ip: IpAddr,
+        #[arg(long, default_value_t = 51820)]
+        port: u16,
+        #[arg(long, default_value = "default")]
+        pool: String,
+        /// Devices it takes at most
+        #[arg(long, default_value_t = 65_000)]
+        capacity: u32,
+    },
+    List,
+    /// Remove a server that has no devices
+    Remove { id: ServerId },
+}

@@ -1,0 +1,228 @@
+//! Running a command: open the platform, call the operation, print the answer.
+
+use std::io::{self, Write};
+
+use cvault_types::tenant::{TenantStatus, UpdateTenantRequest};
+use cvault_types::{ErrorCode, TenantId};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use serde_json::{Value, json};
+use time::format_description::well_known::Rfc3339;
+
+use super::{AdminArgs, AdminCommand, PoolCommand, ServerCommand, TenantCommand};
+use crate::app::App;
+use crate::auth::tokens;
+use crate::config::{Config, Faults, Lookup, Overrides, ServeConfig};
+use crate::db::DbError;
+use crate::dev::{self, DevError};
+use crate::http::Problem;
+use crate::ipam::{self, CreatePoolError, NewPool};
+use crate::serve::{self, StartError};
+use crate::servers::{self, CreateServerError, NewServer, RemoveServerError};
+use crate::tenants::{self, Actor, Settings, TenantError};
+use crate::usage;
+
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    #[error(transparent)]
+    Config(#[from] Faults),
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error(transparent)]
+    Dev(#[from] DevError),
+    #[error(transparent)]
+    Tenant(#[from] TenantError),
+    #[error("{0}")]
+    Refused(String),
+    #[error(transparent)]
+    Pool(#[from] CreatePoolError),
+    #[error(transparent)]
+    CreateServer(#[from] CreateServerError),
+    #[error(transparent)]
+    RemoveServer(#[from] RemoveServerError),
+    #[error(transparent)]
+    Db(#[from] DbError),
+    #[error("the answer cannot be printed")]
+    Print(#[from] io::Error),
+    #[error("{mismatches} of {checked} counters disagree with what was billed")]
+    Ledger { checked: u64, mismatches: u64 },
+}
+
+/// Runs one command and prints its answer on standard output.
+///
+/// # Errors
+/// What was refused and why; nothing was changed then.
+pub async fn run(args: AdminArgs, lookup: Lookup<'_>) -> Result<(), AdminError> {
+    let app = match &args.data_dir {
+        Some(dir) => dev::open(Config::from_env(lookup, &Overrides::default())?, dir).await?,
+        None => {
+            let config = ServeConfig::from_env(lookup)?;
+            serve::open(config.config, &config.database, config.keys).await?
+        }
+    };
+    let (answer, failure) = match answer(&app, args.command).await {
+        // a mismatch is an answer too
+        Err(AdminError::Ledger { checked, mismatches }) => {
+            (json!({"checked": checked, "mismatches": mismatches}), Some(AdminError::Ledger { checked, mismatches }))
+        }
+        result => (result?, None),
+    };
+    app.db.close().await;
+    print(&answer, args.json)?;
+    failure.map_or(Ok(()), Err)
+}
+
+async fn answer(app: &App, command: AdminCommand) -> Result<Value, AdminError> {
+    match command {
+        AdminCommand::Token => {
+            let token = tokens::mint_admin(&app.secrets.token_key, &app.config.public_url, "cli", app.clock.now());
+            Ok(json!({"token": token.expose(), "expires_in": tokens::ADMIN_SECONDS}))
+        }
+        AdminCommand::Tenant(command) => tenant(app, command).await,
+        AdminCommand::Pool(command) => pool(app, command).await,
+        AdminCommand::Server(command) => server(app, command).await,
+        AdminCommand::VerifyLedger => verify_ledger(app).await,
+    }
+}
+
+async fn tenant(app: &App, command: TenantCommand) -> Result<Value, AdminError> {
+    let actor = Actor { name: "cli".to_owned(), request_id: None };
+    match command {
+        TenantCommand::Create { name } => {
+            let settings = Settings::named(name).checked().map_err(refused)?;
+            let (tenant, key) = tenants::create(app, settings, &actor, &mut StdRng::from_os_rng()).await?;
+            Ok(json!({"tenant_id": tenant.id, "api_key": key.key, "api_secret": key.secret.expose()}))
+        }
+        TenantCommand::List => {
+            let mut all = Vec::new();
+            loop {
+                let page = tenants::list(&app.db.sys, all.last().map(|tenant: &cvault_types::tenant::Tenant| tenant.id), 200).await?;
+                if page.is_empty() {
+                    return Ok(json!({"tenants": all}));
+                }
+                all.extend(page);
+            }
+        }
+        TenantCommand::Suspend { id } => set_status(app, id, TenantStatus::Suspended, &actor).await,
+        TenantCommand::Resume { id } => set_status(app, id, TenantStatus::Active, &actor).await,
+        TenantCommand::Delete { id } => {
+            tenants::delete(app, id, &actor).await?;
+            Ok(json!({"tenant_id": id, "status": "deleted"}))
+        }
+    }
+}
+
+async fn set_status(app: &App, id: TenantId, status: TenantStatus, actor: &Actor) -> Result<Value, AdminError> {
+    let request = UpdateTenantRequest { status: Some(status), ..UpdateTenantRequest::default() };
+    let tenant = tenants::update(app, id, request, actor).await.map_err(refused)?;
+    Ok(json!({"tenant_id": tenant.id, "status": tenant.status}))
+}
+
+fn refused(problem: Problem) -> AdminError {
+    match problem.code() {
+        ErrorCode::NotFound => AdminError::Tenant(TenantError::NotFound),
+        _ => AdminError::Refused(problem.sentences()),
+    }
+}
+
+async fn pool(app: &App, command: PoolCommand) -> Result<Value, AdminError> {
+    match command {
+        PoolCommand::Create { name, v4, v6 } => {
+            let pool = NewPool { name, ipv4: v4, ipv6: v6, quarantine_seconds: app.config.quarantine_seconds };
+            let id = ipam::create_pool(&app.db.sys, &pool).await?;
+            Ok(json!({"pool_id": id}))
+        }
+        PoolCommand::List => {
+            let pools = ipam::list_pools(&app.db.sys).await?;
+            let rows: Vec<Value> = pools
+                .into_iter()
+                .map(|pool| {
+                    json!({"id": pool.id, "name": pool.name, "v4": pool.ipv4, "v6": pool.ipv6,
+                           "quarantine_seconds": pool.quarantine_seconds, "allocated": pool.allocated,
+                           "quarantined": pool.quarantined, "size": pool.size})
+                })
+                .collect();
+            Ok(json!({"pools": rows}))
+        }
+    }
+}
+
+async fn server(app: &App, command: ServerCommand) -> Result<Value, AdminError> {
+    match command {
+        ServerCommand::Create { name, region, public_ip, port, pool, capacity } => {
+            let server = NewServer { name, region, public_ip, endpoint_port: port, pool, capacity };
+            create_server(app, &server).await
+        }
+        ServerCommand::List => {
+            let rows: Vec<Value> = servers::list_all(&app.db.sys)
+                .await?
+                .into_iter()
+                .map(|server| {
+                    json!({"id": server.id, "name": server.name, "region": server.region, "public_ip": server.public_ip,
+                           "port": server.endpoint_port, "pool": server.pool, "capacity": server.capacity,
+                           "status": server.status, "enrolled": server.enrolled, "peers": server.peers,
+                           "revision": server.revision, "acked_revision": server.acked_revision,
+                           "last_seen_at": server.last_seen_at.and_then(|at| at.format(&Rfc3339).ok()),
+                           "health": server.health})
+                })
+                .collect();
+            Ok(json!({"servers": rows}))
+        }
+        ServerCommand::Remove { id } => {
+            servers::remove_server(&app.db.sys, id).await?;
+            Ok(json!({"server_id": id, "status": "removed"}))
+        }
+    }
+}
+
+async fn create_server(app: &App, server: &NewServer) -> Result<Value, AdminError> {
+    let mut rng = StdRng::from_os_rng();
+    let id = servers::create_server(&app.db.sys, server, &mut rng).await?;
+    let token = servers::issue_token(&app.db.sys, id, app.secrets.node_identity.pin(), &mut rng)
+        .await?
+        .ok_or(RemoveServerError::NotFound)?;
+    let text = token.expose();
+    let endpoint = &app.config.node_endpoint;
+    let command = format!("cvault-node-agent enroll --control-plane {endpoint} --token {}", text.as_str());
+    Ok(json!({"server_id": id, "token": text.as_str(), "command": command}))
+}
+
+async fn verify_ledger(app: &App) -> Result<Value, AdminError> {
+    let verified = usage::verify_ledger(&app.db.sys).await?;
+    if verified.mismatches > 0 {
+        return Err(AdminError::Ledger { checked: verified.checked, mismatches: verified.mismatches });
+    }
+    Ok(json!({"checked": verified.checked, "mismatches": verified.mismatches}))
+}
+
+fn print(answer: &Value, as_json: bool) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    if as_json {
+        writeln!(out, "{answer}")?;
+    } else {
+        for line in for_people(answer) {
+            writeln!(out, "{line}")?;
+        }
+    }
+    out.flush()
+}
+
+/// `name: value` lines; a list is one line for each row.
+fn for_people(answer: &Value) -> Vec<String> {
+    let plain = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let Some(fields) = answer.as_object() else { return vec![plain(answer)] };
+    fields
+        .iter()
+        .flat_map(|(name, value)| match value.as_array() {
+            Some(rows) if rows.is_empty() => vec![format!("no {name}")],
+            Some(rows) => rows
+                .iter()
+                .map(|row| {
+                    let cells = row.as_object().into_iter().flatten();
+                    cells.map(|(name, value)| format!("{name}={}", plain(value))).collect::<Vec<_>>().join("  ")
+                })
+                .collect(),
+            None => vec![format!("{name}: {}", plain(value))],
+        })
+        .collect()
+}

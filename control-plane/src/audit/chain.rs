@@ -1,0 +1,159 @@
+//! The hash chain over each tenant's audit log: `hash(n) = SHA-256(hash(n − 1) ‖ canonical row)`. Rows enter unchained, in
+//! the write's own transaction; this task numbers and chains them afterwards, so that the chain never makes a tenant's
+//! writes wait for each other. A row changed or removed later breaks every hash behind it.
+
+use sha2::{Digest as _, Sha256};
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::db::{DbError, Tx};
+
+/// Rows chained for one tenant in one transaction.
+const BATCH: i64 = 1_000;
+/// Tenants looked at in one run; the next run takes the next ones.
+const TENANTS: i64 = 1_000;
+/// A row younger than this may have an older one beside it that is not committed yet.
+const SETTLED_SECONDS: f64 = 1.0;
+
+struct Row {
+    audit_id: Uuid,
+    at: OffsetDateTime,
+    actor: String,
+    action: String,
+    target: String,
+    details: serde_json::Value,
+    request_id: Option<Uuid>,
+}
+
+/// A place where the chain is broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Broken {
+    pub sequence: i64,
+}
+
+/// Chains the rows of every tenant that has new ones; returns how many.
+///
+/// # Errors
+/// Those of the database.
+pub async fn chain_new(sys: &PgPool) -> Result<u64, DbError> {
+    let tenants = sqlx::query_scalar!(
+        "select distinct tenant_id from cvault.audit_log
+         where chain_sequence is null and at < now() - make_interval(secs => $1) limit $2",
+        SETTLED_SECONDS,
+        TENANTS
+    )
+    .fetch_all(sys)
+    .await?;
+    let mut chained = 0;
+    for tenant in tenants {
+        let mut tx = Tx::begin(sys).await?;
+        let work = chain_tenant(&mut tx, tenant).await;
+        chained += tx.finish(work).await?;
+    }
+    Ok(chained)
+}
+
+async fn chain_tenant(tx: &mut Tx, tenant: Uuid) -> Result<u64, DbError> {
+    // two replicas take turns; the constraint on the sequence is the backstop
+    sqlx::query!("select pg_advisory_xact_lock(731992417, hashtext($1::uuid::text))", tenant).execute(tx.conn()).await?;
+    let last = sqlx::query!(
+        r#"select chain_sequence as "sequence!", chain_hash as "hash!" from cvault.audit_log
+           where tenant_id = $1 and chain_sequence is not null order by chain_sequence desc limit 1"#,
+        tenant
+    )
+    .fetch_optional(tx.conn())
+    .await?;
+    let (mut sequence, mut hash) = last.map_or((0, genesis(tenant)), |last| (last.sequence, last.hash));
+    let rows = sqlx::query_as!(
+        Row,
+        "select audit_id, at, actor, action, target, details, request_id from cvault.audit_log
+         where tenant_id = $1 and chain_sequence is null and at < now() - make_interval(secs => $2)
+         order by at, audit_id limit $3",
+        tenant,
+        SETTLED_SECONDS,
+        BATCH
+    )
+    .fetch_all(tx.conn())
+    .await?;
+    let (mut ids, mut sequences, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
+    for row in &rows {
+        sequence += 1;
+        hash = next_hash(&hash, tenant, sequence, row);
+        ids.push(row.audit_id);
+        sequences.push(sequence);
+        hashes.push(hash.clone());
+    }
+    sqlx::query!(
+        "update cvault.audit_log a set chain_sequence = c.sequence, chain_hash = c.hash
+         from unnest($2::uuid[], $3::bigint[], $4::bytea[]) as c (audit_id, sequence, hash)
+         where a.tenant_id = $1 and a.audit_id = c.audit_id",
+        tenant,
+        &ids,
+        &sequences,
+        &hashes
+    )
+    .execute(tx.conn())
+    .await?;
+    Ok(ids.len() as u64)
+}
+
+/// Recomputes a tenant's chain; `None` when it holds.
+///
+/// # Errors
+/// Those of the database.
+pub async fn verify_chain(sys: &PgPool, tenant: Uuid) -> Result<Option<Broken>, DbError> {
+    let rows = sqlx::query!(
+        r#"select audit_id, at, actor, action, target, details, request_id, chain_sequence as "sequence!",
+                  chain_hash as "hash!"
+           from cvault.audit_log where tenant_id = $1 and chain_sequence is not null order by chain_sequence"#,
+        tenant
+    )
+    .fetch_all(sys)
+    .await?;
+    let mut hash = genesis(tenant);
+    for (expected, stored) in (1..).zip(rows) {
+        let row = Row {
+            audit_id: stored.audit_id,
+            at: stored.at,
+            actor: stored.actor,
+            action: stored.action,
+            target: stored.target,
+            details: stored.details,
+            request_id: stored.request_id,
+        };
+        hash = next_hash(&hash, tenant, expected, &row);
+        if stored.sequence != expected || stored.hash != hash {
+            return Ok(Some(Broken { sequence: expected }));
+        }
+    }
+    Ok(None)
+}
+
+fn genesis(tenant: Uuid) -> Vec<u8> {
+    Sha256::digest(tenant.as_bytes()).to_vec()
+}
+
+/// Every field with its length in front, so that no two rows have the same bytes. `jsonb` keeps one order of keys and
+/// serde_json sorts them again.
+fn next_hash(previous: &[u8], tenant: Uuid, sequence: i64, row: &Row) -> Vec<u8> {
+    let mut hash = Sha256::new_with_prefix(previous);
+    let micros = row.at.unix_timestamp_nanos() / 1_000;
+    let details = row.details.to_string();
+    let fields: [&[u8]; 9] = [
+        tenant.as_bytes(),
+        &sequence.to_be_bytes(),
+        row.audit_id.as_bytes(),
+        &micros.to_be_bytes(),
+        row.actor.as_bytes(),
+        row.action.as_bytes(),
+        row.target.as_bytes(),
+        details.as_bytes(),
+        row.request_id.as_ref().map_or(&[], |id| id.as_bytes().as_slice()),
+    ];
+    for field in fields {
+        hash.update((field.len() as u64).to_be_bytes());
+        hash.update(field);
+    }
+    hash.finalize().to_vec()
+}

@@ -1,0 +1,321 @@
+//! `/api/v1/devices…`: a user's devices.
+
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use cvault_types::device::{Device, DevicePage, DeviceServer, DeviceStatus, RegisterDevice, RegisteredDevice};
+use cvault_types::problem::ProblemBody;
+use cvault_types::{DeviceId, ErrorCode, Secret};
+use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
+use http::{HeaderMap, StatusCode};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use serde::Deserialize;
+use time::OffsetDateTime;
+use tokio::time::Instant;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::app::App;
+use crate::devices::{
+    self, ClientDefaults, ConfigError, ConfigKey, DeviceName, Fault, NewDevice, Platform, PublicKey, RegisterError,
+    Registered, RevokeError, is_region, render_config,
+};
+use crate::http::{Caller, Json, Path, Problem, Query, cursor};
+use crate::ipam::Addresses;
+use crate::servers::{self, Server};
+
+/// How long `?wait=active` waits when `Prefer` does not say.
+const DEFAULT_WAIT: Duration = Duration::from_secs(5);
+/// The longest `Prefer: wait=…` that is honoured.
+const MAX_WAIT: Duration = Duration::from_secs(30);
+
+pub fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(register, list)).routes(routes!(get, delete)).routes(routes!(config))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RegisterQuery {
+    wait: Option<Wait>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Wait {
+    Active,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ListQuery {
+    limit: Option<u32>,
+    cursor: Option<String>,
+}
+
+/// Register a device.
+///
+/// Makes a key pair (unless `public_key` is given), takes an address, puts the device on the least loaded server and
+/// answers with a configuration file. With `?wait=active` or `Prefer: wait=5` the answer waits until the server has
+/// acknowledged the device, as long as five seconds or what `Prefer` says.
+#[utoipa::path(post, path = "/api/v1/devices", tag = "devices", security(("api_key" = [], "user_token" = [])),
+    params(("wait" = Option<String>, Query, description = "`active`: answer when the server has acknowledged."),
+           ("Prefer" = Option<String>, Header, description = "`wait=SECONDS`, at most 30 (RFC 7240).")),
+    request_body = RegisterDevice,
+    responses((status = 201, body = RegisteredDevice),
+              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "DEVICE_LIMIT_EXCEEDED, TENANT_SUSPENDED"),
+              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "PUBLIC_KEY_IN_USE"),
+              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
+              (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE, POOL_EXHAUSTED, DATABASE_UNAVAILABLE"),
+              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn register(
+    State(app): State<App>,
+    caller: Caller,
+    Query(query): Query<RegisterQuery>,
+    headers: HeaderMap,
+    Json(body): Json<RegisterDevice>,
+) -> Result<(StatusCode, Json<RegisteredDevice>), Problem> {
+    let arrived = Instant::now();
+    let new = parse(body)?;
+    let wait = preferred_wait(&headers).or(query.wait.map(|Wait::Active| DEFAULT_WAIT));
+    let mut rng = StdRng::from_os_rng();
+    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
+    let work =
+        devices::register(&mut tx, &app.keys, caller.user, new, app.clock.now(), &mut rng, caller.request_id).await;
+    let device = tx.finish(work).await?;
+    app.nodes.server_changed(device.server.id);
+    let active = match wait {
+        Some(wait) => {
+            devices::wait_until_acked(&app.nodes, &app.db.sys, device.server.id, device.revision, arrived + wait)
+                .await
+                // the device exists: the answer is what is known of it
+                .unwrap_or(false)
+        }
+        None => false,
+    };
+    let activation_ms = active.then(|| u64::try_from(arrived.elapsed().as_millis()).unwrap_or(u64::MAX));
+    Ok((StatusCode::CREATED, Json(registered(&app, &device, activation_ms)?)))
+}
+
+fn registered(app: &App, device: &Registered, activation_ms: Option<u64>) -> Result<RegisteredDevice, Problem> {
+    Ok(RegisteredDevice {
+        device_id: device.id,
+        config: config_text(app, &device.key, device.addresses, &device.server)?,
+        assigned_ip: device.addresses.ipv4.to_string(),
+        assigned_ipv6: device.addresses.ipv6.to_string(),
+        status: if activation_ms.is_some() { DeviceStatus::Active } else { DeviceStatus::Pending },
+        activation_ms,
+        public_key: device.public_key.to_string(),
+        server: DeviceServer {
+            id: device.server.id,
+            region: device.server.region.clone(),
+            endpoint: std::net::SocketAddr::new(device.server.public_ip, device.server.endpoint_port).to_string(),
+            public_key: device.server.public_key.map(|key| STANDARD.encode(key)).unwrap_or_default(),
+        },
+    })
+}
+
+/// The configuration file of a device, with the platform's defaults.
+pub(super) fn config_text(
+    app: &App,
+    key: &ConfigKey,
+    addresses: Addresses,
+    server: &Server,
+) -> Result<Secret, Problem> {
+    let defaults = ClientDefaults { dns: &app.config.client_dns, mtu: app.config.client_mtu };
+    render_config(key, addresses, server, defaults)
+        .map(|text| Secret::new(text.as_str()))
+        .ok_or_else(|| Problem::new(ErrorCode::ServerUnavailable).retry_after(5))
+}
+
+/// All faults of the body at once.
+fn parse(body: RegisterDevice) -> Result<NewDevice, Problem> {
+    let mut faults: Vec<(&str, Fault)> = Vec::new();
+    let name = DeviceName::parse(&body.device_name).map_err(|fault| faults.push(("/device_name", fault))).ok();
+    let platform = body
+        .platform
+        .as_deref()
+        .and_then(|text| Platform::parse(text).map_err(|fault| faults.push(("/platform", fault))).ok());
+    let public_key = body
+        .public_key
+        .as_deref()
+        .and_then(|text| PublicKey::parse(text).map_err(|fault| faults.push(("/public_key", fault))).ok());
+    if let Err(fault) = check_region(body.server_region.as_deref()) {
+        faults.push(("/server_region", fault));
+    }
+    match name {
+        Some(name) if faults.is_empty() => Ok(NewDevice { name, platform, public_key, region: body.server_region }),
+        Some(_) | None => Err(faults.into_iter().fold(Problem::validation(), |problem, (pointer, fault)| {
+            problem.field(pointer, fault.code, fault.detail)
+        })),
+    }
+}
+
+pub(super) fn check_region(region: Option<&str>) -> Result<(), Fault> {
+    if region.is_none_or(is_region) {
+        Ok(())
+    } else {
+        Err(Fault { code: "invalid_format", detail: "must be 1 to 50 lower-case letters, digits and dashes" })
+    }
+}
+
+/// `Prefer: wait=5` (RFC 7240 §4.3). Other preferences, and what cannot be understood, are ignored, as it demands.
+fn preferred_wait(headers: &HeaderMap) -> Option<Duration> {
+    headers
+        .get_all("prefer")
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .find_map(|preference| preference.trim().strip_prefix("wait=")?.trim_matches('"').parse().ok())
+        .map(|seconds| Duration::from_secs(seconds).min(MAX_WAIT))
+}
+
+/// The caller's devices, oldest first.
+#[utoipa::path(get, path = "/api/v1/devices", tag = "devices", security(("api_key" = [], "user_token" = [])),
+    params(("limit" = Option<u32>, Query, minimum = 1, maximum = 200, description = "Default 50."),
+           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before.")),
+    responses((status = 200, body = DevicePage),
+              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn list(State(app): State<App>, caller: Caller, Query(query): Query<ListQuery>) -> Result<Json<DevicePage>, Problem> {
+    let limit = query.limit.unwrap_or(50);
+    if !(1..=200).contains(&limit) {
+        return Err(Problem::validation().field("?limit", "out_of_range", "must be from 1 to 200"));
+    }
+    // a cursor is good for the list of the user it was made for
+    let name = format!("devices:{}:{}", caller.tenant, caller.user);
+    let after = match &query.cursor {
+        Some(text) => Some(DeviceId::from_uuid(cursor::decode(&app.secrets, &name, text)?)),
+        None => None,
+    };
+    let now = app.clock.now();
+    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
+    let mut found = devices::list(&mut tx, caller.user, after, limit + 1).await?;
+    let servers = servers::list(&mut tx).await?;
+    tx.commit().await?;
+    let has_more = found.len() > limit as usize;
+    found.truncate(limit as usize);
+    let next_cursor =
+        found.last().filter(|_| has_more).map(|last| cursor::encode(&app.secrets, &name, last.id.uuid()));
+    let data = found
+        .into_iter()
+        .map(|device| {
+            let server = servers.iter().find(|server| server.id == device.server);
+            shown(device, server, now)
+        })
+        .collect();
+    Ok(Json(DevicePage { data, has_more, next_cursor }))
+}
+
+fn shown(device: devices::Device, server: Option<&Server>, now: OffsetDateTime) -> Device {
+    let acked = server.is_some_and(|server| server.acked_revision >= device.placed_revision);
+    Device {
+        device_id: device.id,
+        tunnel_up: device.tunnel_up(now),
+        device_name: device.name,
+        platform: device.platform,
+        public_key: device.public_key.to_string(),
+        assigned_ip: device.addresses.ipv4.to_string(),
+        assigned_ipv6: device.addresses.ipv6.to_string(),
+        status: if acked { DeviceStatus::Active } else { DeviceStatus::Pending },
+        server_id: device.server,
+        server_region: server.map(|server| server.region.clone()).unwrap_or_default(),
+        last_handshake_at: device.last_handshake_at,
+        last_connected_at: device.last_connected_at,
+        created_at: device.created_at,
+    }
+}
+
+/// One device.
+#[utoipa::path(get, path = "/api/v1/devices/{device_id}", tag = "devices", security(("api_key" = [], "user_token" = [])),
+    params(("device_id" = DeviceId, Path)),
+    responses((status = 200, body = Device),
+              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
+              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn get(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -> Result<Json<Device>, Problem> {
+    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
+    let device = devices::find(&mut tx, caller.user, id).await?;
+    let servers = servers::list(&mut tx).await?;
+    tx.commit().await?;
+    let device = device.ok_or_else(|| Problem::new(ErrorCode::NotFound))?;
+    let server = servers.iter().find(|server| server.id == device.server);
+    Ok(Json(shown(device, server, app.clock.now())))
+}
+
+/// The configuration file of a device, ready for `wg-quick`.
+#[utoipa::path(get, path = "/api/v1/devices/{device_id}/config", tag = "devices", security(("api_key" = [], "user_token" = [])),
+    params(("device_id" = DeviceId, Path)),
+    responses((status = 200, body = String, content_type = "text/plain"),
+              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
+              (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE"),
+              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn config(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -> Result<Response, Problem> {
+    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
+    let Some(device) = devices::find(&mut tx, caller.user, id).await? else {
+        tx.rollback().await?;
+        return Err(Problem::new(ErrorCode::NotFound));
+    };
+    let key = devices::config_of(&mut tx, &app.keys, id).await?;
+    let server = servers::find(&mut tx, device.server).await?;
+    tx.commit().await?;
+    let server = server.ok_or_else(|| Problem::new(ErrorCode::ServerUnavailable))?;
+    let text = config_text(&app, &key, device.addresses, &server)?;
+    let headers = [
+        (CONTENT_TYPE, "text/plain; charset=utf-8"),
+        // a fixed name, short enough for an interface: nothing typed by a user gets into a header
+        (CONTENT_DISPOSITION, "attachment; filename=\"cvault.conf\""),
+    ];
+    Ok((headers, text.expose().to_owned()).into_response())
+}
+
+/// Delete a device: its keys are destroyed, its server drops it, its address rests before it is used again.
+#[utoipa::path(delete, path = "/api/v1/devices/{device_id}", tag = "devices", security(("api_key" = [], "user_token" = [])),
+    params(("device_id" = DeviceId, Path)),
+    responses((status = 204, description = "Deleted."),
+              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
+              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn delete(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -> Result<StatusCode, Problem> {
+    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
+    let work = devices::revoke(&mut tx, caller.user, id, app.clock.now(), caller.request_id).await;
+    let revoked = tx.finish(work).await?;
+    app.nodes.server_changed(revoked.server);
+    Ok(StatusCode::NO_CONTENT)
+}
+
+impl From<RegisterError> for Problem {
+    fn from(error: RegisterError) -> Self {
+        match error {
+            RegisterError::DeviceLimit { max, used } => Self::new(ErrorCode::DeviceLimitExceeded)
+                .detail(format!("This user has {used} of {max} devices. Remove one or raise the limit."))
+                .limit("devices_per_user", max.into(), used),
+            RegisterError::UserGone => Self::new(ErrorCode::InvalidToken),
+            RegisterError::PublicKeyInUse => {
+                Self::new(ErrorCode::PublicKeyInUse).detail("Another device has this public key. Make a new pair.")
+            }
+            RegisterError::ServerUnavailable => Self::new(ErrorCode::ServerUnavailable).retry_after(5),
+            RegisterError::PoolExhausted => Self::new(ErrorCode::PoolExhausted).retry_after(30),
+            RegisterError::Key(error) => Self::internal(&error),
+            RegisterError::Db(error) => error.into(),
+        }
+    }
+}
+
+impl From<RevokeError> for Problem {
+    fn from(error: RevokeError) -> Self {
+        match error {
+            RevokeError::NotFound => Self::new(ErrorCode::NotFound),
+            RevokeError::Db(error) => error.into(),
+        }
+    }
+}
+
+impl From<ConfigError> for Problem {
+    fn from(error: ConfigError) -> Self {
+        match error {
+            ConfigError::Key(error) => Self::internal(&error),
+            ConfigError::Db(error) => error.into(),
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! `GET /api/v1/usage`: a tenant's usage for its backend, a user's own for the user.
+
+use axum::extract::{FromRequestParts, State};
+use cvault_types::problem::ProblemBody;
+use cvault_types::usage::{Usage, UsageDay, UsageLimits, UsagePeriod};
+use cvault_types::{TenantId, UserId};
+use http::header::AUTHORIZATION;
+use http::request::Parts;
+use serde::Deserialize;
+use time::format_description::well_known::Rfc3339;
+use time::macros::format_description;
+use time::{Date, OffsetDateTime};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::app::App;
+use crate::http::{Caller, Json, Problem, Query, TenantKey};
+use crate::usage::{self, Period};
+
+/// The longest period of one answer; `daily` has at most this many entries.
+const MAX_DAYS: i64 = 400;
+
+pub fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(show))
+}
+
+/// Whose usage is asked for: with a user token the user's own, with key and secret the whole tenant's.
+struct Subject {
+    tenant: TenantId,
+    user: Option<UserId>,
+}
+
+impl FromRequestParts<App> for Subject {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        if parts.headers.contains_key(AUTHORIZATION) && !parts.headers.contains_key("x-api-secret") {
+            let caller = Caller::from_request_parts(parts, app).await?;
+            Ok(Self { tenant: caller.tenant, user: Some(caller.user) })
+        } else {
+            let key = TenantKey::from_request_parts(parts, app).await?;
+            Ok(Self { tenant: key.tenant, user: None })
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PeriodQuery {
+    from: Option<String>,
+    to: Option<String>,
+}
+
+/// Bytes and connection time of a period; without `from` and `to`: this month, UTC.
+///
+/// `from` is taken down to the hour.
+#[utoipa::path(get, path = "/api/v1/usage", tag = "usage",
+    security(("api_key" = [], "api_secret" = []), ("api_key" = [], "user_token" = [])),
+    params(("from" = Option<String>, Query, description = "RFC 3339 time, or date (UTC); included."),
+           ("to" = Option<String>, Query, description = "RFC 3339 time, or date (UTC); excluded.")),
+    responses((status = 200, body = Usage),
+              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
+              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn show(State(app): State<App>, subject: Subject, Query(query): Query<PeriodQuery>) -> Result<Json<Usage>, Problem> {
+    let period = period(&query, app.clock.now())?;
+    let mut tx = app.db.tenancy.begin(subject.tenant).await?;
+    let totals = usage::totals(&mut tx, subject.user, period).await?;
+    let days = usage::days(&mut tx, subject.user, period).await?;
+    let limits = usage::limits(&mut tx).await?;
+    tx.commit().await?;
+    let bytes = totals.rx_bytes + totals.tx_bytes;
+    Ok(Json(Usage {
+        current_period: UsagePeriod {
+            from: period.from,
+            to: period.to,
+            bandwidth_gb: rounded(bytes, 1_000_000_000.0),
+            bandwidth_bytes: bytes,
+            rx_bytes: totals.rx_bytes,
+            tx_bytes: totals.tx_bytes,
+            active_users: totals.active_users,
+            active_devices: totals.active_devices,
+            connection_hours: rounded(totals.connection_seconds, 3600.0),
+            connection_seconds: totals.connection_seconds,
+        },
+        limits: UsageLimits {
+            bandwidth_limit_bytes: limits.bandwidth_bytes,
+            user_limit: limits.users.map(i64::from),
+            max_devices_per_user: limits.devices_per_user.into(),
+        },
+        daily: days
+            .into_iter()
+            .map(|day| UsageDay {
+                date: day.date.to_string(),
+                rx_bytes: day.rx_bytes,
+                tx_bytes: day.tx_bytes,
+                connection_seconds: day.connection_seconds,
+                active_users: day.active_users,
+            })
+            .collect(),
+    }))
+}
+
+/// For people; programs have the integer beside it. The one place where bytes are rounded.
+fn rounded(value: i64, unit: f64) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "three decimals are asked for, 2^53 bytes are 9 petabytes")]
+    let value = value as f64;
+    (value / unit * 1000.0).round() / 1000.0
+}
+
+fn period(query: &PeriodQuery, now: OffsetDateTime) -> Result<Period, Problem> {
+    let month = Period::current(now);
+    let mut problem = Problem::validation();
+    let mut read = |pointer: &str, text: Option<&String>, default| match text.map(|text| moment(text)) {
+        None => default,
+        Some(Some(at)) => at,
+        Some(None) => {
+            let taken = std::mem::replace(&mut problem, Problem::validation());
+            problem = taken.field(pointer, "invalid_format", "must be an RFC 3339 time or a date, such as 2026-11-01");
+            default
+        }
+    };
+    let to = read("?to", query.to.as_ref(), month.to);
+    let from = read("?from", query.from.as_ref(), month.from.min(to));
+    let problem = if to < from || (to - from).whole_days() > MAX_DAYS {
+        problem.field("?from", "out_of_range", "must be before `to`, by at most 400 days")
+    } else {
+        problem
+    };
+    problem.or_ok(Period { from, to })
+}
+
+fn moment(text: &str) -> Option<OffsetDateTime> {
+    OffsetDateTime::parse(text, &Rfc3339).ok().or_else(|| {
+        let day = Date::parse(text, format_description!("[year]-[month]-[day]")).ok()?;
+        Some(day.midnight().assume_utc())
+    })
+}

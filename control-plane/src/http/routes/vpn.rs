@@ -1,0 +1,159 @@
+//! `/api/v1/vpn/*`: connections of a user's devices.
+
+use axum::extract::State;
+use cvault_types::ErrorCode;
+use cvault_types::problem::ProblemBody;
+use cvault_types::vpn::{
+    ConnectRequest, Connected, ConnectionStatus, DeviceConnection, DisconnectRequest, Disconnected, Session, VpnStatus,
+};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::devices::{check_region, config_text};
+use crate::app::App;
+use crate::audit;
+use crate::devices;
+use crate::http::{Caller, Json, Problem};
+use crate::servers;
+use crate::sessions::{self, ConnectError};
+
+/// A tenant's limit of devices per user is at most 1000.
+const MAX_DEVICES: u32 = 1000;
+
+pub fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(connect)).routes(routes!(disconnect)).routes(routes!(status))
+}
+
+/// Open a session of a device.
+///
+/// Repeating it returns the open session. A tunnel brought up from the configuration file alone opens a session when its
+/// handshake is seen.
+#[utoipa::path(post, path = "/api/v1/vpn/connect", tag = "vpn", security(("api_key" = [], "user_token" = [])),
+    request_body = ConnectRequest,
+    responses((status = 200, body = Connected),
+              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
+              (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE, DATABASE_UNAVAILABLE"),
+              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn connect(
+    State(app): State<App>,
+    caller: Caller,
+    Json(body): Json<ConnectRequest>,
+) -> Result<Json<Connected>, Problem> {
+    let region = body.server_region.as_deref();
+    if let Err(fault) = check_region(region) {
+        return Err(Problem::validation().field("/server_region", fault.code, fault.detail));
+    }
+    let now = app.clock.now();
+    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
+    let work = async {
+        let connection =
+            sessions::connect(&mut tx, caller.user, body.device_id, region, now, caller.request_id).await?;
+        let key = devices::config_of(&mut tx, &app.keys, body.device_id).await?;
+        Ok::<_, Problem>((key, connection))
+    }
+    .await;
+    let (key, connection) = tx.finish(work).await?;
+    if let Some(left) = connection.moved_from {
+        app.nodes.server_changed(left);
+        app.nodes.server_changed(connection.server.id);
+    }
+    Ok(Json(Connected {
+        session_id: connection.session,
+        server_ip: connection.server.public_ip.to_string(),
+        server_port: connection.server.endpoint_port,
+        status: ConnectionStatus::Connected,
+        config: config_text(&app, &key, connection.device.addresses, &connection.server)?,
+        assigned_ip: connection.device.addresses.ipv4.to_string(),
+        server_id: connection.server.id,
+        server_region: connection.server.region,
+    }))
+}
+
+/// Close the session of a device. Closing one that is not open changes nothing.
+#[utoipa::path(post, path = "/api/v1/vpn/disconnect", tag = "vpn", security(("api_key" = [], "user_token" = [])),
+    request_body = DisconnectRequest,
+    responses((status = 200, body = Disconnected),
+              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
+              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn disconnect(
+    State(app): State<App>,
+    caller: Caller,
+    Json(body): Json<DisconnectRequest>,
+) -> Result<Json<Disconnected>, Problem> {
+    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
+    let work = async {
+        let device = devices::find(&mut tx, caller.user, body.device_id).await?;
+        let device = device.ok_or_else(|| Problem::new(ErrorCode::NotFound))?;
+        let closed = sessions::close(&mut tx, device.id, app.clock.now()).await?;
+        if let Some(session) = closed {
+            let entry = audit::Entry {
+                actor: &caller.user.to_string(),
+                action: "vpn.disconnect",
+                target: &device.id.to_string(),
+                details: serde_json::json!({ "session": session.to_string() }),
+                request_id: Some(caller.request_id),
+            };
+            audit::record(&mut tx, entry).await?;
+        }
+        Ok::<_, Problem>(closed)
+    }
+    .await;
+    let session_id = tx.finish(work).await?;
+    Ok(Json(Disconnected { status: ConnectionStatus::Disconnected, device_id: body.device_id, session_id }))
+}
+
+/// Sessions and tunnels of the caller's devices.
+#[utoipa::path(get, path = "/api/v1/vpn/status", tag = "vpn", security(("api_key" = [], "user_token" = [])),
+    responses((status = 200, body = VpnStatus),
+              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn status(State(app): State<App>, caller: Caller) -> Result<Json<VpnStatus>, Problem> {
+    let now = app.clock.now();
+    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
+    let devices = devices::list(&mut tx, caller.user, None, MAX_DEVICES).await?;
+    let open = sessions::open_sessions(&mut tx, caller.user).await?;
+    let servers = servers::list(&mut tx).await?;
+    tx.commit().await?;
+    let devices: Vec<_> = devices
+        .into_iter()
+        .map(|device| {
+            let session = open.iter().find(|session| session.device == device.id);
+            let server = servers.iter().find(|server| server.id == device.server);
+            DeviceConnection {
+                device_id: device.id,
+                tunnel_up: device.tunnel_up(now),
+                device_name: device.name,
+                status: status_of(session.is_some()),
+                last_handshake_at: device.last_handshake_at,
+                assigned_ip: device.addresses.ipv4.to_string(),
+                server_id: device.server,
+                server_region: server.map(|server| server.region.clone()).unwrap_or_default(),
+                session: session.map(|session| Session {
+                    session_id: session.id,
+                    connected_at: session.connected_at,
+                    rx_bytes: session.rx_bytes,
+                    tx_bytes: session.tx_bytes,
+                }),
+            }
+        })
+        .collect();
+    Ok(Json(VpnStatus {
+        status: status_of(devices.iter().any(|device| device.session.is_some())),
+        tunnel_up: devices.iter().any(|device| device.tunnel_up),
+        last_handshake_at: devices.iter().filter_map(|device| device.last_handshake_at).max(),
+        devices,
+    }))
+}
+
+fn status_of(open: bool) -> ConnectionStatus {
+    if open { ConnectionStatus::Connected } else { ConnectionStatus::Disconnected }
+}
+
+impl From<ConnectError> for Problem {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::NotFound => Self::new(ErrorCode::NotFound),
+            ConnectError::ServerUnavailable => Self::new(ErrorCode::ServerUnavailable).retry_after(5),
+            ConnectError::Db(error) => error.into(),
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! One `Watch`: the desired state of one server, from what it has onwards, for as long as the stream lives.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cvault_node_protocol::v1::state_event::Event;
+use cvault_node_protocol::v1::{
+    Delta, GoAway, Hello, InterfaceConfig, Ping, SnapshotBegin, SnapshotChunk, SnapshotEnd, StateEvent,
+};
+use cvault_node_protocol::{MAX_CHUNK_PEERS, PROTOCOL};
+use cvault_types::ServerId;
+use ipnet::IpNet;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use uuid::Uuid;
+
+use crate::app::App;
+use crate::db::DbError;
+use crate::desired::{self, DesiredError, Position, Update};
+use crate::metrics;
+
+/// How soon a change made by another replica, or a lost wake-up, is noticed.
+const POLL: Duration = Duration::from_millis(300);
+/// Lets the agent notice a dead control plane, and us a dead agent.
+const PING: Duration = Duration::from_secs(15);
+/// A reader that takes nothing for this long is gone; it comes back with its cursor.
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+/// After a fault of ours, so that it does not spin.
+const FAULT_PAUSE: Duration = Duration::from_secs(1);
+/// How often an agent should report.
+const REPORT_INTERVAL_MS: u32 = 2_000;
+/// Agents of a control plane that restarts come back spread over this time.
+const GO_AWAY_SPREAD_MS: u32 = 2_000;
+/// WireGuard over IPv4 and IPv6 in a path of 1500 bytes.
+const INTERFACE_MTU: u32 = 1420;
+
+/// A watch that holds the server's fencing token.
+pub(super) struct Session {
+    server: ServerId,
+    pub(super) epoch: i64,
+    hello: Hello,
+}
+
+/// Takes the fencing token: claims of older sessions of this server are ignored from now on.
+pub(super) async fn open(app: &App, server: ServerId, instance: Uuid) -> Result<Session, DbError> {
+    let row = sqlx::query!(
+        r#"update platform.servers s
+           set session_epoch = s.session_epoch + 1, instance_id = $2, last_seen_at = now()
+           from platform.address_pools p, platform.installation i
+           where s.server_id = $1 and p.pool_id = s.pool_id
+           returning s.session_epoch, s.digest_key, s.endpoint_port, p.ipv4::inet as "ipv4!: IpNet",
+                     p.ipv6::inet as "ipv6!: IpNet", i.incarnation"#,
+        server.uuid(),
+        instance
+    )
+    .fetch_one(&app.db.sys)
+    .await?;
+    let own = |prefix: IpNet| {
+        let first = prefix.hosts().find(|host| *host != prefix.network()).unwrap_or(prefix.addr());
+        format!("{first}/{}", prefix.prefix_len())
+    };
+    let hello = Hello {
+        incarnation: row.incarnation.as_bytes().to_vec().into(),
+        session_epoch: u64::try_from(row.session_epoch).unwrap_or_default(),
+        protocol: PROTOCOL,
+        digest_key: row.digest_key.into(),
+        interface: Some(InterfaceConfig {
+            listen_port: u32::try_from(row.endpoint_port).expect("servers_endpoint_port"),
+            addresses: vec![own(row.ipv4), own(row.ipv6)],
+            overlay: vec![row.ipv4.to_string(), row.ipv6.to_string()],
+            mtu: INTERFACE_MTU,
+        }),
+        report_interval_ms: REPORT_INTERVAL_MS,
+    };
+    Ok(Session { server, epoch: row.session_epoch, hello })
+}
+
+type Events = mpsc::Sender<Result<StateEvent, Status>>;
+
+/// Why a stream has ended.
+enum End {
+    /// The agent is gone, or takes nothing.
+    Reader,
+    /// A newer session, a removed server, or our own shutdown.
+    Superseded(&'static str),
+}
+
+/// Feeds the stream until its reader is gone, a newer session exists, or the process stops.
+pub(super) async fn run(
+    app: App,
+    session: Session,
+    have: Option<Position>,
+    events: Events,
+    snapshots: Arc<Semaphore>,
+    shutdown: CancellationToken,
+) {
+    let server = session.server;
+    let feed = feed(&app, session, have, &events, &snapshots);
+    let end = tokio::select! {
+        end = feed => end,
+        () = shutdown.cancelled() => End::Superseded("the control plane is restarting"),
+        () = events.closed() => End::Reader,
+    };
+    match end {
+        End::Reader => tracing::debug!(%server, "an agent has left"),
+        End::Superseded(reason) => {
+            tracing::debug!(%server, reason, "a watch ends");
+            let farewell = GoAway { spread_ms: GO_AWAY_SPREAD_MS, reason: reason.to_owned() };
+            // whether it arrives or not, the stream ends
+            let _ = events.try_send(Ok(StateEvent { event: Some(Event::GoAway(farewell)) }));
+        }
+    }
+}
+
+async fn feed(app: &App, session: Session, have: Option<Position>, events: &Events, snapshots: &Semaphore) -> End {
+    let Session { server, epoch, hello } = session;
+    // subscribed before the first read: no change falls between
+    let mut changes = app.nodes.changes(server);
+    let mut poll = interval(POLL);
+    poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut last_sent = Instant::now();
+    if send(events, Event::Hello(hello)).await.is_err() {
+        return End::Reader;
+    }
+    let mut have = have;
+    let mut stale = true;
+    loop {
+        if stale {
+            changes.mark_unchanged();
+            match bring_up_to_date(app, server, have, events, snapshots).await {
+                Ok(Some(now_has)) => {
+                    (have, last_sent) = (Some(now_has), Instant::now());
+                }
+                Ok(None) => {}
+                Err(Fault::Reader) => return End::Reader,
+                Err(Fault::Desired(error)) => {
+                    alarm(server, &error);
+                    tokio::time::sleep(FAULT_PAUSE).await;
+                }
+            }
+        }
+        stale = tokio::select! {
+            changed = changes.changed() => changed.is_ok(),
+            _ = poll.tick() => match revision(app, server, epoch).await {
+                Ok(Some(revision)) => have.is_none_or(|have| have.revision != revision),
+                Ok(None) => return End::Superseded("a newer session of this server exists, or it was removed"),
+                // the poll after the next one may succeed
+                Err(_) => false,
+            },
+        };
+        if !stale && last_sent.elapsed() >= PING {
+            if send(events, Event::Ping(Ping {})).await.is_err() {
+                return End::Reader;
+            }
+            last_sent = Instant::now();
+        }
+    }
+}
+
+enum Fault {
+    Reader,
+    Desired(DesiredError),
+}
+
+fn alarm(server: ServerId, error: &DesiredError) {
+    match error {
+        DesiredError::Inconsistent { .. } | DesiredError::Key(_) | DesiredError::NoSuchServer => {
+            metrics::node_alarm("desired_inconsistent");
+            tracing::error!(%server, error = crate::http::problem::chain(error), "nothing was sent to a server");
+        }
+        DesiredError::Db(_) => {
+            tracing::warn!(%server, error = crate::http::problem::chain(error), "desired state cannot be read");
+        }
+    }
+}
+
+/// The revision, if the session still holds the token.
+async fn revision(app: &App, server: ServerId, epoch: i64) -> Result<Option<u64>, DbError> {
+    let revision = sqlx::query_scalar!(
+        "select revision from platform.servers where server_id = $1 and session_epoch = $2 and status <> 'removed'",
+        server.uuid(),
+        epoch
+    )
+    .fetch_optional(&app.db.sys)
+    .await?;
+    Ok(revision.map(|revision| u64::try_from(revision).unwrap_or_default()))
+}
+
+/// Sends what is missing; returns the position the agent has after it, `None` when nothing was missing.
+async fn bring_up_to_date(
+    app: &App,
+    server: ServerId,
+    have: Option<Position>,
+    events: &Events,
+    snapshots: &Semaphore,
+) -> Result<Option<Position>, Fault> {
+    // an agent that has nothing costs a whole snapshot: those take turns
+    let turn = match have {
+        None => Some(snapshots.acquire().await.expect("the semaphore is never closed")),
+        Some(_) => None,
+    };
+    let update = desired::read(&app.db.sys, &app.keys, server, have).await.map_err(Fault::Desired)?;
+    let sent = match update {
+        Update::Nothing => None,
+        Update::Delta { from_revision, target, peer_count, removed, upserted } => {
+            let expected_removed = u32::try_from(removed.len()).unwrap_or(u32::MAX);
+            let delta = Delta {
+                from_revision,
+                target: Some(target.to_wire()),
+                peer_count,
+                removed: removed.into_iter().map(Into::into).collect(),
+                upserted,
+                expected_removed,
+            };
+            send(events, Event::Delta(delta)).await?;
+            Some(target)
+        }
+        Update::Snapshot { target, mut peers, expected_removed } => {
+            let peer_count = u32::try_from(peers.len()).unwrap_or(u32::MAX);
+            let begin = SnapshotBegin { target: Some(target.to_wire()), peer_count };
+            send(events, Event::SnapshotBegin(begin)).await?;
+            while !peers.is_empty() {
+                let rest = peers.split_off(peers.len().min(MAX_CHUNK_PEERS));
+                send(events, Event::SnapshotChunk(SnapshotChunk { peers })).await?;
+                peers = rest;
+            }
+            send(events, Event::SnapshotEnd(SnapshotEnd { expected_removed })).await?;
+            Some(target)
+        }
+    };
+    drop(turn);
+    Ok(sent)
+}
+
+async fn send(events: &Events, event: Event) -> Result<(), Fault> {
+    match tokio::time::timeout(SEND_TIMEOUT, events.send(Ok(StateEvent { event: Some(event) }))).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(_)) | Err(_) => Err(Fault::Reader),
+    }
+}
