@@ -55,3 +55,6 @@ async fn strangers_see_rows(conn: &mut PgConnection) -> Result<bool, DbError> {
     .fetch_one(conn)
     .await?)
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,6 +11,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Postgres};
 use zeroize::Zeroizing;
 
+use crate::clock::Clock;
 use crate::tenancy::{ContextKey, Tenancy};
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../migrations");
@@ -22,6 +23,9 @@ const STATEMENT_TIMEOUT: &str = "5s";
 const IDLE_IN_TRANSACTION_TIMEOUT: &str = "10s";
 /// Longer than a crash recovery of PostgreSQL usually takes would only pile up requests.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A third of what a tenant context lives (see `tenancy`).
+const MAX_CLOCK_DIFFERENCE_SECONDS: i64 = 10;
 
 /// Where the database is, for each of the two roles.
 #[derive(Clone, Debug)]
@@ -96,6 +100,12 @@ pub enum ConnectError {
     Unreachable { variable: &'static str, source: sqlx::Error },
     #[error("the schema of the database is not the one of this program ({detail}): run `cvault-control-plane migrate`")]
     Schema { detail: String },
+    /// Tenant contexts are signed here and expire there.
+    #[error(
+        "the clock of this machine and that of the database differ by {seconds} s, more than the {MAX_CLOCK_DIFFERENCE_SECONDS} s \
+         that are bearable: synchronise both (NTP)"
+    )]
+    Clock { seconds: i64 },
     #[error("the database refused a statement at start")]
     Refused(#[source] sqlx::Error),
 }
@@ -111,6 +121,7 @@ impl Db {
             .await
             .map_err(unreachable("CVAULT_DATABASE_SYS_URL"))?;
         check_schema(&sys).await?;
+        check_clock(&sys).await?;
         let key = ContextKey::load(&sys).await.map_err(ConnectError::Refused)?;
         let app =
             pool(&config.app, "cvault-app", config.app_connections).await.map_err(unreachable("DATABASE_URL"))?;
@@ -287,11 +298,9 @@ async fn check_schema(sys: &PgPool) -> Result<(), ConnectError> {
         sqlx::query_as("select version, checksum from _sqlx_migrations where success order by version")
             .fetch_all(sys)
             .await
-            .map_err(|error| match &error {
-                sqlx::Error::Database(refused) if refused.code().as_deref() == Some("42P01") => {
-                    ConnectError::Schema { detail: "it has none".to_owned() }
-                }
-                _ => ConnectError::Refused(error),
+            .map_err(|error| match error.as_database_error().and_then(|refused| refused.code()).as_deref() {
+                Some("42P01") => ConnectError::Schema { detail: "it has none".to_owned() },
+                Some(_) | None => ConnectError::Refused(error),
             })?;
     let wanted: Vec<_> = MIGRATIONS.iter().map(|m| (m.version, m.checksum.as_ref())).collect();
     if applied.iter().map(|(version, sum)| (*version, sum.as_slice())).eq(wanted.iter().copied()) {
@@ -307,20 +316,27 @@ async fn check_schema(sys: &PgPool) -> Result<(), ConnectError> {
     })
 }
 
+async fn check_clock(sys: &PgPool) -> Result<(), ConnectError> {
+    let theirs = sqlx::query_scalar!(r#"select clock_timestamp() as "now!""#)
+        .fetch_one(sys)
+        .await
+        .map_err(ConnectError::Refused)?;
+    let seconds = (theirs - Clock.now()).whole_seconds();
+    if seconds.abs() > MAX_CLOCK_DIFFERENCE_SECONDS { Err(ConnectError::Clock { seconds }) } else { Ok(()) }
+}
+
 impl From<sqlx::Error> for DbError {
     fn from(error: sqlx::Error) -> Self {
-        match &error {
-            sqlx::Error::Io(_)
-            | sqlx::Error::Tls(_)
-            | sqlx::Error::PoolTimedOut
-            | sqlx::Error::PoolClosed
-            | sqlx::Error::WorkerCrashed => Self::Unavailable(error),
-            sqlx::Error::Database(refused) => match (refused.constraint(), refused.code().as_deref()) {
-                (Some(name), _) => Self::Constraint { name: name.to_owned() },
-                (None, Some(code)) if is_passing(code) => Self::Unavailable(error),
-                (None, _) => Self::Other(error),
-            },
-            _ => Self::Other(error),
+        use sqlx::Error::{Io, PoolClosed, PoolTimedOut, Tls, WorkerCrashed};
+        let refused = error.as_database_error();
+        if let Some(name) = refused.and_then(|refused| refused.constraint()) {
+            return Self::Constraint { name: name.to_owned() };
+        }
+        let passing = refused.and_then(|refused| refused.code()).is_some_and(|code| is_passing(&code));
+        if passing || matches!(error, Io(_) | Tls(_) | PoolTimedOut | PoolClosed | WorkerCrashed) {
+            Self::Unavailable(error)
+        } else {
+            Self::Other(error)
         }
     }
 }
@@ -333,13 +349,9 @@ fn is_passing(code: &str) -> bool {
 impl DbError {
     /// What a failed COMMIT means: refused by the database, or of unknown outcome.
     pub(crate) fn of_commit(error: sqlx::Error) -> Self {
-        match &error {
-            // the server answered, and it answers a COMMIT that happened with success
-            sqlx::Error::Database(refused) if !refused.code().is_some_and(|code| code.starts_with("57P")) => {
-                Self::from(error)
-            }
-            _ => Self::CommitUnknown(error),
-        }
+        // the server answers a COMMIT that has happened with success; one that is being stopped may have done it before
+        let code = error.as_database_error().map(|refused| refused.code().unwrap_or_default().into_owned());
+        if code.is_some_and(|code| !code.starts_with("57P")) { Self::from(error) } else { Self::CommitUnknown(error) }
     }
 
     /// The name of the constraint that refused the change, if one did.

@@ -30,3 +30,6 @@ pub mod tenancy;
 pub mod tenants;
 pub mod usage;
 pub mod users;
+
+#[cfg(test)]
+mod testing;

@@ -91,9 +91,8 @@ fn run(command: Command) -> Result<(), Sentences> {
                 log.format = LogFormat::Text;
             }
             telemetry::start(log);
-            runtime.block_on(admin::run(args, &environment)).map_err(|error| match error {
-                admin::AdminError::Config(faults) => faults.0,
-                error => one(&error),
+            runtime.block_on(admin::run(args, &environment)).map_err(|error| {
+                if let admin::AdminError::Config(faults) = error { faults.0 } else { one(&error) }
             })
         }
         Command::Openapi => print(openapi::document_text()),

@@ -113,3 +113,30 @@ async fn trim(app: &App) -> Result<u64, DbError> {
         .rows_affected();
     Ok(changes + keys + tokens + usage::trim_windows(sys).await?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::World;
+
+    #[tokio::test]
+    async fn every_task_runs_with_the_rights_it_has() {
+        let (world, _) = World::with_server().await;
+        let person = world.person().await;
+        world.register(person, "d").await.unwrap();
+        for task in TASKS {
+            for _ in 0..2 {
+                (task.run)(world.app.clone()).await.unwrap_or_else(|error| panic!("{}: {error:?}", task.name));
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn all_tasks_end_at_shutdown() {
+        let world = World::new().await;
+        let shutdown = CancellationToken::new();
+        let running = tokio::spawn(run(world.app.clone(), shutdown.clone()));
+        shutdown.cancel();
+        tokio::time::timeout(Duration::from_secs(10), running).await.unwrap().unwrap();
+    }
+}

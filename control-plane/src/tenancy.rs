@@ -127,3 +127,8 @@ impl TenantTx {
         self.tx.finish(work).await
     }
 }
+
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod hostile;

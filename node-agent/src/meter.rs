@@ -124,19 +124,19 @@ impl Meter {
         &mut self,
         readings: &mut Readings<'_>,
         counted: &mut HashSet<Life>,
-    ) -> Result<Vec<((Epoch, Life), Counts)>, MeterError> {
+    ) -> Result<HashMap<(Epoch, Life), Counts>, MeterError> {
         if !self.reader.as_ref().is_some_and(CounterReader::is_current) {
             self.reader = open_counters(&self.counter_file)?;
             self.known.clear();
         }
-        let Some(reader) = &self.reader else { return Ok(Vec::new()) };
-        let mut read = Vec::new();
+        let Some(reader) = &self.reader else { return Ok(HashMap::new()) };
+        let mut read = HashMap::new();
         for peer in reader.peers() {
             let life = Life { public_key: PublicKey(peer.public_key), generation: peer.generation };
             counted.insert(life);
             let key = (reader.epoch(), life);
             if self.known.get(&key) != Some(&peer.counts) && readings.take(key.0, life, &peer.counts) {
-                read.push((key, peer.counts));
+                read.insert(key, peer.counts);
             }
         }
         Ok(read)

@@ -1,7 +1,7 @@
 //! Reports: what is sent, in which lane, and what an answer means.
 //!
-//! Two lanes, so that a large report of usage never holds up the acknowledgement of a change. Each carries the applied
-//! cursor of its moment; a report that arrives late tells an older one, which the control plane ignores.
+//! Two lanes, so that a large report of usage never holds up the acknowledgement of a change. Only the state lane tells
+//! the applied cursor, one report at a time, so that an older state never arrives behind a newer one.
 
 use std::collections::HashMap;
 use std::time::Duration;

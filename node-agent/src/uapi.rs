@@ -22,6 +22,8 @@ const BATCH_PEERS: usize = 2_000;
 const SET_TIMEOUT: Duration = Duration::from_secs(10);
 /// A full `get` of 65,535 peers.
 const GET_TIMEOUT: Duration = Duration::from_secs(20);
+/// The device part alone is answered at once.
+const DEVICE_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Debug)]
@@ -153,7 +155,7 @@ impl Uapi {
     /// The device's own values; the connection is closed where the peers begin.
     pub(crate) async fn device(&self) -> Result<DeviceStatus, UapiError> {
         let mut status = DeviceStatus::default();
-        self.get(|key, value| {
+        self.get(DEVICE_TIMEOUT, |key, value| {
             if key == "public_key" {
                 return Ok(Next::Stop);
             }
@@ -165,11 +167,11 @@ impl Uapi {
 
     pub(crate) async fn peers(&self) -> Result<Vec<EnginePeer>, UapiError> {
         let mut peers: Vec<EnginePeer> = Vec::new();
-        self.get(|key, value| peer_line(&mut peers, key, value).map(|()| Next::More)).await?;
+        self.get(GET_TIMEOUT, |key, value| peer_line(&mut peers, key, value).map(|()| Next::More)).await?;
         Ok(peers)
     }
 
-    async fn get(&self, mut take: impl FnMut(&str, &str) -> Result<Next, UapiError>) -> Result<(), UapiError> {
+    async fn get(&self, timeout: Duration, mut take: impl FnMut(&str, &str) -> Result<Next, UapiError>) -> Result<(), UapiError> {
         let exchange = async {
             let mut stream = self.connect().await?;
             stream.write_all(b"get=1\n\n").await?;
@@ -192,7 +194,7 @@ impl Uapi {
                 }
             }
         };
-        tokio::time::timeout(GET_TIMEOUT, exchange).await.unwrap_or(Err(UapiError::Timeout))
+        tokio::time::timeout(timeout, exchange).await.unwrap_or(Err(UapiError::Timeout))
     }
 }
 
@@ -318,7 +320,7 @@ mod tests {
     }
 
     /// A tunnel that answers one connection with fixed text.
-    async fn answering(text: &'static str) -> (tempfile::TempDir, Uapi, tokio::task::JoinHandle<String>) {
+    fn answering(text: &'static str) -> (tempfile::TempDir, Uapi, tokio::task::JoinHandle<String>) {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("wg.sock");
         let listener = tokio::net::UnixListener::bind(&path).unwrap();
@@ -343,22 +345,22 @@ mod tests {
             preshared_key=0000000000000000000000000000000000000000000000000000000000000000\n\
             allowed_ip=10.8.0.2/32\nallowed_ip=fd00:cafe::2/128\ntx_bytes=1\ncvault_generation=7\n\
             cvault_tenant=03030303030303030303030303030303\nprotocol_version=1\nerrno=0\n\n";
-        let (_root, uapi, server) = answering(text).await;
+        let (_root, uapi, server) = answering(text);
         let peers = uapi.peers().await.unwrap();
         assert_eq!(server.await.unwrap(), "get=1\n\n");
         assert!(peers.len() == 1 && peers[0].is(&peer()));
         assert!(!peers[0].is(&Peer { generation: 8, ..peer() }));
-        let (_root, uapi, _server) = answering(text).await;
+        let (_root, uapi, _server) = answering(text);
         let device = uapi.device().await.unwrap();
         assert_eq!((device.listen_port, device.handshakes, device.drops["spoofed"]), (51820, 3, 9));
     }
 
     #[tokio::test]
     async fn a_refused_set_tells_its_errno() {
-        let (_root, uapi, _server) = answering("errno=-98\n\n").await;
+        let (_root, uapi, _server) = answering("errno=-98\n\n");
         let error = uapi.acknowledge_journal(1).await.unwrap_err();
         assert!(error.is_address_in_use(), "{error}");
-        let (_root, uapi, server) = answering("errno=0\n\n").await;
+        let (_root, uapi, server) = answering("errno=0\n\n");
         uapi.acknowledge_journal(128).await.unwrap();
         assert_eq!(server.await.unwrap(), "set=1\ncvault_journal_ack=128\n\n");
     }

@@ -144,10 +144,8 @@ impl Watcher {
                 }
                 Err(status) => {
                     tracing::warn!(code = %status.code(), said = status.message(), "the watch broke");
-                    return match status.code() {
-                        tonic::Code::Unavailable | tonic::Code::Unknown | tonic::Code::Cancelled => SessionEnd::Unreachable,
-                        _ => SessionEnd::Refused,
-                    };
+                    let broken = [tonic::Code::Unavailable, tonic::Code::Unknown, tonic::Code::Cancelled];
+                    return if broken.contains(&status.code()) { SessionEnd::Unreachable } else { SessionEnd::Refused };
                 }
             }
         }

@@ -116,7 +116,7 @@ fn a_device_goes_from_registration_through_a_tunnel_to_its_removal() {
     client.silence().unwrap();
     platform
         .bill_where(&tenant, |billed| {
-            billed.check_against(server.counters()?, client.counters()?)
+            billed.check_against(server.counters_on_wire()?, client.counters()?)
         })
         .unwrap();
     client.down().unwrap();

@@ -119,9 +119,10 @@ async fn set_status(app: &App, id: TenantId, status: TenantStatus, actor: &Actor
 }
 
 fn refused(problem: Problem) -> AdminError {
-    match problem.code() {
-        ErrorCode::NotFound => AdminError::Tenant(TenantError::NotFound),
-        _ => AdminError::Refused(problem.sentences()),
+    if problem.code() == ErrorCode::NotFound {
+        AdminError::Tenant(TenantError::NotFound)
+    } else {
+        AdminError::Refused(problem.sentences())
     }
 }
 

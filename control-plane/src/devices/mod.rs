@@ -16,3 +16,6 @@ pub use name::{DeviceName, Fault, Platform, PublicKey, is_region};
 pub use read::{ConfigError, Device, config_of, find, list};
 pub use register::{NewDevice, RegisterError, Registered, register};
 pub use revoke::{RevokeError, Revoked, revoke};
+
+#[cfg(test)]
+mod tests;

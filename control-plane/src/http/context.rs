@@ -2,9 +2,12 @@
 
 use std::sync::{Arc, OnceLock};
 
+use axum::extract::Request;
 use cvault_types::{RequestId, TenantId};
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
+use super::extract::single;
 use super::limit::Decision;
 
 tokio::task_local! {
@@ -18,23 +21,42 @@ pub struct RequestContext {
     pub id: RequestId,
     pub tenant: OnceLock<TenantId>,
     pub rate: OnceLock<Decision>,
+    /// Method, path and query.
+    line: String,
+    /// `None`: there is none. `Some(None)`: there is one, and it is malformed.
+    idempotency_key: Option<Option<String>>,
+    body_digest: OnceLock<[u8; 32]>,
+}
+
+/// A request's `Idempotency-Key`, and what it was sent with.
+#[derive(Debug)]
+pub(super) struct Idempotency {
+    /// `None`: malformed.
+    pub(super) key: Option<String>,
+    /// SHA-256 of method, path, query and body.
+    pub(super) fingerprint: [u8; 32],
 }
 
 impl RequestContext {
     #[must_use]
-    pub fn new() -> Self {
-        Self { id: RequestId::from_uuid(Uuid::now_v7()), tenant: OnceLock::new(), rate: OnceLock::new() }
+    pub fn of(request: &Request) -> Self {
+        let header = "idempotency-key";
+        let key = request.headers().contains_key(header).then(|| {
+            single(request.headers(), header).filter(|key| (1..=255).contains(&key.len())).map(str::to_owned)
+        });
+        Self {
+            id: RequestId::from_uuid(Uuid::now_v7()),
+            tenant: OnceLock::new(),
+            rate: OnceLock::new(),
+            line: format!("{} {}", request.method(), request.uri()),
+            idempotency_key: key,
+            body_digest: OnceLock::new(),
+        }
     }
 
     /// Runs `work` as the work of this request.
     pub async fn scope<F: Future>(self: Arc<Self>, work: F) -> F::Output {
         CONTEXT.scope(self, work).await
-    }
-}
-
-impl Default for RequestContext {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -53,4 +75,29 @@ pub(crate) fn identified(tenant: TenantId, decision: Decision) {
     if noted.is_err() {
         tracing::debug!("identified outside of a request");
     }
+}
+
+/// Notes what the body was, for the fingerprint of an idempotent request.
+pub(super) fn body_was(bytes: &[u8]) {
+    let noted = CONTEXT.try_with(|context| {
+        if context.idempotency_key.is_some() {
+            context.body_digest.get_or_init(|| Sha256::digest(bytes).into());
+        }
+    });
+    if noted.is_err() {
+        tracing::debug!("a body outside of a request");
+    }
+}
+
+/// The request's `Idempotency-Key`, if it has one.
+pub(super) fn idempotency() -> Option<Idempotency> {
+    CONTEXT
+        .try_with(|context| {
+            let key = context.idempotency_key.clone()?;
+            let body = context.body_digest.get().copied().unwrap_or_default();
+            let fingerprint = Sha256::new().chain_update(&context.line).chain_update([0]).chain_update(body).finalize().into();
+            Some(Idempotency { key, fingerprint })
+        })
+        .ok()
+        .flatten()
 }

@@ -110,7 +110,9 @@ impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
         if !is_json(request.headers()) {
             return Err(Problem::new(ErrorCode::UnsupportedMediaType));
         }
-        parse_json(&read_body(request).await?).map(Json)
+        let body = read_body(request).await?;
+        context::body_was(&body);
+        parse_json(&body).map(Json)
     }
 }
 
@@ -142,15 +144,19 @@ async fn read_body(request: Request) -> Result<axum::body::Bytes, Problem> {
     }
 }
 
+/// Syntax first, over the whole body: a fault of a field is worth naming only in valid JSON.
 fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
+    serde_json::from_slice::<serde::de::IgnoredAny>(body).map_err(|error| syntax_problem(&error))?;
+    // serde would take an array for a struct's fields in their order
+    if !body.trim_ascii_start().starts_with(b"{") {
+        return Err(Problem::validation().field("", "invalid_type", "must be an object"));
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(body);
-    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+    serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let pointer = pointer(error.path());
         let inner = error.into_inner();
         if inner.is_data() { field_problem(&pointer, &inner) } else { syntax_problem(&inner) }
-    })?;
-    deserializer.end().map_err(|error| syntax_problem(&error))?;
-    Ok(value)
+    })
 }
 
 fn syntax_problem(error: &serde_json::Error) -> Problem {

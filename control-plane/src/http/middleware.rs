@@ -15,8 +15,8 @@ use super::Problem;
 use super::context::RequestContext;
 use crate::metrics;
 
-/// Longer than `?wait=` may wait, shorter than a load balancer's patience.
-pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longer than the 30 s that `Prefer: wait` may ask for, shorter than a load balancer's patience.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(45);
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const CORRELATION_ID: HeaderName = HeaderName::from_static("x-correlation-id");
 const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
@@ -25,7 +25,7 @@ const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy"
 /// Runs the request in a task of its own: a client that goes away cancels nothing, neither a BEGIN nor a COMMIT.
 pub async fn own_task(request: Request, next: Next) -> Response {
     let started = Instant::now();
-    let context = Arc::new(RequestContext::new());
+    let context = Arc::new(RequestContext::of(&request));
     let method = request.method().clone();
     // the template, never the path: a path holds ids
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched".to_owned(), |path| path.as_str().to_owned());
@@ -72,11 +72,12 @@ fn panic_text(payload: &(dyn Any + Send)) -> String {
         .unwrap_or_else(|| "without a message".to_owned())
 }
 
-/// Errors that the libraries answer with a bare text (or nothing) get the one form of error.
+/// Errors that the libraries answer with a bare text (or nothing) get the one form of error. What a handler answers
+/// itself is JSON and stays, such as /health's 503.
 fn as_problem(response: Response) -> Response {
     let status = response.status();
     if !(status.is_client_error() || status.is_server_error())
-        || response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind == "application/problem+json")
+        || response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().ends_with(b"json"))
     {
         return response;
     }
@@ -121,5 +122,59 @@ fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
         let state = format!("\"tenant\";r={};t={}", rate.remaining, rate.reset_seconds);
         headers.insert(RATE_LIMIT_POLICY, HeaderValue::from_str(&policy).expect("digits are ASCII"));
         headers.insert(RATE_LIMIT, HeaderValue::from_str(&state).expect("digits are ASCII"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::Router;
+    use axum::body::Body;
+    use axum::routing::get;
+    use http_body_util::BodyExt;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use tokio::sync::Notify;
+    use tower::ServiceExt;
+
+    fn request(path: &str) -> Request {
+        http::Request::builder().uri(path).body(Body::empty()).unwrap()
+    }
+
+    async fn panics() -> Response {
+        panic!("a secret of the implementation")
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_answered_as_an_internal_error_that_says_nothing() {
+        let router = Router::new().route("/panic", get(panics)).layer(axum::middleware::from_fn(own_task));
+        let response = router.oneshot(request("/panic")).await.unwrap();
+        assert_eq!(response.status(), 500);
+        assert_eq!(response.headers()[CONTENT_TYPE], "application/problem+json");
+        let id = response.headers()[REQUEST_ID].to_str().unwrap().to_owned();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        let text = std::str::from_utf8(&body).unwrap();
+        assert!(text.contains("INTERNAL_ERROR") && text.contains(&id) && !text.contains("secret"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_goes_away_cancels_nothing() {
+        let (begun, go_on, done) = (Arc::new(Notify::new()), Arc::new(Notify::new()), Arc::new(AtomicBool::new(false)));
+        let handler = {
+            let (begun, go_on, done) = (Arc::clone(&begun), Arc::clone(&go_on), Arc::clone(&done));
+            async move || {
+                begun.notify_one();
+                go_on.notified().await;
+                done.store(true, Ordering::Relaxed);
+                begun.notify_one();
+            }
+        };
+        let router = Router::new().route("/", get(handler)).layer(axum::middleware::from_fn(own_task));
+        let call = tokio::spawn(router.oneshot(request("/")));
+        begun.notified().await;
+        call.abort();
+        assert!(call.await.unwrap_err().is_cancelled());
+        go_on.notify_one();
+        begun.notified().await;
+        assert!(done.load(Ordering::Relaxed));
     }
 }

@@ -13,9 +13,12 @@ use cvault_types::{ErrorCode, RequestId};
 use super::context;
 use crate::db::DbError;
 
-/// An error on its way to the caller.
+/// An error on its way to the caller. Boxed: it travels in every `Result` of the API.
 #[derive(Debug, Clone)]
-pub struct Problem {
+pub struct Problem(Box<Parts>);
+
+#[derive(Debug, Clone)]
+struct Parts {
     code: ErrorCode,
     detail: String,
     errors: Vec<FieldFault>,
@@ -27,14 +30,14 @@ pub struct Problem {
 impl Problem {
     #[must_use]
     pub fn new(code: ErrorCode) -> Self {
-        Self {
+        Self(Box::new(Parts {
             code,
             detail: default_detail(code).to_owned(),
             errors: Vec::new(),
             limit: None,
             retry_after_seconds: None,
             allow: None,
-        }
+        }))
     }
 
     /// The error of a request whose fields are at fault; add them with [`Problem::field`].
@@ -52,25 +55,25 @@ impl Problem {
 
     #[must_use]
     pub fn detail(mut self, detail: impl Into<String>) -> Self {
-        self.detail = detail.into();
+        self.0.detail = detail.into();
         self
     }
 
     #[must_use]
     pub fn field(mut self, pointer: impl Into<String>, code: &str, detail: impl Into<String>) -> Self {
-        self.errors.push(FieldFault { pointer: pointer.into(), code: code.to_owned(), detail: detail.into() });
+        self.0.errors.push(FieldFault { pointer: pointer.into(), code: code.to_owned(), detail: detail.into() });
         self
     }
 
     #[must_use]
     pub fn limit(mut self, name: &str, max: i64, used: i64) -> Self {
-        self.limit = Some(Limit { name: name.to_owned(), max, used, resets_at: None });
+        self.0.limit = Some(Limit { name: name.to_owned(), max, used, resets_at: None });
         self
     }
 
     #[must_use]
     pub fn resets_at(mut self, at: OffsetDateTime) -> Self {
-        if let Some(limit) = &mut self.limit {
+        if let Some(limit) = &mut self.0.limit {
             limit.resets_at = Some(at);
         }
         self
@@ -78,28 +81,28 @@ impl Problem {
 
     #[must_use]
     pub fn retry_after(mut self, seconds: u64) -> Self {
-        self.retry_after_seconds = Some(seconds);
+        self.0.retry_after_seconds = Some(seconds);
         self
     }
 
     pub(super) fn allow(mut self, allow: Option<HeaderValue>) -> Self {
-        self.allow = allow;
+        self.0.allow = allow;
         self
     }
 
     #[must_use]
     pub fn code(&self) -> ErrorCode {
-        self.code
+        self.0.code
     }
 
     /// The faults as text, for a terminal.
     #[must_use]
     pub fn sentences(&self) -> String {
-        if self.errors.is_empty() {
-            return self.detail.clone();
+        if self.0.errors.is_empty() {
+            return self.0.detail.clone();
         }
         let faults: Vec<String> =
-            self.errors.iter().map(|fault| format!("{} {}", fault.pointer.trim_start_matches('/'), fault.detail)).collect();
+            self.0.errors.iter().map(|fault| format!("{} {}", fault.pointer.trim_start_matches('/'), fault.detail)).collect();
         faults.join("; ")
     }
 
@@ -108,20 +111,20 @@ impl Problem {
     /// # Errors
     /// The problem itself when it names a field.
     pub fn or_ok<T>(self, value: T) -> Result<T, Self> {
-        if self.errors.is_empty() { Ok(value) } else { Err(self) }
+        if self.0.errors.is_empty() { Ok(value) } else { Err(self) }
     }
 
     fn body(&self, request_id: RequestId) -> ProblemBody {
         ProblemBody {
-            kind: format!("https://docs.cvault.io/errors/{}", self.code.as_str()),
-            title: self.code.title().to_owned(),
-            status: self.code.status(),
-            detail: self.detail.clone(),
-            code: self.code,
+            kind: format!("https://docs.cvault.io/errors/{}", self.0.code.as_str()),
+            title: self.0.code.title().to_owned(),
+            status: self.0.code.status(),
+            detail: self.0.detail.clone(),
+            code: self.0.code,
             request_id,
-            retryable: self.code.retryable(),
-            errors: self.errors.clone(),
-            limit: self.limit.clone(),
+            retryable: self.0.code.retryable(),
+            errors: self.0.errors.clone(),
+            limit: self.0.limit.clone(),
         }
     }
 }
@@ -185,22 +188,26 @@ impl From<DbError> for Problem {
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let id = context::request_id();
-        let status = StatusCode::from_u16(self.code.status()).expect("codes have valid statuses");
+        let status = StatusCode::from_u16(self.0.code.status()).expect("codes have valid statuses");
         let body = serde_json::to_vec(&self.body(id)).expect("a problem is plain data");
         let mut response = (status, body).into_response();
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-        if let Some(seconds) = self.retry_after_seconds {
+        // a 503 always says when to come back
+        let unavailable = (status == StatusCode::SERVICE_UNAVAILABLE).then_some(5);
+        if let Some(seconds) = self.0.retry_after_seconds.or(unavailable) {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if let Some(allow) = self.allow {
+        if let Some(allow) = self.0.allow {
             headers.insert(http::header::ALLOW, allow);
         }
         if status == StatusCode::UNAUTHORIZED {
-            let scheme = match self.code {
-                ErrorCode::InvalidApiKey => "ApiKey realm=\"cvault\"",
-                ErrorCode::TokenExpired => "Bearer realm=\"cvault\", error=\"invalid_token\", error_description=\"expired\"",
-                _ => "Bearer realm=\"cvault\"",
+            let scheme = if self.0.code == ErrorCode::InvalidApiKey {
+                "ApiKey realm=\"cvault\""
+            } else if self.0.code == ErrorCode::TokenExpired {
+                "Bearer realm=\"cvault\", error=\"invalid_token\", error_description=\"expired\""
+            } else {
+                "Bearer realm=\"cvault\""
             };
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static(scheme));
         }

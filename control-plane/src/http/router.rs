@@ -23,7 +23,6 @@ pub fn routes() -> OpenApiRouter<App> {
 }
 
 /// The whole API, ready to be served.
-#[must_use]
 pub fn api(app: App) -> Router {
     let (router, _) = routes().split_for_parts();
     router

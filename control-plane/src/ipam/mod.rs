@@ -53,11 +53,20 @@ pub(crate) fn addresses(ipv4: IpNet, ipv6: IpNet) -> Addresses {
 /// Those of the database.
 pub async fn free_quarantined(sys: &PgPool) -> Result<u64, DbError> {
     let done = sqlx::query!(
-        "update platform.addresses a set state = 'free', release_server_id = null, release_revision = null
-         from platform.address_pools p, platform.servers s
-         where a.state = 'quarantine' and p.pool_id = a.pool_id and s.server_id = a.release_server_id
-           and a.released_at + make_interval(secs => p.quarantine_seconds) <= now()
-           and (s.acked_revision >= a.release_revision or s.status = 'removed')"
+        // another replica may be at the same rows
+        "with rested as (
+             select a.pool_id, a.host
+             from platform.addresses a
+             join platform.address_pools p on p.pool_id = a.pool_id
+             join platform.servers s on s.server_id = a.release_server_id
+             where a.state = 'quarantine'
+               and a.released_at + make_interval(secs => p.quarantine_seconds) <= now()
+               and (s.acked_revision >= a.release_revision or s.status = 'removed')
+             for update of a skip locked
+         )
+         update platform.addresses a set state = 'free', release_server_id = null, release_revision = null
+         from rested
+         where a.pool_id = rested.pool_id and a.host = rested.host"
     )
     .execute(sys)
     .await?;

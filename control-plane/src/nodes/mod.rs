@@ -11,3 +11,6 @@ mod stream;
 
 pub use hub::Hub;
 pub use listener::serve;
+
+#[cfg(test)]
+mod tests;

@@ -89,9 +89,12 @@ pub async fn consume_token(
     )
     .fetch_optional(sys)
     .await
-    .map_err(|error| match DbError::from(error) {
-        DbError::Constraint { name } if name == "servers_identity_pin_unique" => EnrolError::IdentityInUse,
-        error => EnrolError::Db(error),
+    .map_err(|error| {
+        let error = DbError::from(error);
+        match error.constraint() {
+            Some("servers_identity_pin_unique") => EnrolError::IdentityInUse,
+            Some(_) | None => EnrolError::Db(error),
+        }
     })?
     .ok_or(EnrolError::Refused)?;
     Ok(Enrolled { id: ServerId::from_uuid(server.server_id), name: server.name })

@@ -115,9 +115,12 @@ async fn move_device(tx: &mut TenantTx, id: DeviceId, server: ServerId) -> Resul
     sqlx::query_scalar!("select platform.move_peer($1, $2)", id.uuid(), server.uuid())
         .fetch_one(tx.conn())
         .await
-        .map_err(|error| match DbError::from(error) {
-            DbError::Constraint { name } if name == "servers_open_for_peers" => ConnectError::ServerUnavailable,
-            error => error.into(),
+        .map_err(|error| {
+            let error = DbError::from(error);
+            match error.constraint() {
+                Some("servers_open_for_peers") => ConnectError::ServerUnavailable,
+                Some(_) | None => ConnectError::Db(error),
+            }
         })?;
     Ok(())
 }

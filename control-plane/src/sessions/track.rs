@@ -92,16 +92,23 @@ pub async fn note_handshakes(
 /// Those of the database.
 pub async fn close_silent(sys: &PgPool) -> Result<u64, DbError> {
     let closed = sqlx::query!(
-        "update cvault.sessions s
+        // a session that a report is being entered for is left to the next run
+        "with silent as (
+             select s.tenant_id, s.session_id
+             from cvault.sessions s join platform.servers v on v.server_id = s.server_id
+             where s.status = 'active'
+               and coalesce(s.last_handshake_at, s.connected_at) < now() - make_interval(secs => $1)
+               -- the report that would tell of a newer handshake has had the time to arrive
+               and (v.last_seen_at > coalesce(s.last_handshake_at, s.connected_at) + make_interval(secs => $1)
+                    or coalesce(v.last_seen_at, '-infinity') < now() - make_interval(secs => $1))
+             for no key update of s skip locked
+         )
+         update cvault.sessions s
          set status = 'disconnected',
              disconnected_at = greatest(s.connected_at,
                  coalesce(s.last_handshake_at, s.connected_at) + make_interval(secs => $1))
-         from platform.servers v
-         where s.status = 'active' and v.server_id = s.server_id
-           and coalesce(s.last_handshake_at, s.connected_at) < now() - make_interval(secs => $1)
-           -- the report that would tell of a newer handshake has had the time to arrive
-           and (v.last_seen_at > coalesce(s.last_handshake_at, s.connected_at) + make_interval(secs => $1)
-                or coalesce(v.last_seen_at, '-infinity') < now() - make_interval(secs => $1))",
+         from silent
+         where s.tenant_id = silent.tenant_id and s.session_id = silent.session_id",
         SILENT_AFTER_SECONDS as f64,
     )
     .execute(sys)

@@ -2,7 +2,7 @@
 
 use sqlx::PgPool;
 
-use crate::db::DbError;
+use crate::db::{DbError, Tx};
 
 /// Outcome of a comparison of the whole ledger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,14 @@ pub struct Verified {
 /// # Errors
 /// Those of the database.
 pub async fn verify_ledger(sys: &PgPool) -> Result<Verified, DbError> {
+    let mut tx = Tx::snapshot(sys).await?;
+    let work = compare(&mut tx).await;
+    tx.finish(work).await
+}
+
+async fn compare(tx: &mut Tx) -> Result<Verified, DbError> {
+    // reads the whole ledger, and nobody waits for it
+    sqlx::query!("set local statement_timeout = '10min'").execute(tx.conn()).await?;
     let row = sqlx::query!(
         r#"with counted as (
                select device_id, sum(rx_bytes) as rx, sum(tx_bytes) as tx from platform.usage_counters group by device_id
@@ -33,7 +41,7 @@ pub async fn verify_ledger(sys: &PgPool) -> Result<Verified, DbError> {
                       as "mismatches!"
            from counted c full join entered e using (device_id)"#
     )
-    .fetch_one(sys)
+    .fetch_one(tx.conn())
     .await?;
     let count = |count: i64| u64::try_from(count).unwrap_or_default();
     Ok(Verified { checked: count(row.checked), mismatches: count(row.mismatches) })
@@ -87,6 +95,8 @@ pub async fn refresh_daily(sys: &PgPool) -> Result<u64, DbError> {
                 greatest(coalesce(sum(seconds), 0), 0)::bigint, count(distinct user_id)::integer
          from bytes full join spans using (tenant_id, day, user_id)
          group by tenant_id, day
+         -- one order for all replicas
+         order by tenant_id, day
          on conflict on constraint usage_daily_pkey do update
          set rx_bytes = excluded.rx_bytes, tx_bytes = excluded.tx_bytes,
              connection_seconds = excluded.connection_seconds, active_users = excluded.active_users"

@@ -10,3 +10,6 @@ mod report;
 pub use jobs::{Verified, ensure_partitions, refresh_daily, trim_windows, verify_ledger};
 pub use ledger::{Ingested, ingest};
 pub use report::{Day, Limits, Period, Totals, days, limits, totals};
+
+#[cfg(test)]
+mod tests;

@@ -69,9 +69,9 @@ pub async fn register(
     )
     .execute(tx.conn())
     .await
-    .map_err(|error| match DbError::from(error) {
-        DbError::Constraint { name } if name == "users_email_unique" => RegisterError::EmailTaken,
-        other => RegisterError::Db(other),
+    .map_err(|error| {
+        let error = DbError::from(error);
+        if error.constraint() == Some("users_email_unique") { RegisterError::EmailTaken } else { error.into() }
     })?;
     Ok(user)
 }

@@ -10,13 +10,7 @@ pub mod tls;
 pub mod token;
 
 /// Generated from `proto/node.proto`.
-#[expect(
-    clippy::all,
-    unreachable_pub,
-    missing_docs,
-    reason = "generated code is not held to our lints"
-)]
-#[expect(clippy::wildcard_enum_match_arm, clippy::cast_possible_truncation, reason = "generated code")]
+#[expect(clippy::allow_attributes_without_reason, reason = "generated code")]
 pub mod v1 {
     tonic::include_proto!("cvault.node.v1");
 }

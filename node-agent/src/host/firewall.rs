@@ -56,7 +56,7 @@ fn ruleset(tunnel: &str, interface: &Interface) -> Value {
     let rules = forward_rules(tunnel, &interface.overlay)
         .into_iter()
         .map(|rule| ("forward", rule))
-        .chain(input_rules(tunnel, &interface.addresses).into_iter().map(|rule| ("input", rule)))
+        .chain(input_rules(tunnel, interface).into_iter().map(|rule| ("input", rule)))
         .chain(nat_rules(tunnel, &interface.overlay).into_iter().map(|rule| ("postrouting", rule)));
     for (chain, expr) in rules {
         commands.push(json!({"add": {"rule": {"family": "inet", "table": TABLE, "chain": chain, "expr": expr}}}));
@@ -67,6 +67,7 @@ fn ruleset(tunnel: &str, interface: &Interface) -> Value {
 fn forward_rules(tunnel: &str, overlay: &[IpNet]) -> Vec<Value> {
     let (from, to) = (matches("==", meta("iifname"), json!(tunnel)), matches("==", meta("oifname"), json!(tunnel)));
     let mut rules = vec![json!([from, to, counter(), drop_it()])];
+    rules.extend(forged_rules(tunnel, overlay));
     for ipv6 in [false, true] {
         let family = matches("==", meta("nfproto"), json!(if ipv6 { "ipv6" } else { "ipv4" }));
         rules.push(match prefixes(overlay, ipv6) {
@@ -92,9 +93,22 @@ fn forward_rules(tunnel: &str, overlay: &[IpNet]) -> Vec<Value> {
     rules
 }
 
-fn input_rules(tunnel: &str, addresses: &[IpNet]) -> Vec<Value> {
+/// A peer's address that comes in anywhere but through the tunnel.
+fn forged_rules(tunnel: &str, overlay: &[IpNet]) -> Vec<Value> {
+    let elsewhere = matches("!=", meta("iifname"), json!({"set": [tunnel, "lo"]}));
+    [false, true]
+        .into_iter()
+        .filter_map(|ipv6| {
+            let source = matches("==", field(ipv6, "saddr"), prefixes(overlay, ipv6)?);
+            Some(json!([elsewhere, source, counter(), drop_it()]))
+        })
+        .collect()
+}
+
+fn input_rules(tunnel: &str, interface: &Interface) -> Vec<Value> {
     let from = matches("==", meta("iifname"), json!(tunnel));
-    let mut rules: Vec<_> = addresses
+    let mut rules: Vec<_> = interface
+        .addresses
         .iter()
         .map(|address| {
             let ipv6 = address.addr().is_ipv6();
@@ -105,6 +119,7 @@ fn input_rules(tunnel: &str, addresses: &[IpNet]) -> Vec<Value> {
         })
         .collect();
     rules.push(json!([from, counter(), drop_it()]));
+    rules.extend(forged_rules(tunnel, &interface.overlay));
     rules
 }
 

@@ -82,9 +82,8 @@ async fn set_addresses(handle: &Handle, index: u32, wanted: &[IpNet]) -> anyhow:
 }
 
 fn address_of(message: &AddressMessage) -> Option<IpNet> {
-    let address = message.attributes.iter().find_map(|attribute| match attribute {
-        AddressAttribute::Address(address) => Some(IpAddr::clone(address)),
-        _ => None,
+    let address = message.attributes.iter().find_map(|attribute| {
+        if let AddressAttribute::Address(address) = attribute { Some(IpAddr::clone(address)) } else { None }
     })?;
     IpNet::new(address, message.header.prefix_len).ok()
 }

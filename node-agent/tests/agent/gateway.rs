@@ -35,6 +35,9 @@ pub(crate) struct State {
     pub(crate) enrolled: Option<(Pin, v1::EnrollRequest)>,
     /// Do the enrolment, then lose the answer.
     pub(crate) lose_answer: bool,
+    /// What the next report is answered besides its acknowledgements.
+    pub(crate) superseded: bool,
+    pub(crate) snapshot_wanted: bool,
     pub(crate) reports: Vec<v1::ReportRequest>,
     /// Largest cumulative value by device and generation, as a ledger would keep it.
     pub(crate) ledger: BTreeMap<(Vec<u8>, u64), v1::PeerUsage>,
@@ -66,6 +69,8 @@ impl Gateway {
             token,
             enrolled: None,
             lose_answer: false,
+            superseded: false,
+            snapshot_wanted: false,
             reports: Vec::new(),
             ledger: BTreeMap::new(),
             watches: Vec::new(),
@@ -133,11 +138,6 @@ impl Gateway {
             stream.send(Ok(v1::StateEvent { event: Some(event) })).await.ok();
         }
     }
-
-    pub(crate) async fn send(&self, event: Event) {
-        let stream = self.state().stream.clone().unwrap();
-        stream.send(Ok(v1::StateEvent { event: Some(event) })).await.unwrap();
-    }
 }
 
 impl State {
@@ -164,7 +164,8 @@ impl State {
 
     /// Whether the last report that told a state told this one.
     pub(crate) fn is_acknowledged(&self) -> bool {
-        self.reports.last().is_some_and(|report| report.applied.as_ref() == Some(&self.cursor()))
+        let last = self.reports.iter().rev().find_map(|report| report.applied.as_ref());
+        last == Some(&self.cursor())
     }
 
     fn first_events(&self, have: Option<&v1::Cursor>) -> Vec<Event> {
@@ -186,7 +187,10 @@ impl State {
         if have != Some(&target) {
             let peer_count = u32::try_from(self.peers.len()).unwrap();
             events.push(Event::SnapshotBegin(v1::SnapshotBegin { target: Some(target), peer_count }));
-            events.push(Event::SnapshotChunk(v1::SnapshotChunk { peers: self.peers.values().cloned().collect() }));
+            let peers: Vec<_> = self.peers.values().cloned().collect();
+            for peers in peers.chunks(cvault_node_protocol::MAX_CHUNK_PEERS) {
+                events.push(Event::SnapshotChunk(v1::SnapshotChunk { peers: peers.to_vec() }));
+            }
             events.push(Event::SnapshotEnd(v1::SnapshotEnd { expected_removed: 0 }));
         }
         events
@@ -241,7 +245,9 @@ impl node_gateway_server::NodeGateway for Gateway {
             }
         }
         state.reports.push(request);
-        Ok(Response::new(v1::ReportResponse { acked, ..v1::ReportResponse::default() }))
+        let superseded = std::mem::take(&mut state.superseded);
+        let snapshot_wanted = std::mem::take(&mut state.snapshot_wanted);
+        Ok(Response::new(v1::ReportResponse { acked, superseded, snapshot_wanted }))
     }
 }
 

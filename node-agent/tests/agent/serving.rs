@@ -55,12 +55,12 @@ async fn story() {
     let serving = gateway.serve(&identity, "127.0.0.1:8443").await;
     enrol(&dir, &serving).await;
 
+    a_taken_port_is_said_and_nothing_stays(&dir);
     let mut run = start_run(&dir);
     let took = eventually("the empty snapshot is acknowledged", SECONDS, || gateway.state().is_acknowledged()).await;
     println!("first acknowledgement after start: {took:?}");
 
     let server_key: [u8; 32] = gateway.state().enrolled.as_ref().unwrap().1.wireguard_public_key.as_ref().try_into().unwrap();
-    let _client = start_client(&server_key);
     let mut activations = Vec::new();
     for n in 0..50 {
         let began = Instant::now();
@@ -73,15 +73,16 @@ async fn story() {
     gateway.change(&[], vec![peer(client_public(), 2)]).await;
     eventually("the client is acknowledged", SECONDS, || gateway.state().is_acknowledged()).await;
 
-    sh("for t in 203.0.113.1 2001:db8:9::1; do ip netns exec client ping -n -W 1 -c 2 -i 0.2 $t; done; ip -n client addr; ip -n client route; ip addr; ip route; nft list ruleset; cat /proc/sys/net/ipv4/ip_forward; wg show; ip netns exec client wg show; true");
+    let _client = start_client(&server_key);
     assert!(ping("203.0.113.1", 3) && ping("2001:db8:9::1", 3), "both families go through the tunnel");
-    assert!(!ping("10.8.0.102", 1) && !ping("192.0.2.1", 0), "peers and the host are out of reach");
-    // Three echoes of each family: 3 × (84 + 104) each way; the isolated one is not billed.
+    assert!(!ping("10.8.0.102", 1) && !ping("203.0.113.254", 1), "peers and the host are out of reach");
+    // Three echoes of each family are 3 × (84 + 104) each way. The echo to the server's own address is a packet that the
+    // engine carried (84 more) and the firewall dropped; the one to another peer was not carried.
     let billed = |rx: u64, tx: u64| {
         let state = gateway.state();
         state.ledger.iter().any(|((device, _), usage)| device == &[2; 16] && (usage.rx_bytes, usage.tx_bytes) == (rx, tx))
     };
-    eventually("the exact bytes are billed", SECONDS, || billed(564, 564)).await;
+    eventually("the exact bytes are billed", SECONDS, || billed(648, 564)).await;
 
     // A wrong change is refused with its reason, and the state goes on.
     let mut wrong = peer([9; 32], 9);
@@ -91,6 +92,17 @@ async fn story() {
     eventually("the wrong change is refused", SECONDS, refused).await;
     gateway.change(&[&[9; 32]], vec![]).await;
     eventually("the repaired state is acknowledged", SECONDS, || gateway.state().is_acknowledged()).await;
+
+    // The control plane wants a snapshot, or finds another session: both end in the same state.
+    let watches = || gateway.state().watches.len();
+    let before = watches();
+    gateway.state().snapshot_wanted = true;
+    let forgot = || gateway.state().watches.get(before).is_some_and(|watch| watch.have.is_none());
+    eventually("the agent asks for everything", SECONDS, forgot).await;
+    gateway.state().superseded = true;
+    eventually("the agent watches again", SECONDS, || watches() > before + 1).await;
+    eventually("the state is acknowledged again", SECONDS, || gateway.state().is_acknowledged()).await;
+    assert!(ping("203.0.113.1", 1), "no tunnel was lost by it");
 
     // The tunnel process is killed: it comes back with its peers and goes on counting.
     let pid = tunnel_pid(&dir);
@@ -124,25 +136,34 @@ async fn story() {
     // The control plane is back: nothing was lost, nothing counted twice.
     let serving = gateway.serve(&identity, "127.0.0.1:8443").await;
     eventually("the server is back", SECONDS, || gateway.state().watches.last().is_some_and(|w| w.have.is_some()) && gateway.state().is_acknowledged()).await;
-    let client = client_public();
-    let before = kernel_independent_count();
+    let before = engine_count();
     eventually("all bytes are billed", SECONDS, || billed(before.0, before.1)).await;
 
     // Removal: traffic stops, the final counters are those that were billed.
-    gateway.change(&[&client], vec![]).await;
+    gateway.change(&[&client_public()], vec![]).await;
     eventually("the removal is acknowledged", SECONDS, || gateway.state().is_acknowledged()).await;
     assert!(!ping("203.0.113.1", 1), "a removed peer has no tunnel");
     assert!(billed(before.0, before.1));
     eventually("the journal is taken over", SECONDS, || std::fs::metadata(dir.join("closed.journal")).unwrap().len() == 0).await;
 
     stop(run);
-    assert_eq!(uapi("get=1\n\n").is_some(), true, "the tunnel stays after SIGTERM");
+    assert!(uapi("get=1\n\n").is_some(), "the tunnel stays after SIGTERM");
     kill("-TERM", tunnel_pid(&dir));
     drop(serving);
 }
 
+/// The server's port belongs to somebody else: one sentence, and neither process nor interface is left.
+fn a_taken_port_is_said_and_nothing_stays(dir: &Path) {
+    let _taken = std::net::UdpSocket::bind("0.0.0.0:51820").unwrap();
+    let output = agent().args(["run", "--metrics-listen", "off", "--state-dir"]).arg(dir).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success());
+    assert!(said.lines().last().unwrap().contains("UDP port 51820 is taken"), "{said}");
+    assert!(uapi("get=1\n\n").is_none() && !Path::new("/sys/class/net/cv0").exists() && !Path::new("/proc/sys/net/ipv4/conf/cv0").exists());
+}
+
 /// What the engine counted for the client: inner bytes from and to it.
-fn kernel_independent_count() -> (u64, u64) {
+fn engine_count() -> (u64, u64) {
     let text = uapi("get=1\n\n").unwrap();
     let key = format!("public_key={}", hex::encode(client_public()));
     let part = text.split(&key).nth(1).unwrap().split("public_key=").next().unwrap();
@@ -220,13 +241,11 @@ impl Drop for Killed {
     }
 }
 
-/// Whether `count` echoes come back; 0 means that one is tried from the tunnel's address, to the server itself.
+/// Whether `count` echoes come back.
 fn ping(target: &str, count: u32) -> bool {
-    let source = if count == 0 { vec!["-I", "10.8.0.2"] } else { vec![] };
-    let count = count.max(1).to_string();
+    let count = count.to_string();
     Command::new("ip")
         .args(["netns", "exec", "client", "ping", "-n", "-q", "-i", "0.1", "-W", "1", "-c", &count])
-        .args(source)
         .arg(target)
         .stdout(Stdio::null())
         .status()

@@ -27,7 +27,7 @@ use anyhow::{Context, Result, bail};
 pub use folder::binary;
 pub use machine::Machine;
 pub use process::{Process, Signal};
-pub use wait::{eventually, eventually_some, quiescent};
+pub use wait::{eventually, eventually_some, promptly, quiescent};
 
 /// Where the lab's HTTP server answers.
 pub const HTTP_V4: &str = "198.51.100.10";

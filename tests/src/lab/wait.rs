@@ -5,9 +5,24 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 
 const PAUSE: Duration = Duration::from_millis(20);
+const SHORT_PAUSE: Duration = Duration::from_micros(100);
 
 /// Repeats `check` until it answers or `seconds` have passed; then fails with what was awaited and the last error.
-pub fn eventually<T>(what: &str, seconds: u64, mut check: impl FnMut() -> Result<T>) -> Result<T> {
+pub fn eventually<T>(what: &str, seconds: u64, check: impl FnMut() -> Result<T>) -> Result<T> {
+    repeat(what, seconds, PAUSE, check)
+}
+
+/// As `eventually`, for a moment that is to be measured.
+pub fn promptly<T>(what: &str, seconds: u64, check: impl FnMut() -> Result<T>) -> Result<T> {
+    repeat(what, seconds, SHORT_PAUSE, check)
+}
+
+fn repeat<T>(
+    what: &str,
+    seconds: u64,
+    pause: Duration,
+    mut check: impl FnMut() -> Result<T>,
+) -> Result<T> {
     let deadline = Instant::now() + Duration::from_secs(seconds);
     loop {
         match check() {
@@ -15,7 +30,7 @@ pub fn eventually<T>(what: &str, seconds: u64, mut check: impl FnMut() -> Result
             Err(error) if Instant::now() >= deadline => {
                 return Err(anyhow!("not within {seconds} s: {what}; last: {error:#}"));
             }
-            Err(_) => std::thread::sleep(PAUSE),
+            Err(_) => std::thread::sleep(pause),
         }
     }
 }

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::lab::{Addresses, HTTP_V4, HTTP_V6, Lab, Machine, Network, Process, Signal, eventually};
+use crate::lab::{
+    Addresses, HTTP_V4, HTTP_V6, Lab, Machine, Network, Process, Signal, eventually, promptly,
+};
 
 const INTERFACE: &str = "cvault";
-const FLAG_UP: u32 = 1;
 
 pub struct Client {
     pub addresses: Addresses,
@@ -25,7 +26,7 @@ pub struct Client {
 pub struct Up {
     /// All of `wg-quick up`.
     pub wg_quick: Duration,
-    /// From the moment the interface was switched on to the end of the first handshake.
+    /// From the moment the client was told its peer to the end of the first handshake.
     pub handshake: Duration,
 }
 
@@ -100,14 +101,21 @@ impl Client {
             .stderr(Stdio::piped())
             .spawn()
             .context("run wg-quick")?;
-        let switched_on = eventually("the interface is switched on", 15, || {
+        // wireguard-go begins the handshake as soon as it is told its peer.
+        let mut without_peer = SystemTime::now();
+        promptly("the peer is configured", 15, || {
             if let Some(status) = wg_quick.try_wait()?
                 && !status.success()
             {
-                return Ok(Err(anyhow!("wg-quick failed")));
+                return Ok(());
             }
-            self.is_on().map(Ok)
-        })??;
+            let now = SystemTime::now();
+            if uapi(&self.machine, INTERFACE, "get=1\n\n")?.contains("public_key=") {
+                return Ok(());
+            }
+            without_peer = now;
+            bail!("no peer yet")
+        })?;
         let output = wg_quick.wait_with_output()?;
         if !output.status.success() {
             bail!("wg-quick up: {}", String::from_utf8_lossy(&output.stderr));
@@ -119,7 +127,7 @@ impl Client {
         })?;
         Ok(Up {
             wg_quick,
-            handshake: shaken.duration_since(switched_on).unwrap_or_default(),
+            handshake: shaken.duration_since(without_peer).unwrap_or_default(),
         })
     }
 
@@ -141,18 +149,6 @@ impl Client {
         let since = Duration::from_secs(figure("last_handshake_time_sec"))
             + Duration::from_nanos(figure("last_handshake_time_nsec"));
         Ok((!since.is_zero()).then(|| UNIX_EPOCH + since))
-    }
-
-    fn is_on(&self) -> Result<SystemTime> {
-        let flags = std::fs::read_to_string(
-            self.machine
-                .path(&format!("/sys/class/net/{INTERFACE}/flags")),
-        )?;
-        let flags = u32::from_str_radix(flags.trim().trim_start_matches("0x"), 16)?;
-        if flags & FLAG_UP == 0 {
-            bail!("the interface is down");
-        }
-        Ok(SystemTime::now())
     }
 
     /// The address the internet sees, by IPv4.

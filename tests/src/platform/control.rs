@@ -121,18 +121,20 @@ impl Control {
     pub fn sql(&self, query: &str) -> Result<String> {
         let socket = self.data_dir.join("run");
         let port = socket_port(&socket)?;
-        let owner = self.machine.sh(&format!(
-            "stat -c %U {}",
-            self.data_dir.join("pg").display()
-        ))?;
-        let program = psql_program()?;
-        let mut command = self.machine.command("runuser");
+        let mut command = self.machine.command(psql_program()?.as_str());
         command
-            .args(["-u", owner.trim(), "--"])
-            .arg(program)
-            .args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-h"])
+            .args([
+                "-XAtq",
+                "-v",
+                "ON_ERROR_STOP=1",
+                "-U",
+                "postgres",
+                "-d",
+                "cvault",
+            ])
+            .arg("-h")
             .arg(&socket)
-            .args(["-p", &port, "-U", "postgres", "-d", "cvault", "-c", query]);
+            .args(["-p", &port, "-c", query]);
         Ok(self.machine.finish("psql", command)?.trim().to_owned())
     }
 

@@ -80,18 +80,18 @@ pub fn metering(platform: &Platform, server: &Server, bytes: u64) -> Result<Acco
     let user = platform.user(&tenant, "meter@example.com")?;
     let device = platform.device(&user, "meter")?;
     let client = platform.client(240)?;
-    let before = server.counters()?;
+    let before = server.counters_on_wire()?;
     client.up(&device.config)?;
     client.download(bytes)?;
     client.upload(bytes)?;
     client.silence()?;
     let billed = platform.bill_where(&tenant, |billed| {
-        billed.check_against(server.counters()? - before, client.counters()?)
+        billed.check_against(server.counters_on_wire()? - before, client.counters()?)
     })?;
     let account = Account {
         billed,
         client: client.counters()?,
-        server: server.counters()? - before,
+        server: server.counters_on_wire()? - before,
     };
     client.down()?;
     Ok(account)

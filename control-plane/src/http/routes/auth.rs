@@ -6,6 +6,7 @@ use cvault_types::auth::{LoginRequest, RefreshRequest, RegisterRequest, TokenRes
 use cvault_types::problem::ProblemBody;
 use cvault_types::{ErrorCode, Secret, UserId};
 use axum::extract::State;
+use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use rand::SeedableRng;
 use utoipa_axum::router::OpenApiRouter;
@@ -18,6 +19,7 @@ use crate::auth::passwords::PasswordError;
 use crate::auth::refresh::{self, Family, Taken};
 use crate::auth::tokens::{self, ClientToken};
 use crate::db::DbError;
+use crate::http::idempotency::{self, Claim};
 use crate::http::serve::Peer;
 use crate::http::{Json, Problem, TenantKey};
 use crate::tenancy::TenantTx;
@@ -29,6 +31,7 @@ pub fn router() -> OpenApiRouter<App> {
 
 /// Register a user.
 #[utoipa::path(post, path = "/api/v1/auth/register", tag = "auth", security(("api_key" = [], "api_secret" = [])),
+    params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
     request_body = RegisterRequest,
     responses((status = 201, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn register(
@@ -36,33 +39,53 @@ async fn register(
     key: TenantKey,
     peer: Peer,
     Json(body): Json<RegisterRequest>,
-) -> Result<(StatusCode, Json<TokenResponse>), Problem> {
+) -> Result<Response, Problem> {
     let (email, password) = checked(&body)?;
     let event = Attempt { kind: AuthKind::Register, key, client_ip: peer.ip() };
-    let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    // before the costly hash; asked again under the lock
-    let taken = users::email_exists(&mut tx, &email).await?;
-    tx.commit().await?;
-    if taken {
-        event.note(&app, Outcome::Failure, None).await?;
-        return Err(email_taken());
+    if let Some(replay) = before_hashing(&app, event, &email).await? {
+        return Ok(replay);
     }
     let hash = app.passwords.hash(password).await?;
-    let now = app.clock.now();
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    match users::register(&mut tx, &email, &hash, now).await {
+    let place = match idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await? {
+        Claim::Proceed(place) => place,
+        Claim::Replay(response) => {
+            tx.commit().await?;
+            return Ok(response);
+        }
+    };
+    match users::register(&mut tx, &email, &hash, app.clock.now()).await {
         Ok(user) => {
             events::record(&mut tx, event.row(Outcome::Success, Some(user))).await?;
             let answer = open_session(&app, &mut tx, Family::begin(user)).await?;
+            idempotency::keep(&mut tx, &app.keys, place, StatusCode::CREATED, &answer).await?;
             tx.commit().await?;
-            Ok((StatusCode::CREATED, Json(answer)))
+            Ok((StatusCode::CREATED, Json(answer)).into_response())
         }
         Err(error) => {
-            events::record(&mut tx, event.row(Outcome::Failure, None)).await?;
-            tx.commit().await?;
+            tx.rollback().await?;
+            event.note(&app, Outcome::Failure, None).await?;
             Err(error.into())
         }
     }
+}
+
+/// What can be answered without the costly hash: a replay, or an address that is taken. Both are asked again later,
+/// under the lock.
+async fn before_hashing(app: &App, event: Attempt, email: &Email) -> Result<Option<Response>, Problem> {
+    let mut tx = app.db.tenancy.begin(event.key.tenant).await?;
+    let claim = idempotency::claim(&mut tx, &app.keys, event.key.api_key_id.to_string()).await?;
+    let taken = users::email_exists(&mut tx, email).await?;
+    // the claim is given back: hashing takes a fifth of a second, and no transaction waits for it
+    tx.rollback().await?;
+    if let Claim::Replay(response) = claim {
+        return Ok(Some(response));
+    }
+    if taken {
+        event.note(app, Outcome::Failure, None).await?;
+        return Err(email_taken());
+    }
+    Ok(None)
 }
 
 /// Log a user in.
@@ -127,10 +150,9 @@ async fn refresh_tokens(
     events::record(&mut tx, event.row(outcome, family.map(|family| family.user))).await?;
     // the revocation of the family has to last
     tx.commit().await?;
-    Err(match code {
-        ErrorCode::TokenExpired => Problem::new(code).detail("The refresh token has expired. Log in again."),
-        _ => Problem::new(code),
-    })
+    let problem = Problem::new(code);
+    let expired = code == ErrorCode::TokenExpired;
+    Err(if expired { problem.detail("The refresh token has expired. Log in again.") } else { problem })
 }
 
 /// End a login: its refresh tokens stop working.

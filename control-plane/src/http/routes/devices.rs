@@ -24,9 +24,11 @@ use crate::devices::{
     self, ClientDefaults, ConfigError, ConfigKey, DeviceName, Fault, NewDevice, Platform, PublicKey, RegisterError,
     Registered, RevokeError, is_region, render_config,
 };
+use crate::http::idempotency::{self, Claim};
 use crate::http::{Caller, Json, Path, Problem, Query, cursor};
 use crate::ipam::Addresses;
 use crate::servers::{self, Server};
+use crate::tenancy::TenantTx;
 
 /// How long `?wait=active` waits when `Prefer` does not say.
 const DEFAULT_WAIT: Duration = Duration::from_secs(5);
@@ -63,6 +65,7 @@ struct ListQuery {
 /// acknowledged the device, as long as five seconds or what `Prefer` says.
 #[utoipa::path(post, path = "/api/v1/devices", tag = "devices", security(("api_key" = [], "user_token" = [])),
     params(("wait" = Option<String>, Query, description = "`active`: answer when the server has acknowledged."),
+           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer."),
            ("Prefer" = Option<String>, Header, description = "`wait=SECONDS`, at most 30 (RFC 7240).")),
     request_body = RegisterDevice,
     responses((status = 201, body = RegisteredDevice),
@@ -77,15 +80,16 @@ async fn register(
     Query(query): Query<RegisterQuery>,
     headers: HeaderMap,
     Json(body): Json<RegisterDevice>,
-) -> Result<(StatusCode, Json<RegisteredDevice>), Problem> {
+) -> Result<Response, Problem> {
     let arrived = Instant::now();
     let new = parse(body)?;
     let wait = preferred_wait(&headers).or(query.wait.map(|Wait::Active| DEFAULT_WAIT));
-    let mut rng = StdRng::from_os_rng();
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
-    let work =
-        devices::register(&mut tx, &app.keys, caller.user, new, app.clock.now(), &mut rng, caller.request_id).await;
-    let device = tx.finish(work).await?;
+    let work = register_once(&app, &mut tx, caller, new).await;
+    let device = match tx.finish(work).await? {
+        Once::First(device) => device,
+        Once::Replay(response) => return Ok(response),
+    };
     app.nodes.server_changed(device.server.id);
     let active = match wait {
         Some(wait) => {
@@ -97,7 +101,25 @@ async fn register(
         None => false,
     };
     let activation_ms = active.then(|| u64::try_from(arrived.elapsed().as_millis()).unwrap_or(u64::MAX));
-    Ok((StatusCode::CREATED, Json(registered(&app, &device, activation_ms)?)))
+    Ok((StatusCode::CREATED, Json(registered(&app, &device, activation_ms)?)).into_response())
+}
+
+/// A registration, or the answer of the one that an earlier request with the same `Idempotency-Key` made.
+enum Once {
+    First(Box<Registered>),
+    Replay(Response),
+}
+
+async fn register_once(app: &App, tx: &mut TenantTx, caller: Caller, new: NewDevice) -> Result<Once, Problem> {
+    let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
+        Claim::Proceed(place) => place,
+        Claim::Replay(response) => return Ok(Once::Replay(response)),
+    };
+    let mut rng = StdRng::from_os_rng();
+    let now = app.clock.now();
+    let device = devices::register(tx, &app.keys, caller.user, new, now, &mut rng, caller.request_id).await?;
+    idempotency::keep(tx, &app.keys, place, StatusCode::CREATED, &registered(app, &device, None)?).await?;
+    Ok(Once::First(Box::new(device)))
 }
 
 fn registered(app: &App, device: &Registered, activation_ms: Option<u64>) -> Result<RegisteredDevice, Problem> {

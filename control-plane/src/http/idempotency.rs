@@ -1,0 +1,131 @@
+//! `Idempotency-Key`: a retried write happens once. The key, a fingerprint of the request and the sealed answer are
+//! stored in the business transaction itself, so that either all of it happened or nothing.
+//!
+//! A second request with the same key waits for the first one's transaction (the unique index makes it), then gets its
+//! answer. Only successes are kept: a refusal changed nothing, and is decided anew.
+
+use axum::response::{IntoResponse, Response};
+use cvault_types::ErrorCode;
+use http::header::CONTENT_TYPE;
+use http::{HeaderName, HeaderValue, StatusCode};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use uuid::Uuid;
+
+use super::{Problem, context};
+use crate::db::DbError;
+use crate::keys::{Aad, KeyRing};
+use crate::tenancy::TenantTx;
+
+const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
+
+/// What a request's key turned out to be.
+#[derive(Debug)]
+pub enum Claim {
+    /// There is no key, or it is new: do the work, then [`keep`] the answer.
+    Proceed(Option<Place>),
+    /// The work was done: this was its answer.
+    Replay(Response),
+}
+
+/// Where the answer will be kept.
+#[derive(Debug)]
+pub struct Place {
+    principal: String,
+    key: String,
+}
+
+/// Looks at the request's key and claims it for the transaction. `principal` is who calls: a user or an API key.
+///
+/// # Errors
+/// `IDEMPOTENCY_KEY_REUSED` when the key came with another request before; `VALIDATION_FAILED` for a malformed one.
+pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Result<Claim, Problem> {
+    let Some(request) = context::idempotency() else { return Ok(Claim::Proceed(None)) };
+    let key = request.key.ok_or_else(|| {
+        Problem::validation().field("Idempotency-Key", "invalid_format", "must be one header of 1 to 255 visible characters")
+    })?;
+    let tenant = tx.tenant().uuid();
+    // a key older than 24 hours is as good as new
+    let claimed = sqlx::query!(
+        "insert into cvault.idempotency_keys as k (tenant_id, principal, key, fingerprint) values ($1, $2, $3, $4)
+         on conflict on constraint idempotency_keys_pkey do update
+             set fingerprint = excluded.fingerprint, status = null, response_sealed = null, created_at = now()
+             where k.created_at < now() - interval '24 hours'",
+        tenant,
+        principal,
+        key,
+        request.fingerprint.as_slice()
+    )
+    .execute(tx.conn())
+    .await
+    .map_err(DbError::from)?;
+    let place = Place { principal, key };
+    if claimed.rows_affected() == 1 {
+        return Ok(Claim::Proceed(Some(place)));
+    }
+    let row = sqlx::query!(
+        "select k.fingerprint, k.status, k.response_sealed, t.data_key_sealed
+         from cvault.idempotency_keys k join cvault.tenants t using (tenant_id)
+         where k.tenant_id = $1 and k.principal = $2 and k.key = $3",
+        tenant,
+        place.principal,
+        place.key
+    )
+    .fetch_one(tx.conn())
+    .await
+    .map_err(DbError::from)?;
+    if row.fingerprint != request.fingerprint {
+        return Err(Problem::new(ErrorCode::IdempotencyKeyReused)
+            .detail("This Idempotency-Key came with another request before. Use a new key for each new request."));
+    }
+    let (Some(status), Some(sealed), Some(data_key)) = (row.status, row.response_sealed, row.data_key_sealed) else {
+        return Err(Problem::new(ErrorCode::IdempotencyKeyInUse).retry_after(1));
+    };
+    let body = keys.open(&data_key, place.aad(tx), &sealed).map_err(|error| Problem::internal(&error))?;
+    let status = u16::try_from(status).ok().and_then(|code| StatusCode::from_u16(code).ok()).unwrap_or(StatusCode::OK);
+    let headers = [(CONTENT_TYPE, HeaderValue::from_static("application/json")), (REPLAYED, HeaderValue::from_static("true"))];
+    Ok(Claim::Replay((status, headers, body.to_vec()).into_response()))
+}
+
+/// Keeps the answer beside the work, sealed with the tenant's data key: it may hold tokens and private keys.
+///
+/// # Errors
+/// Those of the database and the keys.
+pub async fn keep(
+    tx: &mut TenantTx,
+    keys: &KeyRing,
+    place: Option<Place>,
+    status: StatusCode,
+    answer: &impl Serialize,
+) -> Result<(), Problem> {
+    let Some(place) = place else { return Ok(()) };
+    let tenant = tx.tenant().uuid();
+    let data_key = sqlx::query_scalar!("select data_key_sealed from cvault.tenants where tenant_id = $1", tenant)
+        .fetch_one(tx.conn())
+        .await
+        .map_err(DbError::from)?
+        .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
+    let body = zeroize::Zeroizing::new(serde_json::to_vec(answer).map_err(|error| Problem::internal(&error))?);
+    let sealed = keys.seal(&data_key, place.aad(tx), &body).map_err(|error| Problem::internal(&error))?;
+    sqlx::query!(
+        "update cvault.idempotency_keys set status = $4, response_sealed = $5
+         where tenant_id = $1 and principal = $2 and key = $3",
+        tenant,
+        place.principal,
+        place.key,
+        i16::try_from(status.as_u16()).unwrap_or(200),
+        sealed
+    )
+    .execute(tx.conn())
+    .await
+    .map_err(DbError::from)?;
+    Ok(())
+}
+
+impl Place {
+    fn aad(&self, tx: &TenantTx) -> Aad {
+        let digest = Sha256::new().chain_update(&self.principal).chain_update([0]).chain_update(&self.key).finalize();
+        let row = Uuid::from_slice(&digest[..16]).expect("16 bytes make a UUID");
+        Aad { table: "idempotency_keys", column: "response_sealed", tenant: tx.tenant(), row }
+    }
+}

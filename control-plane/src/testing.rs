@@ -1,0 +1,149 @@
+//! A platform of its own for each test: migrated database, tenants with users, servers that have enrolled.
+
+use cvault_types::{RequestId, ServerId, TenantId, UserId};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use sqlx::{Connection, PgConnection};
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+use crate::app::App;
+use crate::config::{Config, Overrides};
+use crate::devices::{self, DeviceName, NewDevice, RegisterError, Registered};
+use crate::ipam::{self, NewPool};
+use crate::keys::KeyRing;
+use crate::postgres::scratch::ScratchDatabase;
+use crate::serve;
+use crate::servers::{self, NewServer};
+
+pub(crate) struct World {
+    pub(crate) app: App,
+    pub(crate) database: ScratchDatabase,
+}
+
+/// A tenant and one of its users.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Person {
+    pub(crate) tenant: TenantId,
+    pub(crate) user: UserId,
+}
+
+impl World {
+    pub(crate) async fn new() -> Self {
+        let database = ScratchDatabase::create().await.unwrap();
+        let config = Config::from_env(&|_| None, &Overrides::default()).unwrap();
+        let keys = KeyRing::single(Zeroizing::new([7; 32]));
+        let app = serve::open(config, &database.config(), keys).await.unwrap();
+        Self { app, database }
+    }
+
+    /// Past every policy.
+    pub(crate) async fn superuser(&self) -> PgConnection {
+        PgConnection::connect_with(&self.database.superuser()).await.unwrap()
+    }
+
+    pub(crate) async fn person(&self) -> Person {
+        let (tenant, user) = (TenantId::from_uuid(Uuid::now_v7()), UserId::from_uuid(Uuid::now_v7()));
+        let key = self.app.keys.new_data_key(tenant, &mut StdRng::from_os_rng());
+        let mut tx = self.app.db.tenancy.begin(tenant).await.unwrap();
+        sqlx::query!(
+            "insert into cvault.tenants (tenant_id, name, max_devices_per_user, data_key_version, data_key_sealed)
+             values ($1, 'T', 1000, $2, $3)",
+            tenant.uuid(),
+            key.kek_version,
+            key.sealed
+        )
+        .execute(tx.conn())
+        .await
+        .unwrap();
+        sqlx::query!(
+            "insert into cvault.users (tenant_id, user_id, email) values ($1, $2, 'somebody@example.com')",
+            tenant.uuid(),
+            user.uuid()
+        )
+        .execute(tx.conn())
+        .await
+        .unwrap();
+        tx.commit().await.unwrap();
+        Person { tenant, user }
+    }
+
+    pub(crate) async fn pool(&self, name: &str, ipv4: &str, ipv6: &str, quarantine_seconds: u32) {
+        let pool = NewPool {
+            name: name.to_owned(),
+            ipv4: ipv4.parse().unwrap(),
+            ipv6: ipv6.parse().unwrap(),
+            quarantine_seconds,
+        };
+        ipam::create_pool(&self.app.db.sys, &pool).await.unwrap();
+    }
+
+    /// A server that looks enrolled and alive.
+    pub(crate) async fn server(&self, name: &str, pool: &str, region: &str) -> ServerId {
+        let id = Uuid::now_v7();
+        let server = NewServer {
+            name: name.to_owned(),
+            region: region.to_owned(),
+            public_ip: std::net::Ipv6Addr::from_bits(id.as_u128()).into(),
+            endpoint_port: 51820,
+            pool: pool.to_owned(),
+            capacity: 65_000,
+        };
+        let id = servers::create_server(&self.app.db.sys, &server, &mut StdRng::from_os_rng()).await.unwrap();
+        let pin: [u8; 32] = rand::random();
+        sqlx::query!(
+            "update platform.servers set public_key = $2, identity_pin = $2, last_seen_at = now() where server_id = $1",
+            id.uuid(),
+            pin.as_slice()
+        )
+        .execute(&self.app.db.sys)
+        .await
+        .unwrap();
+        id
+    }
+
+    /// One pool, one server.
+    pub(crate) async fn with_server() -> (Self, ServerId) {
+        let world = Self::new().await;
+        world.pool("default", "10.8.0.0/16", "fd00:cafe::/64", 0).await;
+        let server = world.server("s1", "default", "lab-1").await;
+        (world, server)
+    }
+
+    pub(crate) async fn register(&self, person: Person, name: &str) -> Result<Registered, RegisterError> {
+        let new = NewDevice {
+            name: DeviceName::parse(name).unwrap(),
+            platform: None,
+            public_key: None,
+            region: None,
+        };
+        let mut rng = StdRng::from_os_rng();
+        let now = self.app.clock.now();
+        let mut tx = self.app.db.tenancy.begin(person.tenant).await?;
+        let work = devices::register(&mut tx, &self.app.keys, person.user, new, now, &mut rng, request_id()).await;
+        tx.finish(work).await
+    }
+
+    pub(crate) async fn revoke(&self, person: Person, device: cvault_types::DeviceId) -> devices::Revoked {
+        let mut tx = self.app.db.tenancy.begin(person.tenant).await.unwrap();
+        let work = devices::revoke(&mut tx, person.user, device, self.app.clock.now(), request_id()).await;
+        tx.finish(work).await.unwrap()
+    }
+}
+
+pub(crate) fn request_id() -> RequestId {
+    RequestId::from_uuid(Uuid::now_v7())
+}
+
+/// Asks until the answer is yes; fails at the deadline.
+pub(crate) async fn eventually(what: &str, within: std::time::Duration, mut check: impl AsyncFnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + within;
+    let mut pause = tokio::time::interval(std::time::Duration::from_millis(20));
+    loop {
+        pause.tick().await;
+        if check().await {
+            return;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "not in time: {what}");
+    }
+}

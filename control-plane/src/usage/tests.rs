@@ -1,0 +1,200 @@
+//! The ledger against a real database: nothing twice, nothing lost, nothing billed to the wrong tenant.
+
+use cvault_node_protocol::v1::{PeerUsage, UsageWindow};
+use cvault_types::{DeviceId, ServerId};
+use rand::seq::SliceRandom as _;
+use time::Duration;
+use uuid::Uuid;
+
+use super::*;
+use crate::db::Tx;
+use crate::sessions;
+use crate::testing::{Person, World};
+
+const EPOCH: Uuid = Uuid::from_u128(77);
+
+fn window(sequence: u64, device: DeviceId, generation: u64, rx: u64, tx: u64) -> UsageWindow {
+    UsageWindow {
+        counter_epoch: EPOCH.as_bytes().to_vec().into(),
+        sequence,
+        age_start_ms: 12_000,
+        age_end_ms: 2_000,
+        peers: vec![PeerUsage {
+            device_id: device.uuid().as_bytes().to_vec().into(),
+            generation,
+            rx_bytes: rx,
+            tx_bytes: tx,
+            rx_packets: rx / 100,
+            tx_packets: tx / 100,
+            handshake_age_ms: 5_000,
+        }],
+    }
+}
+
+async fn enter(world: &World, server: ServerId, windows: &[UsageWindow]) -> Ingested {
+    let mut tx = Tx::begin(&world.app.db.sys).await.unwrap();
+    let done = ingest(&mut tx, server, windows, world.app.clock.now()).await.unwrap();
+    tx.commit().await.unwrap();
+    done
+}
+
+async fn billed(world: &World, person: Person) -> Totals {
+    let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
+    let period = Period { from: world.app.clock.now() - Duration::hours(3), to: world.app.clock.now() + Duration::hours(1) };
+    let totals = totals(&mut tx, None, period).await.unwrap();
+    let days = days(&mut tx, None, period).await.unwrap();
+    assert_eq!(days.iter().map(|day| day.rx_bytes).sum::<i64>(), totals.rx_bytes);
+    assert_eq!(days.iter().map(|day| day.tx_bytes).sum::<i64>(), totals.tx_bytes);
+    tx.commit().await.unwrap();
+    totals
+}
+
+#[tokio::test]
+async fn windows_in_any_order_and_any_number_of_times_bill_the_greatest_value_once() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let device = world.register(person, "d").await.unwrap();
+    let mut windows: Vec<_> =
+        (1..=30u64).map(|n| window(n, device.id, device.revision, n * 1_000, n * 10_000)).collect();
+    windows.extend(windows.clone());
+    windows.shuffle(&mut rand::rng());
+    // some reports are rolled back after they were entered: their acknowledgement never leaves
+    let mut lost = Tx::begin(&world.app.db.sys).await.unwrap();
+    ingest(&mut lost, server, &windows[..10], world.app.clock.now()).await.unwrap();
+    drop(lost);
+    for chunk in windows.chunks(7) {
+        enter(&world, server, chunk).await;
+        enter(&world, server, chunk).await;
+    }
+    let totals = billed(&world, person).await;
+    assert_eq!((totals.rx_bytes, totals.tx_bytes), (30_000, 300_000));
+    assert_eq!((totals.active_users, totals.active_devices), (1, 1));
+    assert_eq!(verify_ledger(&world.app.db.sys).await.unwrap(), Verified { checked: 1, mismatches: 0 });
+    let mut superuser = world.superuser().await;
+    sqlx::query("update cvault.usage_hourly set rx_bytes = rx_bytes + 1").execute(&mut superuser).await.unwrap();
+    assert_eq!(verify_ledger(&world.app.db.sys).await.unwrap(), Verified { checked: 1, mismatches: 1 });
+}
+
+#[tokio::test]
+async fn a_restored_database_heals_itself_from_cumulative_values() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let device = world.register(person, "d").await.unwrap();
+    enter(&world, server, &[window(1, device.id, 1, 500, 50), window(2, device.id, 1, 900, 90)]).await;
+    // the state of an older backup
+    let mut superuser = world.superuser().await;
+    sqlx::raw_sql("truncate platform.usage_windows, platform.usage_counters, cvault.usage_hourly")
+        .execute(&mut superuser)
+        .await
+        .unwrap();
+    enter(&world, server, &[window(3, device.id, 1, 1_000, 100)]).await;
+    let totals = billed(&world, person).await;
+    assert_eq!((totals.rx_bytes, totals.tx_bytes), (1_000, 100));
+}
+
+#[tokio::test]
+async fn a_server_cannot_bill_a_device_that_was_never_placed_on_it() {
+    let (world, first) = World::with_server().await;
+    let person = world.person().await;
+    let device = world.register(person, "d").await.unwrap();
+    assert_eq!(device.server.id, first);
+    let other = world.server("s2", "default", "lab-2").await;
+    let done = enter(&world, other, &[window(1, device.id, 1, 4_000, 400)]).await;
+    assert_eq!((done.bytes, done.orphan_bytes), (0, 4_400));
+    let unknown = DeviceId::from_uuid(Uuid::now_v7());
+    enter(&world, first, &[window(1, unknown, 1, 7, 7)]).await;
+    assert_eq!(billed(&world, person).await, Totals::default());
+    assert_eq!(verify_ledger(&world.app.db.sys).await.unwrap(), Verified { checked: 2, mismatches: 0 });
+}
+
+#[tokio::test]
+async fn impossible_counters_are_refused_and_the_others_are_entered() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let device = world.register(person, "d").await.unwrap();
+    let done = enter(&world, server, &[window(1, device.id, 1, u64::MAX, 1), window(2, device.id, 1, 10, 1)]).await;
+    assert_eq!((done.implausible, done.bytes), (1, 11));
+}
+
+#[tokio::test]
+async fn bytes_counted_before_a_deletion_and_reported_after_it_are_billed() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let device = world.register(person, "d").await.unwrap();
+    enter(&world, server, &[window(1, device.id, 1, 100, 0)]).await;
+    world.revoke(person, device.id).await;
+    enter(&world, server, &[window(2, device.id, 1, 150, 0)]).await;
+    assert_eq!(billed(&world, person).await.rx_bytes, 150);
+}
+
+#[tokio::test]
+async fn a_handshake_opens_a_session_silence_and_disconnect_close_it() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let device = world.register(person, "d").await.unwrap();
+    enter(&world, server, &[window(1, device.id, 1, 1_000, 10)]).await;
+    let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
+    let open = sessions::open_sessions(&mut tx, person.user).await.unwrap();
+    assert_eq!(open.len(), 1);
+    assert_eq!((open[0].device, open[0].rx_bytes, open[0].tx_bytes), (device.id, 1_000, 10));
+    let found = crate::devices::find(&mut tx, person.user, device.id).await.unwrap().unwrap();
+    assert!(found.tunnel_up(world.app.clock.now()));
+    // hanging up: the old handshake must not open the next session
+    assert_eq!(sessions::close(&mut tx, device.id, world.app.clock.now()).await.unwrap(), Some(open[0].id));
+    tx.commit().await.unwrap();
+    enter(&world, server, &[window(2, device.id, 1, 1_100, 10)]).await;
+    let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
+    assert!(sessions::open_sessions(&mut tx, person.user).await.unwrap().is_empty());
+    tx.commit().await.unwrap();
+
+    let mut superuser = world.superuser().await;
+    let age = "update cvault.sessions set status = 'active', disconnected_at = null, connected_at = now() - interval '5 min',
+                      last_handshake_at = now() - interval '4 min'";
+    sqlx::query(age).execute(&mut superuser).await.unwrap();
+    assert_eq!(sessions::close_silent(&world.app.db.sys).await.unwrap(), 1);
+    let seconds: i32 = sqlx::query_scalar(
+        "select extract(epoch from disconnected_at - last_handshake_at)::integer from cvault.sessions",
+    )
+    .fetch_one(&mut superuser)
+    .await
+    .unwrap();
+    assert_eq!(seconds, 180);
+}
+
+#[tokio::test]
+async fn the_daily_table_says_what_the_hours_say() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let device = world.register(person, "d").await.unwrap();
+    enter(&world, server, &[window(1, device.id, 1, 1_000, 10)]).await;
+    refresh_daily(&world.app.db.sys).await.unwrap();
+    refresh_daily(&world.app.db.sys).await.unwrap();
+    let mut superuser = world.superuser().await;
+    let (rx, tx): (i64, i64) =
+        sqlx::query_as("select sum(rx_bytes)::bigint, sum(tx_bytes)::bigint from cvault.usage_daily")
+            .fetch_one(&mut superuser)
+            .await
+            .unwrap();
+    assert_eq!((rx, tx), (1_000, 10));
+}
+
+#[tokio::test]
+async fn the_audit_chain_holds_until_a_row_is_changed() {
+    let (world, _) = World::with_server().await;
+    let person = world.person().await;
+    for number in 0..5 {
+        world.register(person, &format!("d{number}")).await.unwrap();
+    }
+    let mut superuser = world.superuser().await;
+    sqlx::query("update cvault.audit_log set at = at - interval '1 minute'").execute(&mut superuser).await.unwrap();
+    assert_eq!(crate::audit::chain_new(&world.app.db.sys).await.unwrap(), 5);
+    assert_eq!(crate::audit::chain_new(&world.app.db.sys).await.unwrap(), 0);
+    let tenant = person.tenant.uuid();
+    assert_eq!(crate::audit::verify_chain(&world.app.db.sys, tenant).await.unwrap(), None);
+    sqlx::query("update cvault.audit_log set actor = 'somebody else' where chain_sequence = 3")
+        .execute(&mut superuser)
+        .await
+        .unwrap();
+    let broken = crate::audit::verify_chain(&world.app.db.sys, tenant).await.unwrap();
+    assert_eq!(broken, Some(crate::audit::Broken { sequence: 3 }));
+}

@@ -1,0 +1,286 @@
+//! Devices, connections, servers and usage, by the guide's calls.
+
+use cvault_control_plane::ipam::{self, NewPool};
+use cvault_control_plane::servers::{self, NewServer};
+use cvault_types::ServerId;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use serde_json::{Value, json};
+
+use crate::platform::{Call, Platform, Tenant};
+
+const CLIENTS_KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
+
+/// A platform with one live server in region `lab-1`.
+async fn platform() -> (Platform, ServerId) {
+    let platform = Platform::start().await;
+    let sys = &platform.app.db.sys;
+    let pool = NewPool {
+        name: "default".to_owned(),
+        ipv4: "10.8.0.0/16".parse().unwrap(),
+        ipv6: "fd00:cafe::/64".parse().unwrap(),
+        quarantine_seconds: 60,
+    };
+    ipam::create_pool(sys, &pool).await.unwrap();
+    let server = server(&platform, "s1", "lab-1", "203.0.113.10").await;
+    (platform, server)
+}
+
+async fn server(platform: &Platform, name: &str, region: &str, public_ip: &str) -> ServerId {
+    let sys = &platform.app.db.sys;
+    let server = NewServer {
+        name: name.to_owned(),
+        region: region.to_owned(),
+        public_ip: public_ip.parse().unwrap(),
+        endpoint_port: 51820,
+        pool: "default".to_owned(),
+        capacity: 100,
+    };
+    let id = servers::create_server(sys, &server, &mut StdRng::from_os_rng()).await.unwrap();
+    let key: [u8; 32] = rand::random();
+    sqlx::query("update platform.servers set public_key = $2, identity_pin = $2, last_seen_at = now() where server_id = $1")
+        .bind(id.uuid())
+        .bind(key.as_slice())
+        .execute(sys)
+        .await
+        .unwrap();
+    id
+}
+
+struct User<'a> {
+    platform: &'a Platform,
+    key: String,
+    token: String,
+}
+
+impl<'a> User<'a> {
+    async fn new(platform: &'a Platform, tenant: &Tenant, email: &str) -> Self {
+        let answer = platform.register(tenant, email).await;
+        Self { platform, key: tenant.key.clone(), token: answer.text("access_token") }
+    }
+
+    fn call(&self, method: &str, path: &str) -> Call<'a> {
+        let bearer = format!("Bearer {}", self.token);
+        self.platform.call(method, path).header("x-api-key", &self.key).header("authorization", &bearer)
+    }
+
+    async fn device(&self, body: Value) -> Value {
+        let answer = self.call("POST", "/api/v1/devices").json(&body).send().await;
+        assert_eq!(answer.status, 201, "{}", answer.text);
+        answer.body
+    }
+}
+
+#[tokio::test]
+async fn a_device_is_registered_listed_read_and_deleted() {
+    let (platform, server) = platform().await;
+    let tenant = platform.tenant().await;
+    let user = User::new(&platform, &tenant, "a@example.com").await;
+    let device = user.device(json!({"device_name": "MacBook Pro", "platform": "macos"})).await;
+    assert_eq!(device["assigned_ip"], "10.8.0.2");
+    assert_eq!(device["assigned_ipv6"], "fd00:cafe::2");
+    assert_eq!(device["status"], "pending");
+    assert!(device.get("activation_ms").is_none());
+    assert_eq!(device["server"]["id"], server.to_string());
+    let config = device["config"].as_str().unwrap();
+    assert!(config.contains("\nAddress = 10.8.0.2/32, fd00:cafe::2/128\n"), "{config}");
+    assert!(config.contains("\nEndpoint = 203.0.113.10:51820\n"), "{config}");
+    assert!(config.contains("\nAllowedIPs = 0.0.0.0/0, ::/0\n") && !config.contains("MacBook"), "{config}");
+
+    let path = format!("/api/v1/devices/{}", device["device_id"].as_str().unwrap());
+    let again = user.call("GET", &format!("{path}/config")).send().await;
+    assert_eq!((again.status.as_u16(), again.text.as_str()), (200, config));
+    assert_eq!(again.header("content-type"), "text/plain; charset=utf-8");
+    assert_eq!(again.header("cache-control"), "no-store");
+    let read = user.call("GET", &path).send().await.body;
+    assert_eq!((&read["device_name"], &read["platform"], &read["server_region"]), (&json!("MacBook Pro"), &json!("macos"), &json!("lab-1")));
+    assert_eq!(user.call("GET", "/api/v1/devices").send().await.body["data"], json!([read]));
+
+    let other = User::new(&platform, &tenant, "b@example.com").await;
+    let foreign = User::new(&platform, &platform.tenant().await, "a@example.com").await;
+    for stranger in [&other, &foreign] {
+        for (method, path) in [("GET", path.clone()), ("GET", format!("{path}/config")), ("DELETE", path.clone())] {
+            stranger.call(method, &path).refused(404, "NOT_FOUND").await;
+        }
+        let body = json!({"device_id": device["device_id"]});
+        stranger.call("POST", "/api/v1/vpn/connect").json(&body).refused(404, "NOT_FOUND").await;
+        stranger.call("POST", "/api/v1/vpn/disconnect").json(&body).refused(404, "NOT_FOUND").await;
+        assert_eq!(stranger.call("GET", "/api/v1/devices").send().await.body["data"], json!([]));
+    }
+    let deleted = user.call("DELETE", &path).send().await;
+    assert_eq!((deleted.status.as_u16(), deleted.text.as_str()), (204, ""));
+    user.call("DELETE", &path).refused(404, "NOT_FOUND").await;
+    user.call("GET", &path).refused(404, "NOT_FOUND").await;
+}
+
+#[tokio::test]
+async fn every_fault_of_a_registration_is_named_at_once() {
+    let (platform, _) = platform().await;
+    let user = User::new(&platform, &platform.tenant().await, "a@example.com").await;
+    let bad = json!({"device_name": "x\nPostUp = reboot", "platform": "Mac OS", "public_key": "AAAA", "server_region": "US East"});
+    let answer = user.call("POST", "/api/v1/devices").json(&bad).refused(422, "VALIDATION_FAILED").await;
+    assert_eq!(
+        answer.faults(),
+        ["/device_name invalid_format", "/platform invalid_format", "/public_key invalid_format", "/server_region invalid_format"]
+    );
+    let unknown = json!({"device_name": "x", "name": "y"});
+    user.call("POST", "/api/v1/devices").json(&unknown).refused(422, "VALIDATION_FAILED").await;
+    let good = json!({"device_name": "x"});
+    user.call("POST", "/api/v1/devices?wait=later").json(&good).refused(422, "VALIDATION_FAILED").await;
+    user.call("GET", "/api/v1/devices?limit=0").refused(422, "VALIDATION_FAILED").await;
+    user.call("GET", "/api/v1/devices?cursor=AAAA").refused(422, "VALIDATION_FAILED").await;
+    user.call("GET", "/api/v1/devices/usr_01kaz3r6e8f4s9w2v5m7n0q1tb").refused(404, "NOT_FOUND").await;
+    let nowhere = json!({"device_name": "x", "server_region": "mars-1"});
+    user.call("POST", "/api/v1/devices").json(&nowhere).refused(503, "SERVER_UNAVAILABLE").await;
+}
+
+#[tokio::test]
+async fn a_limit_and_a_key_in_use_have_their_own_answers() {
+    let (platform, _) = platform().await;
+    let tenant = platform.tenant_with(json!({"name": "Small", "max_devices_per_user": 2})).await;
+    let user = User::new(&platform, &tenant, "a@example.com").await;
+    let own_key = json!({"device_name": "x", "public_key": CLIENTS_KEY});
+    let device = user.device(own_key.clone()).await;
+    assert_eq!(device["public_key"], CLIENTS_KEY);
+    assert!(device["config"].as_str().unwrap().contains("PrivateKey = REPLACE_WITH_YOUR_PRIVATE_KEY\n"));
+    user.call("POST", "/api/v1/devices").json(&own_key).refused(409, "PUBLIC_KEY_IN_USE").await;
+    user.device(json!({"device_name": "y"})).await;
+    let full = user.call("POST", "/api/v1/devices").json(&json!({"device_name": "z"}));
+    let full = full.refused(403, "DEVICE_LIMIT_EXCEEDED").await;
+    assert_eq!(full.body["limit"], json!({"name": "devices_per_user", "max": 2, "used": 2, "resets_at": null}));
+    assert_eq!(full.body["detail"], "This user has 2 of 2 devices. Remove one or raise the limit.");
+}
+
+#[tokio::test]
+async fn pages_follow_each_other_without_gap_or_repetition() {
+    let (platform, _) = platform().await;
+    let tenant = platform.tenant().await;
+    let user = User::new(&platform, &tenant, "a@example.com").await;
+    for number in 0..5 {
+        user.device(json!({"device_name": format!("d{number}")})).await;
+    }
+    let (mut names, mut path) = (Vec::new(), "/api/v1/devices?limit=2".to_owned());
+    loop {
+        let page = user.call("GET", &path).send().await.body;
+        names.extend(page["data"].as_array().unwrap().iter().map(|device| device["device_name"].as_str().unwrap().to_owned()));
+        assert_eq!(page["has_more"] == true, page["next_cursor"].is_string());
+        let Some(cursor) = page["next_cursor"].as_str() else { break };
+        path = format!("/api/v1/devices?limit=2&cursor={cursor}");
+    }
+    assert_eq!(names, ["d0", "d1", "d2", "d3", "d4"]);
+    let page = user.call("GET", "/api/v1/devices?limit=2").send().await.body;
+    let other = User::new(&platform, &tenant, "b@example.com").await;
+    let path = format!("/api/v1/devices?cursor={}", page["next_cursor"].as_str().unwrap());
+    other.call("GET", &path).refused(422, "VALIDATION_FAILED").await;
+}
+
+#[tokio::test]
+async fn waiting_for_activation_ends_with_the_acknowledgement_or_the_time() {
+    let (platform, server) = platform().await;
+    let user = User::new(&platform, &platform.tenant().await, "a@example.com").await;
+    let body = json!({"device_name": "x"});
+    let call = user.call("POST", "/api/v1/devices").header("prefer", "respond-async, wait=0").json(&body);
+    let answer = call.send().await;
+    assert_eq!((answer.status.as_u16(), answer.text("status").as_str()), (201, "pending"));
+    // the server has acknowledged what is about to come
+    sqlx::query("update platform.servers set acked_revision = 1000 where server_id = $1")
+        .bind(server.uuid())
+        .execute(&platform.app.db.sys)
+        .await
+        .unwrap();
+    let answer = user.call("POST", "/api/v1/devices?wait=active").json(&body).send().await;
+    assert_eq!((answer.status.as_u16(), answer.text("status").as_str()), (201, "active"));
+    assert!(answer.body["activation_ms"].as_u64().unwrap() < 5_000);
+}
+
+#[tokio::test]
+async fn connect_status_and_disconnect_speak_the_guides_words() {
+    let (platform, first) = platform().await;
+    let user = User::new(&platform, &platform.tenant().await, "a@example.com").await;
+    let device = user.device(json!({"device_name": "x"})).await;
+    let id = &device["device_id"];
+    let status = user.call("GET", "/api/v1/vpn/status").send().await.body;
+    assert_eq!((&status["status"], &status["tunnel_up"]), (&json!("disconnected"), &json!(false)));
+
+    let connect = |body: Value| user.call("POST", "/api/v1/vpn/connect").json(&body);
+    let connected = connect(json!({"device_id": id})).send().await.body;
+    assert_eq!(connected["status"], "connected");
+    assert_eq!((&connected["server_ip"], &connected["server_port"]), (&json!("203.0.113.10"), &json!(51820)));
+    assert_eq!((&connected["config"], &connected["assigned_ip"]), (&device["config"], &device["assigned_ip"]));
+    let again = connect(json!({"device_id": id, "server_region": "lab-1"})).send().await.body;
+    assert_eq!(again["session_id"], connected["session_id"], "one session for each device");
+    let status = user.call("GET", "/api/v1/vpn/status").send().await.body;
+    assert_eq!(status["status"], "connected");
+    assert_eq!(status["devices"][0]["session"]["session_id"], connected["session_id"]);
+
+    connect(json!({"device_id": id, "server_region": "lab-2"})).refused(503, "SERVER_UNAVAILABLE").await;
+    let second = server(&platform, "s2", "lab-2", "203.0.113.11").await;
+    let moved = connect(json!({"device_id": id, "server_region": "lab-2"})).send().await.body;
+    assert_eq!((&moved["server_ip"], &moved["assigned_ip"]), (&json!("203.0.113.11"), &device["assigned_ip"]));
+    let placed: Vec<(uuid::Uuid, i64, i64)> =
+        sqlx::query_as("select server_id, revision, peer_count from platform.servers order by name")
+            .fetch_all(&platform.app.db.sys)
+            .await
+            .unwrap();
+    assert_eq!(placed, [(first.uuid(), 2, 0), (second.uuid(), 1, 1)]);
+
+    let disconnect = || user.call("POST", "/api/v1/vpn/disconnect").json(&json!({"device_id": id}));
+    let gone = disconnect().send().await.body;
+    assert_eq!((&gone["status"], &gone["session_id"]), (&json!("disconnected"), &connected["session_id"]));
+    let again = disconnect().send().await;
+    assert_eq!((again.status.as_u16(), again.text("status").as_str()), (200, "disconnected"));
+    assert!(again.body.get("session_id").is_none());
+}
+
+#[tokio::test]
+async fn servers_show_load_and_whether_they_take_devices() {
+    let (platform, id) = platform().await;
+    let user = User::new(&platform, &platform.tenant().await, "a@example.com").await;
+    user.device(json!({"device_name": "x"})).await;
+    let list = user.call("GET", "/api/v1/servers").send().await.body;
+    assert_eq!(list, json!({"servers": [{"id": id.to_string(), "name": "s1", "region": "lab-1", "load": 1, "available": true}]}));
+    sqlx::query("update platform.servers set last_seen_at = now() - interval '2 min'")
+        .execute(&platform.app.db.sys)
+        .await
+        .unwrap();
+    let list = user.call("GET", "/api/v1/servers").send().await.body;
+    assert_eq!(list["servers"][0]["available"], false);
+}
+
+#[tokio::test]
+async fn usage_is_the_tenants_own_for_its_backend_and_the_users_own_for_the_user() {
+    let (platform, _) = platform().await;
+    let tenant = platform.tenant_with(json!({"name": "T", "bandwidth_limit_gb": 500})).await;
+    let user = User::new(&platform, &tenant, "a@example.com").await;
+    let device = user.device(json!({"device_name": "x"})).await;
+    let id: cvault_types::DeviceId = device["device_id"].as_str().unwrap().parse().unwrap();
+    sqlx::query(
+        "insert into cvault.usage_hourly
+         select tenant_id, date_trunc('hour', now(), 'UTC'), device_id, user_id, server_id, 1500000000, 500000000
+         from cvault.devices where device_id = $1",
+    )
+    .bind(id.uuid())
+    .execute(&platform.app.db.sys)
+    .await
+    .unwrap();
+    let usage = platform.call("GET", "/api/v1/usage").backend(&tenant).send().await.body;
+    let period = &usage["current_period"];
+    assert_eq!((&period["bandwidth_gb"], &period["bandwidth_bytes"]), (&json!(2.0), &json!(2_000_000_000_i64)));
+    assert_eq!((&period["rx_bytes"], &period["tx_bytes"]), (&json!(1_500_000_000), &json!(500_000_000)));
+    assert_eq!((&period["active_users"], &period["connection_hours"]), (&json!(1), &json!(0.0)));
+    assert_eq!(usage["limits"]["bandwidth_limit_bytes"], json!(500_000_000_000_i64));
+    assert_eq!(usage["daily"][0]["rx_bytes"], json!(1_500_000_000));
+    assert_eq!(user.call("GET", "/api/v1/usage").send().await.body["current_period"]["rx_bytes"], json!(1_500_000_000));
+    let other = User::new(&platform, &tenant, "b@example.com").await;
+    assert_eq!(other.call("GET", "/api/v1/usage").send().await.body["current_period"]["rx_bytes"], json!(0));
+    let foreign = platform.tenant().await;
+    let usage = platform.call("GET", "/api/v1/usage").backend(&foreign).send().await.body;
+    assert_eq!((&usage["current_period"]["bandwidth_bytes"], &usage["daily"]), (&json!(0), &json!([])));
+
+    let empty = platform.call("GET", "/api/v1/usage?from=2020-01-01&to=2020-02-01").backend(&tenant).send().await;
+    assert_eq!(empty.body["current_period"]["bandwidth_bytes"], json!(0));
+    for query in ["from=yesterday", "from=2026-02-01&to=2026-01-01", "from=2000-01-01", "since=2026-01-01"] {
+        let call = platform.call("GET", &format!("/api/v1/usage?{query}")).backend(&tenant);
+        call.refused(422, "VALIDATION_FAILED").await;
+    }
+}

@@ -1,0 +1,130 @@
+//! What is told to the control plane: usage at every tick, the applied state at once; and what its answers mean.
+
+use cvault_node_protocol::v1;
+
+use super::{Agent, MAX_SILENCES, STATE_EVERY_TICKS, retry_instant};
+use crate::clock::Moment;
+use crate::desired::Cursor;
+use crate::metrics;
+use crate::report::{self, Lane, Reported};
+
+impl Agent {
+    pub(super) async fn on_tick(&mut self) {
+        self.reports.state_due |= self.ticks_since_state >= STATE_EVERY_TICKS;
+        self.ticks_since_state += 1;
+        self.read_counters().await;
+        self.report_usage().await;
+    }
+
+    pub(super) async fn read_counters(&mut self) {
+        let Some(saved) = self.saved.as_mut().filter(|saved| saved.desired.cursor().is_some()) else { return };
+        let pass = match tokio::task::block_in_place(|| self.meter.pass(Moment::now(), &saved.desired)) {
+            Ok(pass) => pass,
+            Err(error) => {
+                tracing::error!(error = crate::chain(&error), "usage could not be read; its counters go on");
+                return;
+            }
+        };
+        if pass.strangers > 0 {
+            metrics::strangers(pass.strangers);
+            tracing::warn!(count = pass.strangers, "counters of unknown devices are not billed");
+        }
+        if let Some(bytes) = pass.journal_bytes
+            && let Err(error) = self.engine.uapi().acknowledge_journal(bytes).await
+        {
+            tracing::debug!(%error, "the tunnel keeps its journal for now");
+        }
+        saved.desired.forget_retired(|life| pass.counted.contains(life));
+    }
+
+    pub(super) async fn report_usage(&mut self) {
+        let device = self.ask_tunnel().await;
+        if let Some(device) = &device {
+            metrics::tunnel(device, self.meter.spool.waiting_bytes());
+        }
+        let Some(session) = self.session.as_ref().filter(|_| !self.reports.is_busy(Lane::Usage)) else { return };
+        match self.meter.spool.next(Moment::now(), self.boot_id) {
+            Ok(windows) => {
+                let spool_bytes = self.meter.spool.waiting_bytes();
+                let health = report::health(self.started.elapsed(), self.engine.restarts, spool_bytes, device);
+                let request = v1::ReportRequest { windows, health: Some(health), ..v1::ReportRequest::default() };
+                self.reports.send(Lane::Usage, session, request);
+            }
+            Err(error) => tracing::error!(error = crate::chain(&error), "the usage spool cannot be read"),
+        }
+    }
+
+    /// The tunnel's own counts; a tunnel that stays silent is killed, and its end starts it anew.
+    async fn ask_tunnel(&mut self) -> Option<crate::uapi::DeviceStatus> {
+        if !self.engine.is_up() {
+            return None;
+        }
+        match self.engine.uapi().device().await {
+            Ok(device) => {
+                self.silences = 0;
+                self.engine.is_healthy();
+                Some(device)
+            }
+            Err(error) => {
+                self.silences += 1;
+                tracing::warn!(error = crate::chain(&error), silences = self.silences, "the tunnel does not answer");
+                if self.silences >= MAX_SILENCES {
+                    self.silences = 0;
+                    self.engine.kill();
+                }
+                None
+            }
+        }
+    }
+
+    /// Tells the applied state at once when there is something to tell and nothing in the way.
+    pub(super) fn report_state(&mut self) {
+        let free = self.reports.state_due && self.retry_at.is_none() && !self.reports.is_busy(Lane::State);
+        if !free || self.session.is_none() {
+            return;
+        }
+        if !self.sync_store() {
+            self.retry_at = Some(retry_instant());
+            return;
+        }
+        let applied = self.cursor().map(Cursor::to_wire);
+        if let Some(session) = &self.session {
+            self.reports.state_due = false;
+            self.ticks_since_state = 0;
+            self.reports.send(Lane::State, session, v1::ReportRequest { applied, ..v1::ReportRequest::default() });
+        }
+    }
+
+    pub(super) fn on_reported(&mut self, reported: Reported) {
+        let current = self.session.as_ref().is_some_and(|session| session.epoch == reported.session_epoch);
+        let answer = match reported.answer {
+            Ok(answer) => answer,
+            Err(status) => {
+                metrics::reported("failed");
+                tracing::warn!(code = %status.code(), said = status.message(), "a report failed");
+                if reported.lane == Lane::State {
+                    self.reports.state_due = true;
+                    self.retry_at = Some(retry_instant());
+                }
+                return;
+            }
+        };
+        metrics::reported("answered");
+        if let Err(error) = self.meter.spool.acknowledge(&answer.acked, Moment::now().wall_ms) {
+            tracing::error!(error = crate::chain(&error), "acknowledgements cannot be kept; their windows are told again");
+        }
+        if current && answer.superseded {
+            tracing::warn!("another session of this server's identity is newer: watching again");
+            self.reopen();
+        } else if current && answer.snapshot_wanted {
+            tracing::error!("the control plane finds other content at our revision: asking for a snapshot");
+            if let Some(saved) = &mut self.saved {
+                saved.desired.forget_cursor();
+            }
+            self.reopen();
+        } else if reported.lane == Lane::Usage && !answer.acked.is_empty() && self.meter.spool.has_unacknowledged() {
+            // More is waiting: do not wait for the next tick.
+            self.ticks.reset_immediately();
+        }
+    }
+}
