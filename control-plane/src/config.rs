@@ -25,21 +25,96 @@ pub struct Variable {
 
 /// Every variable the program reads.
 pub const VARIABLES: &[Variable] = &[
-    Variable { name: "DATABASE_URL", default: "", used_by: "serve, admin", meaning: "PostgreSQL as role `cvault_app`: `postgres://cvault_app:…@host/cvault`." },
-    Variable { name: "CVAULT_DATABASE_SYS_URL", default: "", used_by: "serve, admin", meaning: "The same database as role `cvault_sys`." },
-    Variable { name: "CVAULT_DATABASE_OWNER_URL", default: "", used_by: "migrate", meaning: "The same database as `cvault_owner`; at the first run as a role that may create roles." },
-    Variable { name: "CVAULT_KEK_FILE", default: "", used_by: "serve, admin", meaning: "File with the key-encryption key: 64 hexadecimal digits (32 bytes), or lines `VERSION:DIGITS` while keys are rotated. Not readable by others." },
-    Variable { name: "API_ENCRYPTION_KEY", default: "", used_by: "serve, admin", meaning: "The 64 digits themselves, instead of CVAULT_KEK_FILE." },
-    Variable { name: "CVAULT_LISTEN", default: "127.0.0.1:8080", used_by: "serve, dev", meaning: "Address of the HTTP API." },
-    Variable { name: "CVAULT_NODE_LISTEN", default: "0.0.0.0:8443", used_by: "serve, dev", meaning: "Address of the gateway that server agents connect to." },
-    Variable { name: "CVAULT_NODE_ENDPOINT", default: "", used_by: "serve, dev, admin", meaning: "`host:port` under which agents reach the gateway. Default: CVAULT_NODE_LISTEN if it names an address, else the host of CVAULT_PUBLIC_URL with the same port." },
-    Variable { name: "CVAULT_PUBLIC_URL", default: "http://127.0.0.1:8080", used_by: "serve, dev, admin", meaning: "How callers reach the API, without a path. Also the issuer of tokens." },
-    Variable { name: "CVAULT_CLIENT_DNS", default: "1.1.1.1,2606:4700:4700::1111", used_by: "serve, dev", meaning: "Resolvers written into device configurations, comma-separated." },
-    Variable { name: "CVAULT_CLIENT_MTU", default: "1420", used_by: "serve, dev", meaning: "MTU written into device configurations, 1280 to 1500." },
-    Variable { name: "CVAULT_RATE_LIMIT_PER_MINUTE", default: "100", used_by: "serve, dev", meaning: "Requests a tenant may send in a minute, unless it has a limit of its own." },
-    Variable { name: "CVAULT_QUARANTINE_SECONDS", default: "60", used_by: "serve, dev, admin", meaning: "Time a released address rests before it is used again; taken over by pools when they are created." },
-    Variable { name: "CVAULT_PG_BIN", default: "", used_by: "dev", meaning: "Folder with `initdb` and `postgres`. Default: the highest version under /usr/lib/postgresql." },
-    Variable { name: "CVAULT_LOG", default: "info", used_by: "all", meaning: "Level of our log lines: error, warn, info, debug or trace." },
+    Variable {
+        name: "DATABASE_URL",
+        default: "",
+        used_by: "serve, admin",
+        meaning: "PostgreSQL as role `cvault_app`: `postgres://cvault_app:…@host/cvault`.",
+    },
+    Variable {
+        name: "CVAULT_DATABASE_SYS_URL",
+        default: "",
+        used_by: "serve, admin",
+        meaning: "The same database as role `cvault_sys`.",
+    },
+    Variable {
+        name: "CVAULT_DATABASE_OWNER_URL",
+        default: "",
+        used_by: "migrate",
+        meaning: "The same database as `cvault_owner`; at the first run as a role that may create roles.",
+    },
+    Variable {
+        name: "CVAULT_KEK_FILE",
+        default: "",
+        used_by: "serve, admin",
+        meaning: "File with the key-encryption key: 64 hexadecimal digits (32 bytes), or lines `VERSION:DIGITS` while keys are rotated. Not readable by others.",
+    },
+    Variable {
+        name: "API_ENCRYPTION_KEY",
+        default: "",
+        used_by: "serve, admin",
+        meaning: "The 64 digits themselves, instead of CVAULT_KEK_FILE.",
+    },
+    Variable {
+        name: "CVAULT_LISTEN",
+        default: "127.0.0.1:8080",
+        used_by: "serve, dev",
+        meaning: "Address of the HTTP API.",
+    },
+    Variable {
+        name: "CVAULT_NODE_LISTEN",
+        default: "0.0.0.0:8443",
+        used_by: "serve, dev",
+        meaning: "Address of the gateway that server agents connect to.",
+    },
+    Variable {
+        name: "CVAULT_NODE_ENDPOINT",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "`host:port` under which agents reach the gateway. Default: CVAULT_NODE_LISTEN if it names an address, else the host of CVAULT_PUBLIC_URL with the same port.",
+    },
+    Variable {
+        name: "CVAULT_PUBLIC_URL",
+        default: "http://127.0.0.1:8080",
+        used_by: "serve, dev, admin",
+        meaning: "How callers reach the API, without a path. Also the issuer of tokens.",
+    },
+    Variable {
+        name: "CVAULT_CLIENT_DNS",
+        default: "1.1.1.1,2606:4700:4700::1111",
+        used_by: "serve, dev",
+        meaning: "Resolvers written into device configurations, comma-separated.",
+    },
+    Variable {
+        name: "CVAULT_CLIENT_MTU",
+        default: "1420",
+        used_by: "serve, dev",
+        meaning: "MTU written into device configurations, 1280 to 1500.",
+    },
+    Variable {
+        name: "CVAULT_RATE_LIMIT_PER_MINUTE",
+        default: "100",
+        used_by: "serve, dev",
+        meaning: "Requests a tenant may send in a minute, unless it has a limit of its own.",
+    },
+    Variable {
+        name: "CVAULT_QUARANTINE_SECONDS",
+        default: "60",
+        used_by: "serve, dev, admin",
+        meaning: "Time a released address rests before it is used again; taken over by pools when they are created.",
+    },
+    Variable {
+        name: "CVAULT_PG_BIN",
+        default: "",
+        used_by: "dev",
+        meaning: "Folder with `initdb` and `postgres`. Default: the highest version under /usr/lib/postgresql.",
+    },
+    Variable {
+        name: "CVAULT_LOG",
+        default: "info",
+        used_by: "all",
+        meaning: "Level of our log lines: error, warn, info, debug or trace.",
+    },
     Variable { name: "CVAULT_LOG_FORMAT", default: "json", used_by: "all", meaning: "`json` or `text`." },
 ];
 
@@ -167,10 +242,15 @@ pub fn owner_database(lookup: Lookup<'_>) -> Result<PgConnectOptions, Faults> {
     reader.database("CVAULT_DATABASE_OWNER_URL").ok_or(Faults(reader.faults))
 }
 
-/// The table of docs/operations/configuration.md.
+/// docs/operations/configuration.md.
 #[must_use]
-pub fn markdown_table() -> String {
-    let mut text = String::from("| Variable | Default | Used by | Meaning |\n|---|---|---|---|\n");
+pub fn markdown() -> String {
+    let mut text = String::from(
+        "# Configuration of the control plane\n\n\
+         By environment only. Every variable is checked at the start, and all faults are named at once.\n\
+         This page is printed by `cvault-control-plane config`.\n\n\
+         | Variable | Default | Used by | Meaning |\n|---|---|---|---|\n",
+    );
     for variable in VARIABLES {
         let default = if variable.default.is_empty() { String::new() } else { format!("`{}`", variable.default) };
         writeln!(text, "| `{}` | {default} | {} | {} |", variable.name, variable.used_by, variable.meaning)
@@ -283,7 +363,9 @@ impl<'a> Reader<'a> {
         match parsed {
             Ok(addresses) => addresses,
             Err(_) => {
-                self.fault("CVAULT_CLIENT_DNS must be IP addresses separated by commas, such as 1.1.1.1,2606:4700:4700::1111.");
+                self.fault(
+                    "CVAULT_CLIENT_DNS must be IP addresses separated by commas, such as 1.1.1.1,2606:4700:4700::1111.",
+                );
                 Vec::new()
             }
         }
@@ -404,8 +486,15 @@ mod tests {
             panic!("accepted")
         };
         for name in [
-            "DATABASE_URL", "CVAULT_DATABASE_SYS_URL", "key-encryption key", "CVAULT_LISTEN", "CVAULT_NODE_ENDPOINT",
-            "CVAULT_PUBLIC_URL", "CVAULT_CLIENT_DNS", "CVAULT_CLIENT_MTU", "CVAULT_RATE_LIMIT_PER_MINUTE",
+            "DATABASE_URL",
+            "CVAULT_DATABASE_SYS_URL",
+            "key-encryption key",
+            "CVAULT_LISTEN",
+            "CVAULT_NODE_ENDPOINT",
+            "CVAULT_PUBLIC_URL",
+            "CVAULT_CLIENT_DNS",
+            "CVAULT_CLIENT_MTU",
+            "CVAULT_RATE_LIMIT_PER_MINUTE",
             "CVAULT_QUARANTINE_SECONDS",
         ] {
             assert!(faults.iter().any(|fault| fault.contains(name)), "{name} is not named in {faults:?}");
@@ -433,6 +522,8 @@ mod tests {
     fn a_key_file_may_hold_several_versions() {
         assert_eq!(parse_keys(&format!("{KEY}\n")).unwrap().version(), 1);
         assert_eq!(parse_keys(&format!("1:{KEY}\n3:{KEY}\n")).unwrap().version(), 3);
-        assert!(parse_keys("").is_none() && parse_keys(&KEY[1..]).is_none() && parse_keys(&format!("x:{KEY}")).is_none());
+        assert!(
+            parse_keys("").is_none() && parse_keys(&KEY[1..]).is_none() && parse_keys(&format!("x:{KEY}")).is_none()
+        );
     }
 }

@@ -6,8 +6,8 @@
 use std::time::Duration;
 
 use sqlx::migrate::Migrator;
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::pool::PoolConnection;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Postgres};
 use zeroize::Zeroizing;
 
@@ -123,8 +123,7 @@ impl Db {
         check_schema(&sys).await?;
         check_clock(&sys).await?;
         let key = ContextKey::load(&sys).await.map_err(ConnectError::Refused)?;
-        let app =
-            pool(&config.app, "cvault-app", config.app_connections).await.map_err(unreachable("DATABASE_URL"))?;
+        let app = pool(&config.app, "cvault-app", config.app_connections).await.map_err(unreachable("DATABASE_URL"))?;
         Ok(Self { tenancy: Tenancy::new(app, key), sys })
     }
 

@@ -101,9 +101,10 @@ async fn with_cluster(
 async fn make_database(cluster: &Cluster) -> Result<(), sqlx::Error> {
     use sqlx::{ConnectOptions, Connection};
     let mut connection = cluster.superuser("postgres").connect().await?;
-    let exists = sqlx::query_scalar!(r#"select exists (select from pg_database where datname = $1) as "exists!""#, DATABASE)
-        .fetch_one(&mut connection)
-        .await?;
+    let exists =
+        sqlx::query_scalar!(r#"select exists (select from pg_database where datname = $1) as "exists!""#, DATABASE)
+            .fetch_one(&mut connection)
+            .await?;
     if !exists {
         sqlx::raw_sql("create database cvault").execute(&mut connection).await?;
     }
@@ -146,7 +147,10 @@ async fn prepare(app: &App) -> Result<(), DevError> {
 /// Standard output, not the log. The secret is stored nowhere in clear, so this is the only time.
 fn print_credentials(lines: &[(&str, &str)]) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    writeln!(out, "# Demo tenant. Shown once; `cvault-control-plane admin --data-dir DIR token` prints a new admin token.")?;
+    writeln!(
+        out,
+        "# Demo tenant. Shown once; `cvault-control-plane admin --data-dir DIR token` prints a new admin token."
+    )?;
     for (name, value) in lines {
         writeln!(out, "{name}={value}")?;
     }
@@ -202,6 +206,10 @@ pub async fn open(config: Config, dir: &Path) -> Result<App, DevError> {
     let keys = read_keys(&dir.join("kek")).map_err(|_| not_there())?;
     let sockets = dir.join("run").canonicalize().map_err(|_| not_there())?;
     let options = |role| Cluster::options_at(&sockets, role, DATABASE);
-    let database = DbConfig { app_connections: 2, sys_connections: 2, ..DbConfig::new(options("cvault_app"), options("cvault_sys")) };
+    let database = DbConfig {
+        app_connections: 2,
+        sys_connections: 2,
+        ..DbConfig::new(options("cvault_app"), options("cvault_sys"))
+    };
     Ok(serve::open(config, &database, keys).await?)
 }

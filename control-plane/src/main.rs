@@ -44,7 +44,7 @@ enum Command {
     Admin(admin::AdminArgs),
     /// Print the OpenAPI document (docs/openapi/v1.json)
     Openapi,
-    /// Print the table of environment variables (docs/operations/configuration.md)
+    /// Print every environment variable and its meaning (docs/operations/configuration.md)
     Config,
 }
 
@@ -65,8 +65,7 @@ type Sentences = Vec<String>;
 
 fn run(command: Command) -> Result<(), Sentences> {
     let mut log = LogConfig::from_env(&environment).map_err(|faults| faults.0)?;
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| one(&error))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| one(&error))?;
     match command {
         Command::Serve => {
             let config = ServeConfig::from_env(&environment).map_err(|faults| faults.0)?;
@@ -91,12 +90,12 @@ fn run(command: Command) -> Result<(), Sentences> {
                 log.format = LogFormat::Text;
             }
             telemetry::start(log);
-            runtime.block_on(admin::run(args, &environment)).map_err(|error| {
-                if let admin::AdminError::Config(faults) = error { faults.0 } else { one(&error) }
-            })
+            runtime
+                .block_on(admin::run(args, &environment))
+                .map_err(|error| if let admin::AdminError::Config(faults) = error { faults.0 } else { one(&error) })
         }
         Command::Openapi => print(openapi::document_text()),
-        Command::Config => print(&config::markdown_table()),
+        Command::Config => print(&config::markdown()),
     }
 }
 

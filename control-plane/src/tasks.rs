@@ -46,11 +46,7 @@ const TASKS: &[Task] = &[
         every: Duration::from_secs(6 * 3600),
         run: |app| Box::pin(async move { usage::ensure_partitions(&app.db.sys).await }),
     },
-    Task {
-        name: "trim",
-        every: Duration::from_secs(600),
-        run: |app| Box::pin(async move { trim(&app).await }),
-    },
+    Task { name: "trim", every: Duration::from_secs(600), run: |app| Box::pin(async move { trim(&app).await }) },
 ];
 
 /// Runs all tasks until `shutdown`; returns when the last one has finished what it was doing.
@@ -81,7 +77,11 @@ async fn repeat(app: App, task: &'static Task, shutdown: CancellationToken) {
             }
             Ok(Err(error)) => {
                 metrics::task_run(task.name, "failed");
-                tracing::warn!(task = task.name, error = crate::http::problem::chain(&error), "a periodic task has failed");
+                tracing::warn!(
+                    task = task.name,
+                    error = crate::http::problem::chain(&error),
+                    "a periodic task has failed"
+                );
             }
             Err(panicked) => {
                 metrics::task_run(task.name, "panicked");

@@ -129,6 +129,6 @@ impl TenantTx {
 }
 
 #[cfg(test)]
-mod tests;
-#[cfg(test)]
 mod hostile;
+#[cfg(test)]
+mod tests;

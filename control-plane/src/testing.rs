@@ -111,12 +111,7 @@ impl World {
     }
 
     pub(crate) async fn register(&self, person: Person, name: &str) -> Result<Registered, RegisterError> {
-        let new = NewDevice {
-            name: DeviceName::parse(name).unwrap(),
-            platform: None,
-            public_key: None,
-            region: None,
-        };
+        let new = NewDevice { name: DeviceName::parse(name).unwrap(), platform: None, public_key: None, region: None };
         let mut rng = StdRng::from_os_rng();
         let now = self.app.clock.now();
         let mut tx = self.app.db.tenancy.begin(person.tenant).await?;

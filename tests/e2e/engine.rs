@@ -2,8 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use cvault_tests::lab::{
-    Addresses, DNS_V4, HTTP_V4, Lab, Machine, Network, Process, Signal, binary, eventually,
-    quiescent,
+    Addresses, DNS_V4, HTTP_V4, Lab, Machine, Network, Process, Signal, binary, eventually, quiescent,
 };
 use cvault_tests::platform::{Client, Counters, uapi};
 use std::time::Duration;
@@ -18,14 +17,12 @@ struct Keys {
 }
 
 fn keys(machine: &Machine) -> Result<Keys> {
-    let text = machine.sh("k=$(wg genkey); echo $k; echo $k | wg pubkey; echo $k | wg pubkey | base64 -d | od -An -v -tx1 | tr -d ' \\n'")?;
+    let text = machine.sh(
+        "k=$(wg genkey); echo $k; echo $k | wg pubkey; echo $k | wg pubkey | base64 -d | od -An -v -tx1 | tr -d ' \\n'",
+    )?;
     let mut lines = text.lines().map(str::to_owned);
     let mut next = || lines.next().context("wg genkey");
-    Ok(Keys {
-        private: next()?,
-        public: next()?,
-        public_hex: next()?,
-    })
+    Ok(Keys { private: next()?, public: next()?, public_hex: next()? })
 }
 
 /// A server machine that forwards and masquerades, as the agent would set it up.
@@ -69,9 +66,7 @@ fn wg_quick_runs_the_engine_in_place_of_wireguard_go() {
         ))
         .unwrap();
 
-    let up = client
-        .up(&client_config(&client_keys, &server_keys, 2, &at.v4))
-        .unwrap();
+    let up = client.up(&client_config(&client_keys, &server_keys, 2, &at.v4)).unwrap();
     assert!(up.handshake < Duration::from_secs(2), "{up:?}");
     assert_eq!(client.address_v4().unwrap(), at.v4);
     assert_eq!(client.address_v6().unwrap(), at.v6);
@@ -81,11 +76,7 @@ fn wg_quick_runs_the_engine_in_place_of_wireguard_go() {
     assert!(shown.starts_with(&client_keys.public), "{shown}");
     server.sh(&format!("wg-quick down {conf} 2>&1")).unwrap();
     eventually("the interface is gone", 5, || {
-        if server.sh("ip link show cv0").is_err() {
-            Ok(())
-        } else {
-            bail!("still there")
-        }
+        if server.sh("ip link show cv0").is_err() { Ok(()) } else { bail!("still there") }
     })
     .unwrap();
 }
@@ -103,14 +94,7 @@ impl Engine {
         let process = server.spawn(
             "tunnel",
             &binary("cvault-node-agent")?,
-            [
-                "tunnel",
-                "--foreground",
-                "--persist",
-                "--state-dir",
-                &state_dir,
-                "cv0",
-            ],
+            ["tunnel", "--foreground", "--persist", "--state-dir", &state_dir, "cv0"],
             [("CVAULT_LOG", "trace"), ("CVAULT_LOG_FORMAT", "text")],
         )?;
         eventually("the engine answers", 10, || {
@@ -121,10 +105,7 @@ impl Engine {
     }
 
     fn configure(&self, server: &Machine, own: &Keys, peers: &[(&Keys, u8, &str)]) -> Result<()> {
-        let private_hex = server.sh(&format!(
-            "echo {} | base64 -d | od -An -v -tx1 | tr -d ' \\n'",
-            own.private
-        ))?;
+        let private_hex = server.sh(&format!("echo {} | base64 -d | od -An -v -tx1 | tr -d ' \\n'", own.private))?;
         let mut request = format!(
             "set=1\nprivate_key={private_hex}\nlisten_port=51820\ncvault_replace_overlay=true\ncvault_overlay=10.8.0.0/16\ncvault_overlay=fd00:cafe::/64\n"
         );
@@ -146,10 +127,7 @@ impl Engine {
     /// `cvault_<name>` of one peer.
     fn figure(&self, server: &Machine, keys: &Keys, name: &str) -> Result<u64> {
         let text = uapi(server, "cv0", "get=1\n\n")?;
-        let peer = text
-            .split("public_key=")
-            .find(|part| part.starts_with(&keys.public_hex))
-            .context("no such peer")?;
+        let peer = text.split("public_key=").find(|part| part.starts_with(&keys.public_hex)).context("no such peer")?;
         let line = peer
             .lines()
             .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
@@ -165,33 +143,16 @@ fn the_engine_counts_what_the_kernels_count_and_goes_on_counting_after_being_kil
     let client = Client::boot(&lab, 1).unwrap();
     let (server_keys, client_keys) = (keys(&server).unwrap(), keys(&server).unwrap());
     let engine = Engine::start(&server).unwrap();
-    engine
-        .configure(&server, &server_keys, &[(&client_keys, 2, TENANT)])
-        .unwrap();
-    client
-        .up(&client_config(&client_keys, &server_keys, 2, &at.v4))
-        .unwrap();
+    engine.configure(&server, &server_keys, &[(&client_keys, 2, TENANT)]).unwrap();
+    client.up(&client_config(&client_keys, &server_keys, 2, &at.v4)).unwrap();
     client.echo(HTTP_V4, 500, 1000).unwrap();
     client.silence().unwrap();
 
-    let rx = engine
-        .figure(&server, &client_keys, "cvault_rx_inner")
-        .unwrap();
-    let tx = engine
-        .figure(&server, &client_keys, "cvault_tx_inner")
-        .unwrap();
-    let (theirs, ours) = (
-        Counters::read(&server, "cv0").unwrap(),
-        client.counters().unwrap(),
-    );
-    assert_eq!(
-        rx, theirs.rx_bytes,
-        "from the client: engine and server's kernel ({ours:?})"
-    );
-    assert_eq!(
-        tx, ours.rx_bytes,
-        "to the client: engine and client's kernel ({theirs:?})"
-    );
+    let rx = engine.figure(&server, &client_keys, "cvault_rx_inner").unwrap();
+    let tx = engine.figure(&server, &client_keys, "cvault_tx_inner").unwrap();
+    let (theirs, ours) = (Counters::read(&server, "cv0").unwrap(), client.counters().unwrap());
+    assert_eq!(rx, theirs.rx_bytes, "from the client: engine and server's kernel ({ours:?})");
+    assert_eq!(tx, ours.rx_bytes, "to the client: engine and client's kernel ({theirs:?})");
 
     client.download(10_000_000).unwrap();
     client.upload(10_000_000).unwrap();
@@ -205,33 +166,17 @@ fn the_engine_counts_what_the_kernels_count_and_goes_on_counting_after_being_kil
     engine.process.end(&server, Signal::Kill).unwrap();
     assert!(server.sh("ip link show cv0").is_ok(), "the interface stays");
     let engine = Engine::start(&server).unwrap();
-    engine
-        .configure(&server, &server_keys, &[(&client_keys, 2, TENANT)])
-        .unwrap();
+    engine.configure(&server, &server_keys, &[(&client_keys, 2, TENANT)]).unwrap();
     assert_eq!(
-        engine
-            .figure(&server, &client_keys, "cvault_rx_inner")
-            .unwrap(),
+        engine.figure(&server, &client_keys, "cvault_rx_inner").unwrap(),
         rx,
         "the counters are where they were"
     );
-    eventually(
-        "the client's traffic passes again without the client doing anything",
-        10,
-        || {
-            if client.pings(HTTP_V4) {
-                Ok(())
-            } else {
-                bail!("no echo")
-            }
-        },
-    )
+    eventually("the client's traffic passes again without the client doing anything", 10, || {
+        if client.pings(HTTP_V4) { Ok(()) } else { bail!("no echo") }
+    })
     .unwrap();
-    assert!(
-        std::path::Path::new(&engine.state_dir)
-            .join("counters.bin")
-            .exists()
-    );
+    assert!(std::path::Path::new(&engine.state_dir).join("counters.bin").exists());
 }
 
 #[test]
@@ -244,74 +189,34 @@ fn the_engine_lets_no_packet_pass_between_peers_nor_from_a_borrowed_address() {
         .map(|(host, tenant)| (keys(&server).unwrap(), host, tenant))
         .collect();
     let engine = Engine::start(&server).unwrap();
-    let set: Vec<(&Keys, u8, &str)> = peers
-        .iter()
-        .map(|(keys, host, tenant)| (keys, *host, *tenant))
-        .collect();
+    let set: Vec<(&Keys, u8, &str)> = peers.iter().map(|(keys, host, tenant)| (keys, *host, *tenant)).collect();
     engine.configure(&server, &server_keys, &set).unwrap();
-    let clients: Vec<Client> = (1..=3)
-        .map(|number| Client::boot(&lab, number).unwrap())
-        .collect();
+    let clients: Vec<Client> = (1..=3).map(|number| Client::boot(&lab, number).unwrap()).collect();
     for (client, (keys, host, _)) in clients.iter().zip(&peers) {
-        client
-            .up(&client_config(keys, &server_keys, *host, &at.v4))
-            .unwrap();
+        client.up(&client_config(keys, &server_keys, *host, &at.v4)).unwrap();
         client.echo(HTTP_V4, 10, 100).unwrap();
     }
-    for address in [
-        "10.8.0.3",
-        "10.8.0.4",
-        "10.8.0.1",
-        "fd00:cafe::3",
-        "fd00:cafe::4",
-    ] {
-        assert!(
-            !clients[0].pings(address),
-            "an echo came back from {address}"
-        );
+    for address in ["10.8.0.3", "10.8.0.4", "10.8.0.1", "fd00:cafe::3", "fd00:cafe::4"] {
+        assert!(!clients[0].pings(address), "an echo came back from {address}");
     }
-    clients[0]
-        .machine()
-        .sh("ip addr add 10.8.0.4/32 dev cvault")
-        .unwrap();
-    assert!(
-        clients[0]
-            .machine()
-            .run(
-                "ping",
-                ["-c2", "-i", "0.1", "-W1", "-I", "10.8.0.4", HTTP_V4]
-            )
-            .is_err()
-    );
-    clients[0]
-        .machine()
-        .sh("ip addr del 10.8.0.4/32 dev cvault")
-        .unwrap();
+    clients[0].machine().sh("ip addr add 10.8.0.4/32 dev cvault").unwrap();
+    assert!(clients[0].machine().run("ping", ["-c2", "-i", "0.1", "-W1", "-I", "10.8.0.4", HTTP_V4]).is_err());
+    clients[0].machine().sh("ip addr del 10.8.0.4/32 dev cvault").unwrap();
     assert!(clients[0].pings(HTTP_V4));
     let device = uapi(&server, "cv0", "get=1\n\n").unwrap();
     assert!(
-        device
-            .lines()
-            .any(|line| line.starts_with("cvault_drop_") && !line.ends_with("=0")),
+        device.lines().any(|line| line.starts_with("cvault_drop_") && !line.ends_with("=0")),
         "drops are counted: {device}"
     );
 
     // revoking one leaves the others
-    let removal = format!(
-        "set=1\npublic_key={}\nremove=true\n\n",
-        peers[2].0.public_hex
-    );
+    let removal = format!("set=1\npublic_key={}\nremove=true\n\n", peers[2].0.public_hex);
     assert_eq!(uapi(&server, "cv0", &removal).unwrap().trim(), "errno=0");
     eventually("the removed peer is cut off", 5, || {
-        if clients[2].pings(HTTP_V4) {
-            bail!("still answered")
-        } else {
-            Ok(())
-        }
+        if clients[2].pings(HTTP_V4) { bail!("still answered") } else { Ok(()) }
     })
     .unwrap();
     assert!(clients[1].pings(HTTP_V4));
-    let journal =
-        std::fs::metadata(std::path::Path::new(&engine.state_dir).join("closed.journal")).unwrap();
+    let journal = std::fs::metadata(std::path::Path::new(&engine.state_dir).join("closed.journal")).unwrap();
     assert!(journal.len() > 0, "the final counters are in the journal");
 }

@@ -26,15 +26,7 @@ fn scene() -> Result<(Scene, Server)> {
     let client = platform.client(1)?;
     client.up(&device.config)?;
     client.echo(HTTP_V4, ECHOES, SIZE)?;
-    Ok((
-        Scene {
-            platform,
-            tenant,
-            user,
-            client,
-        },
-        server,
-    ))
+    Ok((Scene { platform, tenant, user, client }, server))
 }
 
 impl Scene {
@@ -55,26 +47,15 @@ impl Scene {
     fn converges(&self, server: &Server, name: &str) -> Result<()> {
         let device = eventually("a device can be activated again", 60, || {
             let device = self.platform.device(&self.user, name)?;
-            if device.body["status"] == "active" {
-                Ok(device)
-            } else {
-                bail!("{} is {}", name, device.body["status"])
-            }
+            if device.body["status"] == "active" { Ok(device) } else { bail!("{} is {}", name, device.body["status"]) }
         })?;
         let with = server.peers()?.len();
-        let deleted = self
-            .platform
-            .http
-            .send(&self.user.delete_device_request(&device))?;
+        let deleted = self.platform.http.send(&self.user.delete_device_request(&device))?;
         if deleted.status >= 300 {
             bail!("deletion answered {}", deleted.text());
         }
         eventually("the peer is removed again", 20, || {
-            if server.peers()?.len() < with {
-                Ok(())
-            } else {
-                bail!("still there")
-            }
+            if server.peers()?.len() < with { Ok(()) } else { bail!("still there") }
         })
     }
 
@@ -83,10 +64,7 @@ impl Scene {
         self.client.silence()?;
         let (ours, theirs) = (self.client.counters()?, server.counters()?);
         let exact = |billed: Usage| {
-            ensure!(
-                billed.tx == ours.rx_bytes,
-                "billed {billed:?}, client counted {ours:?}"
-            );
+            ensure!(billed.tx == ours.rx_bytes, "billed {billed:?}, client counted {ours:?}");
             ensure!(
                 billed.rx == theirs.rx_bytes && billed.rx <= ours.tx_bytes,
                 "billed {billed:?}, server counted {theirs:?}"
@@ -124,10 +102,7 @@ fn tunnels_go_on_to_the_last_packet_while_agent_control_plane_and_postgresql_are
         })
         .unwrap();
     scene.bill_is_exact(&server).unwrap();
-    assert_eq!(
-        scene.platform.control.admin(["verify-ledger"]).unwrap()["mismatches"],
-        0
-    );
+    assert_eq!(scene.platform.control.admin(["verify-ledger"]).unwrap()["mismatches"], 0);
     scene.platform.lab.check_logs_hold_no_secret().unwrap();
 }
 
@@ -141,10 +116,7 @@ fn a_killed_tunnel_process_comes_back_and_bills_at_most_a_batch_too_little() {
     pings.wait_for(50).unwrap();
     assert_ne!(server.tunnel_pid().unwrap(), killed);
     let count = pings.stop(&scene.client).unwrap();
-    assert!(
-        count.lost() < 500,
-        "the tunnel was away for more than ten seconds: {count:?}"
-    );
+    assert!(count.lost() < 500, "the tunnel was away for more than ten seconds: {count:?}");
 
     scene.converges(&server, "after the tunnel").unwrap();
     scene.client.echo(HTTP_V4, ECHOES, SIZE).unwrap();
@@ -152,14 +124,8 @@ fn a_killed_tunnel_process_comes_back_and_bills_at_most_a_batch_too_little() {
     let (ours, theirs) = (scene.client.counters().unwrap(), server.counters().unwrap());
     let right = |billed: Usage| {
         let (least_rx, least_tx) = (theirs.rx_bytes - BATCH_BYTES, ours.rx_bytes - BATCH_BYTES);
-        ensure!(
-            (least_rx..=theirs.rx_bytes).contains(&billed.rx),
-            "billed {billed:?}, server counted {theirs:?}"
-        );
-        ensure!(
-            (least_tx..=theirs.tx_bytes).contains(&billed.tx),
-            "billed {billed:?}, client counted {ours:?}"
-        );
+        ensure!((least_rx..=theirs.rx_bytes).contains(&billed.rx), "billed {billed:?}, server counted {theirs:?}");
+        ensure!((least_tx..=theirs.tx_bytes).contains(&billed.tx), "billed {billed:?}, client counted {ours:?}");
         Ok(())
     };
     scene.platform.bill_where(&scene.tenant, right).unwrap();
@@ -178,20 +144,12 @@ fn a_server_that_reboots_while_the_control_plane_is_down_serves_again_by_itself(
     scene.platform.control.kill().unwrap();
     let server = server.reboot(&scene.platform.lab).unwrap();
     eventually("the client's traffic passes again", 60, || {
-        if scene.client.pings(HTTP_V4) {
-            Ok(())
-        } else {
-            bail!("no echo")
-        }
+        if scene.client.pings(HTTP_V4) { Ok(()) } else { bail!("no echo") }
     })
     .unwrap();
     scene.client.echo(HTTP_V4, ECHOES, SIZE).unwrap();
 
-    scene
-        .platform
-        .control
-        .restart(&scene.platform.http)
-        .unwrap();
+    scene.platform.control.restart(&scene.platform.http).unwrap();
     scene.converges(&server, "after the reboot").unwrap();
     scene.client.silence().unwrap();
     let since = server.counters().unwrap().rx_bytes;

@@ -7,23 +7,12 @@ fn a_wireguard_tunnel_between_two_machines_changes_the_clients_address() {
     let lab = Lab::build().unwrap();
     let (server, server_at) = lab.machine("server", Network::Servers, 10).unwrap();
     let (client, client_at) = lab.machine("client", Network::Clients, 10).unwrap();
-    assert_eq!(
-        client
-            .sh(&format!("curl -sf http://{HTTP_V4}/ip"))
-            .unwrap()
-            .trim(),
-        client_at.v4
-    );
-    assert_eq!(
-        client
-            .sh(&format!("curl -sf http://[{HTTP_V6}]/ip"))
-            .unwrap()
-            .trim(),
-        client_at.v6
-    );
+    assert_eq!(client.sh(&format!("curl -sf http://{HTTP_V4}/ip")).unwrap().trim(), client_at.v4);
+    assert_eq!(client.sh(&format!("curl -sf http://[{HTTP_V6}]/ip")).unwrap().trim(), client_at.v6);
 
     let config = |own: &str| client.dir().join(own).display().to_string();
-    let keys = client.sh("a=$(wg genkey); b=$(wg genkey); echo $a $(echo $a | wg pubkey) $b $(echo $b | wg pubkey)").unwrap();
+    let keys =
+        client.sh("a=$(wg genkey); b=$(wg genkey); echo $a $(echo $a | wg pubkey) $b $(echo $b | wg pubkey)").unwrap();
     let keys: Vec<&str> = keys.split_whitespace().collect();
     std::fs::write(
         config("cv0.conf"),
@@ -58,87 +47,36 @@ fn a_wireguard_tunnel_between_two_machines_changes_the_clients_address() {
         ))
         .unwrap();
 
-    eventually("the tunnel carries", 10, || {
-        client.sh("ping -c1 -W1 10.8.0.1")
-    })
-    .unwrap();
-    assert_eq!(
-        client
-            .sh(&format!("curl -sf http://{HTTP_V4}/ip"))
-            .unwrap()
-            .trim(),
-        server_at.v4
-    );
-    assert_eq!(
-        client
-            .sh(&format!("curl -sf http://[{HTTP_V6}]/ip"))
-            .unwrap()
-            .trim(),
-        server_at.v6
-    );
-    assert!(
-        client
-            .sh("getent ahostsv4 whoami.test")
-            .unwrap()
-            .starts_with(&server_at.v4)
-    );
-    let megabyte = client
-        .sh(&format!("curl -sf http://{HTTP_V4}/bytes/1000000 | wc -c"))
-        .unwrap();
+    eventually("the tunnel carries", 10, || client.sh("ping -c1 -W1 10.8.0.1")).unwrap();
+    assert_eq!(client.sh(&format!("curl -sf http://{HTTP_V4}/ip")).unwrap().trim(), server_at.v4);
+    assert_eq!(client.sh(&format!("curl -sf http://[{HTTP_V6}]/ip")).unwrap().trim(), server_at.v6);
+    assert!(client.sh("getent ahostsv4 whoami.test").unwrap().starts_with(&server_at.v4));
+    let megabyte = client.sh(&format!("curl -sf http://{HTTP_V4}/bytes/1000000 | wc -c")).unwrap();
     assert_eq!(megabyte.trim(), "1000000");
     let swallowed = client
-        .sh(&format!(
-            "head -c 1000000 /dev/zero | curl -sf -H Expect: --data-binary @- http://{HTTP_V4}/sink"
-        ))
+        .sh(&format!("head -c 1000000 /dev/zero | curl -sf -H Expect: --data-binary @- http://{HTTP_V4}/sink"))
         .unwrap();
     assert_eq!(swallowed.trim(), "1000000");
 
-    client
-        .sh(&format!("wg-quick down {} 2>&1", config("cv0.conf")))
-        .unwrap();
-    assert_eq!(
-        client
-            .sh(&format!("curl -sf http://{HTTP_V4}/ip"))
-            .unwrap()
-            .trim(),
-        client_at.v4
-    );
+    client.sh(&format!("wg-quick down {} 2>&1", config("cv0.conf"))).unwrap();
+    assert_eq!(client.sh(&format!("curl -sf http://{HTTP_V4}/ip")).unwrap().trim(), client_at.v4);
 }
 
 #[test]
 fn two_labs_side_by_side_use_the_same_addresses_without_meeting() {
     let labs = [Lab::build().unwrap(), Lab::build().unwrap()];
-    let machines = labs
-        .each_ref()
-        .map(|lab| lab.machine("server", Network::Servers, 10).unwrap());
-    machines[0]
-        .0
-        .sh("echo one > /run/wireguard/cv0.sock; ip addr add 203.0.113.99/32 dev lo")
-        .unwrap();
+    let machines = labs.each_ref().map(|lab| lab.machine("server", Network::Servers, 10).unwrap());
+    machines[0].0.sh("echo one > /run/wireguard/cv0.sock; ip addr add 203.0.113.99/32 dev lo").unwrap();
     assert_eq!(machines[0].1, machines[1].1);
     assert!(machines[1].0.sh("cat /run/wireguard/cv0.sock").is_err());
     assert!(labs[0].internet().sh("ping -c1 -W1 203.0.113.10").is_ok());
     let [(_, _), (second, _)] = &machines;
-    let port = second
-        .spawn(
-            "web",
-            &cvault_tests::lab::binary("cvault-lab").unwrap(),
-            ["web"],
-            [],
-        )
-        .unwrap();
-    eventually(
-        "the second lab's server is reached in its own lab",
-        5,
-        || labs[1].internet().sh("curl -sf http://203.0.113.10/ip"),
-    )
+    let port = second.spawn("web", &cvault_tests::lab::binary("cvault-lab").unwrap(), ["web"], []).unwrap();
+    eventually("the second lab's server is reached in its own lab", 5, || {
+        labs[1].internet().sh("curl -sf http://203.0.113.10/ip")
+    })
     .unwrap();
-    assert!(
-        labs[0]
-            .internet()
-            .sh("curl -sf -m 1 http://203.0.113.10/ip")
-            .is_err()
-    );
+    assert!(labs[0].internet().sh("curl -sf -m 1 http://203.0.113.10/ip").is_err());
     port.check_running().unwrap();
 }
 
@@ -147,25 +85,15 @@ fn a_machine_takes_its_daemons_with_it_and_boots_again_with_its_address_and_anot
     let lab = Lab::build().unwrap();
     let (machine, addresses) = lab.machine("server", Network::Servers, 10).unwrap();
     let marker = lab.dir().join("alive").display().to_string();
-    machine
-        .sh(&format!(
-            "setsid sh -c 'while :; do date +%s%N > {marker}; done' >/dev/null 2>&1 &"
-        ))
-        .unwrap();
-    eventually("the daemon runs", 5, || {
-        Ok(std::fs::read_to_string(&marker)?)
-    })
-    .unwrap();
+    machine.sh(&format!("setsid sh -c 'while :; do date +%s%N > {marker}; done' >/dev/null 2>&1 &")).unwrap();
+    eventually("the daemon runs", 5, || Ok(std::fs::read_to_string(&marker)?)).unwrap();
     let boot_id = machine.sh("cat /proc/sys/kernel/random/boot_id").unwrap();
     drop(machine);
     let last = std::fs::read_to_string(&marker).unwrap();
 
     let (machine, again) = lab.machine("server", Network::Servers, 10).unwrap();
     assert_eq!(again, addresses);
-    assert_ne!(
-        machine.sh("cat /proc/sys/kernel/random/boot_id").unwrap(),
-        boot_id
-    );
+    assert_ne!(machine.sh("cat /proc/sys/kernel/random/boot_id").unwrap(), boot_id);
     assert!(lab.internet().sh("ping -c1 -W1 203.0.113.10").is_ok());
     assert_eq!(std::fs::read_to_string(&marker).unwrap(), last);
 }
@@ -173,10 +101,7 @@ fn a_machine_takes_its_daemons_with_it_and_boots_again_with_its_address_and_anot
 #[test]
 fn a_process_is_killed_by_its_own_machines_process_id() {
     let lab = Lab::build().unwrap();
-    let process = lab
-        .internet()
-        .spawn("tail", "tail", ["-f", "/dev/null"], [])
-        .unwrap();
+    let process = lab.internet().spawn("tail", "tail", ["-f", "/dev/null"], []).unwrap();
     process.check_running().unwrap();
     process.end(lab.internet(), Signal::Kill).unwrap();
     assert!(process.check_running().is_err());
@@ -187,10 +112,7 @@ fn a_secret_in_a_log_is_found() {
     let lab = Lab::build().unwrap();
     lab.secret("a token", "correct-horse-battery");
     assert_eq!(lab.check_logs_hold_no_secret().unwrap(), 1);
-    let process = lab
-        .internet()
-        .spawn("leak", "echo", ["token=correct-horse-battery!"], [])
-        .unwrap();
+    let process = lab.internet().spawn("leak", "echo", ["token=correct-horse-battery!"], []).unwrap();
     eventually("the log is written", 5, || {
         if process.last_lines(1).is_empty() {
             anyhow::bail!("empty")
@@ -199,9 +121,6 @@ fn a_secret_in_a_log_is_found() {
     })
     .unwrap();
     let error = lab.check_logs_hold_no_secret().unwrap_err().to_string();
-    assert!(
-        error.contains("a token in ") && error.contains("leak.log line 1"),
-        "{error}"
-    );
+    assert!(error.contains("a token in ") && error.contains("leak.log line 1"), "{error}");
     assert!(!error.contains("battery"));
 }

@@ -13,11 +13,7 @@ fn sixty_four_registrations_at_once_get_sixty_four_addresses() {
     let server = platform.server(1).unwrap();
     let tenant = platform.tenant("Acme").unwrap();
     let users: Vec<_> = (0..AT_ONCE / DEVICES_PER_USER)
-        .map(|number| {
-            platform
-                .user(&tenant, &format!("user{number}@example.com"))
-                .unwrap()
-        })
+        .map(|number| platform.user(&tenant, &format!("user{number}@example.com")).unwrap())
         .collect();
 
     let devices: Vec<Device> = std::thread::scope(|scope| {
@@ -31,16 +27,8 @@ fn sixty_four_registrations_at_once_get_sixty_four_addresses() {
     });
 
     let addresses: BTreeSet<String> = devices.iter().flat_map(Device::addresses).collect();
-    assert_eq!(
-        addresses.len(),
-        2 * AT_ONCE,
-        "one IPv4 and one IPv6 address each, none twice"
-    );
-    assert!(
-        devices
-            .iter()
-            .all(|device| device.body["status"] == "active")
-    );
+    assert_eq!(addresses.len(), 2 * AT_ONCE, "one IPv4 and one IPv6 address each, none twice");
+    assert!(devices.iter().all(|device| device.body["status"] == "active"));
     assert_eq!(server.peers().unwrap().len(), AT_ONCE);
     platform.lab.check_logs_hold_no_secret().unwrap();
 }
@@ -55,12 +43,7 @@ fn a_user_cannot_exceed_the_device_limit_by_asking_at_once() {
         let calls: Vec<_> = (0..16)
             .map(|number| {
                 let (platform, user) = (&platform, &user);
-                scope.spawn(move || {
-                    platform
-                        .http
-                        .send(&user.device_request(&format!("device {number}")))
-                        .unwrap()
-                })
+                scope.spawn(move || platform.http.send(&user.device_request(&format!("device {number}"))).unwrap())
             })
             .collect();
         calls

@@ -2,9 +2,7 @@
 
 use anyhow::{Result, anyhow, ensure};
 use cvault_tests::lab::{HTTP_V4, HTTP_V6, Signal, binary, eventually};
-use cvault_tests::platform::{
-    Client, ControlOptions, Counters, Device, Platform, Request, Tenant, User,
-};
+use cvault_tests::platform::{Client, ControlOptions, Counters, Device, Platform, Request, Tenant, User};
 use serde_json::json;
 
 const USERS: u8 = 5;
@@ -26,10 +24,7 @@ struct Party {
 fn two_tenants_on_one_server_cannot_see_reach_or_be_billed_for_each_other() {
     let platform = Platform::start(ControlOptions::default()).unwrap();
     let server = platform.server(1).unwrap();
-    let parties = [
-        party(&platform, "Acme", 1).unwrap(),
-        party(&platform, "Globex", 101).unwrap(),
-    ];
+    let parties = [party(&platform, "Acme", 1).unwrap(), party(&platform, "Globex", 101).unwrap()];
     let before = server.counters().unwrap();
 
     everybody_is_online(&parties).unwrap();
@@ -43,23 +38,13 @@ fn two_tenants_on_one_server_cannot_see_reach_or_be_billed_for_each_other() {
     let mut received_by_all = 0;
     for (party, size) in parties.iter().zip([500, 900]) {
         let echoed = u64::from(USERS) * ECHOES * (size + IP_AND_ICMP_HEADERS);
-        let counters: Vec<Counters> = party
-            .members
-            .iter()
-            .map(|member| member.client.counters().unwrap())
-            .collect();
+        let counters: Vec<Counters> = party.members.iter().map(|member| member.client.counters().unwrap()).collect();
         let received: u64 = counters.iter().map(|counters| counters.rx_bytes).sum();
         let sent: u64 = counters.iter().map(|counters| counters.tx_bytes).sum();
         let bill = platform
             .bill_where(&party.tenant, |billed| {
-                ensure!(
-                    billed.tx == received,
-                    "billed {billed:?}, its own clients received {received}"
-                );
-                ensure!(
-                    (echoed..=sent).contains(&billed.rx),
-                    "billed {billed:?}, echoed {echoed}, sent {sent}"
-                );
+                ensure!(billed.tx == received, "billed {billed:?}, its own clients received {received}");
+                ensure!((echoed..=sent).contains(&billed.rx), "billed {billed:?}, echoed {echoed}, sent {sent}");
                 Ok(())
             })
             .unwrap();
@@ -82,11 +67,7 @@ fn party(platform: &Platform, name: &str, first_client: u8) -> Result<Party> {
         let device = platform.device(&user, "laptop")?;
         let client = platform.client(first_client + number)?;
         client.up(&device.config)?;
-        members.push(Member {
-            user,
-            device,
-            client,
-        });
+        members.push(Member { user, device, client });
     }
     Ok(Party { tenant, members })
 }
@@ -100,10 +81,7 @@ fn everybody_is_online(parties: &[Party; 2]) -> Result<()> {
                 echoes.push(scope.spawn(move || member.client.echo(HTTP_V4, ECHOES, size)));
             }
         }
-        echoes.into_iter().try_for_each(|echo| {
-            echo.join()
-                .map_err(|_| anyhow!("an echo thread panicked"))?
-        })
+        echoes.into_iter().try_for_each(|echo| echo.join().map_err(|_| anyhow!("an echo thread panicked"))?)
     })
 }
 
@@ -134,20 +112,15 @@ fn nobody_sees(platform: &Platform, curious: &Party, other: &Party) -> Result<()
     assert_eq!(list.status, 200);
     assert!(list.text().contains(&curious.members[0].device.id));
     for theirs in other.members.iter().chain(&curious.members[1..]) {
-        assert!(
-            !list.text().contains(&theirs.device.id),
-            "a user lists only its own devices"
-        );
+        assert!(!list.text().contains(&theirs.device.id), "a user lists only its own devices");
     }
     // the other tenant's key with our token, and a made-up device
     let mixed = Request::get("/api/v1/devices")
         .header("X-API-Key", &other.tenant.api_key)
         .header("Authorization", &format!("Bearer {}", user.access_token));
     assert_eq!(http.send(&mixed)?.status, 401);
-    let made_up = user.sign(Request::post(
-        "/api/v1/vpn/connect",
-        &json!({ "device_id": "dev_00000000000000000000000000" }),
-    ));
+    let made_up =
+        user.sign(Request::post("/api/v1/vpn/connect", &json!({ "device_id": "dev_00000000000000000000000000" })));
     assert_eq!(http.send(&made_up)?.status, 404);
     Ok(())
 }
@@ -155,33 +128,20 @@ fn nobody_sees(platform: &Platform, curious: &Party, other: &Party) -> Result<()
 /// No packet passes from `curious` to an inner address of `other`, nor between users of one tenant.
 fn nobody_reaches(curious: &Party, other: &Party) -> Result<()> {
     let target = &other.members[0];
-    let web = target
-        .client
-        .machine()
-        .spawn("web", &binary("cvault-lab")?, ["web"], [])?;
-    eventually("the target listens", 5, || {
-        target.client.get("http://127.0.0.1/ip")
-    })?;
+    let web = target.client.machine().spawn("web", &binary("cvault-lab")?, ["web"], [])?;
+    eventually("the target listens", 5, || target.client.get("http://127.0.0.1/ip"))?;
     let from = &curious.members[1].client;
     std::thread::scope(|scope| {
         for member in other.members.iter().chain(&curious.members[2..]) {
             for address in member.device.addresses() {
-                scope.spawn(move || {
-                    assert!(!from.pings(&address), "an echo came back from {address}")
-                });
+                scope.spawn(move || assert!(!from.pings(&address), "an echo came back from {address}"));
             }
         }
     });
     for address in target.device.addresses() {
-        let host = if address.contains(':') {
-            format!("[{address}]")
-        } else {
-            address
-        };
+        let host = if address.contains(':') { format!("[{address}]") } else { address };
         assert!(
-            from.machine()
-                .run("curl", ["-s", "-m", "1", &format!("http://{host}/ip")])
-                .is_err(),
+            from.machine().run("curl", ["-s", "-m", "1", &format!("http://{host}/ip")]).is_err(),
             "connected to {host}"
         );
     }
@@ -192,21 +152,11 @@ fn nobody_reaches(curious: &Party, other: &Party) -> Result<()> {
 fn nobody_speaks_for(liar: &Party, victim: &Party) -> Result<()> {
     let client = &liar.members[2].client;
     for address in victim.members[3].device.addresses() {
-        let (target, bits) = if address.contains(':') {
-            (HTTP_V6, 128)
-        } else {
-            (HTTP_V4, 32)
-        };
-        client
-            .machine()
-            .sh(&format!("ip addr add {address}/{bits} dev cvault"))?;
-        let echo = client
-            .machine()
-            .run("ping", ["-c3", "-i", "0.1", "-W1", "-I", &address, target]);
+        let (target, bits) = if address.contains(':') { (HTTP_V6, 128) } else { (HTTP_V4, 32) };
+        client.machine().sh(&format!("ip addr add {address}/{bits} dev cvault"))?;
+        let echo = client.machine().run("ping", ["-c3", "-i", "0.1", "-W1", "-I", &address, target]);
         assert!(echo.is_err(), "an echo from {address} was answered");
-        client
-            .machine()
-            .sh(&format!("ip addr del {address}/{bits} dev cvault"))?;
+        client.machine().sh(&format!("ip addr del {address}/{bits} dev cvault"))?;
     }
     assert!(client.pings(HTTP_V4), "its own address still works");
     Ok(())

@@ -45,11 +45,17 @@ pub enum TenantCommand {
     },
     List,
     /// Refuse the tenant's API calls
-    Suspend { id: TenantId },
+    Suspend {
+        id: TenantId,
+    },
     /// Take a suspension back
-    Resume { id: TenantId },
+    Resume {
+        id: TenantId,
+    },
     /// Delete a tenant, its devices and its data key; cannot be undone
-    Delete { id: TenantId },
+    Delete {
+        id: TenantId,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -88,5 +94,7 @@ pub enum ServerCommand {
     },
     List,
     /// Remove a server that has no devices
-    Remove { id: ServerId },
+    Remove {
+        id: ServerId,
+    },
 }

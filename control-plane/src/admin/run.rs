@@ -96,7 +96,9 @@ async fn tenant(app: &App, command: TenantCommand) -> Result<Value, AdminError> 
         TenantCommand::List => {
             let mut all = Vec::new();
             loop {
-                let page = tenants::list(&app.db.sys, all.last().map(|tenant: &cvault_types::tenant::Tenant| tenant.id), 200).await?;
+                let page =
+                    tenants::list(&app.db.sys, all.last().map(|tenant: &cvault_types::tenant::Tenant| tenant.id), 200)
+                        .await?;
                 if page.is_empty() {
                     return Ok(json!({"tenants": all}));
                 }

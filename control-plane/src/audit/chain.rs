@@ -56,7 +56,9 @@ pub async fn chain_new(sys: &PgPool) -> Result<u64, DbError> {
 
 async fn chain_tenant(tx: &mut Tx, tenant: Uuid) -> Result<u64, DbError> {
     // two replicas take turns; the constraint on the sequence is the backstop
-    sqlx::query!("select pg_advisory_xact_lock(731992417, hashtext($1::uuid::text))", tenant).execute(tx.conn()).await?;
+    sqlx::query!("select pg_advisory_xact_lock(731992417, hashtext($1::uuid::text))", tenant)
+        .execute(tx.conn())
+        .await?;
     let last = sqlx::query!(
         r#"select chain_sequence as "sequence!", chain_hash as "hash!" from cvault.audit_log
            where tenant_id = $1 and chain_sequence is not null order by chain_sequence desc limit 1"#,

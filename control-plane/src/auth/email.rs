@@ -44,8 +44,23 @@ mod tests {
     #[test]
     fn what_is_no_address_is_refused() {
         for text in [
-            "", "@", "a@", "@b.c", "a@b", "a b@c.de", " a@b.de", "a@b.de\n", "a@b@c.de", "a@-b.de", "a@b..de", ".a@b.de",
-            "ü@b.de", "a@b.d\u{e9}", "a@[127.0.0.1]", "\"a\"@b.de", "a@b.de\0",
+            "",
+            "@",
+            "a@",
+            "@b.c",
+            "a@b",
+            "a b@c.de",
+            " a@b.de",
+            "a@b.de\n",
+            "a@b@c.de",
+            "a@-b.de",
+            "a@b..de",
+            ".a@b.de",
+            "ü@b.de",
+            "a@b.d\u{e9}",
+            "a@[127.0.0.1]",
+            "\"a\"@b.de",
+            "a@b.de\0",
         ] {
             assert!(Email::parse(text).is_none(), "{text:?}");
         }

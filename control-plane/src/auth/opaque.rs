@@ -31,9 +31,9 @@ impl Kind {
         let Some(rest) = text.strip_prefix(self.prefix) else { return false };
         rest.len() == self.bytes * 2 + 8
             && rest.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
-            && rest.split_at_checked(self.bytes * 2).is_some_and(|(body, sum)| {
-                format!("{:08x}", crc32fast::hash(body.as_bytes())) == sum
-            })
+            && rest
+                .split_at_checked(self.bytes * 2)
+                .is_some_and(|(body, sum)| format!("{:08x}", crc32fast::hash(body.as_bytes())) == sum)
     }
 }
 

@@ -139,9 +139,13 @@ pub async fn revoke(tx: &mut TenantTx, family: Family, now: OffsetDateTime) -> R
 /// Those of the database.
 pub async fn revoke_all(tx: &mut TenantTx, now: OffsetDateTime) -> Result<(), DbError> {
     let tenant = tx.tenant().uuid();
-    sqlx::query!("update cvault.refresh_tokens set revoked_at = $2 where tenant_id = $1 and revoked_at is null", tenant, now)
-        .execute(tx.conn())
-        .await?;
+    sqlx::query!(
+        "update cvault.refresh_tokens set revoked_at = $2 where tenant_id = $1 and revoked_at is null",
+        tenant,
+        now
+    )
+    .execute(tx.conn())
+    .await?;
     Ok(())
 }
 

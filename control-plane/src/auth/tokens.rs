@@ -193,7 +193,8 @@ mod tests {
         let mut header = Header::new(Algorithm::HS256);
         header.kid = Some(key.kid().to_owned());
         let claims = serde_json::json!({"iss": ISSUER, "aud": "admin", "sub": "x", "iat": 1, "exp": 9_999_999_999_i64, "jti": Uuid::nil()});
-        let forged = jsonwebtoken::encode(&header, &claims, &jsonwebtoken::EncodingKey::from_secret(key.public())).unwrap();
+        let forged =
+            jsonwebtoken::encode(&header, &claims, &jsonwebtoken::EncodingKey::from_secret(key.public())).unwrap();
         assert_eq!(code(verify_admin(&key, ISSUER, &forged, at(1_001))), ErrorCode::InvalidToken);
     }
 

@@ -103,8 +103,7 @@ async fn read_in(
 ) -> Result<Update, DesiredError> {
     let state = state(conn, server).await?;
     let known = have.filter(|have| {
-        have.incarnation == state.target.incarnation
-            && (have.revision < state.target.revision || *have == state.target)
+        have.incarnation == state.target.incarnation && (have.revision < state.target.revision || *have == state.target)
     });
     let Some(have) = known else { return snapshot(conn, keys, server, state).await };
     if have.revision == state.target.revision {
@@ -281,3 +280,6 @@ async fn peers(
 fn preshared_key_aad(tenant: Uuid, device: Uuid) -> Aad {
     Aad { table: "devices", column: "preshared_key_sealed", tenant: TenantId::from_uuid(tenant), row: device }
 }
+
+#[cfg(test)]
+mod tests;

@@ -93,8 +93,7 @@ impl PublicKey {
     /// A fault for the caller.
     pub fn parse(text: &str) -> Result<Self, Fault> {
         let fault = Fault { code: "invalid_format", detail: "must be a WireGuard public key: base64 of 32 bytes" };
-        let bytes: [u8; 32] =
-            STANDARD.decode(text).ok().and_then(|bytes| bytes.try_into().ok()).ok_or(fault)?;
+        let bytes: [u8; 32] = STANDARD.decode(text).ok().and_then(|bytes| bytes.try_into().ok()).ok_or(fault)?;
         // points of small order give the same shared secret with every key: no handshake can succeed
         let probe = x25519_dalek::StaticSecret::from([0x42; 32]);
         let shared = probe.diffie_hellman(&x25519_dalek::PublicKey::from(bytes));

@@ -183,12 +183,8 @@ async fn a_public_key_is_one_devices_on_the_whole_platform() {
     let key = PublicKey::parse("xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=").unwrap();
     let mut outcomes = Vec::new();
     for person in [one, one, other] {
-        let new = NewDevice {
-            name: DeviceName::parse("d").unwrap(),
-            platform: None,
-            public_key: Some(key),
-            region: None,
-        };
+        let new =
+            NewDevice { name: DeviceName::parse("d").unwrap(), platform: None, public_key: Some(key), region: None };
         let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
         let mut rng = <rand::rngs::StdRng as rand::SeedableRng>::from_os_rng();
         let now = world.app.clock.now();
@@ -208,10 +204,13 @@ async fn a_device_goes_to_the_least_loaded_server_that_is_alive_and_in_the_regio
     assert_eq!(world.register(person, "a").await.unwrap().server.id, first);
     let second = world.server("s2", "default", "lab-2").await;
     assert_eq!(world.register(person, "b").await.unwrap().server.id, second);
-    sqlx::query!("update platform.servers set last_seen_at = now() - interval '91 seconds' where server_id = $1", second.uuid())
-        .execute(&world.app.db.sys)
-        .await
-        .unwrap();
+    sqlx::query!(
+        "update platform.servers set last_seen_at = now() - interval '91 seconds' where server_id = $1",
+        second.uuid()
+    )
+    .execute(&world.app.db.sys)
+    .await
+    .unwrap();
     assert_eq!(world.register(person, "c").await.unwrap().server.id, first);
     sqlx::query!("update platform.servers set status = 'draining' where server_id = $1", first.uuid())
         .execute(&world.app.db.sys)
@@ -238,9 +237,7 @@ async fn a_delta_brings_exactly_what_a_snapshot_would() {
     world.revoke(person, passing.id).await;
     let stays = world.register(person, "stays").await.unwrap();
     let update = desired::read(&world.app.db.sys, &world.app.keys, server, Some(have)).await.unwrap();
-    let Update::Delta { from_revision, target, peer_count, removed, upserted } = update else {
-        panic!("{update:?}")
-    };
+    let Update::Delta { from_revision, target, peer_count, removed, upserted } = update else { panic!("{update:?}") };
     assert_eq!((from_revision, target.revision, peer_count), (6, 10, 6));
     assert_eq!(removed, [devices[0].public_key.as_bytes().to_vec()]);
     assert_eq!(upserted.len(), 1);

@@ -41,9 +41,10 @@ impl RequestContext {
     #[must_use]
     pub fn of(request: &Request) -> Self {
         let header = "idempotency-key";
-        let key = request.headers().contains_key(header).then(|| {
-            single(request.headers(), header).filter(|key| (1..=255).contains(&key.len())).map(str::to_owned)
-        });
+        let key = request
+            .headers()
+            .contains_key(header)
+            .then(|| single(request.headers(), header).filter(|key| (1..=255).contains(&key.len())).map(str::to_owned));
         Self {
             id: RequestId::from_uuid(Uuid::now_v7()),
             tenant: OnceLock::new(),
@@ -95,7 +96,8 @@ pub(super) fn idempotency() -> Option<Idempotency> {
         .try_with(|context| {
             let key = context.idempotency_key.clone()?;
             let body = context.body_digest.get().copied().unwrap_or_default();
-            let fingerprint = Sha256::new().chain_update(&context.line).chain_update([0]).chain_update(body).finalize().into();
+            let fingerprint =
+                Sha256::new().chain_update(&context.line).chain_update([0]).chain_update(body).finalize().into();
             Some(Idempotency { key, fingerprint })
         })
         .ok()

@@ -61,9 +61,16 @@ impl FromRequestParts<App> for Caller {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
         let key = api_keys::authenticate_key(app, &parts.headers).await?;
-        let claims = tokens::verify_client(&app.secrets.token_key, &app.config.public_url, bearer(&parts.headers)?, app.clock.now())?;
+        let claims = tokens::verify_client(
+            &app.secrets.token_key,
+            &app.config.public_url,
+            bearer(&parts.headers)?,
+            app.clock.now(),
+        )?;
         if claims.tenant != key.tenant {
-            return Err(Problem::new(ErrorCode::InvalidToken).detail("The token belongs to another tenant than the API key."));
+            return Err(
+                Problem::new(ErrorCode::InvalidToken).detail("The token belongs to another tenant than the API key.")
+            );
         }
         Ok(Self { tenant: key.tenant, user: claims.user, request_id: context::request_id() })
     }
@@ -82,13 +89,19 @@ impl FromRequestParts<App> for Admin {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-        let subject = tokens::verify_admin(&app.secrets.token_key, &app.config.public_url, bearer(&parts.headers)?, app.clock.now())?;
+        let subject = tokens::verify_admin(
+            &app.secrets.token_key,
+            &app.config.public_url,
+            bearer(&parts.headers)?,
+            app.clock.now(),
+        )?;
         Ok(Self { subject, request_id: context::request_id() })
     }
 }
 
 fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {
-    let missing = || Problem::new(ErrorCode::InvalidToken).detail("An Authorization header `Bearer <token>` is needed, once.");
+    let missing =
+        || Problem::new(ErrorCode::InvalidToken).detail("An Authorization header `Bearer <token>` is needed, once.");
     let text = single(headers, AUTHORIZATION.as_str()).ok_or_else(missing)?;
     let (scheme, token) = text.split_once(' ').ok_or_else(missing)?;
     if scheme.eq_ignore_ascii_case("bearer") { Ok(token.trim()) } else { Err(missing()) }
@@ -160,8 +173,11 @@ fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
 }
 
 fn syntax_problem(error: &serde_json::Error) -> Problem {
-    Problem::new(ErrorCode::MalformedRequest)
-        .detail(format!("The body is not valid JSON: fault at line {}, column {}.", error.line(), error.column()))
+    Problem::new(ErrorCode::MalformedRequest).detail(format!(
+        "The body is not valid JSON: fault at line {}, column {}.",
+        error.line(),
+        error.column()
+    ))
 }
 
 fn pointer(path: &serde_path_to_error::Path) -> String {

@@ -42,7 +42,11 @@ pub struct Place {
 pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Result<Claim, Problem> {
     let Some(request) = context::idempotency() else { return Ok(Claim::Proceed(None)) };
     let key = request.key.ok_or_else(|| {
-        Problem::validation().field("Idempotency-Key", "invalid_format", "must be one header of 1 to 255 visible characters")
+        Problem::validation().field(
+            "Idempotency-Key",
+            "invalid_format",
+            "must be one header of 1 to 255 visible characters",
+        )
     })?;
     let tenant = tx.tenant().uuid();
     // a key older than 24 hours is as good as new
@@ -83,7 +87,8 @@ pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Resu
     };
     let body = keys.open(&data_key, place.aad(tx), &sealed).map_err(|error| Problem::internal(&error))?;
     let status = u16::try_from(status).ok().and_then(|code| StatusCode::from_u16(code).ok()).unwrap_or(StatusCode::OK);
-    let headers = [(CONTENT_TYPE, HeaderValue::from_static("application/json")), (REPLAYED, HeaderValue::from_static("true"))];
+    let headers =
+        [(CONTENT_TYPE, HeaderValue::from_static("application/json")), (REPLAYED, HeaderValue::from_static("true"))];
     Ok(Claim::Replay((status, headers, body.to_vec()).into_response()))
 }
 

@@ -106,7 +106,8 @@ mod tests {
     fn no_minute_admits_more_than_twice_the_allowance_and_an_hour_admits_its_share() {
         let limiter = Limiter::default();
         let start = Instant::now();
-        let admitted = (0..36_000u64).filter(|i| limiter.check(1, 100, start + Duration::from_millis(i * 100)).allowed).count();
+        let admitted =
+            (0..36_000u64).filter(|i| limiter.check(1, 100, start + Duration::from_millis(i * 100)).allowed).count();
         assert!((6_000..=6_100).contains(&admitted), "{admitted}");
     }
 

@@ -28,7 +28,8 @@ pub async fn own_task(request: Request, next: Next) -> Response {
     let context = Arc::new(RequestContext::of(&request));
     let method = request.method().clone();
     // the template, never the path: a path holds ids
-    let route = request.extensions().get::<MatchedPath>().map_or("unmatched".to_owned(), |path| path.as_str().to_owned());
+    let route =
+        request.extensions().get::<MatchedPath>().map_or("unmatched".to_owned(), |path| path.as_str().to_owned());
     let correlation = request.headers().get(&CORRELATION_ID).filter(|value| value.len() <= 128).cloned();
     let work = {
         let context = Arc::clone(&context);
@@ -44,7 +45,8 @@ pub async fn own_task(request: Request, next: Next) -> Response {
     let mut response = match answer {
         Ok(Ok(response)) => response,
         Ok(Err(failure)) => {
-            let text = failure.try_into_panic().map_or_else(|_| "cancelled".to_owned(), |payload| panic_text(&*payload));
+            let text =
+                failure.try_into_panic().map_or_else(|_| "cancelled".to_owned(), |payload| panic_text(&*payload));
             tracing::error!(request_id = %context.id, route, panic = text, "a request panicked");
             let response = problem(&context, Problem::new(ErrorCode::InternalError)).await;
             log(&context, method.as_str(), &route, response.status(), started);

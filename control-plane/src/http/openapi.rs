@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 
+use serde_json::Value;
 use utoipa::Modify;
 use utoipa::openapi::OpenApi as Document;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, Http, HttpAuthScheme, SecurityScheme};
@@ -40,9 +41,22 @@ pub fn document_text() -> &'static str {
     TEXT.get_or_init(|| {
         let (_, document) = router::routes().split_for_parts();
         // through Value: its maps are sorted
-        let value = serde_json::to_value(document).expect("the document is plain data");
+        let mut value = serde_json::to_value(document).expect("the document is plain data");
+        name_operations(&mut value);
         let mut text = serde_json::to_string_pretty(&value).expect("the document is plain data");
         text.push('\n');
         text
     })
+}
+
+/// Operations are named `<tag>_<handler>`: a handler's name alone is not unique, and SDKs are generated from these.
+fn name_operations(document: &mut Value) {
+    let paths = document["paths"].as_object_mut().into_iter().flatten();
+    for (_, methods) in paths {
+        for (_, operation) in methods.as_object_mut().into_iter().flatten() {
+            if let (Some(tag), Some(id)) = (operation["tags"][0].as_str(), operation["operationId"].as_str()) {
+                operation["operationId"] = Value::String(format!("{tag}_{id}"));
+            }
+        }
+    }
 }

@@ -101,8 +101,12 @@ impl Problem {
         if self.0.errors.is_empty() {
             return self.0.detail.clone();
         }
-        let faults: Vec<String> =
-            self.0.errors.iter().map(|fault| format!("{} {}", fault.pointer.trim_start_matches('/'), fault.detail)).collect();
+        let faults: Vec<String> = self
+            .0
+            .errors
+            .iter()
+            .map(|fault| format!("{} {}", fault.pointer.trim_start_matches('/'), fault.detail))
+            .collect();
         faults.join("; ")
     }
 
@@ -136,7 +140,9 @@ fn default_detail(code: ErrorCode) -> &'static str {
         ErrorCode::InvalidCredentials => "The e-mail address or the password is wrong.",
         ErrorCode::InvalidToken => "The token is missing, malformed, or not for this use.",
         ErrorCode::TokenExpired => "The access token has expired. Use the refresh token to get a new one.",
-        ErrorCode::TokenReused => "This refresh token was used before. All tokens of this login are revoked; log in again.",
+        ErrorCode::TokenReused => {
+            "This refresh token was used before. All tokens of this login are revoked; log in again."
+        }
         ErrorCode::TenantSuspended => "This tenant is suspended.",
         ErrorCode::NotFound => "There is nothing here under this address, or it is not yours.",
         ErrorCode::MethodNotAllowed => "This address does not answer this method.",

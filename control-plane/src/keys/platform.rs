@@ -92,7 +92,8 @@ async fn drawn_once(
     )
     .execute(sys)
     .await?;
-    let sealed = sqlx::query_scalar!("select sealed from platform.secrets where name = $1", name).fetch_one(sys).await?;
+    let sealed =
+        sqlx::query_scalar!("select sealed from platform.secrets where name = $1", name).fetch_one(sys).await?;
     keys.unwrap(&aad, &sealed).map_err(|source| SecretsError::WrongKek { name, source })
 }
 

@@ -5,8 +5,8 @@
 
 use std::fmt;
 
-use aes_gcm::aead::{Aead, KeyInit, Payload};
 use aes_gcm::Aes256Gcm;
+use aes_gcm::aead::{Aead, KeyInit, Payload};
 use cvault_types::TenantId;
 use rand::{CryptoRng, RngCore};
 use uuid::Uuid;

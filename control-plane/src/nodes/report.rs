@@ -27,9 +27,11 @@ pub(super) fn check(request: &ReportRequest) -> Result<(), Status> {
         return fault("too many peers in one window");
     }
     let ids = |bytes: &[u8]| bytes.len() == 16;
-    if !request.windows.iter().all(|window| {
-        ids(&window.counter_epoch) && window.peers.iter().all(|peer| ids(&peer.device_id))
-    }) {
+    if !request
+        .windows
+        .iter()
+        .all(|window| ids(&window.counter_epoch) && window.peers.iter().all(|peer| ids(&peer.device_id)))
+    {
         return fault("an id must have 16 bytes");
     }
     Ok(())
@@ -63,10 +65,10 @@ pub(super) async fn enter(app: &App, server: ServerId, request: ReportRequest) -
             tracing::error!(%server, "a server runs something else than its revision says; it gets a snapshot");
         }
     }
-    let acked = request.windows.iter().map(|window| AckedWindow {
-        counter_epoch: window.counter_epoch.clone(),
-        sequence: window.sequence,
-    });
+    let acked = request
+        .windows
+        .iter()
+        .map(|window| AckedWindow { counter_epoch: window.counter_epoch.clone(), sequence: window.sequence });
     Ok(ReportResponse {
         acked: acked.collect(),
         superseded: claim == Claim::Superseded,
@@ -86,7 +88,9 @@ fn note_nacks(server: ServerId, request: &ReportRequest) {
 /// What became of what the agent says it runs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Claim {
-    Accepted { revision: Option<u64> },
+    Accepted {
+        revision: Option<u64>,
+    },
     /// A newer session exists; facts (usage) were entered, claims were not.
     Superseded,
     /// The same revision with another digest, or a revision that does not exist.

@@ -44,7 +44,9 @@ pub enum ClusterError {
     NotInstalled,
     #[error("CVAULT_PG_BIN names {}, which has no `initdb` and `postgres`", dir.display())]
     NotThere { dir: PathBuf },
-    #[error("the user id {uid} has no entry in the user database, which PostgreSQL needs; run as a named user, or use `serve` with DATABASE_URL")]
+    #[error(
+        "the user id {uid} has no entry in the user database, which PostgreSQL needs; run as a named user, or use `serve` with DATABASE_URL"
+    )]
     NoAccount { uid: u32 },
     #[error("PostgreSQL does not run as root, and there is no user `cvault`, `postgres` or `nobody` to run it as")]
     NobodyToRunAs,
@@ -239,7 +241,14 @@ impl Cluster {
             }
             self.folder_of_theirs(&making)?;
             let mut command = self.command("initdb");
-            command.args(["--auth=peer", "--encoding=UTF8", "--no-locale", "--username", settings::SUPERUSER, "--pgdata"]);
+            command.args([
+                "--auth=peer",
+                "--encoding=UTF8",
+                "--no-locale",
+                "--username",
+                settings::SUPERUSER,
+                "--pgdata",
+            ]);
             if durability == Durability::Scratch {
                 command.arg(&making).arg("--no-sync");
             } else {
@@ -297,7 +306,8 @@ impl Cluster {
         let pid = Pid::from_raw(text.lines().next()?.trim().parse().ok()?)?;
         // a recycled number may be anything else
         let program = fs::read_link(format!("/proc/{}/exe", pid.as_raw_pid())).ok()?;
-        (program.file_name().is_some_and(|name| name.to_string_lossy().starts_with("postgres")) && is_alive(pid)).then_some(pid)
+        (program.file_name().is_some_and(|name| name.to_string_lossy().starts_with("postgres")) && is_alive(pid))
+            .then_some(pid)
     }
 
     fn spawn(&self) -> Result<(), ClusterError> {

@@ -82,7 +82,11 @@ impl ScratchDatabase {
     /// Small pools: many tests run at once.
     #[must_use]
     pub fn config(&self) -> DbConfig {
-        DbConfig { app_connections: 8, sys_connections: 4, ..DbConfig::new(self.options("cvault_app"), self.options("cvault_sys")) }
+        DbConfig {
+            app_connections: 8,
+            sys_connections: 4,
+            ..DbConfig::new(self.options("cvault_app"), self.options("cvault_sys"))
+        }
     }
 
     /// The URL for `role`, as a person would write it into DATABASE_URL.
@@ -99,7 +103,8 @@ impl ScratchDatabase {
 impl Server {
     async fn start() -> Result<Self, ScratchError> {
         let dir = PathBuf::from(format!("/tmp/cvault-test-{}-{:08x}", std::process::id(), rand::random::<u32>()));
-        let cluster = Cluster::start(&dir, std::env::var_os("CVAULT_PG_BIN").map(PathBuf::from), Durability::Scratch).await?;
+        let cluster =
+            Cluster::start(&dir, std::env::var_os("CVAULT_PG_BIN").map(PathBuf::from), Durability::Scratch).await?;
         let end = end_with_us(&cluster, &dir)?;
         let mut connection = cluster.superuser("postgres").connect().await?;
         sqlx::raw_sql(AssertSqlSafe(format!("create database {TEMPLATE}"))).execute(&mut connection).await?;

@@ -14,7 +14,13 @@ pub(super) const SUPERUSER: &str = "postgres";
 const ROLES: [&str; 4] = [SUPERUSER, "cvault_owner", "cvault_app", "cvault_sys"];
 
 /// Peer authentication for `us` alone, and no address to connect to.
-pub(super) fn write(data: &Path, sockets: &Path, us: &Account, them: &Account, durability: Durability) -> io::Result<()> {
+pub(super) fn write(
+    data: &Path,
+    sockets: &Path,
+    us: &Account,
+    them: &Account,
+    durability: Durability,
+) -> io::Result<()> {
     let ident: String = ROLES.iter().map(|role| format!("cvault \"{}\" {role}\n", us.name)).collect();
     put(&data.join("pg_ident.conf"), &ident, them)?;
     put(&data.join("pg_hba.conf"), "local all all peer map=cvault\n", them)?;

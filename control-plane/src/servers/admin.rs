@@ -167,13 +167,10 @@ pub async fn remove_server(sys: &PgPool, id: ServerId) -> Result<(), RemoveServe
     if peers > 0 {
         return Err(RemoveServerError::InUse { peers: u32::try_from(peers).unwrap_or(u32::MAX) });
     }
-    sqlx::query!(
-        "update platform.servers set status = 'removed', identity_pin = null where server_id = $1",
-        id.uuid()
-    )
-    .execute(tx.conn())
-    .await
-    .map_err(DbError::from)?;
+    sqlx::query!("update platform.servers set status = 'removed', identity_pin = null where server_id = $1", id.uuid())
+        .execute(tx.conn())
+        .await
+        .map_err(DbError::from)?;
     sqlx::query!("update platform.enrol_tokens set expires_at = now() where server_id = $1", id.uuid())
         .execute(tx.conn())
         .await

@@ -15,7 +15,9 @@ use time::OffsetDateTime;
 use crate::db::DbError;
 use crate::tenancy::TenantTx;
 
-pub use admin::{CreateServerError, NewServer, RemoveServerError, ServerDetails, create_server, list_all, remove_server};
+pub use admin::{
+    CreateServerError, NewServer, RemoveServerError, ServerDetails, create_server, list_all, remove_server,
+};
 pub use enrol::{EnrolError, Enrolled, consume_token, issue_token};
 
 /// An agent reports every few seconds; after this long without a word its server gets no new devices.
@@ -100,11 +102,7 @@ pub async fn find(tx: &mut TenantTx, id: ServerId) -> Result<Option<Server>, DbE
 ///
 /// # Errors
 /// Those of the database.
-pub async fn candidates(
-    tx: &mut TenantTx,
-    region: Option<&str>,
-    now: OffsetDateTime,
-) -> Result<Vec<Server>, DbError> {
+pub async fn candidates(tx: &mut TenantTx, region: Option<&str>, now: OffsetDateTime) -> Result<Vec<Server>, DbError> {
     let mut servers = list(tx).await?;
     servers.retain(|server| server.takes_devices(now) && region.is_none_or(|region| server.region == region));
     servers.sort_by_key(|server| (u64::from(server.peers) * 1_000_000 / u64::from(server.capacity.max(1)), server.id));

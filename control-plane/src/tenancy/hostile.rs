@@ -11,12 +11,11 @@ async fn victims_rows(world: &World, victim: Person) -> String {
     let mut superuser = world.superuser().await;
     let mut all = String::new();
     for table in ["tenants", "users", "devices", "sessions", "audit_log", "usage_hourly", "api_keys"] {
-        let sql = format!("select coalesce(string_agg(t::text, ',' order by t::text), '') from cvault.{table} t where tenant_id = $1");
-        let text: String = sqlx::query_scalar(AssertSqlSafe(sql))
-            .bind(victim.tenant.uuid())
-            .fetch_one(&mut superuser)
-            .await
-            .unwrap();
+        let sql = format!(
+            "select coalesce(string_agg(t::text, ',' order by t::text), '') from cvault.{table} t where tenant_id = $1"
+        );
+        let text: String =
+            sqlx::query_scalar(AssertSqlSafe(sql)).bind(victim.tenant.uuid()).fetch_one(&mut superuser).await.unwrap();
         all.push_str(&text);
     }
     for table in ["peers", "addresses", "servers"] {
@@ -37,7 +36,9 @@ async fn attack(conn: &mut PgConnection, context: &str, sql: &str) -> String {
             .iter()
             .map(|row| {
                 (0..row.len())
-                    .map(|column| row.try_get_raw(column).ok().and_then(|value| value.as_bytes().ok().map(<[u8]>::to_vec)))
+                    .map(|column| {
+                        row.try_get_raw(column).ok().and_then(|value| value.as_bytes().ok().map(<[u8]>::to_vec))
+                    })
                     .map(|bytes| String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned())
                     .collect::<Vec<_>>()
                     .join("|")
@@ -162,15 +163,17 @@ async fn hostile_sql_reads_and_changes_nothing_of_another_tenant() {
         "select dblink('dbname=postgres', 'select 1')".into(),
         "select query from pg_stat_activity".into(),
     ];
-    for context in [forged.as_str(), expired.as_str(), swapped.as_str(), later.as_str(), &v.to_string(), "", "..", "a.b.c"] {
+    for context in
+        [forged.as_str(), expired.as_str(), swapped.as_str(), later.as_str(), &v.to_string(), "", "..", "a.b.c"]
+    {
         for table in ["users", "devices", "sessions", "audit_log", "usage_hourly", "tenants"] {
             statements.push(format!("select set_config('app.ctx', '{context}', true); select * from cvault.{table}"));
             statements.push(format!("set local app.ctx = '{context}'; select * from cvault.{table}"));
         }
-        statements.push(format!("set app.ctx = '{context}'; update cvault.users set status = 'disabled'; reset app.ctx"));
-        statements.push(format!(
-            "select u.email from (select set_config('app.ctx', '{context}', false)) s, cvault.users u"
-        ));
+        statements
+            .push(format!("set app.ctx = '{context}'; update cvault.users set status = 'disabled'; reset app.ctx"));
+        statements
+            .push(format!("select u.email from (select set_config('app.ctx', '{context}', false)) s, cvault.users u"));
     }
     let canaries = ["canary@example.com", "CANARY-device", "987654321"];
     for statement in &statements {

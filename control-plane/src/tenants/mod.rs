@@ -114,13 +114,17 @@ impl Settings {
         bounds("/max_devices_per_user", Some(i64::from(self.max_devices_per_user)), 0, 1_000);
         bounds("/rate_limit_per_minute", self.rate_limit_per_minute.map(i64::from), 1, 1_000_000);
         if !(1..=255).contains(&self.name.trim().chars().count()) || self.name.contains(char::is_control) {
-            problem = problem.field("/name", "invalid_format", "must have 1 to 255 characters and no control character");
+            problem =
+                problem.field("/name", "invalid_format", "must have 1 to 255 characters and no control character");
         }
         if self.status == TenantStatus::Deleted {
-            problem = problem.field("/status", "invalid_value", "must be active, trial or suspended; delete with DELETE");
+            problem =
+                problem.field("/status", "invalid_value", "must be active, trial or suspended; delete with DELETE");
         }
         // what is stored is also what is audited and sent to browsers
-        if serde_json::to_string(&self.whitelabel_config).map_or(true, |text| text.len() > 16_384 || text.contains("\\u0000")) {
+        if serde_json::to_string(&self.whitelabel_config)
+            .map_or(true, |text| text.len() > 16_384 || text.contains("\\u0000"))
+        {
             problem = problem.field("/whitelabel_config", "too_long", "must be at most 16 KiB of JSON without NUL");
         }
         problem.or_ok(self)
@@ -280,7 +284,12 @@ async fn load(tx: &mut TenantTx) -> Result<Tenant, TenantError> {
     Ok(tenant(id, settings, row.created_at))
 }
 
-async fn note(tx: &mut TenantTx, actor: &Actor, action: &'static str, details: serde_json::Value) -> Result<(), DbError> {
+async fn note(
+    tx: &mut TenantTx,
+    actor: &Actor,
+    action: &'static str,
+    details: serde_json::Value,
+) -> Result<(), DbError> {
     let target = tx.tenant().to_string();
     let entry = audit::Entry { actor: &actor.name, action, target: &target, details, request_id: actor.request_id };
     audit::record(tx, entry).await

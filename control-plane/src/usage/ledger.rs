@@ -69,7 +69,9 @@ pub async fn ingest(
     }
     let server = server.uuid();
     // two reports of one server at once (an old and a new session of its agent) take turns
-    sqlx::query!("select pg_advisory_xact_lock(731992416, hashtext($1::uuid::text))", server).execute(tx.conn()).await?;
+    sqlx::query!("select pg_advisory_xact_lock(731992416, hashtext($1::uuid::text))", server)
+        .execute(tx.conn())
+        .await?;
     let windows = unseen(tx.conn(), server, windows).await?;
     done.new_windows = windows.len();
     let devices = reported_devices(&windows);
@@ -337,7 +339,8 @@ async fn write_hours(
 ) -> Result<(), DbError> {
     let (mut tenants, mut users, mut devices, mut times, mut rx, mut tx) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let (mut orphans, mut orphan_times, mut orphan_rx, mut orphan_tx) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut orphans, mut orphan_times, mut orphan_rx, mut orphan_tx) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for ((device, hour), values) in hours {
         if let Some(owner) = owners.get(device) {
             tenants.push(owner.tenant);

@@ -40,7 +40,8 @@ async fn enter(world: &World, server: ServerId, windows: &[UsageWindow]) -> Inge
 
 async fn billed(world: &World, person: Person) -> Totals {
     let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
-    let period = Period { from: world.app.clock.now() - Duration::hours(3), to: world.app.clock.now() + Duration::hours(1) };
+    let period =
+        Period { from: world.app.clock.now() - Duration::hours(3), to: world.app.clock.now() + Duration::hours(1) };
     let totals = totals(&mut tx, None, period).await.unwrap();
     let days = days(&mut tx, None, period).await.unwrap();
     assert_eq!(days.iter().map(|day| day.rx_bytes).sum::<i64>(), totals.rx_bytes);
@@ -148,7 +149,8 @@ async fn a_handshake_opens_a_session_silence_and_disconnect_close_it() {
     tx.commit().await.unwrap();
 
     let mut superuser = world.superuser().await;
-    let age = "update cvault.sessions set status = 'active', disconnected_at = null, connected_at = now() - interval '5 min',
+    let age =
+        "update cvault.sessions set status = 'active', disconnected_at = null, connected_at = now() - interval '5 min',
                       last_handshake_at = now() - interval '4 min'";
     sqlx::query(age).execute(&mut superuser).await.unwrap();
     assert_eq!(sessions::close_silent(&world.app.db.sys).await.unwrap(), 1);

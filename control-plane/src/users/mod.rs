@@ -39,13 +39,11 @@ pub async fn register(
 ) -> Result<UserId, RegisterError> {
     let tenant = tx.tenant().uuid();
     // "no key": foreign keys of other transactions to this tenant do not wait
-    let limit = sqlx::query_scalar!(
-        "select user_limit from cvault.tenants where tenant_id = $1 for no key update",
-        tenant
-    )
-    .fetch_one(tx.conn())
-    .await
-    .map_err(DbError::from)?;
+    let limit =
+        sqlx::query_scalar!("select user_limit from cvault.tenants where tenant_id = $1 for no key update", tenant)
+            .fetch_one(tx.conn())
+            .await
+            .map_err(DbError::from)?;
     if email_exists(tx, email).await? {
         return Err(RegisterError::EmailTaken);
     }

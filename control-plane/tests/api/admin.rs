@@ -41,8 +41,17 @@ async fn impossible_settings_are_all_named() {
     let answer = platform.admin("POST", "/admin/tenants").json(&body).refused(422, "VALIDATION_FAILED").await;
     let mut faults = answer.faults();
     faults.sort();
-    assert_eq!(faults, ["/bandwidth_limit_gb out_of_range", "/max_devices_per_user out_of_range", "/name invalid_format",
-        "/rate_limit_per_minute out_of_range", "/status invalid_value", "/user_limit out_of_range"]);
+    assert_eq!(
+        faults,
+        [
+            "/bandwidth_limit_gb out_of_range",
+            "/max_devices_per_user out_of_range",
+            "/name invalid_format",
+            "/rate_limit_per_minute out_of_range",
+            "/status invalid_value",
+            "/user_limit out_of_range"
+        ]
+    );
     for (body, fault) in [
         (json!({"name": "x", "status": "open"}), "/status invalid_value"),
         (json!({"name": "x", "user_limit": 3_000_000_000_u64}), "/user_limit invalid_type"),

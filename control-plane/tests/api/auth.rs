@@ -168,7 +168,10 @@ async fn anyone_can_verify_a_user_token_with_the_published_key() {
     validation.set_audience(&["client"]);
     validation.set_issuer(&[&platform.app.config.public_url]);
     let claims = jsonwebtoken::decode::<Value>(&token, &key, &validation).unwrap().claims;
-    assert_eq!((claims["sub"].as_str(), claims["tid"].as_str()), (Some(user.text("user_id").as_str()), Some(tenant.id.as_str())));
+    assert_eq!(
+        (claims["sub"].as_str(), claims["tid"].as_str()),
+        (Some(user.text("user_id").as_str()), Some(tenant.id.as_str()))
+    );
     assert_eq!(claims["exp"].as_i64().unwrap() - claims["iat"].as_i64().unwrap(), 900);
     assert!(claims["sid"].is_string() && claims["jti"].is_string());
 }
@@ -187,7 +190,13 @@ async fn a_user_token_works_only_with_its_own_tenants_key() {
     devices(&tenant, &platform.admin_token()).refused(401, "INVALID_TOKEN").await;
     let who = ClientToken { tenant: tenant.id.parse::<TenantId>().unwrap(), user: UserId::from_uuid(Uuid::now_v7()) };
     let long_ago = platform.app.clock.now() - Duration::minutes(16);
-    let expired = tokens::mint_client(&platform.app.secrets.token_key, &platform.app.config.public_url, who, Uuid::now_v7(), long_ago);
+    let expired = tokens::mint_client(
+        &platform.app.secrets.token_key,
+        &platform.app.config.public_url,
+        who,
+        Uuid::now_v7(),
+        long_ago,
+    );
     devices(&tenant, expired.expose()).refused(401, "TOKEN_EXPIRED").await;
     let call = platform.call("GET", "/api/v1/devices").header("authorization", &format!("Bearer {token}"));
     call.refused(401, "INVALID_API_KEY").await;
@@ -230,10 +239,11 @@ async fn nothing_secret_is_stored_in_clear_and_every_attempt_is_recorded() {
     refresh(&platform, &tenant, &user.text("refresh_token")).await;
 
     let mut connection = sqlx::PgConnection::connect_with(&platform.database.superuser()).await.unwrap();
-    let events: Vec<String> = sqlx::query_scalar("select kind || ' ' || outcome from cvault.auth_events order by event_id")
-        .fetch_all(&mut connection)
-        .await
-        .unwrap();
+    let events: Vec<String> =
+        sqlx::query_scalar("select kind || ' ' || outcome from cvault.auth_events order by event_id")
+            .fetch_all(&mut connection)
+            .await
+            .unwrap();
     assert_eq!(events, ["register success", "login failure", "refresh success", "refresh reuse"]);
 
     let everything: String = sqlx::query_scalar(
@@ -246,7 +256,8 @@ async fn nothing_secret_is_stored_in_clear_and_every_attempt_is_recorded() {
     .fetch_one(&mut connection)
     .await
     .unwrap();
-    for secret in [PASSWORD, "wrong password", &tenant.secret, &user.text("refresh_token"), &user.text("access_token")] {
+    for secret in [PASSWORD, "wrong password", &tenant.secret, &user.text("refresh_token"), &user.text("access_token")]
+    {
         assert!(!everything.contains(secret));
         assert!(!everything.contains(&hex::encode(secret)), "nor as bytea");
     }

@@ -24,11 +24,15 @@ async fn a_body_that_is_not_json_is_refused_by_kind() {
     let platform = Platform::start().await;
     let tenant = platform.tenant().await;
     let call = |kind: &str, body: &[u8]| platform.call("POST", REGISTER).backend(&tenant).raw(kind, body);
-    for kind in ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", "application/json; charset=latin1", ""] {
+    for kind in
+        ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", "application/json; charset=latin1", ""]
+    {
         call(kind, b"{}").refused(415, "UNSUPPORTED_MEDIA_TYPE").await;
     }
     platform.call("POST", REGISTER).backend(&tenant).refused(415, "UNSUPPORTED_MEDIA_TYPE").await;
-    for body in [&b""[..], b"{", b"{]", b"hello", b"{\"email\":\"a\xff\"}", b"{} {}", b"\xef\xbb\xbf{}", &b"[".repeat(100_000)] {
+    for body in
+        [&b""[..], b"{", b"{]", b"hello", b"{\"email\":\"a\xff\"}", b"{} {}", b"\xef\xbb\xbf{}", &b"[".repeat(100_000)]
+    {
         call("application/json", body).refused(400, "MALFORMED_REQUEST").await;
     }
     call("application/json; charset=UTF-8", b"{}").refused(422, "VALIDATION_FAILED").await;
@@ -109,8 +113,18 @@ async fn the_openapi_document_describes_every_route_and_is_the_same_each_time() 
     let platform = Platform::start().await;
     let answer = platform.call("GET", "/api/v1/openapi.json").send().await;
     let paths = answer.body["paths"].as_object().unwrap();
-    for path in ["/admin/tenants", "/admin/tenants/{tenant_id}", "/api/v1/auth/register", "/api/v1/auth/login",
-        "/api/v1/auth/refresh", "/api/v1/auth/logout", "/health", "/health/ready", "/metrics", "/.well-known/jwks.json"] {
+    for path in [
+        "/admin/tenants",
+        "/admin/tenants/{tenant_id}",
+        "/api/v1/auth/register",
+        "/api/v1/auth/login",
+        "/api/v1/auth/refresh",
+        "/api/v1/auth/logout",
+        "/health",
+        "/health/ready",
+        "/metrics",
+        "/.well-known/jwks.json",
+    ] {
         assert!(paths.contains_key(path), "{path}");
     }
     assert_eq!(answer.text, platform.call("GET", "/api/v1/openapi.json").send().await.text);

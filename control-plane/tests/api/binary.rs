@@ -138,6 +138,20 @@ fn the_committed_openapi_text_is_printed_without_any_configuration() {
     let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(document["openapi"], "3.1.0");
     assert_eq!(output.stdout, program().arg("openapi").output().unwrap().stdout);
+    let paths = document["paths"].as_object().unwrap();
+    let operations = paths.values().flat_map(|methods| methods.as_object().unwrap().values());
+    let mut ids: Vec<&str> = operations.map(|operation| operation["operationId"].as_str().unwrap()).collect();
+    let all = ids.len();
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), all, "operations have names of their own");
+}
+
+#[test]
+fn the_page_about_configuration_is_what_the_program_prints() {
+    let output = program().arg("config").output().unwrap();
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations/configuration.md");
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), fs::read_to_string(page).unwrap(), "print it again");
 }
 
 /// A `dev` in a folder of its own; killed with its PostgreSQL when dropped.
@@ -233,7 +247,8 @@ fn dev_survives_kills_of_itself_and_of_postgresql_and_stops_cleanly() {
     signal(postgres, Signal::KILL);
     eventually("PostgreSQL is started again", || dev.postgres() != postgres && alive(dev.postgres()));
     eventually("and answers", || {
-        let output = program().args(["admin", "--json", "--data-dir"]).arg(dir).args(["tenant", "list"]).output().unwrap();
+        let output =
+            program().args(["admin", "--json", "--data-dir"]).arg(dir).args(["tenant", "list"]).output().unwrap();
         output.status.success()
     });
 

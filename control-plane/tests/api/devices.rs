@@ -38,12 +38,14 @@ async fn server(platform: &Platform, name: &str, region: &str, public_ip: &str) 
     };
     let id = servers::create_server(sys, &server, &mut StdRng::from_os_rng()).await.unwrap();
     let key: [u8; 32] = rand::random();
-    sqlx::query("update platform.servers set public_key = $2, identity_pin = $2, last_seen_at = now() where server_id = $1")
-        .bind(id.uuid())
-        .bind(key.as_slice())
-        .execute(sys)
-        .await
-        .unwrap();
+    sqlx::query(
+        "update platform.servers set public_key = $2, identity_pin = $2, last_seen_at = now() where server_id = $1",
+    )
+    .bind(id.uuid())
+    .bind(key.as_slice())
+    .execute(sys)
+    .await
+    .unwrap();
     id
 }
 
@@ -93,7 +95,10 @@ async fn a_device_is_registered_listed_read_and_deleted() {
     assert_eq!(again.header("content-type"), "text/plain; charset=utf-8");
     assert_eq!(again.header("cache-control"), "no-store");
     let read = user.call("GET", &path).send().await.body;
-    assert_eq!((&read["device_name"], &read["platform"], &read["server_region"]), (&json!("MacBook Pro"), &json!("macos"), &json!("lab-1")));
+    assert_eq!(
+        (&read["device_name"], &read["platform"], &read["server_region"]),
+        (&json!("MacBook Pro"), &json!("macos"), &json!("lab-1"))
+    );
     assert_eq!(user.call("GET", "/api/v1/devices").send().await.body["data"], json!([read]));
 
     let other = User::new(&platform, &tenant, "b@example.com").await;
@@ -121,7 +126,12 @@ async fn every_fault_of_a_registration_is_named_at_once() {
     let answer = user.call("POST", "/api/v1/devices").json(&bad).refused(422, "VALIDATION_FAILED").await;
     assert_eq!(
         answer.faults(),
-        ["/device_name invalid_format", "/platform invalid_format", "/public_key invalid_format", "/server_region invalid_format"]
+        [
+            "/device_name invalid_format",
+            "/platform invalid_format",
+            "/public_key invalid_format",
+            "/server_region invalid_format"
+        ]
     );
     let unknown = json!({"device_name": "x", "name": "y"});
     user.call("POST", "/api/v1/devices").json(&unknown).refused(422, "VALIDATION_FAILED").await;
@@ -162,7 +172,9 @@ async fn pages_follow_each_other_without_gap_or_repetition() {
     let (mut names, mut path) = (Vec::new(), "/api/v1/devices?limit=2".to_owned());
     loop {
         let page = user.call("GET", &path).send().await.body;
-        names.extend(page["data"].as_array().unwrap().iter().map(|device| device["device_name"].as_str().unwrap().to_owned()));
+        names.extend(
+            page["data"].as_array().unwrap().iter().map(|device| device["device_name"].as_str().unwrap().to_owned()),
+        );
         assert_eq!(page["has_more"] == true, page["next_cursor"].is_string());
         let Some(cursor) = page["next_cursor"].as_str() else { break };
         path = format!("/api/v1/devices?limit=2&cursor={cursor}");
@@ -238,7 +250,10 @@ async fn servers_show_load_and_whether_they_take_devices() {
     let user = User::new(&platform, &platform.tenant().await, "a@example.com").await;
     user.device(json!({"device_name": "x"})).await;
     let list = user.call("GET", "/api/v1/servers").send().await.body;
-    assert_eq!(list, json!({"servers": [{"id": id.to_string(), "name": "s1", "region": "lab-1", "load": 1, "available": true}]}));
+    assert_eq!(
+        list,
+        json!({"servers": [{"id": id.to_string(), "name": "s1", "region": "lab-1", "load": 1, "available": true}]})
+    );
     sqlx::query("update platform.servers set last_seen_at = now() - interval '2 min'")
         .execute(&platform.app.db.sys)
         .await

@@ -19,7 +19,11 @@ async fn a_retried_registration_gets_the_first_answer_again() {
     assert_eq!((again.status.as_u16(), again.header("idempotency-replayed")), (201, "true"));
     assert_eq!((&again.text, again.header("content-type")), (&first.text, "application/json"), "byte for byte");
     let foreign = call(&other).send().await;
-    assert_eq!((foreign.status.as_u16(), foreign.header("idempotency-replayed")), (201, ""), "a key is its tenant's own");
+    assert_eq!(
+        (foreign.status.as_u16(), foreign.header("idempotency-replayed")),
+        (201, ""),
+        "a key is its tenant's own"
+    );
     platform.post(REGISTER, &body).backend(&tenant).refused(409, "EMAIL_TAKEN").await;
 }
 

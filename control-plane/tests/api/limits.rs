@@ -13,7 +13,11 @@ async fn a_tenant_past_its_rate_waits_while_another_is_served() {
     for remaining in (0..5).rev() {
         let answer = call(&tenant).refused(401, "INVALID_TOKEN").await;
         assert_eq!(answer.header("ratelimit-policy"), "\"tenant\";q=5;w=60");
-        assert!(answer.header("ratelimit").starts_with(&format!("\"tenant\";r={remaining};t=")), "{}", answer.header("ratelimit"));
+        assert!(
+            answer.header("ratelimit").starts_with(&format!("\"tenant\";r={remaining};t=")),
+            "{}",
+            answer.header("ratelimit")
+        );
     }
     let refused = call(&tenant).refused(429, "RATE_LIMITED").await;
     assert!((1..=12).contains(&refused.header("retry-after").parse::<u64>().unwrap()));

@@ -18,21 +18,18 @@ fn main() -> Result<()> {
 
 /// Process 1 of a machine: reaps orphans, and exits when the Lab closes its standard input.
 fn init() -> Result<()> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?
-        .block_on(async {
-            let mut child_ended = signal(SignalKind::child())?;
-            announce()?;
-            let mut input = tokio::io::stdin();
-            let mut byte = [0];
-            loop {
-                tokio::select! {
-                    _ = input.read(&mut byte) => std::process::exit(0),
-                    _ = child_ended.recv() => while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {},
-                }
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let mut child_ended = signal(SignalKind::child())?;
+        announce()?;
+        let mut input = tokio::io::stdin();
+        let mut byte = [0];
+        loop {
+            tokio::select! {
+                _ = input.read(&mut byte) => std::process::exit(0),
+                _ = child_ended.recv() => while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {},
             }
-        })
+        }
+    })
 }
 
 fn announce() -> Result<()> {

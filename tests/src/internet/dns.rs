@@ -15,8 +15,8 @@ const NAME_ERROR: u8 = 3;
 /// Answers on port 53 of `address`, on a thread of its own.
 pub(super) fn start(address: &str) -> Result<()> {
     let address: IpAddr = address.parse()?;
-    let socket = UdpSocket::bind(SocketAddr::new(address, 53))
-        .with_context(|| format!("listen on {address} port 53"))?;
+    let socket =
+        UdpSocket::bind(SocketAddr::new(address, 53)).with_context(|| format!("listen on {address} port 53"))?;
     std::thread::spawn(move || {
         let mut message = [0; 512];
         while let Ok((length, from)) = socket.recv_from(&mut message) {
@@ -45,14 +45,7 @@ fn reply(query: &[u8], from: IpAddr) -> Option<Vec<u8>> {
         let data = octets(address);
         reply.extend_from_slice(&[0xc0, 0x0c]);
         reply.extend_from_slice(&question[question.len() - 4..]);
-        reply.extend_from_slice(&[
-            0,
-            0,
-            0,
-            0,
-            0,
-            u8::try_from(data.len()).expect("an address is 4 or 16 octets"),
-        ]);
+        reply.extend_from_slice(&[0, 0, 0, 0, 0, u8::try_from(data.len()).expect("an address is 4 or 16 octets")]);
         reply.extend_from_slice(&data);
     }
     Some(reply)
@@ -110,11 +103,7 @@ mod tests {
 
     #[test]
     fn whoami_answers_with_the_address_the_question_came_from() {
-        let reply = reply(
-            &query("whoami.test", TYPE_A),
-            "203.0.113.10".parse().unwrap(),
-        )
-        .unwrap();
+        let reply = reply(&query("whoami.test", TYPE_A), "203.0.113.10".parse().unwrap()).unwrap();
         assert_eq!(&reply[..4], &[0xab, 0xcd, 0x85, 0]);
         assert_eq!(&reply[reply.len() - 4..], &[203, 0, 113, 10]);
     }
@@ -127,12 +116,6 @@ mod tests {
 
     #[test]
     fn a_truncated_question_gets_no_answer() {
-        assert_eq!(
-            reply(
-                &query("www.test", TYPE_A)[..15],
-                "192.0.2.1".parse().unwrap()
-            ),
-            None
-        );
+        assert_eq!(reply(&query("www.test", TYPE_A)[..15], "192.0.2.1".parse().unwrap()), None);
     }
 }

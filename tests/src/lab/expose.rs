@@ -13,18 +13,16 @@ pub(super) fn start(network: File, inside: SocketAddr) -> Result<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").context("listen on 127.0.0.1")?;
     let outside = listener.local_addr()?;
     let network = Arc::new(network);
-    std::thread::Builder::new()
-        .name("lab-expose".to_owned())
-        .spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let network = Arc::clone(&network);
-                std::thread::spawn(move || {
-                    if let Err(error) = relay(stream, &network, inside) {
-                        eprintln!("{outside} -> {inside}: {error:#}");
-                    }
-                });
-            }
-        })?;
+    std::thread::Builder::new().name("lab-expose".to_owned()).spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let network = Arc::clone(&network);
+            std::thread::spawn(move || {
+                if let Err(error) = relay(stream, &network, inside) {
+                    eprintln!("{outside} -> {inside}: {error:#}");
+                }
+            });
+        }
+    })?;
     Ok(outside)
 }
 

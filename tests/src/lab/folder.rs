@@ -65,10 +65,7 @@ fn remove_where(root: &Path, wanted: impl Fn(&str) -> bool) -> bool {
     let mut all = true;
     for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let pid = name
-            .to_str()
-            .and_then(|name| name.strip_prefix(PREFIX))
-            .and_then(|rest| rest.split('-').next());
+        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX)).and_then(|rest| rest.split('-').next());
         if pid.is_some_and(&wanted) {
             all &= std::fs::remove_dir_all(entry.path()).is_ok();
         }
@@ -97,12 +94,7 @@ pub(super) fn print_tail(log: &Path, lines: usize) {
         return;
     }
     let all: Vec<&str> = text.lines().collect();
-    eprintln!(
-        "──── {} (last {} of {} lines)",
-        log.display(),
-        lines.min(all.len()),
-        all.len()
-    );
+    eprintln!("──── {} (last {} of {} lines)", log.display(), lines.min(all.len()), all.len());
     for line in &all[all.len().saturating_sub(lines)..] {
         eprintln!("{line}");
     }
@@ -110,10 +102,7 @@ pub(super) fn print_tail(log: &Path, lines: usize) {
 
 /// A program built by this workspace: beside the running executable, or where `CVAULT_BIN_DIR` says.
 pub fn binary(name: &str) -> Result<String> {
-    let mut folders: Vec<PathBuf> = std::env::var_os("CVAULT_BIN_DIR")
-        .map(PathBuf::from)
-        .into_iter()
-        .collect();
+    let mut folders: Vec<PathBuf> = std::env::var_os("CVAULT_BIN_DIR").map(PathBuf::from).into_iter().collect();
     let here = std::env::current_exe().context("find the running executable")?;
     folders.extend(here.ancestors().skip(1).take(2).map(Path::to_path_buf));
     for folder in &folders {

@@ -27,10 +27,7 @@ impl Machine {
     pub fn boot(name: &str, dir: &Path) -> Result<Self> {
         let dir = dir.join(name);
         std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(dir.join("init.log"))?;
+        let log = File::options().create(true).append(true).open(dir.join("init.log"))?;
         let mut init = Command::new("unshare")
             .args([
                 "--net",
@@ -62,11 +59,7 @@ impl Machine {
             let why = std::fs::read_to_string(dir.join("init.log")).unwrap_or_default();
             bail!("machine {name} did not boot: {}", why.trim());
         }
-        Ok(Self {
-            name: name.to_owned(),
-            dir,
-            init,
-        })
+        Ok(Self { name: name.to_owned(), dir, init })
     }
 
     pub fn name(&self) -> &str {
@@ -107,19 +100,12 @@ impl Machine {
             .args(["--", program])
             .stdin(Stdio::null())
             .process_group(0)
-            .env(
-                "PATH",
-                "/run/lab/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            );
+            .env("PATH", "/run/lab/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
         command
     }
 
     /// Runs a program to its end; its standard output, or an error with what it said.
-    pub fn run<'a>(
-        &self,
-        program: &str,
-        arguments: impl IntoIterator<Item = &'a str>,
-    ) -> Result<String> {
+    pub fn run<'a>(&self, program: &str, arguments: impl IntoIterator<Item = &'a str>) -> Result<String> {
         let mut command = self.command(program);
         command.args(arguments);
         self.finish(program, command)
@@ -134,19 +120,11 @@ impl Machine {
 
     /// Runs a prepared command of this machine to its end.
     pub fn finish(&self, what: &str, mut command: Command) -> Result<String> {
-        let output = command
-            .output()
-            .with_context(|| format!("on {}: run {what}", self.name))?;
+        let output = command.output().with_context(|| format!("on {}: run {what}", self.name))?;
         let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
         if !output.status.success() {
             let stderr = String::from_utf8_lossy(&output.stderr);
-            bail!(
-                "on {}: {what}: {}: {} {}",
-                self.name,
-                output.status,
-                stdout.trim(),
-                stderr.trim()
-            );
+            bail!("on {}: {what}: {}: {} {}", self.name, output.status, stdout.trim(), stderr.trim());
         }
         Ok(stdout)
     }
@@ -169,8 +147,7 @@ impl Machine {
 
     /// The process id found in a file, as the machine counts.
     pub fn pid_from(&self, file: &Path) -> Result<String> {
-        let text =
-            std::fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+        let text = std::fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
         let first = text.split_whitespace().next().unwrap_or_default();
         if first.parse::<u32>().is_err() {
             bail!("{} holds no process id: {text:?}", file.display());

@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result, bail};
 
 pub use folder::binary;
+pub use interrupt::await_interrupt;
 pub use machine::Machine;
 pub use process::{Process, Signal};
 pub use wait::{eventually, eventually_some, promptly, quiescent};
@@ -89,10 +90,7 @@ pub struct Addresses {
 
 impl Addresses {
     fn of(network: Network, host: u8) -> Self {
-        Self {
-            v4: format!("{}.{host}", network.v4_prefix()),
-            v6: format!("{}:{host}", network.v6_prefix()),
-        }
+        Self { v4: format!("{}.{host}", network.v4_prefix()), v6: format!("{}:{host}", network.v6_prefix()) }
     }
 }
 
@@ -118,16 +116,10 @@ impl Lab {
         let internet = Machine::boot("internet", folder.path())?;
         internet.sh(INTERNET)?;
         let servers = internet.spawn("services", &binary("cvault-lab")?, ["internet"], [])?;
-        let lab = Self {
-            folder,
-            internet,
-            ports: AtomicU32::new(0),
-            secrets: Mutex::new(Vec::new()),
-        };
+        let lab = Self { folder, internet, ports: AtomicU32::new(0), secrets: Mutex::new(Vec::new()) };
         eventually("the lab's HTTP server answers", 10, || {
             servers.check_running()?;
-            lab.internet
-                .sh(&format!("curl -sf -m 2 http://{HTTP_V4}/ip"))
+            lab.internet.sh(&format!("curl -sf -m 2 http://{HTTP_V4}/ip"))
         })?;
         Ok(lab)
     }
@@ -169,10 +161,7 @@ impl Lab {
             "netns",
             &self.internet.holder(),
         ])?;
-        self.internet.sh(&format!(
-            "ip link set {port} master {} up",
-            network.bridge()
-        ))?;
+        self.internet.sh(&format!("ip link set {port} master {} up", network.bridge()))?;
         machine.sh(&format!(
             "ip link set up0 up
              ip addr add {v4}/24 dev up0
@@ -193,10 +182,7 @@ impl Lab {
             self.secrets
                 .lock()
                 .expect("no holder of this lock panics")
-                .push(Secret {
-                    what: what.to_owned(),
-                    value: value.to_owned(),
-                });
+                .push(Secret { what: what.to_owned(), value: value.to_owned() });
         }
     }
 
@@ -209,12 +195,7 @@ impl Lab {
             let text = String::from_utf8_lossy(&text);
             for secret in secrets.iter() {
                 if let Some(line) = text.lines().position(|line| line.contains(&secret.value)) {
-                    hits.push(format!(
-                        "{} in {} line {}",
-                        secret.what,
-                        log.display(),
-                        line + 1
-                    ));
+                    hits.push(format!("{} in {} line {}", secret.what, log.display(), line + 1));
                 }
             }
         }
@@ -243,11 +224,7 @@ impl Lab {
 
     fn copy_logs_aside(&self) {
         if let Ok(folder) = std::env::var("CVAULT_LAB_LOGS") {
-            let _ = std::process::Command::new("cp")
-                .args(["-r", "--"])
-                .arg(self.dir())
-                .arg(folder)
-                .status();
+            let _ = std::process::Command::new("cp").args(["-r", "--"]).arg(self.dir()).arg(folder).status();
         }
     }
 }
@@ -277,16 +254,9 @@ done
 ";
 
 fn run_ip(arguments: &[&str]) -> Result<()> {
-    let output = std::process::Command::new("ip")
-        .args(arguments)
-        .output()
-        .context("run ip")?;
+    let output = std::process::Command::new("ip").args(arguments).output().context("run ip")?;
     if !output.status.success() {
-        bail!(
-            "ip {}: {}",
-            arguments.join(" "),
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
+        bail!("ip {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(())
 }

@@ -20,15 +20,10 @@ const TOOLS: [(&str, &str); 10] = [
 pub(super) fn check() -> Result<()> {
     let mut missing = Vec::new();
     if !rustix::process::geteuid().is_root() {
-        missing.push(
-            "root: network namespaces and TUN devices need it (run it under sudo)".to_owned(),
-        );
+        missing.push("root: network namespaces and TUN devices need it (run it under sudo)".to_owned());
     }
     if !Path::new("/dev/net/tun").exists() {
-        missing.push(
-            "/dev/net/tun: the TUN driver (modprobe tun, or give the container the device)"
-                .to_owned(),
-        );
+        missing.push("/dev/net/tun: the TUN driver (modprobe tun, or give the container the device)".to_owned());
     }
     for (tool, package) in TOOLS {
         if !in_path(tool) {
@@ -36,10 +31,7 @@ pub(super) fn check() -> Result<()> {
         }
     }
     if !missing.is_empty() {
-        bail!(
-            "the lab cannot be built here. Missing:\n  {}",
-            missing.join("\n  ")
-        );
+        bail!("the lab cannot be built here. Missing:\n  {}", missing.join("\n  "));
     }
     Ok(())
 }

@@ -49,18 +49,11 @@ impl Process {
         let log = machine.dir().join(format!("{name}.log"));
         let pid_file = machine.dir().join(format!("{name}.pid"));
         let _ = std::fs::remove_file(&pid_file);
-        let output = File::options()
-            .create(true)
-            .append(true)
-            .open(&log)
-            .with_context(|| format!("open {}", log.display()))?;
+        let output =
+            File::options().create(true).append(true).open(&log).with_context(|| format!("open {}", log.display()))?;
         let entered = machine
             .command("sh")
-            .args([
-                "-c",
-                r#"echo $$ > "$1.new"; mv "$1.new" "$1"; shift; exec "$@""#,
-                "sh",
-            ])
+            .args(["-c", r#"echo $$ > "$1.new"; mv "$1.new" "$1"; shift; exec "$@""#, "sh"])
             .arg(&pid_file)
             .arg(program)
             .args(arguments)
@@ -69,15 +62,8 @@ impl Process {
             .stderr(Stdio::from(output))
             .spawn()
             .with_context(|| format!("start {name}"))?;
-        let process = Self {
-            name: name.to_owned(),
-            log,
-            pid_file,
-            entered: Mutex::new(entered),
-        };
-        eventually_some("a process writes its id", 10, || {
-            Ok(process.pid_file.exists().then_some(()))
-        })?;
+        let process = Self { name: name.to_owned(), log, pid_file, entered: Mutex::new(entered) };
+        eventually_some("a process writes its id", 10, || Ok(process.pid_file.exists().then_some(())))?;
         Ok(process)
     }
 
@@ -97,18 +83,12 @@ impl Process {
     /// Sends `signal` and waits until the process has ended.
     pub fn end(&self, machine: &Machine, signal: Signal) -> Result<()> {
         self.signal(machine, signal)?;
-        eventually_some(&format!("{} ends", self.name), 20, || {
-            Ok(self.exit_status()?.map(drop))
-        })
+        eventually_some(&format!("{} ends", self.name), 20, || Ok(self.exit_status()?.map(drop)))
     }
 
     /// How it ended, if it has.
     pub fn exit_status(&self) -> Result<Option<std::process::ExitStatus>> {
-        Ok(self
-            .entered
-            .lock()
-            .expect("no holder of this lock panics")
-            .try_wait()?)
+        Ok(self.entered.lock().expect("no holder of this lock panics").try_wait()?)
     }
 
     /// An error with the end of its log when it has ended.

@@ -17,12 +17,7 @@ pub fn promptly<T>(what: &str, seconds: u64, check: impl FnMut() -> Result<T>) -
     repeat(what, seconds, SHORT_PAUSE, check)
 }
 
-fn repeat<T>(
-    what: &str,
-    seconds: u64,
-    pause: Duration,
-    mut check: impl FnMut() -> Result<T>,
-) -> Result<T> {
+fn repeat<T>(what: &str, seconds: u64, pause: Duration, mut check: impl FnMut() -> Result<T>) -> Result<T> {
     let deadline = Instant::now() + Duration::from_secs(seconds);
     loop {
         match check() {
@@ -36,11 +31,7 @@ fn repeat<T>(
 }
 
 /// As `eventually`, for checks that answer `None` while it is not yet so.
-pub fn eventually_some<T>(
-    what: &str,
-    seconds: u64,
-    mut check: impl FnMut() -> Result<Option<T>>,
-) -> Result<T> {
+pub fn eventually_some<T>(what: &str, seconds: u64, mut check: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     eventually(what, seconds, || check()?.ok_or_else(|| anyhow!("not yet")))
 }
 
@@ -60,11 +51,7 @@ pub fn quiescent<T: PartialEq>(
             since = Instant::now();
             return Err(anyhow!("still changing"));
         }
-        if since.elapsed() < still {
-            Err(anyhow!("not still long enough"))
-        } else {
-            Ok(now)
-        }
+        if since.elapsed() < still { Err(anyhow!("not still long enough")) } else { Ok(now) }
     })
 }
 
@@ -74,12 +61,8 @@ mod tests {
 
     #[test]
     fn a_condition_that_never_holds_fails_with_its_name_and_last_error() {
-        let error =
-            eventually::<()>("the moon is cheese", 0, || Err(anyhow!("it is rock"))).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "not within 0 s: the moon is cheese; last: it is rock"
-        );
+        let error = eventually::<()>("the moon is cheese", 0, || Err(anyhow!("it is rock"))).unwrap_err();
+        assert_eq!(error.to_string(), "not within 0 s: the moon is cheese; last: it is rock");
     }
 
     #[test]

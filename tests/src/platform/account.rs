@@ -61,12 +61,9 @@ impl Usage {
     /// nobody's: `SLACK`. The client's kernel has also counted what never arrived: no more than it sent may be billed, and
     /// no less than it received.
     pub fn check_against(self, server: Counters, client: Counters) -> Result<()> {
-        let agrees = self.rx.abs_diff(server.rx_bytes) <= SLACK
-            && self.tx.abs_diff(server.tx_bytes) <= SLACK;
+        let agrees = self.rx.abs_diff(server.rx_bytes) <= SLACK && self.tx.abs_diff(server.tx_bytes) <= SLACK;
         if !agrees || self.rx > client.tx_bytes || self.tx < client.rx_bytes {
-            bail!(
-                "billed {self:?}, counted by the server's kernel {server:?}, by the client's {client:?}"
-            );
+            bail!("billed {self:?}, counted by the server's kernel {server:?}, by the client's {client:?}");
         }
         Ok(())
     }
@@ -104,9 +101,7 @@ impl Tenant {
 
     /// Adds the tenant's key and secret.
     pub fn sign(&self, request: Request) -> Request {
-        request
-            .header("X-API-Key", &self.api_key)
-            .header("X-API-Secret", &self.api_secret)
+        request.header("X-API-Key", &self.api_key).header("X-API-Secret", &self.api_secret)
     }
 
     pub fn usage_request(&self) -> Request {
@@ -116,17 +111,11 @@ impl Tenant {
 
 impl User {
     pub fn register_request(tenant: &Tenant, email: &str, password: &str) -> Request {
-        tenant.sign(Request::post(
-            "/api/v1/auth/register",
-            &json!({ "email": email, "password": password }),
-        ))
+        tenant.sign(Request::post("/api/v1/auth/register", &json!({ "email": email, "password": password })))
     }
 
     pub fn login_request(tenant: &Tenant, email: &str, password: &str) -> Request {
-        tenant.sign(Request::post(
-            "/api/v1/auth/login",
-            &json!({ "email": email, "password": password }),
-        ))
+        tenant.sign(Request::post("/api/v1/auth/login", &json!({ "email": email, "password": password })))
     }
 
     pub(super) fn register(lab: &Lab, http: &Http, tenant: &Tenant, email: &str) -> Result<Self> {
@@ -167,24 +156,15 @@ impl User {
     }
 
     pub fn device_request(&self, name: &str) -> Request {
-        self.sign(Request::post(
-            "/api/v1/devices?wait=active",
-            &json!({ "device_name": name }),
-        ))
+        self.sign(Request::post("/api/v1/devices?wait=active", &json!({ "device_name": name })))
     }
 
     pub fn connect_request(&self, device: &Device) -> Request {
-        self.sign(Request::post(
-            "/api/v1/vpn/connect",
-            &json!({ "device_id": device.id }),
-        ))
+        self.sign(Request::post("/api/v1/vpn/connect", &json!({ "device_id": device.id })))
     }
 
     pub fn disconnect_request(&self, device: &Device) -> Request {
-        self.sign(Request::post(
-            "/api/v1/vpn/disconnect",
-            &json!({ "device_id": device.id }),
-        ))
+        self.sign(Request::post("/api/v1/vpn/disconnect", &json!({ "device_id": device.id })))
     }
 
     pub fn status_request(&self) -> Request {
@@ -210,11 +190,7 @@ impl Device {
         let device = Self {
             id: text_of(&body, &["device_id", "id"])?,
             config: text(&body, "config")?,
-            assigned_ip: text(&body, "assigned_ip")?
-                .split('/')
-                .next()
-                .unwrap_or_default()
-                .to_owned(),
+            assigned_ip: text(&body, "assigned_ip")?.split('/').next().unwrap_or_default().to_owned(),
             body,
         };
         for line in device.config.lines() {
@@ -231,19 +207,9 @@ impl Device {
     pub fn addresses(&self) -> Vec<String> {
         self.config
             .lines()
-            .filter_map(|line| {
-                line.split_once('=')
-                    .filter(|(name, _)| name.trim() == "Address")
-            })
+            .filter_map(|line| line.split_once('=').filter(|(name, _)| name.trim() == "Address"))
             .flat_map(|(_, value)| value.split(','))
-            .map(|address| {
-                address
-                    .trim()
-                    .split('/')
-                    .next()
-                    .unwrap_or_default()
-                    .to_owned()
-            })
+            .map(|address| address.trim().split('/').next().unwrap_or_default().to_owned())
             .collect()
     }
 }
@@ -253,20 +219,8 @@ impl Usage {
     pub fn from_body(body: &Value) -> Result<Self> {
         let period = &body["current_period"];
         let figure = |names: &[&str]| names.iter().find_map(|name| period[*name].as_u64());
-        let rx = figure(&[
-            "bytes_rx",
-            "rx_bytes",
-            "bytes_up",
-            "upload_bytes",
-            "bytes_from_devices",
-        ]);
-        let tx = figure(&[
-            "bytes_tx",
-            "tx_bytes",
-            "bytes_down",
-            "download_bytes",
-            "bytes_to_devices",
-        ]);
+        let rx = figure(&["bytes_rx", "rx_bytes", "bytes_up", "upload_bytes", "bytes_from_devices"]);
+        let tx = figure(&["bytes_tx", "tx_bytes", "bytes_down", "download_bytes", "bytes_to_devices"]);
         Ok(Self {
             rx: rx.with_context(|| format!("no received bytes in {period}"))?,
             tx: tx.with_context(|| format!("no sent bytes in {period}"))?,
@@ -275,10 +229,7 @@ impl Usage {
 }
 
 fn text(body: &Value, name: &str) -> Result<String> {
-    body[name]
-        .as_str()
-        .map(str::to_owned)
-        .with_context(|| format!("the answer has no {name}"))
+    body[name].as_str().map(str::to_owned).with_context(|| format!("the answer has no {name}"))
 }
 
 fn text_of(body: &Value, names: &[&str]) -> Result<String> {

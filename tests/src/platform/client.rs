@@ -9,9 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::lab::{
-    Addresses, HTTP_V4, HTTP_V6, Lab, Machine, Network, Process, Signal, eventually, promptly,
-};
+use crate::lab::{Addresses, HTTP_V4, HTTP_V6, Lab, Machine, Network, Process, Signal, eventually, promptly};
 
 const INTERFACE: &str = "cvault";
 
@@ -67,14 +65,9 @@ impl std::ops::Sub for Counters {
 impl Client {
     /// Boots client machine `number` (1–240).
     pub fn boot(lab: &Lab, number: u8) -> Result<Self> {
-        let (machine, addresses) =
-            lab.machine(&format!("client{number}"), Network::Clients, 9 + number)?;
+        let (machine, addresses) = lab.machine(&format!("client{number}"), Network::Clients, 9 + number)?;
         let config = machine.dir().join(format!("{INTERFACE}.conf"));
-        Ok(Self {
-            addresses,
-            machine,
-            config,
-        })
+        Ok(Self { addresses, machine, config })
     }
 
     pub fn machine(&self) -> &Machine {
@@ -92,15 +85,8 @@ impl Client {
             .write_all(config.as_bytes())?;
         let started = Instant::now();
         let mut command = self.machine.command("wg-quick");
-        command
-            .arg("up")
-            .arg(&self.config)
-            .env("WG_QUICK_USERSPACE_IMPLEMENTATION", "wireguard-go");
-        let mut wg_quick = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("run wg-quick")?;
+        command.arg("up").arg(&self.config).env("WG_QUICK_USERSPACE_IMPLEMENTATION", "wireguard-go");
+        let mut wg_quick = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("run wg-quick")?;
         // wireguard-go begins the handshake as soon as it is told its peer.
         let mut without_peer = SystemTime::now();
         promptly("the peer is configured", 15, || {
@@ -122,13 +108,9 @@ impl Client {
         }
         let wg_quick = started.elapsed();
         let shaken = eventually("the first handshake", 15, || {
-            self.last_handshake()?
-                .ok_or_else(|| anyhow!("no handshake yet"))
+            self.last_handshake()?.ok_or_else(|| anyhow!("no handshake yet"))
         })?;
-        Ok(Up {
-            wg_quick,
-            handshake: shaken.duration_since(without_peer).unwrap_or_default(),
-        })
+        Ok(Up { wg_quick, handshake: shaken.duration_since(without_peer).unwrap_or_default() })
     }
 
     pub fn down(&self) -> Result<()> {
@@ -162,39 +144,19 @@ impl Client {
     }
 
     pub fn get(&self, url: &str) -> Result<String> {
-        Ok(self
-            .machine
-            .run("curl", ["-sSf", "-m", "10", url])?
-            .trim()
-            .to_owned())
+        Ok(self.machine.run("curl", ["-sSf", "-m", "10", url])?.trim().to_owned())
     }
 
     /// The address from which the DNS server was asked, through the resolver of the machine.
     pub fn address_seen_by_dns(&self) -> Result<String> {
         let answer = self.machine.run("getent", ["ahostsv4", "whoami.test"])?;
-        answer
-            .split_whitespace()
-            .next()
-            .map(str::to_owned)
-            .context("getent answered nothing")
+        answer.split_whitespace().next().map(str::to_owned).context("getent answered nothing")
     }
 
     /// Fetches `count` bytes from the internet.
     pub fn download(&self, count: u64) -> Result<()> {
         let url = format!("http://{HTTP_V4}/bytes/{count}");
-        let got = self.machine.run(
-            "curl",
-            [
-                "-sSf",
-                "-m",
-                "120",
-                "-o",
-                "/dev/null",
-                "-w",
-                "%{size_download}",
-                &url,
-            ],
-        )?;
+        let got = self.machine.run("curl", ["-sSf", "-m", "120", "-o", "/dev/null", "-w", "%{size_download}", &url])?;
         same("downloaded", count, &got)
     }
 
@@ -204,19 +166,7 @@ impl Client {
         std::fs::File::create(&file)?.set_len(count)?;
         let body = format!("@{}", file.display());
         let url = format!("http://{HTTP_V4}/sink");
-        let got = self.machine.run(
-            "curl",
-            [
-                "-sSf",
-                "-m",
-                "120",
-                "-H",
-                "Expect:",
-                "--data-binary",
-                &body,
-                &url,
-            ],
-        )?;
+        let got = self.machine.run("curl", ["-sSf", "-m", "120", "-H", "Expect:", "--data-binary", &body, &url])?;
         std::fs::remove_file(&file)?;
         same("uploaded", count, &got)
     }
@@ -228,30 +178,20 @@ impl Client {
 
     /// Exactly `count` echoes of `size` payload bytes; an error when one is lost. Datagrams are counted alike by everybody.
     pub fn echo(&self, address: &str, count: u64, size: u64) -> Result<()> {
-        let output = self.machine.sh(&format!(
-            "ping -q -n -i 0.002 -c {count} -s {size} -W 2 {address}"
-        ))?;
-        if output.contains(" 0% packet loss") {
-            Ok(())
-        } else {
-            bail!("echoes were lost: {output}")
-        }
+        let output = self.machine.sh(&format!("ping -q -n -i 0.002 -c {count} -s {size} -W 2 {address}"))?;
+        if output.contains(" 0% packet loss") { Ok(()) } else { bail!("echoes were lost: {output}") }
     }
 
     /// Echo requests every 20 ms until they are stopped.
     pub fn start_pings(&self, address: &str) -> Result<Pings> {
-        let process = self
-            .machine
-            .spawn("ping", "ping", ["-i", "0.02", "-n", address], [])?;
+        let process = self.machine.spawn("ping", "ping", ["-i", "0.02", "-n", address], [])?;
         Ok(Pings { process })
     }
 
     /// Stops the keepalives (which carry no bytes) and lets nothing but them leave, so that counts can be compared.
     pub fn silence(&self) -> Result<()> {
         self.machine
-            .sh(&format!(
-                "wg set {INTERFACE} peer \"$(wg show {INTERFACE} peers)\" persistent-keepalive off"
-            ))
+            .sh(&format!("wg set {INTERFACE} peer \"$(wg show {INTERFACE} peers)\" persistent-keepalive off"))
             .map(drop)
     }
 
@@ -290,11 +230,7 @@ impl Pings {
         let goal = self.answers() + count;
         eventually("echoes are answered", 60, || {
             self.process.check_running()?;
-            if self.answers() < goal {
-                Err(anyhow!("{} of {goal}", self.answers()))
-            } else {
-                Ok(())
-            }
+            if self.answers() < goal { Err(anyhow!("{} of {goal}", self.answers())) } else { Ok(()) }
         })
     }
 
@@ -315,24 +251,14 @@ impl Pings {
 
 /// The sequence numbers of answers, each once.
 fn answered(log: &str) -> impl Iterator<Item = u64> {
-    let numbers: std::collections::BTreeSet<u64> = log
-        .lines()
-        .filter_map(|line| {
-            line.split("icmp_seq=")
-                .nth(1)?
-                .split(' ')
-                .next()?
-                .parse()
-                .ok()
-        })
-        .collect();
+    let numbers: std::collections::BTreeSet<u64> =
+        log.lines().filter_map(|line| line.split("icmp_seq=").nth(1)?.split(' ').next()?.parse().ok()).collect();
     numbers.into_iter()
 }
 
 /// One exchange on a WireGuard program's own socket (https://www.wireguard.com/xplatform/), from outside its machine.
 pub fn uapi(machine: &Machine, interface: &str, request: &str) -> Result<String> {
-    let mut socket =
-        UnixStream::connect(machine.path(&format!("/run/wireguard/{interface}.sock")))?;
+    let mut socket = UnixStream::connect(machine.path(&format!("/run/wireguard/{interface}.sock")))?;
     socket.set_read_timeout(Some(Duration::from_secs(2)))?;
     socket.write_all(request.as_bytes())?;
     let mut text = String::new();
@@ -356,7 +282,5 @@ fn same(what: &str, wanted: u64, got: &str) -> Result<()> {
 
 fn number(file: &Path) -> Result<u64> {
     let text = std::fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
-    text.trim()
-        .parse()
-        .with_context(|| format!("{} is no number", file.display()))
+    text.trim().parse().with_context(|| format!("{} is no number", file.display()))
 }

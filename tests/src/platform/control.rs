@@ -7,9 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::http::{Http, Request};
-use crate::lab::{
-    self, CONTROL_V4, DNS_V4, DNS_V6, Lab, Machine, Network, Process, Signal, eventually,
-};
+use crate::lab::{self, CONTROL_V4, DNS_V4, DNS_V6, Lab, Machine, Network, Process, Signal, eventually};
 
 const READY_SECONDS: u64 = 60;
 
@@ -23,11 +21,7 @@ pub struct ControlOptions {
 
 impl Default for ControlOptions {
     fn default() -> Self {
-        Self {
-            quarantine_seconds: 60,
-            rate_limit_per_minute: 1_000_000,
-            log: "trace".to_owned(),
-        }
+        Self { quarantine_seconds: 60, rate_limit_per_minute: 1_000_000, log: "trace".to_owned() }
     }
 }
 
@@ -54,13 +48,7 @@ impl Control {
         let program = lab::binary("cvault-control-plane")?;
         let data_dir = machine.dir().join("data");
         let process = start_dev(&machine, &program, &data_dir, &options)?;
-        Ok(Self {
-            machine,
-            program,
-            data_dir,
-            options,
-            process: Mutex::new(process),
-        })
+        Ok(Self { machine, program, data_dir, options, process: Mutex::new(process) })
     }
 
     pub(super) fn wait_until_ready(&self, http: &Http) -> Result<()> {
@@ -92,8 +80,7 @@ impl Control {
             .env("CVAULT_LOG", "warn")
             .env("CVAULT_PUBLIC_URL", url());
         let output = self.machine.finish("cvault-control-plane admin", command)?;
-        serde_json::from_str(output.trim())
-            .with_context(|| format!("admin printed no JSON: {output}"))
+        serde_json::from_str(output.trim()).with_context(|| format!("admin printed no JSON: {output}"))
     }
 
     /// Kills the control plane's process; its PostgreSQL stays, as after a crash.
@@ -109,11 +96,8 @@ impl Control {
 
     /// Kills PostgreSQL's first process and everything of the cluster with it, as the kernel would for lack of memory.
     pub fn kill_postgres(&self) -> Result<()> {
-        let pid = self
-            .machine
-            .pid_from(&self.data_dir.join("pg/postmaster.pid"))?;
-        self.machine
-            .sh(&format!("kill -KILL {pid} $(pgrep -P {pid})"))?;
+        let pid = self.machine.pid_from(&self.data_dir.join("pg/postmaster.pid"))?;
+        self.machine.sh(&format!("kill -KILL {pid} $(pgrep -P {pid})"))?;
         Ok(())
     }
 
@@ -123,15 +107,7 @@ impl Control {
         let port = socket_port(&socket)?;
         let mut command = self.machine.command(psql_program()?.as_str());
         command
-            .args([
-                "-XAtq",
-                "-v",
-                "ON_ERROR_STOP=1",
-                "-U",
-                "postgres",
-                "-d",
-                "cvault",
-            ])
+            .args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", "cvault"])
             .arg("-h")
             .arg(&socket)
             .args(["-p", &port, "-c", query]);
@@ -143,12 +119,7 @@ impl Control {
     }
 }
 
-fn start_dev(
-    machine: &Machine,
-    program: &str,
-    data_dir: &Path,
-    options: &ControlOptions,
-) -> Result<Process> {
+fn start_dev(machine: &Machine, program: &str, data_dir: &Path, options: &ControlOptions) -> Result<Process> {
     let data_dir = data_dir.display().to_string();
     let endpoint = node_endpoint();
     machine.spawn(
@@ -170,14 +141,8 @@ fn start_dev(
             ("CVAULT_LOG_FORMAT", "text"),
             ("CVAULT_PUBLIC_URL", url()),
             ("CVAULT_CLIENT_DNS", &format!("{DNS_V4},{DNS_V6}")),
-            (
-                "CVAULT_RATE_LIMIT_PER_MINUTE",
-                &options.rate_limit_per_minute.to_string(),
-            ),
-            (
-                "CVAULT_QUARANTINE_SECONDS",
-                &options.quarantine_seconds.to_string(),
-            ),
+            ("CVAULT_RATE_LIMIT_PER_MINUTE", &options.rate_limit_per_minute.to_string()),
+            ("CVAULT_QUARANTINE_SECONDS", &options.quarantine_seconds.to_string()),
         ],
     )
 }

@@ -31,9 +31,7 @@ pub fn activation(platform: &Platform, count: usize) -> Result<Activation> {
     let mut times = Vec::with_capacity(count);
     for number in 0..count {
         let user = &users[number / DEVICES_PER_USER];
-        let answer = platform
-            .http
-            .send(&user.device_request(&format!("device {number}")))?;
+        let answer = platform.http.send(&user.device_request(&format!("device {number}")))?;
         let body = answer.expect(201)?;
         if body["status"] != "active" {
             return Err(anyhow!("device {number} is {}", body["status"]));
@@ -41,10 +39,7 @@ pub fn activation(platform: &Platform, count: usize) -> Result<Activation> {
         times.push(answer.took);
     }
     times.sort_unstable();
-    Ok(Activation {
-        p50: times[count / 2],
-        p99: times[(count * 99 / 100).min(count - 1)],
-    })
+    Ok(Activation { p50: times[count / 2], p99: times[(count * 99 / 100).min(count - 1)] })
 }
 
 /// Registrations per second with `at_once` callers.
@@ -57,17 +52,14 @@ pub fn registrations(platform: &Platform, count: usize, at_once: usize) -> Resul
                 let users = &users;
                 scope.spawn(move || {
                     (caller..count).step_by(at_once).try_for_each(|number| {
-                        let mut request = users[number / DEVICES_PER_USER]
-                            .device_request(&format!("device {number}"));
+                        let mut request = users[number / DEVICES_PER_USER].device_request(&format!("device {number}"));
                         request.path = "/api/v1/devices".to_owned();
                         platform.http.send(&request)?.expect(201).map(drop)
                     })
                 })
             })
             .collect();
-        callers
-            .into_iter()
-            .try_for_each(|caller| caller.join().map_err(|_| anyhow!("a caller panicked"))?)
+        callers.into_iter().try_for_each(|caller| caller.join().map_err(|_| anyhow!("a caller panicked"))?)
     })?;
     #[expect(clippy::cast_precision_loss, reason = "a figure to look at")]
     let count = count as f64;
@@ -85,14 +77,9 @@ pub fn metering(platform: &Platform, server: &Server, bytes: u64) -> Result<Acco
     client.download(bytes)?;
     client.upload(bytes)?;
     client.silence()?;
-    let billed = platform.bill_where(&tenant, |billed| {
-        billed.check_against(server.counters_on_wire()? - before, client.counters()?)
-    })?;
-    let account = Account {
-        billed,
-        client: client.counters()?,
-        server: server.counters_on_wire()? - before,
-    };
+    let billed = platform
+        .bill_where(&tenant, |billed| billed.check_against(server.counters_on_wire()? - before, client.counters()?))?;
+    let account = Account { billed, client: client.counters()?, server: server.counters_on_wire()? - before };
     client.down()?;
     Ok(account)
 }
@@ -104,19 +91,13 @@ impl Platform {
     }
 
     /// What a tenant is billed, once `right` finds nothing wrong with it and it has stayed so for three seconds.
-    pub fn bill_where(
-        &self,
-        tenant: &Tenant,
-        right: impl Fn(Usage) -> Result<()>,
-    ) -> Result<Usage> {
+    pub fn bill_where(&self, tenant: &Tenant, right: impl Fn(Usage) -> Result<()>) -> Result<Usage> {
         let read = || -> Result<Usage> {
             let billed = self.usage(tenant)?;
             right(billed).map(|()| billed)
         };
         eventually("the bill is right", BILLING_SECONDS, read)?;
-        let billed = quiescent("the bill", Duration::from_secs(3), BILLING_SECONDS, || {
-            self.usage(tenant)
-        })?;
+        let billed = quiescent("the bill", Duration::from_secs(3), BILLING_SECONDS, || self.usage(tenant))?;
         right(billed).context("after it had been right")?;
         Ok(billed)
     }

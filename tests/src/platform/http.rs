@@ -53,12 +53,7 @@ struct Call {
 
 impl Request {
     pub fn new(method: Method, path: &str) -> Self {
-        Self {
-            method,
-            path: path.to_owned(),
-            headers: Vec::new(),
-            body: None,
-        }
+        Self { method, path: path.to_owned(), headers: Vec::new(), body: None }
     }
 
     pub fn get(path: &str) -> Self {
@@ -70,16 +65,11 @@ impl Request {
     }
 
     pub fn post(path: &str, body: &Value) -> Self {
-        Self::new(Method::POST, path)
-            .header("Content-Type", "application/json")
-            .raw_body(body.to_string().into_bytes())
+        Self::new(Method::POST, path).header("Content-Type", "application/json").raw_body(body.to_string().into_bytes())
     }
 
     pub fn header(mut self, name: &str, value: &str) -> Self {
-        self.headers.push(Header {
-            name: name.to_owned(),
-            value: value.to_owned(),
-        });
+        self.headers.push(Header { name: name.to_owned(), value: value.to_owned() });
         self
     }
 
@@ -106,17 +96,12 @@ impl Request {
 }
 
 fn quoted(url: &str) -> String {
-    if url.contains(['?', '&']) {
-        format!("'{url}'")
-    } else {
-        url.to_owned()
-    }
+    if url.contains(['?', '&']) { format!("'{url}'") } else { url.to_owned() }
 }
 
 impl Answer {
     pub fn json(&self) -> Result<Value> {
-        serde_json::from_slice(&self.body)
-            .with_context(|| format!("not JSON ({}): {}", self.status, self.text()))
+        serde_json::from_slice(&self.body).with_context(|| format!("not JSON ({}): {}", self.status, self.text()))
     }
 
     pub fn text(&self) -> String {
@@ -125,10 +110,7 @@ impl Answer {
 
     /// The `code` of a problem document, or an empty string.
     pub fn code(&self) -> String {
-        self.json()
-            .ok()
-            .and_then(|body| body["code"].as_str().map(str::to_owned))
-            .unwrap_or_default()
+        self.json().ok().and_then(|body| body["code"].as_str().map(str::to_owned)).unwrap_or_default()
     }
 
     /// The body of an answer that must have this status.
@@ -136,11 +118,7 @@ impl Answer {
         if self.status != status {
             bail!("expected {status}, got {}: {}", self.status, self.text());
         }
-        if self.body.is_empty() {
-            Ok(Value::Null)
-        } else {
-            self.json()
-        }
+        if self.body.is_empty() { Ok(Value::Null) } else { self.json() }
     }
 }
 
@@ -150,28 +128,20 @@ impl Http {
         let network = machine.network()?;
         let (calls, waiting) = mpsc::channel(WAITING_CALLS);
         let (started, start) = sync_channel(1);
-        std::thread::Builder::new()
-            .name("lab-http".to_owned())
-            .spawn({
-                let base = base.to_owned();
-                move || {
-                    let entered = move_into_link_name_space(
-                        network.as_fd(),
-                        Some(LinkNameSpaceType::Network),
-                    )
+        std::thread::Builder::new().name("lab-http".to_owned()).spawn({
+            let base = base.to_owned();
+            move || {
+                let entered = move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))
                     .context("enter the machine's network");
-                    let failed = entered.is_err();
-                    let _ = started.send(entered);
-                    if !failed {
-                        serve(&base, waiting);
-                    }
+                let failed = entered.is_err();
+                let _ = started.send(entered);
+                if !failed {
+                    serve(&base, waiting);
                 }
-            })?;
+            }
+        })?;
         start.recv().context("the HTTP thread ended")??;
-        Ok(Self {
-            calls,
-            base: base.to_owned(),
-        })
+        Ok(Self { calls, base: base.to_owned() })
     }
 
     pub fn base(&self) -> &str {
@@ -182,28 +152,16 @@ impl Http {
     pub fn send(&self, request: &Request) -> Result<Answer> {
         let (reply, answer) = sync_channel(1);
         self.calls
-            .blocking_send(Call {
-                request: request.clone(),
-                reply,
-            })
+            .blocking_send(Call { request: request.clone(), reply })
             .map_err(|_| anyhow!("the HTTP thread has ended"))?;
-        answer
-            .recv()
-            .context("the HTTP thread ended")?
-            .with_context(|| format!("{} {}", request.method, request.path))
+        answer.recv().context("the HTTP thread ended")?.with_context(|| format!("{} {}", request.method, request.path))
     }
 }
 
 fn serve(base: &str, mut waiting: mpsc::Receiver<Call>) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime can be built");
-    let client = reqwest::Client::builder()
-        .timeout(TIMEOUT)
-        .no_proxy()
-        .build()
-        .expect("a client without TLS can be built");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be built");
+    let client =
+        reqwest::Client::builder().timeout(TIMEOUT).no_proxy().build().expect("a client without TLS can be built");
     runtime.block_on(async move {
         while let Some(call) = waiting.recv().await {
             let client = client.clone();
@@ -229,12 +187,7 @@ async fn exchange(client: &reqwest::Client, url: String, request: Request) -> Re
     let status = response.status().as_u16();
     let headers = response.headers().clone();
     let body = response.bytes().await?.to_vec();
-    Ok(Answer {
-        status,
-        headers,
-        body,
-        took: started.elapsed(),
-    })
+    Ok(Answer { status, headers, body, took: started.elapsed() })
 }
 
 #[cfg(test)]
@@ -243,18 +196,12 @@ mod tests {
 
     #[test]
     fn a_request_prints_as_curl() {
-        let request = Request::post(
-            "/api/v1/devices?wait=active",
-            &serde_json::json!({"device_name": "x"}),
-        )
-        .header("X-API-Key", "$KEY");
+        let request = Request::post("/api/v1/devices?wait=active", &serde_json::json!({"device_name": "x"}))
+            .header("X-API-Key", "$KEY");
         assert_eq!(
             request.curl("http://h"),
             r#"curl -s 'http://h/api/v1/devices?wait=active' -H "Content-Type: application/json" -H "X-API-Key: $KEY" -d '{"device_name":"x"}'"#
         );
-        assert_eq!(
-            Request::delete("/a").curl("http://h"),
-            "curl -s -X DELETE http://h/a"
-        );
+        assert_eq!(Request::delete("/a").curl("http://h"), "curl -s -X DELETE http://h/a");
     }
 }

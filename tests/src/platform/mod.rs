@@ -37,12 +37,7 @@ impl Platform {
         let http = Http::enter(control.machine(), control::url())?;
         control.wait_until_ready(&http)?;
         let admin = Admin::new(&lab, &control)?;
-        Ok(Self {
-            http,
-            admin,
-            control,
-            lab,
-        })
+        Ok(Self { http, admin, control, lab })
     }
 
     /// Creates server `number` in the control plane, boots its machine, enrols and starts its agent.

@@ -26,8 +26,7 @@ pub struct Server {
 
 impl Server {
     pub(super) fn join(lab: &Lab, control: &Control, number: u8) -> Result<Self> {
-        let (machine, addresses) =
-            lab.machine(&format!("server{number}"), Network::Servers, 9 + number)?;
+        let (machine, addresses) = lab.machine(&format!("server{number}"), Network::Servers, 9 + number)?;
         let created = control.admin([
             "server",
             "create",
@@ -38,39 +37,18 @@ impl Server {
             "--public-ip",
             &addresses.v4,
         ])?;
-        let id = created["server_id"]
-            .as_str()
-            .context("server create printed no server_id")?
-            .to_owned();
-        let token = created["token"]
-            .as_str()
-            .context("server create printed no token")?;
+        let id = created["server_id"].as_str().context("server create printed no server_id")?.to_owned();
+        let token = created["token"].as_str().context("server create printed no token")?;
         lab.secret("server token", token);
         let program = lab::binary("cvault-node-agent")?;
         let state_dir = machine.dir().join("state");
         let folder = state_dir.display().to_string();
         machine.run(
             &program,
-            [
-                "enroll",
-                "--control-plane",
-                &control::node_endpoint(),
-                "--token",
-                token,
-                "--state-dir",
-                &folder,
-            ],
+            ["enroll", "--control-plane", &control::node_endpoint(), "--token", token, "--state-dir", &folder],
         )?;
         let agent = start_agent(&machine, &program, &folder)?;
-        let server = Self {
-            id,
-            addresses,
-            number,
-            machine,
-            program,
-            state_dir,
-            agent,
-        };
+        let server = Self { id, addresses, number, machine, program, state_dir, agent };
         server.wait_until_up()?;
         Ok(server)
     }
@@ -104,14 +82,7 @@ impl Server {
         let kernel = self.counters()?;
         let text = uapi(&self.machine, INTERFACE, "get=1\n\n")?;
         let sum = |name: &str| -> u64 {
-            text.lines()
-                .filter_map(|line| {
-                    line.strip_prefix(name)?
-                        .strip_prefix('=')?
-                        .parse::<u64>()
-                        .ok()
-                })
-                .sum()
+            text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('=')?.parse::<u64>().ok()).sum()
         };
         let (rx_packets, tx_packets) = (sum("cvault_rx_packets"), sum("cvault_tx_packets"));
         Ok(Counters {
@@ -124,12 +95,7 @@ impl Server {
 
     /// The peers' public keys, as `wg show` tells.
     pub fn peers(&self) -> Result<Vec<String>> {
-        Ok(self
-            .machine
-            .run("wg", ["show", INTERFACE, "peers"])?
-            .split_whitespace()
-            .map(str::to_owned)
-            .collect())
+        Ok(self.machine.run("wg", ["show", INTERFACE, "peers"])?.split_whitespace().map(str::to_owned).collect())
     }
 
     /// Kills the control process only.
@@ -138,11 +104,7 @@ impl Server {
     }
 
     pub fn start_agent(&mut self) -> Result<()> {
-        self.agent = start_agent(
-            &self.machine,
-            &self.program,
-            &self.state_dir.display().to_string(),
-        )?;
+        self.agent = start_agent(&self.machine, &self.program, &self.state_dir.display().to_string())?;
         Ok(())
     }
 
@@ -157,29 +119,12 @@ impl Server {
 
     /// Power off without warning, then boot with the same addresses and disk, and start the agent.
     pub fn reboot(self, lab: &Lab) -> Result<Self> {
-        let Self {
-            id,
-            number,
-            machine,
-            program,
-            state_dir,
-            agent,
-            ..
-        } = self;
+        let Self { id, number, machine, program, state_dir, agent, .. } = self;
         drop(agent);
         drop(machine);
-        let (machine, addresses) =
-            lab.machine(&format!("server{number}"), Network::Servers, 9 + number)?;
+        let (machine, addresses) = lab.machine(&format!("server{number}"), Network::Servers, 9 + number)?;
         let agent = start_agent(&machine, &program, &state_dir.display().to_string())?;
-        let server = Self {
-            id,
-            addresses,
-            number,
-            machine,
-            program,
-            state_dir,
-            agent,
-        };
+        let server = Self { id, addresses, number, machine, program, state_dir, agent };
         server.wait_until_up()?;
         Ok(server)
     }
@@ -189,22 +134,11 @@ fn start_agent(machine: &Machine, program: &str, state_dir: &str) -> Result<Proc
     machine.spawn(
         "node-agent",
         program,
-        [
-            "run",
-            "--state-dir",
-            state_dir,
-            "--interface",
-            INTERFACE,
-            "--metrics-listen",
-            "127.0.0.1:9090",
-        ],
+        ["run", "--state-dir", state_dir, "--interface", INTERFACE, "--metrics-listen", "127.0.0.1:9090"],
         [
             ("CVAULT_LOG", "trace"),
             ("CVAULT_LOG_FORMAT", "text"),
-            (
-                "LOG_FILE",
-                &format!("{}/tunnel.log", machine.dir().display()),
-            ),
+            ("LOG_FILE", &format!("{}/tunnel.log", machine.dir().display())),
         ],
     )
 }

@@ -29,22 +29,10 @@ impl Database {
         let data = database.data();
         host::read(
             as_server("initdb")
-                .args([
-                    "-U",
-                    "postgres",
-                    "-A",
-                    "trust",
-                    "-E",
-                    "UTF8",
-                    "--locale=C.UTF-8",
-                    "-D",
-                ])
+                .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-D"])
                 .arg(&data),
         )?;
-        let options = format!(
-            "-k {} -c listen_addresses= -c fsync=off",
-            database.folder.display()
-        );
+        let options = format!("-k {} -c listen_addresses= -c fsync=off", database.folder.display());
         host::read(
             as_server("pg_ctl")
                 .args(["-w", "-s", "-D"])
@@ -59,25 +47,14 @@ impl Database {
 
     /// The address for the role `user`.
     pub(crate) fn url(&self, user: &str) -> String {
-        format!(
-            "postgres://{user}@localhost/cvault?host={}",
-            self.folder.display()
-        )
+        format!("postgres://{user}@localhost/cvault?host={}", self.folder.display())
     }
 
     /// The schema as SQL, without what differs from run to run.
     pub(crate) fn schema(&self) -> Result<String> {
-        let dump = host::read(self.client("pg_dump").args([
-            "-d",
-            "cvault",
-            "--schema-only",
-            "--no-comments",
-        ]))?;
+        let dump = host::read(self.client("pg_dump").args(["-d", "cvault", "--schema-only", "--no-comments"]))?;
         let kept = |line: &&str| {
-            !line.starts_with("--")
-                && !line.starts_with("\\")
-                && !line.starts_with("SET ")
-                && !line.is_empty()
+            !line.starts_with("--") && !line.starts_with("\\") && !line.starts_with("SET ") && !line.is_empty()
         };
         let lines: Vec<&str> = dump.lines().filter(kept).collect();
         Ok(format!(
@@ -108,9 +85,7 @@ impl Database {
 
     fn client(&self, program: &str) -> Command {
         let mut command = Command::new(format!("{PROGRAMS}/{program}"));
-        command
-            .env("PGHOST", &self.folder)
-            .env("PGUSER", "postgres");
+        command.env("PGHOST", &self.folder).env("PGUSER", "postgres");
         command
     }
 
@@ -121,11 +96,7 @@ impl Database {
 
 impl Drop for Database {
     fn drop(&mut self) {
-        let _ = as_server("pg_ctl")
-            .args(["-s", "-m", "immediate", "-D"])
-            .arg(self.data())
-            .arg("stop")
-            .status();
+        let _ = as_server("pg_ctl").args(["-s", "-m", "immediate", "-D"]).arg(self.data()).arg("stop").status();
         let _ = std::fs::remove_dir_all(&self.folder);
     }
 }
@@ -137,24 +108,12 @@ fn as_server(program: &str) -> Command {
         return Command::new(path);
     }
     let mut command = Command::new("setpriv");
-    command
-        .args([
-            "--reuid=postgres",
-            "--regid=postgres",
-            "--init-groups",
-            "--",
-            &path,
-        ])
-        .current_dir("/");
+    command.args(["--reuid=postgres", "--regid=postgres", "--init-groups", "--", &path]).current_dir("/");
     command
 }
 
 fn postgres_user() -> Result<(u32, u32)> {
-    let number = |flag| -> Result<u32> {
-        Ok(host::read(Command::new("id").args([flag, "postgres"]))?
-            .trim()
-            .parse()?)
-    };
+    let number = |flag| -> Result<u32> { Ok(host::read(Command::new("id").args([flag, "postgres"]))?.trim().parse()?) };
     let (uid, gid) = (number("-u")?, number("-g")?);
     Ok((Uid::from_raw(uid).as_raw(), Gid::from_raw(gid).as_raw()))
 }
@@ -163,10 +122,7 @@ fn migrations(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {
         let path = entry?.path();
-        let name = path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .unwrap_or_default();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         if name.starts_with(|first: char| first.is_ascii_digit()) && name.ends_with(".sql") {
             files.push(path);
         }

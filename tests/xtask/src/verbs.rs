@@ -21,13 +21,7 @@ pub(crate) fn demo(arguments: &[&str]) -> Result<()> {
 pub(crate) fn test() -> Result<()> {
     host::prepare_lab()?;
     build()?;
-    let tests = [
-        "test",
-        "--workspace",
-        "--features",
-        "cvault-tests/lab",
-        "--no-fail-fast",
-    ];
+    let tests = ["test", "--workspace", "--features", "cvault-tests/lab", "--no-fail-fast"];
     host::run(host::cargo(&tests).env("CVAULT_BIN_DIR", host::built("").as_os_str()))
 }
 
@@ -39,26 +33,13 @@ pub(crate) fn test_fast() -> Result<()> {
 pub(crate) fn check() -> Result<()> {
     lint()?;
     compare("docs/openapi/v1.json", &rendered_openapi()?, "openapi")?;
-    compare(
-        "migrations/schema.sql",
-        &Database::migrated()?.schema()?,
-        "schema",
-    )
+    compare("migrations/schema.sql", &Database::migrated()?.schema()?, "schema")
 }
 
 pub(crate) fn lint() -> Result<()> {
     host::run(&mut host::cargo(&["fmt", "--all", "--check"]))?;
-    let clippy = [
-        "clippy",
-        "--quiet",
-        "--workspace",
-        "--all-targets",
-        "--features",
-        "cvault-tests/lab",
-        "--",
-        "-D",
-        "warnings",
-    ];
+    let clippy =
+        ["clippy", "--quiet", "--workspace", "--all-targets", "--features", "cvault-tests/lab", "--", "-D", "warnings"];
     host::run(&mut host::cargo(&clippy))
 }
 
@@ -86,41 +67,21 @@ pub(crate) fn sqlx_prepare() -> Result<()> {
             .set_modified(std::time::SystemTime::now())?;
     }
     host::run(
-        host::cargo(&[
-            "check",
-            "--quiet",
-            "--package",
-            CONTROL_PLANE,
-            "--all-targets",
-        ])
-        .env("DATABASE_URL", database.url("postgres"))
-        .env("SQLX_OFFLINE_DIR", &folder)
-        .env("SQLX_OFFLINE", "false"),
+        host::cargo(&["check", "--quiet", "--package", CONTROL_PLANE, "--all-targets"])
+            .env("DATABASE_URL", database.url("postgres"))
+            .env("SQLX_OFFLINE_DIR", &folder)
+            .env("SQLX_OFFLINE", "false"),
     )?;
-    println!(
-        "xtask: {} queries in .sqlx/",
-        std::fs::read_dir(&folder)?.count()
-    );
+    println!("xtask: {} queries in .sqlx/", std::fs::read_dir(&folder)?.count());
     Ok(())
 }
 
 fn build() -> Result<()> {
-    host::run(&mut host::cargo(&[
-        "build",
-        "--quiet",
-        "--workspace",
-        "--bins",
-    ]))
+    host::run(&mut host::cargo(&["build", "--quiet", "--workspace", "--bins"]))
 }
 
 fn rendered_openapi() -> Result<String> {
-    host::run(&mut host::cargo(&[
-        "build",
-        "--quiet",
-        "--package",
-        CONTROL_PLANE,
-        "--bins",
-    ]))?;
+    host::run(&mut host::cargo(&["build", "--quiet", "--package", CONTROL_PLANE, "--bins"]))?;
     host::read(Command::new(host::built(CONTROL_PLANE)).arg("openapi"))
 }
 

@@ -2,11 +2,11 @@
 
 use std::net::IpAddr;
 
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
 use cvault_types::auth::{LoginRequest, RefreshRequest, RegisterRequest, TokenResponse};
 use cvault_types::problem::ProblemBody;
 use cvault_types::{ErrorCode, Secret, UserId};
-use axum::extract::State;
-use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use rand::SeedableRng;
 use utoipa_axum::router::OpenApiRouter;
@@ -26,7 +26,11 @@ use crate::tenancy::TenantTx;
 use crate::users::{self, RegisterError};
 
 pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(register)).routes(routes!(login)).routes(routes!(refresh_tokens)).routes(routes!(logout))
+    OpenApiRouter::new()
+        .routes(routes!(register))
+        .routes(routes!(login))
+        .routes(routes!(refresh_tokens))
+        .routes(routes!(logout))
 }
 
 /// Register a user.

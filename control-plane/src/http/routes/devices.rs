@@ -170,9 +170,9 @@ fn parse(body: RegisterDevice) -> Result<NewDevice, Problem> {
     }
     match name {
         Some(name) if faults.is_empty() => Ok(NewDevice { name, platform, public_key, region: body.server_region }),
-        Some(_) | None => Err(faults.into_iter().fold(Problem::validation(), |problem, (pointer, fault)| {
-            problem.field(pointer, fault.code, fault.detail)
-        })),
+        Some(_) | None => Err(faults
+            .into_iter()
+            .fold(Problem::validation(), |problem, (pointer, fault)| problem.field(pointer, fault.code, fault.detail))),
     }
 }
 
@@ -201,7 +201,11 @@ fn preferred_wait(headers: &HeaderMap) -> Option<Duration> {
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before.")),
     responses((status = 200, body = DevicePage),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn list(State(app): State<App>, caller: Caller, Query(query): Query<ListQuery>) -> Result<Json<DevicePage>, Problem> {
+async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    Query(query): Query<ListQuery>,
+) -> Result<Json<DevicePage>, Problem> {
     let limit = query.limit.unwrap_or(50);
     if !(1..=200).contains(&limit) {
         return Err(Problem::validation().field("?limit", "out_of_range", "must be from 1 to 200"));
@@ -219,8 +223,7 @@ async fn list(State(app): State<App>, caller: Caller, Query(query): Query<ListQu
     tx.commit().await?;
     let has_more = found.len() > limit as usize;
     found.truncate(limit as usize);
-    let next_cursor =
-        found.last().filter(|_| has_more).map(|last| cursor::encode(&app.secrets, &name, last.id.uuid()));
+    let next_cursor = found.last().filter(|_| has_more).map(|last| cursor::encode(&app.secrets, &name, last.id.uuid()));
     let data = found
         .into_iter()
         .map(|device| {

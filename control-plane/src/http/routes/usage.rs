@@ -61,7 +61,11 @@ struct PeriodQuery {
     responses((status = 200, body = Usage),
               (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn show(State(app): State<App>, subject: Subject, Query(query): Query<PeriodQuery>) -> Result<Json<Usage>, Problem> {
+async fn show(
+    State(app): State<App>,
+    subject: Subject,
+    Query(query): Query<PeriodQuery>,
+) -> Result<Json<Usage>, Problem> {
     let period = period(&query, app.clock.now())?;
     let mut tx = app.db.tenancy.begin(subject.tenant).await?;
     let totals = usage::totals(&mut tx, subject.user, period).await?;

@@ -19,57 +19,36 @@ pub(crate) fn run(show: &mut Show, keep: bool) -> Result<()> {
         "CVault: from nothing to a metered WireGuard tunnel",
         "Real programs in a lab of network namespaces on this computer. Nothing outside it is touched.",
     );
-    let lab = show.step(
-        "Build the lab: an internet with web and DNS servers, and room for machines around it",
-        |_| Lab::build(),
-    )?;
-    let platform = show.step(
-        "Start the control plane: private PostgreSQL, migrations, HTTP API, agent gateway",
-        |show| {
-            let platform = Platform::start_in(
-                lab,
-                ControlOptions {
-                    log: "info".to_owned(),
-                    ..ControlOptions::default()
-                },
-            )?;
-            show.line(&format!(
-                "$ cvault-control-plane dev --data-dir …      → http://{CONTROL_V4}:8080 is ready"
-            ));
+    let lab = show
+        .step("Build the lab: an internet with web and DNS servers, and room for machines around it", |_| {
+            Lab::build()
+        })?;
+    let platform =
+        show.step("Start the control plane: private PostgreSQL, migrations, HTTP API, agent gateway", |show| {
+            let platform =
+                Platform::start_in(lab, ControlOptions { log: "info".to_owned(), ..ControlOptions::default() })?;
+            show.line(&format!("$ cvault-control-plane dev --data-dir …      → http://{CONTROL_V4}:8080 is ready"));
             Ok(platform)
-        },
-    )?;
+        })?;
     let done = journey(show, &platform, keep);
     with_logs(&platform, done)
 }
 
 fn journey(show: &mut Show, platform: &Platform, keep: bool) -> Result<()> {
-    let server = show.step(
-        "Create a server, enrol its node agent with a single-use token, start it",
-        |show| {
-            let server = platform.server(1)?;
-            show.fact(
-                "server",
-                &format!(
-                    "{}  {}, {}",
-                    server.id, server.addresses.v4, server.addresses.v6
-                ),
-            );
-            Ok(server)
-        },
-    )?;
+    let server = show.step("Create a server, enrol its node agent with a single-use token, start it", |show| {
+        let server = platform.server(1)?;
+        show.fact("server", &format!("{}  {}, {}", server.id, server.addresses.v4, server.addresses.v6));
+        Ok(server)
+    })?;
     let tenant = create_tenant(show, platform)?;
     let user = create_user(show, platform, &tenant)?;
     let device = register_device(show, platform, &user)?;
-    let client = show.step(
-        "Boot a client machine: Debian's wg-quick and wireguard-go, no CVault program",
-        |show| {
-            let client = platform.client(1)?;
-            show.fact("address before, IPv4", &client.address_v4()?);
-            show.fact("address before, IPv6", &client.address_v6()?);
-            Ok(client)
-        },
-    )?;
+    let client = show.step("Boot a client machine: Debian's wg-quick and wireguard-go, no CVault program", |show| {
+        let client = platform.client(1)?;
+        show.fact("address before, IPv4", &client.address_v4()?);
+        show.fact("address before, IPv6", &client.address_v6()?);
+        Ok(client)
+    })?;
     connect(show, platform, &server, &client, &user, &device)?;
     meter(show, platform, &server, &client, &tenant)?;
     delete_device(show, platform, &client, &user, &device)?;
@@ -82,11 +61,8 @@ fn journey(show: &mut Show, platform: &Platform, keep: bool) -> Result<()> {
 fn create_tenant(show: &mut Show, platform: &Platform) -> Result<Tenant> {
     show.step("Create a tenant", |show| {
         show.name("ADMIN_TOKEN", &platform.admin.token);
-        let answer = show.call(
-            &platform.http,
-            &platform.admin.create_tenant_request("Acme"),
-            &["id", "name", "api_key"],
-        )?;
+        let answer =
+            show.call(&platform.http, &platform.admin.create_tenant_request("Acme"), &["id", "name", "api_key"])?;
         let tenant = Tenant::from_answer(&platform.lab, &answer)?;
         show.name("API_KEY", &tenant.api_key);
         show.name("API_SECRET", &tenant.api_secret);
@@ -96,63 +72,33 @@ fn create_tenant(show: &mut Show, platform: &Platform) -> Result<Tenant> {
 
 fn create_user(show: &mut Show, platform: &Platform, tenant: &Tenant) -> Result<User> {
     let fields = ["user_id", "token_type", "expires_in"];
-    show.step(
-        "Register a user, then log in (bcrypt, EdDSA tokens)",
-        |show| {
-            show.call(
-                &platform.http,
-                &User::register_request(tenant, EMAIL, PASSWORD),
-                &fields,
-            )?
-            .expect(201)?;
-            let answer = show.call(
-                &platform.http,
-                &User::login_request(tenant, EMAIL, PASSWORD),
-                &fields,
-            )?;
-            let user = User::from_answer(&platform.lab, tenant, EMAIL, PASSWORD, &answer, 200)?;
-            show.name("TOKEN", &user.access_token);
-            Ok(user)
-        },
-    )
+    show.step("Register a user, then log in (bcrypt, EdDSA tokens)", |show| {
+        show.call(&platform.http, &User::register_request(tenant, EMAIL, PASSWORD), &fields)?.expect(201)?;
+        let answer = show.call(&platform.http, &User::login_request(tenant, EMAIL, PASSWORD), &fields)?;
+        let user = User::from_answer(&platform.lab, tenant, EMAIL, PASSWORD, &answer, 200)?;
+        show.name("TOKEN", &user.access_token);
+        Ok(user)
+    })
 }
 
 fn register_device(show: &mut Show, platform: &Platform, user: &User) -> Result<Device> {
-    show.step(
-        "Register a device and wait until its server runs it",
-        |show| {
-            let answer = show.call(
-                &platform.http,
-                &user.device_request("MacBook Pro"),
-                &["device_id", "assigned_ip", "status", "activation_ms"],
-            )?;
-            let device = Device::from_answer(&platform.lab, &answer)?;
-            if device.body["status"] != "active" {
-                bail!("the device is {} and not active", device.body["status"]);
-            }
-            show.fact(
-                "activation",
-                &format!(
-                    "{}  (from the request to the answer `active`)",
-                    took(answer.took)
-                ),
-            );
-            for line in device.config.lines() {
-                let secret = ["PrivateKey", "PresharedKey"]
-                    .iter()
-                    .any(|name| line.starts_with(name));
-                show.line(&format!(
-                    "  │ {}",
-                    if secret {
-                        "PrivateKey = (shown to the client only)"
-                    } else {
-                        line
-                    }
-                ));
-            }
-            Ok(device)
-        },
-    )
+    show.step("Register a device and wait until its server runs it", |show| {
+        let answer = show.call(
+            &platform.http,
+            &user.device_request("MacBook Pro"),
+            &["device_id", "assigned_ip", "status", "activation_ms"],
+        )?;
+        let device = Device::from_answer(&platform.lab, &answer)?;
+        if device.body["status"] != "active" {
+            bail!("the device is {} and not active", device.body["status"]);
+        }
+        show.fact("activation", &format!("{}  (from the request to the answer `active`)", took(answer.took)));
+        for line in device.config.lines() {
+            let secret = ["PrivateKey", "PresharedKey"].iter().any(|name| line.starts_with(name));
+            show.line(&format!("  │ {}", if secret { "PrivateKey = (shown to the client only)" } else { line }));
+        }
+        Ok(device)
+    })
 }
 
 fn connect(
@@ -163,66 +109,35 @@ fn connect(
     user: &User,
     device: &Device,
 ) -> Result<()> {
-    show.step(
-        "Bring the tunnel up with the configuration exactly as the API returned it",
-        |show| {
-            show.line("$ WG_QUICK_USERSPACE_IMPLEMENTATION=wireguard-go wg-quick up cvault.conf");
-            let up = client.up(&device.config)?;
-            show.fact(
-                "first handshake",
-                &format!(
-                    "{}  (wg-quick itself {})",
-                    took(up.handshake),
-                    took(up.wg_quick)
-                ),
-            );
-            Ok(())
-        },
-    )?;
+    show.step("Bring the tunnel up with the configuration exactly as the API returned it", |show| {
+        show.line("$ WG_QUICK_USERSPACE_IMPLEMENTATION=wireguard-go wg-quick up cvault.conf");
+        let up = client.up(&device.config)?;
+        show.fact("first handshake", &format!("{}  (wg-quick itself {})", took(up.handshake), took(up.wg_quick)));
+        Ok(())
+    })?;
     show.step("Look at the client from the internet's side", |show| {
-        let (v4, v6, dns) = (
-            client.address_v4()?,
-            client.address_v6()?,
-            client.address_seen_by_dns()?,
-        );
+        let (v4, v6, dns) = (client.address_v4()?, client.address_v6()?, client.address_seen_by_dns()?);
         let named = client.get("http://www.test/ip")?;
         show.fact("address now, IPv4", &v4);
         show.fact("address now, IPv6", &v6);
         show.fact("DNS asked from", &dns);
         show.fact("http://www.test sees", &named);
         if v4 != server.addresses.v4 || v6 != server.addresses.v6 || dns != server.addresses.v4 {
-            bail!(
-                "not everything goes through the server {:?}",
-                server.addresses
-            );
+            bail!("not everything goes through the server {:?}", server.addresses);
         }
         Ok(())
     })?;
     show.step("Ask for the session, opened by the handshake", |show| {
         let connected = eventually("the session is open", 20, || {
             let answer = platform.http.send(&user.status_request())?;
-            if answer.text().contains("\"connected\"") {
-                Ok(())
-            } else {
-                bail!("status says {}", answer.text())
-            }
+            if answer.text().contains("\"connected\"") { Ok(()) } else { bail!("status says {}", answer.text()) }
         });
-        show.call(
-            &platform.http,
-            &user.status_request(),
-            &["status", "tunnel_up", "last_handshake_at"],
-        )?;
+        show.call(&platform.http, &user.status_request(), &["status", "tunnel_up", "last_handshake_at"])?;
         connected
     })
 }
 
-fn meter(
-    show: &mut Show,
-    platform: &Platform,
-    server: &Server,
-    client: &Client,
-    tenant: &Tenant,
-) -> Result<()> {
+fn meter(show: &mut Show, platform: &Platform, server: &Server, client: &Client, tenant: &Tenant) -> Result<()> {
     show.step("Carry 50 MiB each way", |show| {
         let started = Instant::now();
         client.download(LOAD)?;
@@ -232,115 +147,67 @@ fn meter(
         show.fact("upload", &rate(started.elapsed()));
         Ok(())
     })?;
-    show.step(
-        "Compare what is billed with what the kernels counted",
-        |show| {
-            client.silence()?;
-            let billed = platform.bill_where(tenant, |billed| {
-                billed.check_against(server.counters_on_wire()?, client.counters()?)
-            })?;
-            show.call(
-                &platform.http,
-                &tenant.usage_request(),
-                &["current_period.bandwidth_gb", "current_period.active_users"],
-            )?;
-            let kernel = server.counters()?;
-            let (server, client) = (server.counters_on_wire()?, client.counters()?);
-            let row = |name: &str, from: u64, to: u64| {
-                show.line(&format!(
-                    "{name:<34}{:>16}{:>16}",
-                    thousands(from),
-                    thousands(to)
-                ))
-            };
-            show.line(&format!(
-                "{:<34}{:>16}{:>16}",
-                "bytes of IP packets", "from device", "to device"
-            ));
-            row("billed", billed.rx, billed.tx);
-            row("server's kernel, TUN device", kernel.rx_bytes, kernel.tx_bytes);
-            row("  its aggregates (TSO) split", server.rx_bytes, server.tx_bytes);
-            row("client's kernel, TUN device", client.tx_bytes, client.rx_bytes);
-            show.line("What the client's kernel lacks was lost before wireguard-go and sent again by TCP.");
-            Ok(())
-        },
-    )
+    show.step("Compare what is billed with what the kernels counted", |show| {
+        client.silence()?;
+        let billed = platform
+            .bill_where(tenant, |billed| billed.check_against(server.counters_on_wire()?, client.counters()?))?;
+        show.call(
+            &platform.http,
+            &tenant.usage_request(),
+            &["current_period.bandwidth_gb", "current_period.active_users"],
+        )?;
+        let kernel = server.counters()?;
+        let (server, client) = (server.counters_on_wire()?, client.counters()?);
+        let row = |name: &str, from: u64, to: u64| {
+            show.line(&format!("{name:<34}{:>16}{:>16}", thousands(from), thousands(to)))
+        };
+        show.line(&format!("{:<34}{:>16}{:>16}", "bytes of IP packets", "from device", "to device"));
+        row("billed", billed.rx, billed.tx);
+        row("server's kernel, TUN device", kernel.rx_bytes, kernel.tx_bytes);
+        row("  its aggregates (GSO) split", server.rx_bytes, server.tx_bytes);
+        row("client's kernel, TUN device", client.tx_bytes, client.rx_bytes);
+        show.line("What the client's kernel lacks was lost before wireguard-go and sent again by TCP.");
+        Ok(())
+    })
 }
 
-fn delete_device(
-    show: &mut Show,
-    platform: &Platform,
-    client: &Client,
-    user: &User,
-    device: &Device,
-) -> Result<()> {
-    show.step(
-        "Delete the device: its traffic stops, its address goes into quarantine",
-        |show| {
-            let pings = client.start_pings(lab::HTTP_V4)?;
-            pings.wait_for(5)?;
-            let answer = show.call(
-                &platform.http,
-                &user.delete_device_request(device),
-                &["status"],
-            )?;
-            if !(200..300).contains(&answer.status) {
-                bail!(
-                    "the deletion was answered {}: {}",
-                    answer.status,
-                    answer.text()
-                );
-            }
-            let before = pings.answers();
-            let after = lab::quiescent("traffic stops", Duration::from_secs(1), 10, || {
-                Ok(pings.answers())
-            })? - before;
-            pings.stop(client)?;
-            show.fact(
-                "echoes after that answer",
-                &format!("{after}, of 50 sent in a second"),
-            );
-            if client.pings(lab::HTTP_V4) {
-                bail!("the deleted device still carries traffic");
-            }
-            let state = platform.address_state(&device.assigned_ip)?;
-            show.fact(&format!("address {}", device.assigned_ip), &state);
-            if !state.starts_with("quarantine") {
-                bail!("the address of the deleted device is {state}");
-            }
-            client.down()?;
-            show.fact("address after wg-quick down", &client.address_v4()?);
-            Ok(())
-        },
-    )
+fn delete_device(show: &mut Show, platform: &Platform, client: &Client, user: &User, device: &Device) -> Result<()> {
+    show.step("Delete the device: its traffic stops, its address goes into quarantine", |show| {
+        let pings = client.start_pings(lab::HTTP_V4)?;
+        pings.wait_for(5)?;
+        let answer = show.call(&platform.http, &user.delete_device_request(device), &["status"])?;
+        if !(200..300).contains(&answer.status) {
+            bail!("the deletion was answered {}: {}", answer.status, answer.text());
+        }
+        let before = pings.answers();
+        let after = lab::quiescent("traffic stops", Duration::from_secs(1), 10, || Ok(pings.answers()))? - before;
+        pings.stop(client)?;
+        show.fact("echoes after that answer", &format!("{after}, of 50 sent in a second"));
+        if client.pings(lab::HTTP_V4) {
+            bail!("the deleted device still carries traffic");
+        }
+        let state = platform.address_state(&device.assigned_ip)?;
+        show.fact(&format!("address {}", device.assigned_ip), &state);
+        if !state.starts_with("quarantine") {
+            bail!("the address of the deleted device is {state}");
+        }
+        client.down()?;
+        show.fact("address after wg-quick down", &client.address_v4()?);
+        Ok(())
+    })
 }
 
-fn stay(
-    show: &mut Show,
-    platform: &Platform,
-    client: &Client,
-    tenant: &Tenant,
-    user: &User,
-) -> Result<()> {
+fn stay(show: &mut Show, platform: &Platform, client: &Client, tenant: &Tenant, user: &User) -> Result<()> {
     let device = platform.device(user, "kept running")?;
     client.up(&device.config)?;
-    let api = platform
-        .control
-        .machine()
-        .expose(format!("{CONTROL_V4}:8080").parse()?)?;
+    let api = platform.control.machine().expose(format!("{CONTROL_V4}:8080").parse()?)?;
     let enter = client.machine().command("bash");
-    let enter: Vec<String> = enter
-        .get_args()
-        .map(|argument| argument.to_string_lossy().into_owned())
-        .collect();
+    let enter: Vec<String> = enter.get_args().map(|argument| argument.to_string_lossy().into_owned()).collect();
     show.title(
         "Everything keeps running until Ctrl-C",
         "A second device is connected; all of it is reachable from this computer:",
     );
-    show.fact(
-        "API",
-        &format!("http://{api}   (within the lab {})", platform.http.base()),
-    );
+    show.fact("API", &format!("http://{api}   (within the lab {})", platform.http.base()));
     show.fact("ADMIN_TOKEN", &platform.admin.token);
     show.fact("API_KEY", &tenant.api_key);
     show.fact("API_SECRET", &tenant.api_secret);
@@ -348,13 +215,8 @@ fn stay(
     show.fact("TOKEN", &user.access_token);
     show.fact("device", &format!("{}  {}", device.id, device.assigned_ip));
     show.fact("logs and data", &platform.lab.dir().display().to_string());
-    show.line(&format!(
-        "a shell on the client:     nsenter {}",
-        enter.join(" ")
-    ));
-    loop {
-        std::thread::park();
-    }
+    show.line(&format!("a shell on the client:     nsenter {}", enter.join(" ")));
+    lab::await_interrupt()
 }
 
 fn rate(time: Duration) -> String {

@@ -31,11 +31,7 @@ fn main() -> ExitCode {
         None => journey::run(&mut show, options.keep),
     };
     show.end(done.as_ref().err());
-    if done.is_ok() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// Prints what the platform's processes last said, when a step has failed.

@@ -24,12 +24,7 @@ struct Name {
 
 impl Show {
     pub(crate) fn new() -> Self {
-        Self {
-            colour: std::io::stdout().is_terminal(),
-            number: 0,
-            started: Instant::now(),
-            names: Vec::new(),
-        }
+        Self { colour: std::io::stdout().is_terminal(), number: 0, started: Instant::now(), names: Vec::new() }
     }
 
     pub(crate) fn title(&self, text: &str, below: &str) {
@@ -38,31 +33,16 @@ impl Show {
 
     /// From now on `value` is printed as `$name`.
     pub(crate) fn name(&mut self, name: &str, value: &str) {
-        self.names.push(Name {
-            value: value.to_owned(),
-            shown: format!("${name}"),
-        });
+        self.names.push(Name { value: value.to_owned(), shown: format!("${name}") });
     }
 
     /// Does one step and prints what it was and how long it took.
-    pub(crate) fn step<T>(
-        &mut self,
-        what: &str,
-        work: impl FnOnce(&mut Self) -> Result<T>,
-    ) -> Result<T> {
+    pub(crate) fn step<T>(&mut self, what: &str, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         self.number += 1;
-        println!(
-            "{} {}",
-            self.paint("1;36", &format!("{:>2}", self.number)),
-            self.paint("1", what)
-        );
+        println!("{} {}", self.paint("1;36", &format!("{:>2}", self.number)), self.paint("1", what));
         let started = Instant::now();
         let done = work(self);
-        let mark = if done.is_ok() {
-            self.paint("32", "✔")
-        } else {
-            self.paint("31", "✘")
-        };
+        let mark = if done.is_ok() { self.paint("32", "✔") } else { self.paint("31", "✘") };
         println!("   {mark} {}\n", self.paint("2", &took(started.elapsed())));
         done
     }
@@ -78,25 +58,14 @@ impl Show {
 
     /// Prints a call as curl, sends it, prints the answer's status and the named fields.
     pub(crate) fn call(&self, http: &Http, request: &Request, fields: &[&str]) -> Result<Answer> {
-        for (index, line) in wrapped(&self.named(&request.curl(http.base())))
-            .iter()
-            .enumerate()
-        {
+        for (index, line) in wrapped(&self.named(&request.curl(http.base()))).iter().enumerate() {
             let lead = if index == 0 { "$ " } else { "    " };
             println!("   {}", self.paint("36", &format!("{lead}{line}")));
         }
         let answer = http.send(request)?;
         let body = answer.json().unwrap_or(Value::Null);
-        let shown: Vec<String> = fields
-            .iter()
-            .filter_map(|field| self.field(&body, field))
-            .collect();
-        println!(
-            "   → {} {{{}}}  {}",
-            answer.status,
-            shown.join(", "),
-            self.paint("2", &took(answer.took))
-        );
+        let shown: Vec<String> = fields.iter().filter_map(|field| self.field(&body, field)).collect();
+        println!("   → {} {{{}}}  {}", answer.status, shown.join(", "), self.paint("2", &took(answer.took)));
         Ok(answer)
     }
 
@@ -105,15 +74,9 @@ impl Show {
         match failure {
             None => println!(
                 "{} in {total}.\n",
-                self.paint(
-                    "1;32",
-                    "Everything above happened for real, and has been cleaned up,"
-                )
+                self.paint("1;32", "Everything above happened for real, and has been cleaned up,")
             ),
-            Some(error) => println!(
-                "{} after {total}: {error:#}\n",
-                self.paint("1;31", "The demonstration failed")
-            ),
+            Some(error) => println!("{} after {total}: {error:#}\n", self.paint("1;31", "The demonstration failed")),
         }
     }
 
@@ -132,17 +95,11 @@ impl Show {
     }
 
     fn named(&self, text: &str) -> String {
-        self.names.iter().fold(text.to_owned(), |text, name| {
-            text.replace(&name.value, &name.shown)
-        })
+        self.names.iter().fold(text.to_owned(), |text, name| text.replace(&name.value, &name.shown))
     }
 
     fn paint(&self, code: &str, text: &str) -> String {
-        if self.colour {
-            format!("\x1b[{code}m{text}\x1b[0m")
-        } else {
-            text.to_owned()
-        }
+        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }
 }
 
@@ -174,11 +131,7 @@ pub(crate) fn thousands(count: u64) -> String {
 /// A shell command over several lines, broken before its options.
 fn wrapped(command: &str) -> Vec<String> {
     let mut lines = vec![String::new()];
-    for part in command
-        .replace(" -H ", "\n-H ")
-        .replace(" -d ", "\n-d ")
-        .lines()
-    {
+    for part in command.replace(" -H ", "\n-H ").replace(" -d ", "\n-d ").lines() {
         let line = lines.last_mut().expect("there is always a line");
         if !line.is_empty() && line.len() + part.len() + 3 > WIDTH {
             line.push_str(" \\");
