@@ -1,0 +1,946 @@
+-- Written by `cargo xtask schema` from the migrations; compared in CI. Do not edit.
+SELECT pg_catalog.set_config('search_path', '', false);
+CREATE SCHEMA cvault;
+ALTER SCHEMA cvault OWNER TO cvault_owner;
+CREATE SCHEMA platform;
+ALTER SCHEMA platform OWNER TO cvault_owner;
+CREATE FUNCTION cvault.tenant_id() RETURNS uuid
+    LANGUAGE plpgsql STABLE SECURITY DEFINER PARALLEL RESTRICTED
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+    ctx constant text := current_setting('app.ctx', true);
+    body text;
+    k bytea;
+begin
+    -- after COMMIT a local setting is '' and not NULL; the pattern refuses both
+    if ctx is null or ctx !~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\.[0-9]{1,12}\.[0-9a-f]{64}$' then
+        return null;
+    end if;
+    if to_timestamp(split_part(ctx, '.', 2)::bigint) < transaction_timestamp() then
+        return null;
+    end if;
+    body := split_part(ctx, '.', 1) || '.' || split_part(ctx, '.', 2);
+    for k in select c.key from platform.context_keys c where c.active loop
+        if encode(sha256(k || sha256(k || convert_to(body, 'UTF8'))), 'hex') = split_part(ctx, '.', 3) then
+            return split_part(ctx, '.', 1)::uuid;
+        end if;
+    end loop;
+    return null;
+end
+$_$;
+ALTER FUNCTION cvault.tenant_id() OWNER TO cvault_fn;
+CREATE FUNCTION platform.allocate_address(p_pool uuid, p_device uuid) RETURNS TABLE(ipv4 inet, ipv6 inet)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+    v_tenant constant uuid := cvault.tenant_id();
+    v_pool platform.address_pools;
+    v_host bigint;
+    v_last bigint;
+begin
+    if v_tenant is null then
+        raise insufficient_privilege using message = 'no tenant context';
+    end if;
+    v_host := platform.take_free_address(p_pool, v_tenant, p_device);
+    if v_host is null then
+        select * into v_pool from platform.address_pools p where p.pool_id = p_pool for no key update;
+        -- whoever held the lock before may have opened a block meanwhile
+        v_host := platform.take_free_address(p_pool, v_tenant, p_device);
+        v_last := (1::bigint << (32 - masklen(v_pool.ipv4))) - 2;
+        if v_host is null and v_pool.next_host <= v_last then
+            insert into platform.addresses (pool_id, host, state)
+                select p_pool, h, 'free' from generate_series(v_pool.next_host, least(v_pool.next_host + 63, v_last)) as h;
+            update platform.address_pools p set next_host = least(v_pool.next_host + 64, v_last + 1)
+                where p.pool_id = p_pool;
+            v_host := platform.take_free_address(p_pool, v_tenant, p_device);
+        end if;
+    end if;
+    if v_host is null then
+        return;
+    end if;
+    select * into v_pool from platform.address_pools p where p.pool_id = p_pool;
+    return query select host(v_pool.ipv4::inet + v_host)::inet, host(v_pool.ipv6::inet + v_host)::inet;
+end
+$$;
+ALTER FUNCTION platform.allocate_address(p_pool uuid, p_device uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.ensure_usage_partitions(p_months integer) RETURNS integer
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+    v_month timestamp := date_trunc('month', now() at time zone 'UTC');
+    v_name text;
+    v_made integer := 0;
+begin
+    perform pg_advisory_xact_lock(731992415);
+    for i in 0..least(p_months, 24) loop
+        v_name := 'usage_hourly_' || to_char(v_month, 'YYYY_MM');
+        if to_regclass('cvault.' || v_name) is null then
+            -- without a lock on the parent: attached only when complete
+            execute format('create table cvault.%I (like cvault.usage_hourly including defaults including constraints)', v_name);
+            call platform.protect(('cvault.' || v_name)::regclass);
+            execute format('alter table cvault.usage_hourly attach partition cvault.%I for values from (%L) to (%L)',
+                v_name, v_month at time zone 'UTC', (v_month + interval '1 month') at time zone 'UTC');
+            v_made := v_made + 1;
+        end if;
+        v_month := v_month + interval '1 month';
+    end loop;
+    return v_made;
+end
+$$;
+ALTER FUNCTION platform.ensure_usage_partitions(p_months integer) OWNER TO cvault_owner;
+CREATE FUNCTION platform.list_servers() RETURNS TABLE(server_id uuid, name text, region text, public_ip inet, endpoint_port integer, public_key bytea, pool_id uuid, pool_ipv4 cidr, capacity integer, peer_count bigint, status text, enrolled boolean, last_seen_at timestamp with time zone, revision bigint, acked_revision bigint)
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    select s.server_id, s.name, s.region, s.public_ip, s.endpoint_port, s.public_key, s.pool_id, p.ipv4, s.capacity,
+           s.peer_count, s.status, s.identity_pin is not null, s.last_seen_at, s.revision, s.acked_revision
+    from platform.servers s join platform.address_pools p using (pool_id)
+    where s.status <> 'removed'
+    order by s.region, s.name
+$$;
+ALTER FUNCTION platform.list_servers() OWNER TO cvault_fn;
+CREATE FUNCTION platform.move_peer(p_device uuid, p_server uuid) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+    -- both servers in id order, so that two devices that change places cannot wait for each other
+    perform from platform.servers s
+        where s.server_id = p_server or s.server_id = (
+            select p.server_id from platform.peers p where p.device_id = p_device and p.removed_revision is null)
+        order by s.server_id for no key update;
+    perform platform.withdraw_peer(p_device);
+    update cvault.devices d set server_id = p_server
+        where d.tenant_id = cvault.tenant_id() and d.device_id = p_device and d.status = 'active'
+          and d.pool_id = (select s.pool_id from platform.servers s where s.server_id = p_server);
+    if not found then
+        raise no_data_found using message = 'no such active device, or a server of another pool';
+    end if;
+    return platform.place_peer(p_device);
+end
+$$;
+ALTER FUNCTION platform.move_peer(p_device uuid, p_server uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) RETURNS numeric
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    select ('x' || substr(h, 1, 8))::bit(32)::bigint::numeric * 79228162514264337593543950336
+         + ('x' || substr(h, 9, 8))::bit(32)::bigint::numeric * 18446744073709551616
+         + ('x' || substr(h, 17, 8))::bit(32)::bigint::numeric * 4294967296
+         + ('x' || substr(h, 25, 8))::bit(32)::bigint::numeric
+    from (
+        select encode(sha256(p_key || sha256(p_key || uuid_send(p_device) || uuid_send(p_tenant) || p_public_key
+            || p_preshared_key_hash || substring(inet_send(p_ipv4) from 5) || substring(inet_send(p_ipv6) from 5)
+            || int8send(p_generation))), 'hex') as h
+    ) as record
+$$;
+ALTER FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) OWNER TO cvault_fn;
+CREATE FUNCTION platform.place_peer(p_device uuid) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+    v_device cvault.devices;
+    v_server platform.servers;
+    v_revision bigint;
+begin
+    select * into v_device from cvault.devices d
+        where d.tenant_id = cvault.tenant_id() and d.device_id = p_device and d.status = 'active';
+    if not found then
+        raise no_data_found using message = 'no such active device';
+    end if;
+    select * into v_server from platform.servers s where s.server_id = v_device.server_id
+        -- not `for update`: that would wait for every transaction that has inserted a device of this server
+        for no key update;
+    if v_server.status in ('removed', 'maintenance') or v_server.peer_count >= v_server.capacity then
+        raise check_violation using message = 'the server takes no more peers', constraint = 'servers_open_for_peers';
+    end if;
+    v_revision := v_server.revision + 1;
+    insert into platform.peers (server_id, device_id, tenant_id, user_id, public_key, preshared_key_sealed,
+                                preshared_key_hash, ipv4, ipv6, generation)
+        values (v_server.server_id, p_device, v_device.tenant_id, v_device.user_id, v_device.public_key,
+                v_device.preshared_key_sealed, v_device.preshared_key_hash, v_device.ipv4, v_device.ipv6, v_revision)
+        on conflict on constraint peers_pkey do update
+            set public_key = excluded.public_key, preshared_key_sealed = excluded.preshared_key_sealed,
+                preshared_key_hash = excluded.preshared_key_hash, ipv4 = excluded.ipv4, ipv6 = excluded.ipv6,
+                generation = excluded.generation, removed_revision = null
+            where peers.removed_revision is not null;
+    if not found then
+        raise unique_violation using message = 'the device is on its server already', constraint = 'peers_pkey';
+    end if;
+    update platform.servers s
+        set revision = v_revision, peer_count = s.peer_count + 1,
+            digest = (s.digest + platform.peer_record_digest(s.digest_key, p_device, v_device.tenant_id,
+                v_device.public_key, v_device.preshared_key_hash, v_device.ipv4, v_device.ipv6, v_revision))
+                % 340282366920938463463374607431768211456
+        where s.server_id = v_server.server_id;
+    insert into platform.node_changes (server_id, revision, op, device_id, public_key)
+        values (v_server.server_id, v_revision, 'upsert', p_device, v_device.public_key);
+    update cvault.devices d set placed_revision = v_revision
+        where d.tenant_id = v_device.tenant_id and d.device_id = p_device;
+    return v_revision;
+end
+$$;
+ALTER FUNCTION platform.place_peer(p_device uuid) OWNER TO cvault_fn;
+CREATE PROCEDURE platform.protect(IN p_table regclass)
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+    execute format('alter table %s enable row level security', p_table);
+    execute format('alter table %s force row level security', p_table);
+    execute format(
+        'create policy tenant_isolation on %s as permissive for all to cvault_app, cvault_fn
+         using (tenant_id = (select cvault.tenant_id())) with check (tenant_id = (select cvault.tenant_id()))', p_table);
+end
+$$;
+ALTER PROCEDURE platform.protect(IN p_table regclass) OWNER TO cvault_owner;
+CREATE FUNCTION platform.retire_peer(p_device uuid) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+    v_device cvault.devices;
+    v_revision bigint;
+begin
+    select * into v_device from cvault.devices d
+        where d.tenant_id = cvault.tenant_id() and d.device_id = p_device and d.status = 'revoked';
+    if not found then
+        raise no_data_found using message = 'no such revoked device';
+    end if;
+    v_revision := platform.withdraw_peer(p_device);
+    update platform.addresses a
+        set state = 'quarantine', tenant_id = null, device_id = null, release_server_id = v_device.server_id,
+            release_revision = coalesce(v_revision, 0), released_at = now()
+        where a.device_id = p_device and a.tenant_id = v_device.tenant_id;
+    return v_revision;
+end
+$$;
+ALTER FUNCTION platform.retire_peer(p_device uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) RETURNS bigint
+    LANGUAGE sql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    update platform.addresses a
+        set state = 'allocated', tenant_id = p_tenant, device_id = p_device,
+            release_server_id = null, release_revision = null
+        where (a.pool_id, a.host) = (
+            select f.pool_id, f.host from platform.addresses f
+            where f.pool_id = p_pool and f.state = 'free'
+            order by f.released_at nulls first, f.host
+            limit 1 for update skip locked)
+        returning a.host
+$$;
+ALTER FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.withdraw_peer(p_device uuid) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+    v_peer platform.peers;
+    v_revision bigint;
+begin
+    select p.* into v_peer from platform.peers p
+        where p.device_id = p_device and p.tenant_id = cvault.tenant_id() and p.removed_revision is null
+        for update;
+    if not found then
+        return null;
+    end if;
+    select s.revision + 1 into v_revision from platform.servers s where s.server_id = v_peer.server_id
+        for no key update;
+    update platform.peers p set removed_revision = v_revision, preshared_key_sealed = null
+        where p.server_id = v_peer.server_id and p.device_id = p_device;
+    update platform.servers s
+        set revision = v_revision, peer_count = s.peer_count - 1,
+            digest = (s.digest - platform.peer_record_digest(s.digest_key, p_device, v_peer.tenant_id, v_peer.public_key,
+                v_peer.preshared_key_hash, v_peer.ipv4, v_peer.ipv6, v_peer.generation)
+                + 340282366920938463463374607431768211456) % 340282366920938463463374607431768211456
+        where s.server_id = v_peer.server_id;
+    insert into platform.node_changes (server_id, revision, op, device_id, public_key)
+        values (v_peer.server_id, v_revision, 'remove', p_device, v_peer.public_key);
+    return v_revision;
+end
+$$;
+ALTER FUNCTION platform.withdraw_peer(p_device uuid) OWNER TO cvault_fn;
+CREATE TABLE cvault.api_keys (
+    tenant_id uuid NOT NULL,
+    api_key_id uuid NOT NULL,
+    name text DEFAULT 'default'::text NOT NULL,
+    key_text text NOT NULL,
+    secret_hash bytea NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    expires_at timestamp with time zone,
+    revoked_at timestamp with time zone,
+    last_used_at timestamp with time zone,
+    CONSTRAINT api_keys_secret_hash_length CHECK ((octet_length(secret_hash) = 32))
+);
+ALTER TABLE ONLY cvault.api_keys FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.api_keys OWNER TO cvault_owner;
+CREATE TABLE cvault.audit_log (
+    tenant_id uuid NOT NULL,
+    audit_id uuid NOT NULL,
+    at timestamp with time zone DEFAULT now() NOT NULL,
+    actor text NOT NULL,
+    action text NOT NULL,
+    target text NOT NULL,
+    details jsonb DEFAULT '{}'::jsonb NOT NULL,
+    request_id uuid,
+    chain_sequence bigint,
+    chain_hash bytea,
+    CONSTRAINT audit_log_chained CHECK (((chain_sequence IS NULL) = (chain_hash IS NULL)))
+);
+ALTER TABLE ONLY cvault.audit_log FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.audit_log OWNER TO cvault_owner;
+CREATE TABLE cvault.auth_events (
+    tenant_id uuid NOT NULL,
+    event_id uuid NOT NULL,
+    at timestamp with time zone DEFAULT now() NOT NULL,
+    kind text NOT NULL,
+    outcome text NOT NULL,
+    user_id uuid,
+    client_ip inet,
+    request_id uuid,
+    CONSTRAINT auth_events_kind CHECK ((kind = ANY (ARRAY['register'::text, 'login'::text, 'refresh'::text, 'logout'::text]))),
+    CONSTRAINT auth_events_outcome CHECK ((outcome = ANY (ARRAY['success'::text, 'failure'::text, 'reuse'::text, 'limited'::text])))
+);
+ALTER TABLE ONLY cvault.auth_events FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.auth_events OWNER TO cvault_owner;
+CREATE TABLE cvault.devices (
+    tenant_id uuid NOT NULL,
+    device_id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    name text NOT NULL,
+    platform text,
+    public_key bytea NOT NULL,
+    private_key_sealed bytea,
+    preshared_key_sealed bytea,
+    preshared_key_hash bytea DEFAULT decode(repeat('00'::text, 32), 'hex'::text) NOT NULL,
+    pool_id uuid NOT NULL,
+    ipv4 inet NOT NULL,
+    ipv6 inet NOT NULL,
+    server_id uuid NOT NULL,
+    placed_revision bigint DEFAULT 0 NOT NULL,
+    status text DEFAULT 'active'::text NOT NULL,
+    last_connected_at timestamp with time zone,
+    last_handshake_at timestamp with time zone,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    revoked_at timestamp with time zone,
+    CONSTRAINT devices_keys_destroyed CHECK (((status = 'active'::text) OR ((private_key_sealed IS NULL) AND (preshared_key_sealed IS NULL)))),
+    CONSTRAINT devices_name_length CHECK (((char_length(name) >= 1) AND (char_length(name) <= 255))),
+    CONSTRAINT devices_platform_length CHECK (((char_length(platform) >= 1) AND (char_length(platform) <= 32))),
+    CONSTRAINT devices_preshared_key_hash_length CHECK ((octet_length(preshared_key_hash) = 32)),
+    CONSTRAINT devices_public_key_length CHECK ((octet_length(public_key) = 32)),
+    CONSTRAINT devices_revoked CHECK (((status = 'revoked'::text) = (revoked_at IS NOT NULL))),
+    CONSTRAINT devices_status CHECK ((status = ANY (ARRAY['active'::text, 'revoked'::text])))
+);
+ALTER TABLE ONLY cvault.devices FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.devices OWNER TO cvault_owner;
+CREATE TABLE cvault.idempotency_keys (
+    tenant_id uuid NOT NULL,
+    principal text NOT NULL,
+    key text NOT NULL,
+    fingerprint bytea NOT NULL,
+    status smallint,
+    response_sealed bytea,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT idempotency_keys_key_length CHECK (((char_length(key) >= 1) AND (char_length(key) <= 255)))
+);
+ALTER TABLE ONLY cvault.idempotency_keys FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.idempotency_keys OWNER TO cvault_owner;
+CREATE TABLE cvault.refresh_tokens (
+    tenant_id uuid NOT NULL,
+    token_hash bytea NOT NULL,
+    family_id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    issued_at timestamp with time zone DEFAULT now() NOT NULL,
+    expires_at timestamp with time zone NOT NULL,
+    used_at timestamp with time zone,
+    revoked_at timestamp with time zone,
+    CONSTRAINT refresh_tokens_hash_length CHECK ((octet_length(token_hash) = 32))
+);
+ALTER TABLE ONLY cvault.refresh_tokens FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.refresh_tokens OWNER TO cvault_owner;
+CREATE TABLE cvault.sessions (
+    tenant_id uuid NOT NULL,
+    session_id uuid NOT NULL,
+    device_id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    server_id uuid NOT NULL,
+    opened_by text NOT NULL,
+    status text DEFAULT 'active'::text NOT NULL,
+    connected_at timestamp with time zone DEFAULT now() NOT NULL,
+    disconnected_at timestamp with time zone,
+    last_handshake_at timestamp with time zone,
+    rx_bytes bigint DEFAULT 0 NOT NULL,
+    tx_bytes bigint DEFAULT 0 NOT NULL,
+    CONSTRAINT sessions_bytes CHECK (((rx_bytes >= 0) AND (tx_bytes >= 0))),
+    CONSTRAINT sessions_closed CHECK (((status = 'disconnected'::text) = (disconnected_at IS NOT NULL))),
+    CONSTRAINT sessions_opened_by CHECK ((opened_by = ANY (ARRAY['connect'::text, 'handshake'::text]))),
+    CONSTRAINT sessions_status CHECK ((status = ANY (ARRAY['active'::text, 'disconnected'::text])))
+);
+ALTER TABLE ONLY cvault.sessions FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.sessions OWNER TO cvault_owner;
+CREATE TABLE cvault.tenants (
+    tenant_id uuid NOT NULL,
+    name text NOT NULL,
+    status text DEFAULT 'active'::text NOT NULL,
+    bandwidth_limit_bytes bigint,
+    user_limit integer,
+    max_devices_per_user integer DEFAULT 5 NOT NULL,
+    whitelabel_config jsonb DEFAULT '{}'::jsonb NOT NULL,
+    public_clients boolean DEFAULT false NOT NULL,
+    rate_limit_per_minute integer,
+    data_key_version smallint NOT NULL,
+    data_key_sealed bytea,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    updated_at timestamp with time zone DEFAULT now() NOT NULL,
+    deleted_at timestamp with time zone,
+    CONSTRAINT tenants_bandwidth_limit CHECK ((bandwidth_limit_bytes >= 0)),
+    CONSTRAINT tenants_data_key CHECK (((data_key_sealed IS NULL) = (status = 'deleted'::text))),
+    CONSTRAINT tenants_max_devices CHECK (((max_devices_per_user >= 0) AND (max_devices_per_user <= 1000))),
+    CONSTRAINT tenants_name_length CHECK (((char_length(name) >= 1) AND (char_length(name) <= 255))),
+    CONSTRAINT tenants_rate_limit CHECK ((rate_limit_per_minute > 0)),
+    CONSTRAINT tenants_status CHECK ((status = ANY (ARRAY['active'::text, 'suspended'::text, 'trial'::text, 'deleted'::text]))),
+    CONSTRAINT tenants_user_limit CHECK ((user_limit >= 0))
+);
+ALTER TABLE ONLY cvault.tenants FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.tenants OWNER TO cvault_owner;
+CREATE TABLE cvault.usage_daily (
+    tenant_id uuid NOT NULL,
+    day date NOT NULL,
+    rx_bytes bigint DEFAULT 0 NOT NULL,
+    tx_bytes bigint DEFAULT 0 NOT NULL,
+    connection_seconds bigint DEFAULT 0 NOT NULL,
+    active_users integer DEFAULT 0 NOT NULL,
+    api_calls bigint DEFAULT 0 NOT NULL
+);
+ALTER TABLE ONLY cvault.usage_daily FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_daily OWNER TO cvault_owner;
+CREATE TABLE cvault.usage_hourly (
+    tenant_id uuid NOT NULL,
+    hour timestamp with time zone NOT NULL,
+    device_id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    server_id uuid NOT NULL,
+    rx_bytes bigint NOT NULL,
+    tx_bytes bigint NOT NULL,
+    CONSTRAINT usage_hourly_bytes CHECK (((rx_bytes >= 0) AND (tx_bytes >= 0))),
+    CONSTRAINT usage_hourly_hour CHECK ((hour = date_trunc('hour'::text, hour, 'UTC'::text)))
+)
+PARTITION BY RANGE (hour);
+ALTER TABLE ONLY cvault.usage_hourly FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_hourly OWNER TO cvault_owner;
+CREATE TABLE cvault.usage_hourly_2026_11 (
+    tenant_id uuid NOT NULL,
+    hour timestamp with time zone NOT NULL,
+    device_id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    server_id uuid NOT NULL,
+    rx_bytes bigint NOT NULL,
+    tx_bytes bigint NOT NULL,
+    CONSTRAINT usage_hourly_bytes CHECK (((rx_bytes >= 0) AND (tx_bytes >= 0))),
+    CONSTRAINT usage_hourly_hour CHECK ((hour = date_trunc('hour'::text, hour, 'UTC'::text)))
+);
+ALTER TABLE ONLY cvault.usage_hourly_2026_11 FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_hourly_2026_11 OWNER TO cvault_owner;
+CREATE TABLE cvault.usage_hourly_2026_12 (
+    tenant_id uuid NOT NULL,
+    hour timestamp with time zone NOT NULL,
+    device_id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    server_id uuid NOT NULL,
+    rx_bytes bigint NOT NULL,
+    tx_bytes bigint NOT NULL,
+    CONSTRAINT usage_hourly_bytes CHECK (((rx_bytes >= 0) AND (tx_bytes >= 0))),
+    CONSTRAINT usage_hourly_hour CHECK ((hour = date_trunc('hour'::text, hour, 'UTC'::text)))
+);
+ALTER TABLE ONLY cvault.usage_hourly_2026_12 FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_hourly_2026_12 OWNER TO cvault_owner;
+CREATE TABLE cvault.usage_hourly_2027_01 (
+    tenant_id uuid NOT NULL,
+    hour timestamp with time zone NOT NULL,
+    device_id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    server_id uuid NOT NULL,
+    rx_bytes bigint NOT NULL,
+    tx_bytes bigint NOT NULL,
+    CONSTRAINT usage_hourly_bytes CHECK (((rx_bytes >= 0) AND (tx_bytes >= 0))),
+    CONSTRAINT usage_hourly_hour CHECK ((hour = date_trunc('hour'::text, hour, 'UTC'::text)))
+);
+ALTER TABLE ONLY cvault.usage_hourly_2027_01 FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_hourly_2027_01 OWNER TO cvault_owner;
+CREATE TABLE cvault.usage_hourly_2027_02 (
+    tenant_id uuid NOT NULL,
+    hour timestamp with time zone NOT NULL,
+    device_id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    server_id uuid NOT NULL,
+    rx_bytes bigint NOT NULL,
+    tx_bytes bigint NOT NULL,
+    CONSTRAINT usage_hourly_bytes CHECK (((rx_bytes >= 0) AND (tx_bytes >= 0))),
+    CONSTRAINT usage_hourly_hour CHECK ((hour = date_trunc('hour'::text, hour, 'UTC'::text)))
+);
+ALTER TABLE ONLY cvault.usage_hourly_2027_02 FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_hourly_2027_02 OWNER TO cvault_owner;
+CREATE TABLE cvault.usage_hourly_default (
+    tenant_id uuid NOT NULL,
+    hour timestamp with time zone NOT NULL,
+    device_id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    server_id uuid NOT NULL,
+    rx_bytes bigint NOT NULL,
+    tx_bytes bigint NOT NULL,
+    CONSTRAINT usage_hourly_bytes CHECK (((rx_bytes >= 0) AND (tx_bytes >= 0))),
+    CONSTRAINT usage_hourly_hour CHECK ((hour = date_trunc('hour'::text, hour, 'UTC'::text)))
+);
+ALTER TABLE ONLY cvault.usage_hourly_default FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_hourly_default OWNER TO cvault_owner;
+CREATE TABLE cvault.users (
+    tenant_id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    external_user_id text,
+    email text,
+    password_hash text,
+    status text DEFAULT 'active'::text NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT users_email_lower CHECK (((email = lower(email)) AND (char_length(email) <= 255))),
+    CONSTRAINT users_external_id_length CHECK (((char_length(external_user_id) >= 1) AND (char_length(external_user_id) <= 255))),
+    CONSTRAINT users_identified CHECK (((email IS NOT NULL) OR (external_user_id IS NOT NULL))),
+    CONSTRAINT users_status CHECK ((status = ANY (ARRAY['active'::text, 'disabled'::text])))
+);
+ALTER TABLE ONLY cvault.users FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.users OWNER TO cvault_owner;
+CREATE TABLE platform.address_pools (
+    pool_id uuid NOT NULL,
+    name text NOT NULL,
+    ipv4 cidr NOT NULL,
+    ipv6 cidr NOT NULL,
+    next_host bigint DEFAULT 2 NOT NULL,
+    quarantine_seconds integer DEFAULT 60 NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT address_pools_families CHECK (((family((ipv4)::inet) = 4) AND (family((ipv6)::inet) = 6))),
+    CONSTRAINT address_pools_ipv4_size CHECK (((masklen((ipv4)::inet) >= 8) AND (masklen((ipv4)::inet) <= 29))),
+    CONSTRAINT address_pools_ipv6_size CHECK (((masklen((ipv6)::inet) >= 48) AND (masklen((ipv6)::inet) <= 96))),
+    CONSTRAINT address_pools_name_length CHECK (((char_length(name) >= 1) AND (char_length(name) <= 64))),
+    CONSTRAINT address_pools_quarantine CHECK (((quarantine_seconds >= 0) AND (quarantine_seconds <= 604800)))
+);
+ALTER TABLE platform.address_pools OWNER TO cvault_owner;
+CREATE TABLE platform.addresses (
+    pool_id uuid NOT NULL,
+    host bigint NOT NULL,
+    state text NOT NULL,
+    tenant_id uuid,
+    device_id uuid,
+    release_server_id uuid,
+    release_revision bigint,
+    released_at timestamp with time zone,
+    CONSTRAINT addresses_owner CHECK ((((state = 'allocated'::text) = (device_id IS NOT NULL)) AND ((device_id IS NULL) = (tenant_id IS NULL)))),
+    CONSTRAINT addresses_state CHECK ((state = ANY (ARRAY['free'::text, 'allocated'::text, 'quarantine'::text])))
+);
+ALTER TABLE platform.addresses OWNER TO cvault_owner;
+CREATE TABLE platform.context_keys (
+    key_id smallint NOT NULL,
+    key bytea NOT NULL,
+    active boolean DEFAULT true NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT context_keys_key_length CHECK ((octet_length(key) = 32))
+);
+ALTER TABLE platform.context_keys OWNER TO cvault_owner;
+CREATE TABLE platform.enrol_tokens (
+    token_id uuid NOT NULL,
+    server_id uuid NOT NULL,
+    secret_hash bytea NOT NULL,
+    expires_at timestamp with time zone NOT NULL,
+    used_at timestamp with time zone,
+    used_pin bytea,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT enrol_tokens_pin_length CHECK ((octet_length(used_pin) = 32)),
+    CONSTRAINT enrol_tokens_secret_length CHECK ((octet_length(secret_hash) = 32)),
+    CONSTRAINT enrol_tokens_used CHECK (((used_at IS NULL) = (used_pin IS NULL)))
+);
+ALTER TABLE platform.enrol_tokens OWNER TO cvault_owner;
+CREATE TABLE platform.installation (
+    singleton boolean DEFAULT true NOT NULL,
+    incarnation uuid DEFAULT gen_random_uuid() NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT installation_singleton CHECK (singleton)
+);
+ALTER TABLE platform.installation OWNER TO cvault_owner;
+CREATE TABLE platform.node_changes (
+    server_id uuid NOT NULL,
+    revision bigint NOT NULL,
+    op text NOT NULL,
+    device_id uuid NOT NULL,
+    public_key bytea NOT NULL,
+    at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT node_changes_op CHECK ((op = ANY (ARRAY['upsert'::text, 'remove'::text])))
+);
+ALTER TABLE platform.node_changes OWNER TO cvault_owner;
+CREATE TABLE platform.peers (
+    server_id uuid NOT NULL,
+    device_id uuid NOT NULL,
+    tenant_id uuid NOT NULL,
+    user_id uuid NOT NULL,
+    public_key bytea NOT NULL,
+    preshared_key_sealed bytea,
+    preshared_key_hash bytea NOT NULL,
+    ipv4 inet NOT NULL,
+    ipv6 inet NOT NULL,
+    generation bigint NOT NULL,
+    removed_revision bigint,
+    CONSTRAINT peers_public_key_length CHECK ((octet_length(public_key) = 32))
+);
+ALTER TABLE platform.peers OWNER TO cvault_owner;
+CREATE TABLE platform.secrets (
+    name text NOT NULL,
+    kek_version smallint NOT NULL,
+    sealed bytea NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL
+);
+ALTER TABLE platform.secrets OWNER TO cvault_owner;
+CREATE TABLE platform.servers (
+    server_id uuid NOT NULL,
+    name text NOT NULL,
+    region text NOT NULL,
+    transport text DEFAULT 'agent'::text NOT NULL,
+    public_ip inet NOT NULL,
+    endpoint_port integer DEFAULT 51820 NOT NULL,
+    pool_id uuid NOT NULL,
+    capacity integer DEFAULT 65000 NOT NULL,
+    status text DEFAULT 'active'::text NOT NULL,
+    public_key bytea,
+    identity_pin bytea,
+    revision bigint DEFAULT 0 NOT NULL,
+    peer_count bigint DEFAULT 0 NOT NULL,
+    digest numeric(39,0) DEFAULT 0 NOT NULL,
+    digest_key bytea NOT NULL,
+    acked_revision bigint DEFAULT 0 NOT NULL,
+    acked_digest numeric(39,0),
+    acked_at timestamp with time zone,
+    session_epoch bigint DEFAULT 0 NOT NULL,
+    instance_id uuid,
+    last_seen_at timestamp with time zone,
+    health jsonb DEFAULT '{}'::jsonb NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT servers_capacity CHECK (((capacity >= 1) AND (capacity <= 65533))),
+    CONSTRAINT servers_digest_key_length CHECK ((octet_length(digest_key) = 32)),
+    CONSTRAINT servers_digest_range CHECK (((digest >= (0)::numeric) AND (digest < '340282366920938463463374607431768211456'::numeric))),
+    CONSTRAINT servers_endpoint_port CHECK (((endpoint_port >= 1) AND (endpoint_port <= 65535))),
+    CONSTRAINT servers_identity_pin_length CHECK ((octet_length(identity_pin) = 32)),
+    CONSTRAINT servers_name_length CHECK (((char_length(name) >= 1) AND (char_length(name) <= 64))),
+    CONSTRAINT servers_public_key_length CHECK ((octet_length(public_key) = 32)),
+    CONSTRAINT servers_region_form CHECK ((region ~ '^[a-z0-9][a-z0-9-]{0,49}$'::text)),
+    CONSTRAINT servers_removed CHECK (((status <> 'removed'::text) OR (identity_pin IS NULL))),
+    CONSTRAINT servers_status CHECK ((status = ANY (ARRAY['active'::text, 'draining'::text, 'maintenance'::text, 'offline'::text, 'removed'::text]))),
+    CONSTRAINT servers_transport CHECK ((transport = ANY (ARRAY['agent'::text, 'ssh'::text])))
+);
+ALTER TABLE platform.servers OWNER TO cvault_owner;
+CREATE TABLE platform.usage_counters (
+    server_id uuid NOT NULL,
+    counter_epoch uuid NOT NULL,
+    device_id uuid NOT NULL,
+    generation bigint NOT NULL,
+    rx_bytes bigint NOT NULL,
+    tx_bytes bigint NOT NULL,
+    rx_packets bigint NOT NULL,
+    tx_packets bigint NOT NULL,
+    updated_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT usage_counters_bytes CHECK (((rx_bytes >= 0) AND (tx_bytes >= 0)))
+);
+ALTER TABLE platform.usage_counters OWNER TO cvault_owner;
+CREATE TABLE platform.usage_orphans (
+    server_id uuid NOT NULL,
+    device_id uuid NOT NULL,
+    hour timestamp with time zone NOT NULL,
+    rx_bytes bigint NOT NULL,
+    tx_bytes bigint NOT NULL
+);
+ALTER TABLE platform.usage_orphans OWNER TO cvault_owner;
+CREATE TABLE platform.usage_windows (
+    server_id uuid NOT NULL,
+    counter_epoch uuid NOT NULL,
+    sequence bigint NOT NULL,
+    received_at timestamp with time zone DEFAULT now() NOT NULL
+);
+ALTER TABLE platform.usage_windows OWNER TO cvault_owner;
+ALTER TABLE ONLY cvault.usage_hourly ATTACH PARTITION cvault.usage_hourly_2026_11 FOR VALUES FROM ('2026-11-01 00:00:00+00') TO ('2026-12-01 00:00:00+00');
+ALTER TABLE ONLY cvault.usage_hourly ATTACH PARTITION cvault.usage_hourly_2026_12 FOR VALUES FROM ('2026-12-01 00:00:00+00') TO ('2027-01-01 00:00:00+00');
+ALTER TABLE ONLY cvault.usage_hourly ATTACH PARTITION cvault.usage_hourly_2027_01 FOR VALUES FROM ('2027-01-01 00:00:00+00') TO ('2027-02-01 00:00:00+00');
+ALTER TABLE ONLY cvault.usage_hourly ATTACH PARTITION cvault.usage_hourly_2027_02 FOR VALUES FROM ('2027-02-01 00:00:00+00') TO ('2027-03-01 00:00:00+00');
+ALTER TABLE ONLY cvault.usage_hourly ATTACH PARTITION cvault.usage_hourly_default DEFAULT;
+ALTER TABLE ONLY cvault.api_keys
+    ADD CONSTRAINT api_keys_pkey PRIMARY KEY (tenant_id, api_key_id);
+ALTER TABLE ONLY cvault.api_keys
+    ADD CONSTRAINT api_keys_tenant_key_text UNIQUE (tenant_id, key_text);
+ALTER TABLE ONLY cvault.audit_log
+    ADD CONSTRAINT audit_log_chain_unique UNIQUE (tenant_id, chain_sequence);
+ALTER TABLE ONLY cvault.audit_log
+    ADD CONSTRAINT audit_log_pkey PRIMARY KEY (tenant_id, audit_id);
+ALTER TABLE ONLY cvault.auth_events
+    ADD CONSTRAINT auth_events_pkey PRIMARY KEY (tenant_id, event_id);
+ALTER TABLE ONLY cvault.devices
+    ADD CONSTRAINT devices_pkey PRIMARY KEY (tenant_id, device_id);
+ALTER TABLE ONLY cvault.idempotency_keys
+    ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (tenant_id, principal, key);
+ALTER TABLE ONLY cvault.refresh_tokens
+    ADD CONSTRAINT refresh_tokens_pkey PRIMARY KEY (tenant_id, token_hash);
+ALTER TABLE ONLY cvault.sessions
+    ADD CONSTRAINT sessions_pkey PRIMARY KEY (tenant_id, session_id);
+ALTER TABLE ONLY cvault.tenants
+    ADD CONSTRAINT tenants_pkey PRIMARY KEY (tenant_id);
+ALTER TABLE ONLY cvault.usage_daily
+    ADD CONSTRAINT usage_daily_pkey PRIMARY KEY (tenant_id, day);
+ALTER TABLE ONLY cvault.usage_hourly
+    ADD CONSTRAINT usage_hourly_pkey PRIMARY KEY (tenant_id, hour, device_id, server_id);
+ALTER TABLE ONLY cvault.usage_hourly_2026_11
+    ADD CONSTRAINT usage_hourly_2026_11_pkey PRIMARY KEY (tenant_id, hour, device_id, server_id);
+ALTER TABLE ONLY cvault.usage_hourly_2026_12
+    ADD CONSTRAINT usage_hourly_2026_12_pkey PRIMARY KEY (tenant_id, hour, device_id, server_id);
+ALTER TABLE ONLY cvault.usage_hourly_2027_01
+    ADD CONSTRAINT usage_hourly_2027_01_pkey PRIMARY KEY (tenant_id, hour, device_id, server_id);
+ALTER TABLE ONLY cvault.usage_hourly_2027_02
+    ADD CONSTRAINT usage_hourly_2027_02_pkey PRIMARY KEY (tenant_id, hour, device_id, server_id);
+ALTER TABLE ONLY cvault.usage_hourly_default
+    ADD CONSTRAINT usage_hourly_default_pkey PRIMARY KEY (tenant_id, hour, device_id, server_id);
+ALTER TABLE ONLY cvault.users
+    ADD CONSTRAINT users_email_unique UNIQUE (tenant_id, email);
+ALTER TABLE ONLY cvault.users
+    ADD CONSTRAINT users_external_id_unique UNIQUE (tenant_id, external_user_id);
+ALTER TABLE ONLY cvault.users
+    ADD CONSTRAINT users_pkey PRIMARY KEY (tenant_id, user_id);
+ALTER TABLE ONLY platform.address_pools
+    ADD CONSTRAINT address_pools_ipv4_overlap EXCLUDE USING gist (ipv4 inet_ops WITH &&);
+ALTER TABLE ONLY platform.address_pools
+    ADD CONSTRAINT address_pools_ipv6_overlap EXCLUDE USING gist (ipv6 inet_ops WITH &&);
+ALTER TABLE ONLY platform.address_pools
+    ADD CONSTRAINT address_pools_name_unique UNIQUE (name);
+ALTER TABLE ONLY platform.address_pools
+    ADD CONSTRAINT address_pools_pkey PRIMARY KEY (pool_id);
+ALTER TABLE ONLY platform.addresses
+    ADD CONSTRAINT addresses_device_unique UNIQUE (device_id);
+ALTER TABLE ONLY platform.addresses
+    ADD CONSTRAINT addresses_pkey PRIMARY KEY (pool_id, host);
+ALTER TABLE ONLY platform.context_keys
+    ADD CONSTRAINT context_keys_pkey PRIMARY KEY (key_id);
+ALTER TABLE ONLY platform.enrol_tokens
+    ADD CONSTRAINT enrol_tokens_pkey PRIMARY KEY (token_id);
+ALTER TABLE ONLY platform.installation
+    ADD CONSTRAINT installation_pkey PRIMARY KEY (singleton);
+ALTER TABLE ONLY platform.node_changes
+    ADD CONSTRAINT node_changes_pkey PRIMARY KEY (server_id, revision);
+ALTER TABLE ONLY platform.peers
+    ADD CONSTRAINT peers_pkey PRIMARY KEY (server_id, device_id);
+ALTER TABLE ONLY platform.secrets
+    ADD CONSTRAINT secrets_pkey PRIMARY KEY (name);
+ALTER TABLE ONLY platform.servers
+    ADD CONSTRAINT servers_identity_pin_unique UNIQUE (identity_pin);
+ALTER TABLE ONLY platform.servers
+    ADD CONSTRAINT servers_pkey PRIMARY KEY (server_id);
+ALTER TABLE ONLY platform.usage_counters
+    ADD CONSTRAINT usage_counters_pkey PRIMARY KEY (server_id, counter_epoch, device_id, generation);
+ALTER TABLE ONLY platform.usage_orphans
+    ADD CONSTRAINT usage_orphans_pkey PRIMARY KEY (server_id, device_id, hour);
+ALTER TABLE ONLY platform.usage_windows
+    ADD CONSTRAINT usage_windows_pkey PRIMARY KEY (server_id, counter_epoch, sequence);
+CREATE INDEX api_keys_key_text ON cvault.api_keys USING btree (key_text);
+CREATE INDEX audit_log_unchained ON cvault.audit_log USING btree (tenant_id, audit_id) WHERE (chain_sequence IS NULL);
+CREATE UNIQUE INDEX devices_tenant_public_key ON cvault.devices USING btree (tenant_id, public_key) WHERE (status = 'active'::text);
+CREATE INDEX devices_user ON cvault.devices USING btree (tenant_id, user_id, created_at) WHERE (status = 'active'::text);
+CREATE INDEX refresh_tokens_family ON cvault.refresh_tokens USING btree (tenant_id, family_id);
+CREATE INDEX refresh_tokens_user ON cvault.refresh_tokens USING btree (tenant_id, user_id);
+CREATE INDEX sessions_connected ON cvault.sessions USING btree (tenant_id, connected_at);
+CREATE INDEX sessions_device ON cvault.sessions USING btree (tenant_id, device_id, connected_at);
+CREATE UNIQUE INDEX sessions_one_active ON cvault.sessions USING btree (tenant_id, device_id) WHERE (status = 'active'::text);
+CREATE INDEX addresses_free ON platform.addresses USING btree (pool_id, released_at NULLS FIRST, host) WHERE (state = 'free'::text);
+CREATE INDEX addresses_quarantine ON platform.addresses USING btree (pool_id, released_at) WHERE (state = 'quarantine'::text);
+CREATE INDEX peers_device ON platform.peers USING btree (device_id) WHERE (removed_revision IS NULL);
+CREATE INDEX peers_generation ON platform.peers USING btree (server_id, generation) WHERE (removed_revision IS NULL);
+CREATE UNIQUE INDEX peers_ipv4_device_unique ON platform.peers USING btree (ipv4) WHERE (removed_revision IS NULL);
+CREATE UNIQUE INDEX peers_ipv4_unique ON platform.peers USING btree (server_id, ipv4) WHERE (removed_revision IS NULL);
+CREATE UNIQUE INDEX peers_ipv6_unique ON platform.peers USING btree (server_id, ipv6) WHERE (removed_revision IS NULL);
+CREATE UNIQUE INDEX peers_public_key_device_unique ON platform.peers USING btree (public_key) WHERE (removed_revision IS NULL);
+CREATE UNIQUE INDEX peers_public_key_unique ON platform.peers USING btree (server_id, public_key) WHERE (removed_revision IS NULL);
+CREATE UNIQUE INDEX servers_endpoint_unique ON platform.servers USING btree (public_ip, endpoint_port) WHERE (status <> 'removed'::text);
+CREATE UNIQUE INDEX servers_name_unique ON platform.servers USING btree (name) WHERE (status <> 'removed'::text);
+CREATE INDEX usage_counters_device ON platform.usage_counters USING btree (device_id);
+ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2026_11_pkey;
+ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2026_12_pkey;
+ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2027_01_pkey;
+ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2027_02_pkey;
+ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_default_pkey;
+ALTER TABLE ONLY cvault.api_keys
+    ADD CONSTRAINT api_keys_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
+ALTER TABLE ONLY cvault.auth_events
+    ADD CONSTRAINT auth_events_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
+ALTER TABLE ONLY cvault.devices
+    ADD CONSTRAINT devices_pool_fkey FOREIGN KEY (pool_id) REFERENCES platform.address_pools(pool_id);
+ALTER TABLE ONLY cvault.devices
+    ADD CONSTRAINT devices_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
+ALTER TABLE ONLY cvault.devices
+    ADD CONSTRAINT devices_user_fkey FOREIGN KEY (tenant_id, user_id) REFERENCES cvault.users(tenant_id, user_id);
+ALTER TABLE ONLY cvault.idempotency_keys
+    ADD CONSTRAINT idempotency_keys_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
+ALTER TABLE ONLY cvault.refresh_tokens
+    ADD CONSTRAINT refresh_tokens_user_fkey FOREIGN KEY (tenant_id, user_id) REFERENCES cvault.users(tenant_id, user_id) ON DELETE CASCADE;
+ALTER TABLE ONLY cvault.sessions
+    ADD CONSTRAINT sessions_device_fkey FOREIGN KEY (tenant_id, device_id) REFERENCES cvault.devices(tenant_id, device_id);
+ALTER TABLE ONLY cvault.usage_daily
+    ADD CONSTRAINT usage_daily_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
+ALTER TABLE ONLY cvault.users
+    ADD CONSTRAINT users_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
+ALTER TABLE ONLY platform.addresses
+    ADD CONSTRAINT addresses_pool_fkey FOREIGN KEY (pool_id) REFERENCES platform.address_pools(pool_id);
+ALTER TABLE ONLY platform.enrol_tokens
+    ADD CONSTRAINT enrol_tokens_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
+ALTER TABLE ONLY platform.node_changes
+    ADD CONSTRAINT node_changes_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
+ALTER TABLE ONLY platform.peers
+    ADD CONSTRAINT peers_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
+ALTER TABLE ONLY platform.servers
+    ADD CONSTRAINT servers_pool_fkey FOREIGN KEY (pool_id) REFERENCES platform.address_pools(pool_id);
+ALTER TABLE ONLY platform.usage_counters
+    ADD CONSTRAINT usage_counters_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
+ALTER TABLE ONLY platform.usage_windows
+    ADD CONSTRAINT usage_windows_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
+ALTER TABLE cvault.api_keys ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.audit_log ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.auth_events ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.devices ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.idempotency_keys ENABLE ROW LEVEL SECURITY;
+CREATE POLICY platform_access ON cvault.api_keys TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.audit_log TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.devices TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.idempotency_keys TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.refresh_tokens TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.sessions TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.tenants FOR SELECT TO cvault_sys USING (true);
+CREATE POLICY platform_access ON cvault.usage_daily TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.usage_hourly TO cvault_sys USING (true) WITH CHECK (true);
+ALTER TABLE cvault.refresh_tokens ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.sessions ENABLE ROW LEVEL SECURITY;
+CREATE POLICY tenant_isolation ON cvault.api_keys TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.audit_log TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.auth_events TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.devices TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.idempotency_keys TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.refresh_tokens TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.sessions TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.tenants TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.usage_daily TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.usage_hourly TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.usage_hourly_2026_11 TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.usage_hourly_2026_12 TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.usage_hourly_2027_01 TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.usage_hourly_2027_02 TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.usage_hourly_default TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.users TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+ALTER TABLE cvault.tenants ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_daily ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_hourly ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_hourly_2026_11 ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_hourly_2026_12 ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_hourly_2027_01 ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_hourly_2027_02 ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.usage_hourly_default ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.users ENABLE ROW LEVEL SECURITY;
+GRANT USAGE ON SCHEMA cvault TO cvault_app;
+GRANT USAGE ON SCHEMA cvault TO cvault_sys;
+GRANT USAGE ON SCHEMA cvault TO cvault_fn;
+GRANT USAGE ON SCHEMA platform TO cvault_app;
+GRANT USAGE ON SCHEMA platform TO cvault_sys;
+GRANT USAGE ON SCHEMA platform TO cvault_fn;
+GRANT ALL ON SCHEMA public TO cvault_owner;
+REVOKE ALL ON FUNCTION cvault.tenant_id() FROM PUBLIC;
+GRANT ALL ON FUNCTION cvault.tenant_id() TO cvault_app;
+GRANT ALL ON FUNCTION cvault.tenant_id() TO cvault_sys;
+GRANT ALL ON FUNCTION cvault.tenant_id() TO cvault_owner;
+REVOKE ALL ON FUNCTION platform.allocate_address(p_pool uuid, p_device uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.allocate_address(p_pool uuid, p_device uuid) TO cvault_app;
+REVOKE ALL ON FUNCTION platform.ensure_usage_partitions(p_months integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.ensure_usage_partitions(p_months integer) TO cvault_sys;
+REVOKE ALL ON FUNCTION platform.list_servers() FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.list_servers() TO cvault_app;
+GRANT ALL ON FUNCTION platform.list_servers() TO cvault_sys;
+REVOKE ALL ON FUNCTION platform.move_peer(p_device uuid, p_server uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.move_peer(p_device uuid, p_server uuid) TO cvault_app;
+REVOKE ALL ON FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) TO cvault_sys;
+REVOKE ALL ON FUNCTION platform.place_peer(p_device uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.place_peer(p_device uuid) TO cvault_app;
+REVOKE ALL ON PROCEDURE platform.protect(IN p_table regclass) FROM PUBLIC;
+REVOKE ALL ON FUNCTION platform.retire_peer(p_device uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.retire_peer(p_device uuid) TO cvault_app;
+REVOKE ALL ON FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) FROM PUBLIC;
+REVOKE ALL ON FUNCTION platform.withdraw_peer(p_device uuid) FROM PUBLIC;
+GRANT SELECT,INSERT,UPDATE ON TABLE cvault.api_keys TO cvault_app;
+GRANT SELECT ON TABLE cvault.api_keys TO cvault_sys;
+GRANT UPDATE(last_used_at) ON TABLE cvault.api_keys TO cvault_sys;
+GRANT SELECT,INSERT ON TABLE cvault.audit_log TO cvault_app;
+GRANT SELECT,INSERT ON TABLE cvault.audit_log TO cvault_sys;
+GRANT UPDATE(chain_sequence) ON TABLE cvault.audit_log TO cvault_sys;
+GRANT UPDATE(chain_hash) ON TABLE cvault.audit_log TO cvault_sys;
+GRANT SELECT,INSERT ON TABLE cvault.auth_events TO cvault_app;
+GRANT SELECT,INSERT ON TABLE cvault.devices TO cvault_app;
+GRANT SELECT ON TABLE cvault.devices TO cvault_fn;
+GRANT SELECT(tenant_id) ON TABLE cvault.devices TO cvault_sys;
+GRANT SELECT(device_id) ON TABLE cvault.devices TO cvault_sys;
+GRANT SELECT(user_id) ON TABLE cvault.devices TO cvault_sys;
+GRANT UPDATE(name) ON TABLE cvault.devices TO cvault_app;
+GRANT UPDATE(public_key) ON TABLE cvault.devices TO cvault_app;
+GRANT UPDATE(private_key_sealed) ON TABLE cvault.devices TO cvault_app;
+GRANT UPDATE(preshared_key_sealed) ON TABLE cvault.devices TO cvault_app;
+GRANT UPDATE(preshared_key_hash) ON TABLE cvault.devices TO cvault_app;
+GRANT UPDATE(server_id) ON TABLE cvault.devices TO cvault_fn;
+GRANT SELECT(server_id) ON TABLE cvault.devices TO cvault_sys;
+GRANT UPDATE(placed_revision) ON TABLE cvault.devices TO cvault_fn;
+GRANT UPDATE(status) ON TABLE cvault.devices TO cvault_app;
+GRANT SELECT(status) ON TABLE cvault.devices TO cvault_sys;
+GRANT UPDATE(last_connected_at) ON TABLE cvault.devices TO cvault_app;
+GRANT SELECT(last_connected_at),UPDATE(last_connected_at) ON TABLE cvault.devices TO cvault_sys;
+GRANT SELECT(last_handshake_at),UPDATE(last_handshake_at) ON TABLE cvault.devices TO cvault_sys;
+GRANT UPDATE(revoked_at) ON TABLE cvault.devices TO cvault_app;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE cvault.idempotency_keys TO cvault_app;
+GRANT DELETE ON TABLE cvault.idempotency_keys TO cvault_sys;
+GRANT SELECT(created_at) ON TABLE cvault.idempotency_keys TO cvault_sys;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE cvault.refresh_tokens TO cvault_app;
+GRANT DELETE ON TABLE cvault.refresh_tokens TO cvault_sys;
+GRANT SELECT(expires_at) ON TABLE cvault.refresh_tokens TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE cvault.sessions TO cvault_app;
+GRANT SELECT,INSERT,UPDATE ON TABLE cvault.sessions TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE cvault.tenants TO cvault_app;
+GRANT SELECT ON TABLE cvault.tenants TO cvault_sys;
+GRANT SELECT ON TABLE cvault.usage_daily TO cvault_app;
+GRANT SELECT,INSERT,UPDATE ON TABLE cvault.usage_daily TO cvault_sys;
+GRANT SELECT ON TABLE cvault.usage_hourly TO cvault_app;
+GRANT SELECT,INSERT,UPDATE ON TABLE cvault.usage_hourly TO cvault_sys;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE cvault.users TO cvault_app;
+GRANT SELECT,INSERT ON TABLE platform.address_pools TO cvault_sys;
+GRANT SELECT ON TABLE platform.address_pools TO cvault_fn;
+GRANT UPDATE(name) ON TABLE platform.address_pools TO cvault_sys;
+GRANT UPDATE(next_host) ON TABLE platform.address_pools TO cvault_fn;
+GRANT UPDATE(quarantine_seconds) ON TABLE platform.address_pools TO cvault_sys;
+GRANT SELECT ON TABLE platform.addresses TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE platform.addresses TO cvault_fn;
+GRANT UPDATE(state) ON TABLE platform.addresses TO cvault_sys;
+GRANT UPDATE(tenant_id) ON TABLE platform.addresses TO cvault_sys;
+GRANT UPDATE(device_id) ON TABLE platform.addresses TO cvault_sys;
+GRANT UPDATE(release_server_id) ON TABLE platform.addresses TO cvault_sys;
+GRANT UPDATE(release_revision) ON TABLE platform.addresses TO cvault_sys;
+GRANT UPDATE(released_at) ON TABLE platform.addresses TO cvault_sys;
+GRANT SELECT ON TABLE platform.context_keys TO cvault_fn;
+GRANT SELECT ON TABLE platform.context_keys TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE platform.enrol_tokens TO cvault_sys;
+GRANT SELECT ON TABLE platform.installation TO cvault_sys;
+GRANT SELECT,DELETE ON TABLE platform.node_changes TO cvault_sys;
+GRANT INSERT ON TABLE platform.node_changes TO cvault_fn;
+GRANT SELECT ON TABLE platform.peers TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE platform.peers TO cvault_fn;
+GRANT SELECT,INSERT,UPDATE ON TABLE platform.secrets TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_fn;
+GRANT SELECT,INSERT,UPDATE ON TABLE platform.usage_counters TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE platform.usage_orphans TO cvault_sys;
+GRANT SELECT,INSERT,DELETE ON TABLE platform.usage_windows TO cvault_sys;
