@@ -240,9 +240,10 @@ impl Drop for Lab {
 /// Bridges and addresses of the internet machine; it routes between its three networks.
 const INTERNET: &str = "
 sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
-for network in 'clients 192.0.2.1 2001:db8:1::1' 'servers 203.0.113.1 2001:db8:2::1' 'services 198.51.100.1 2001:db8:3::1'; do
+for network in 'clients 192.0.2.1 2001:db8:1::1 1' 'servers 203.0.113.1 2001:db8:2::1 2' 'services 198.51.100.1 2001:db8:3::1 3'; do
   set -- $network
-  ip link add $1 type bridge
+  # a bridge without an address of its own changes it as ports come and go, and neighbours lose packets
+  ip link add $1 address 02:00:00:00:0$4:01 type bridge
   ip link set $1 up
   ip addr add $2/24 dev $1
   ip -6 addr add $3/64 dev $1 nodad

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::lab::{Addresses, HTTP_V4, HTTP_V6, Lab, Machine, Network, Process, Signal, eventually, promptly};
 
@@ -178,8 +178,12 @@ impl Client {
 
     /// Exactly `count` echoes of `size` payload bytes; an error when one is lost. Datagrams are counted alike by everybody.
     pub fn echo(&self, address: &str, count: u64, size: u64) -> Result<()> {
-        let output = self.machine.sh(&format!("ping -q -n -i 0.002 -c {count} -s {size} -W 2 {address}"))?;
-        if output.contains(" 0% packet loss") { Ok(()) } else { bail!("echoes were lost: {output}") }
+        let script = format!("ping -n -i 0.002 -c {count} -s {size} -W 2 {address} || true");
+        let output = self.machine.sh(&script)?;
+        let answered: Vec<u64> = answered(&output).collect();
+        let lost: Vec<u64> = (1..=count).filter(|number| !answered.contains(number)).collect();
+        ensure!(lost.is_empty(), "on {}: of {count} echoes these were lost: {lost:?}", self.machine.name());
+        Ok(())
     }
 
     /// Echo requests every 20 ms until they are stopped.
