@@ -17,13 +17,25 @@ pub(crate) enum Ended {
     Unreachable,
     /// It was reached, and refused or broke off.
     Refused,
+    /// We ended the session ourselves, to be told the state anew.
+    Replaced,
+}
+
+/// Whether a session of this length was a good one, after which the ladder begins at its foot again. A state that we
+/// refuse may take long to arrive: if that counted as good, it would be asked for without a pause for ever.
+pub(crate) fn was_good(session: Duration, ended: Ended) -> bool {
+    session
+        >= match ended {
+            Ended::Unreachable | Ended::Refused => Duration::from_secs(10),
+            Ended::Replaced => Duration::from_secs(300),
+        }
 }
 
 /// The wait before the next attempt. `failures` counts attempts since the last good session, `random` is in 0..1.
 pub(crate) fn delay(failures: u32, ended: Ended, random: f64) -> Duration {
     let max = match ended {
         Ended::Unreachable => MAX_UNREACHABLE,
-        Ended::Refused => MAX_REFUSED,
+        Ended::Refused | Ended::Replaced => MAX_REFUSED,
     };
     let ceiling = FIRST.saturating_mul(1 << failures.min(16)).min(max);
     ceiling.mul_f64(random.clamp(0.0, 1.0))
@@ -40,6 +52,13 @@ mod tests {
         assert_eq!(delay(2, Ended::Refused, 1.0), Duration::from_secs(1));
         assert_eq!(delay(40, Ended::Refused, 1.0), MAX_REFUSED);
         assert_eq!(delay(40, Ended::Unreachable, 1.0), MAX_UNREACHABLE);
+    }
+
+    #[test]
+    fn a_refused_state_that_takes_long_to_arrive_does_not_begin_the_ladder_again() {
+        let arrival = Duration::from_secs(20);
+        assert!(was_good(arrival, Ended::Unreachable) && !was_good(arrival, Ended::Replaced));
+        assert!(was_good(Duration::from_secs(3_600), Ended::Replaced));
     }
 
     proptest! {

@@ -50,14 +50,19 @@ impl Peer {
         let sixteen = |bytes: &[u8], what| bytes.try_into().map_err(|_| Refusal::Malformed(what));
         let preshared_key = match peer.preshared_key.as_ref() {
             [] => None,
-            bytes => Some(PresharedKey(Zeroizing::new(
-                bytes.try_into().map_err(|_| Refusal::Malformed("preshared_key"))?,
-            ))),
+            bytes => {
+                Some(PresharedKey(Zeroizing::new(bytes.try_into().map_err(|_| Refusal::Malformed("preshared_key"))?)))
+            }
         };
+        // The engine takes a peer without a tenant for one of a stand-alone tunnel, with another policy.
+        let tenant_id = sixteen(&peer.tenant_id, "tenant_id")?;
+        if tenant_id == [0; 16] {
+            return Err(Refusal::Malformed("tenant_id"));
+        }
         Ok(Self {
             public_key: parse_key(&peer.public_key)?,
             device_id: sixteen(&peer.device_id, "device_id")?,
-            tenant_id: sixteen(&peer.tenant_id, "tenant_id")?,
+            tenant_id,
             preshared_key,
             ipv4: Ipv4Addr::from(peer.ipv4),
             ipv6: Ipv6Addr::from(<[u8; 16]>::try_from(peer.ipv6.as_ref()).map_err(|_| Refusal::Malformed("ipv6"))?),
@@ -93,8 +98,12 @@ impl Peer {
         }
     }
 
-    fn addresses(&self) -> [IpAddr; 2] {
+    pub(crate) fn addresses(&self) -> [IpAddr; 2] {
         [self.ipv4.into(), self.ipv6.into()]
+    }
+
+    pub(crate) fn life(&self) -> Life {
+        Life { public_key: self.public_key, generation: self.generation }
     }
 }
 
@@ -139,6 +148,8 @@ pub(crate) enum Refusal {
     DuplicateAddress(IpAddr),
     #[error("the address {0} is outside the overlay")]
     OutsideOverlay(IpAddr),
+    #[error("the address {0} is the server's own")]
+    OwnAddress(IpAddr),
     #[error("{got} peers where {expected} were announced")]
     Count { expected: u64, got: u64 },
     #[error("the peers do not have the announced digest")]
@@ -147,8 +158,6 @@ pub(crate) enum Refusal {
     MassRemoval { removed: usize, before: usize, expected: u32 },
     #[error("the change begins at revision {from}, this server is at {have}")]
     Gap { from: u64, have: u64 },
-    #[error("revision {offered} is older than {have}")]
-    Older { offered: u64, have: u64 },
     #[error("revision {revision} came again with other content")]
     SameRevisionOtherContent { revision: u64 },
     #[error("a delta cannot lead to another incarnation")]
@@ -173,6 +182,15 @@ pub(crate) struct Change {
     pub(crate) expected_removed: u32,
 }
 
+/// What takes a committed change back.
+#[derive(Clone, Debug)]
+pub(crate) struct Undo {
+    cursor: Option<Cursor>,
+    snapshot_wanted: bool,
+    added: Vec<PublicKey>,
+    before: Vec<Peer>,
+}
+
 /// Which device a key's counters belong to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Life {
@@ -185,7 +203,11 @@ pub(crate) struct Life {
 pub(crate) struct Desired {
     digest_key: Zeroizing<[u8; 32]>,
     overlay: Vec<IpNet>,
+    /// The server's own addresses, which no peer may have.
+    own: Vec<IpAddr>,
     cursor: Option<Cursor>,
+    /// The control plane finds other content at our revision: whatever snapshot comes next is taken.
+    snapshot_wanted: bool,
     digest: Digest,
     peers: HashMap<PublicKey, Peer>,
     owners: HashMap<IpAddr, PublicKey>,
@@ -195,11 +217,13 @@ pub(crate) struct Desired {
 
 impl Desired {
     /// Nothing applied yet.
-    pub(crate) fn new(digest_key: [u8; 32], overlay: Vec<IpNet>) -> Self {
+    pub(crate) fn new(digest_key: [u8; 32], overlay: Vec<IpNet>, own: Vec<IpAddr>) -> Self {
         Self {
             digest_key: Zeroizing::new(digest_key),
             overlay,
+            own,
             cursor: None,
+            snapshot_wanted: false,
             digest: Digest::default(),
             peers: HashMap::new(),
             owners: HashMap::new(),
@@ -215,19 +239,29 @@ impl Desired {
         self.peers.values()
     }
 
+    pub(crate) fn overlay(&self) -> &[IpNet] {
+        &self.overlay
+    }
+
     pub(crate) fn peer(&self, key: &PublicKey) -> Option<&Peer> {
         self.peers.get(key)
     }
 
-    /// The control plane says that our content is wrong: take any snapshot next. The peers stay until it comes.
-    pub(crate) fn forget_cursor(&mut self) {
-        self.cursor = None;
+    /// The control plane says that our content is wrong: take any snapshot next. What runs goes on until it comes.
+    pub(crate) fn want_snapshot(&mut self) {
+        self.snapshot_wanted = true;
     }
 
-    /// Another key or overlay for what comes; the peers stay.
-    pub(crate) fn reconfigure(&mut self, digest_key: [u8; 32], overlay: Vec<IpNet>) {
+    /// Where the control plane may continue.
+    pub(crate) fn resume_from(&self) -> Option<Cursor> {
+        self.cursor.filter(|_| !self.snapshot_wanted)
+    }
+
+    /// Another key, overlay or own addresses for what comes; the peers stay.
+    pub(crate) fn reconfigure(&mut self, digest_key: [u8; 32], overlay: Vec<IpNet>, own: Vec<IpAddr>) {
         self.digest_key = Zeroizing::new(digest_key);
         self.overlay = overlay;
+        self.own = own;
         self.digest = self.digest_of(self.peers.values());
     }
 
@@ -242,7 +276,7 @@ impl Desired {
         let mut addresses = HashSet::with_capacity(peers.len() * 2);
         let mut digest = Digest::default();
         for peer in peers {
-            self.check_overlay(peer)?;
+            self.check_addresses(peer)?;
             if !keys.insert(peer.public_key) {
                 return Err(Refusal::DuplicateKey(peer.public_key));
             }
@@ -261,7 +295,7 @@ impl Desired {
     /// Checks a whole delta. `None` when it is what already runs.
     pub(crate) fn plan_delta(&self, delta: &v1::Delta) -> Result<Option<Change>, Refusal> {
         let target = Cursor::parse(delta.target.as_ref().ok_or(Refusal::Malformed("target"))?)?;
-        let have = self.cursor.ok_or(Refusal::Gap { from: delta.from_revision, have: 0 })?;
+        let have = self.resume_from().ok_or(Refusal::Gap { from: delta.from_revision, have: 0 })?;
         if target.incarnation != have.incarnation {
             return Err(Refusal::Incarnation);
         }
@@ -303,9 +337,10 @@ impl Desired {
             digest.remove(&self.digest_key, &peer.record());
         }
         for peer in upserted {
-            self.check_overlay(peer)?;
+            self.check_addresses(peer)?;
             for address in peer.addresses() {
-                let held = self.owners.get(&address).is_some_and(|key| self.remains(key, removed) && !keys.contains(key));
+                let held =
+                    self.owners.get(&address).is_some_and(|key| self.remains(key, removed) && !keys.contains(key));
                 if held || !addresses.insert(address) {
                     return Err(Refusal::DuplicateAddress(address));
                 }
@@ -319,8 +354,25 @@ impl Desired {
         self.peers.contains_key(key) && !removed.contains(key)
     }
 
-    /// Takes over a change that the engine runs.
-    pub(crate) fn commit(&mut self, change: &Change) {
+    /// The addresses that lives of now lose by this change, also when another gets them at once.
+    pub(crate) fn freed(&self, change: &Change) -> HashSet<IpAddr> {
+        let same = |peer: &&Peer| {
+            self.peers
+                .get(&peer.public_key)
+                .is_some_and(|old| old.life() == peer.life() && old.addresses() == peer.addresses())
+        };
+        let stays: HashSet<_> = change.upserted.iter().filter(same).map(|peer| peer.public_key).collect();
+        let touched = change.removed.iter().chain(change.upserted.iter().map(|peer| &peer.public_key));
+        touched
+            .filter(|key| !stays.contains(*key))
+            .filter_map(|key| self.peers.get(key))
+            .flat_map(Peer::addresses)
+            .collect()
+    }
+
+    /// Takes over a checked change.
+    pub(crate) fn commit(&mut self, change: &Change) -> Undo {
+        let undo = self.undo_of(change);
         for key in &change.removed {
             self.take_out(key);
         }
@@ -333,10 +385,32 @@ impl Desired {
             for address in peer.addresses() {
                 self.owners.insert(address, peer.public_key);
             }
-            self.retired.remove(&Life { public_key: peer.public_key, generation: peer.generation });
+            self.retired.remove(&peer.life());
             self.peers.insert(peer.public_key, peer.clone());
         }
         self.cursor = Some(change.target);
+        self.snapshot_wanted = false;
+        undo
+    }
+
+    fn undo_of(&self, change: &Change) -> Undo {
+        let touched: HashSet<_> =
+            change.removed.iter().copied().chain(change.upserted.iter().map(|peer| peer.public_key)).collect();
+        Undo {
+            cursor: self.cursor,
+            snapshot_wanted: self.snapshot_wanted,
+            added: touched.iter().filter(|key| !self.peers.contains_key(*key)).copied().collect(),
+            before: touched.iter().filter_map(|key| self.peers.get(key)).cloned().collect(),
+        }
+    }
+
+    /// Takes the last committed change back: the engine refused it. Lives that the engine may have begun stay known.
+    pub(crate) fn roll_back(&mut self, undo: Undo) {
+        let Undo { cursor, snapshot_wanted, added: removed, before: upserted } = undo;
+        let target = cursor.or(self.cursor).expect("a change was committed, which sets the cursor");
+        self.commit(&Change { target, removed, upserted, expected_removed: 0 });
+        self.cursor = cursor;
+        self.snapshot_wanted = snapshot_wanted;
     }
 
     fn take_out(&mut self, key: &PublicKey) {
@@ -345,7 +419,7 @@ impl Desired {
         for address in peer.addresses() {
             self.owners.remove(&address);
         }
-        self.retired.insert(Life { public_key: *key, generation: peer.generation }, peer.device_id);
+        self.retired.insert(peer.life(), peer.device_id);
     }
 
     /// Whose counters these are, living or retired.
@@ -369,21 +443,21 @@ impl Desired {
         self.retired.retain(|life, _| still_counted(life));
     }
 
-    /// Whether the announced state already runs. Older states and other content at the same revision are refused.
+    /// Whether the announced state already runs or is older than what does. Other content at the same revision is refused.
     fn is_known(&self, target: &Cursor) -> Result<bool, Refusal> {
-        let Some(have) = self.cursor.filter(|have| have.incarnation == target.incarnation) else {
+        let Some(have) = self.resume_from().filter(|have| have.incarnation == target.incarnation) else {
             return Ok(false);
         };
-        if target.revision < have.revision {
-            return Err(Refusal::Older { offered: target.revision, have: have.revision });
-        }
         if target.revision == have.revision && target.digest != have.digest {
             return Err(Refusal::SameRevisionOtherContent { revision: have.revision });
         }
-        Ok(target.revision == have.revision)
+        Ok(target.revision <= have.revision)
     }
 
-    fn check_overlay(&self, peer: &Peer) -> Result<(), Refusal> {
+    fn check_addresses(&self, peer: &Peer) -> Result<(), Refusal> {
+        if let Some(address) = peer.addresses().into_iter().find(|address| self.own.contains(address)) {
+            return Err(Refusal::OwnAddress(address));
+        }
         let outside = |address: &IpAddr| !self.overlay.iter().any(|prefix| prefix.contains(address));
         peer.addresses().into_iter().find(outside).map_or(Ok(()), |address| Err(Refusal::OutsideOverlay(address)))
     }
@@ -396,13 +470,35 @@ impl Desired {
         digest
     }
 
-    /// The digest of the peers as they are.
-    #[cfg(test)]
-    pub(crate) fn digest_for_test(&self) -> Digest {
+    /// The digest of the peers as they are, under the key of now.
+    pub(crate) fn digest(&self) -> Digest {
         self.digest
     }
 
-    /// Whether the peers have the digest of the cursor; checked after loading.
+    /// Takes over stored peers, which were checked before they were stored. The cursor may have been told under
+    /// another digest key, so the digest under the stored key is compared.
+    pub(crate) fn restore(&mut self, cursor: Option<Cursor>, digest: Digest, peers: Vec<Peer>) -> Result<(), Refusal> {
+        let mut restored = Self::new(*self.digest_key, self.overlay.clone(), self.own.clone());
+        for peer in peers {
+            restored.digest.add(&restored.digest_key, &peer.record());
+            for address in peer.addresses() {
+                if restored.owners.insert(address, peer.public_key).is_some() {
+                    return Err(Refusal::DuplicateAddress(address));
+                }
+            }
+            if let Some(twice) = restored.peers.insert(peer.public_key, peer) {
+                return Err(Refusal::DuplicateKey(twice.public_key));
+            }
+        }
+        if restored.digest != digest {
+            return Err(Refusal::Digest);
+        }
+        restored.cursor = cursor;
+        *self = restored;
+        Ok(())
+    }
+
+    /// Whether the peers have the digest of the cursor.
     pub(crate) fn is_whole(&self) -> bool {
         self.cursor.is_none_or(|cursor| cursor.digest == self.digest)
     }

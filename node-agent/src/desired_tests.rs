@@ -53,7 +53,7 @@ fn delta(from: u64, outcome: &[Peer], removed: &[u8], upserted: &[Peer]) -> v1::
 }
 
 fn running(peers: &[Peer]) -> Desired {
-    let mut desired = Desired::new(KEY, overlay());
+    let mut desired = Desired::new(KEY, overlay(), vec!["10.8.0.200".parse().unwrap()]);
     let change = desired.plan_snapshot(&snapshot(5, peers)).unwrap().unwrap();
     desired.commit(&change);
     desired
@@ -70,18 +70,20 @@ fn a_snapshot_is_applied_as_a_difference() {
 }
 
 #[test]
-fn older_states_and_other_content_at_the_same_revision_are_refused() {
+fn older_states_are_known_and_other_content_at_the_same_revision_is_refused() {
     let desired = running(&[peer(1, 1, 1)]);
-    assert_eq!(desired.plan_snapshot(&snapshot(4, &[])), Err(Refusal::Older { offered: 4, have: 5 }));
+    assert_eq!(desired.plan_snapshot(&snapshot(4, &[])), Ok(None));
+    assert_eq!(desired.plan_delta(&delta(2, &[], &[1], &[])), Ok(None));
     assert_eq!(desired.plan_snapshot(&snapshot(5, &[])), Err(Refusal::SameRevisionOtherContent { revision: 5 }));
     let gap = delta(7, &[], &[1], &[]);
     assert_eq!(desired.plan_delta(&gap), Err(Refusal::Gap { from: 7, have: 5 }));
 }
 
 #[test]
-fn after_forgetting_the_cursor_the_same_revision_may_come_with_other_content() {
+fn a_wanted_snapshot_may_come_at_the_same_revision_with_other_content() {
     let mut desired = running(&[peer(1, 1, 1)]);
-    desired.forget_cursor();
+    desired.want_snapshot();
+    assert_eq!((desired.resume_from(), desired.cursor().is_some(), desired.peers().len()), (None, true, 1));
     let change = desired.plan_snapshot(&snapshot(5, &[peer(1, 1, 1), peer(2, 2, 2)])).unwrap().unwrap();
     assert_eq!((change.removed.len(), change.upserted.len()), (0, 1));
 }
@@ -172,6 +174,42 @@ fn a_snapshot_with_more_peers_than_announced_stops_early() {
     assert_eq!(snapshot.chunk(&chunk), Err(Refusal::Count { expected: 1, got: 2 }));
 }
 
+#[test]
+fn a_refused_change_is_taken_back_whole() {
+    let mut desired = running(&[peer(1, 1, 1), peer(2, 2, 1)]);
+    let before = (desired.cursor(), desired.digest());
+    // 1 goes, 2 takes its address, 3 takes that of 2.
+    let outcome = [peer(2, 1, 6), peer(3, 2, 6)];
+    let change = desired.plan_delta(&delta(5, &outcome, &[1], &outcome)).unwrap().unwrap();
+    let undo = desired.commit(&change);
+    assert!(desired.is_whole() && desired.peers().len() == 2);
+    desired.roll_back(undo);
+    assert_eq!((desired.cursor(), desired.digest()), before);
+    assert_eq!(desired.peer(&PublicKey([1; 32])), Some(&peer(1, 1, 1)));
+    assert_eq!(desired.owners.len(), 4);
+    assert_eq!(desired.device_of(&peer(3, 2, 6).life()), Some([3; 16]), "the engine may have counted for it");
+}
+
+#[test]
+fn the_addresses_that_become_free_are_those_of_ended_lives() {
+    let desired = running(&[peer(1, 1, 1), peer(2, 2, 1), peer(3, 3, 1)]);
+    // 1 goes, 2 gets another preshared key in the same life, 3 begins a new life elsewhere, 4 is new.
+    let rekeyed = Peer { preshared_key: Some(PresharedKey(Zeroizing::new([5; 32]))), ..peer(2, 2, 1) };
+    let outcome = [rekeyed, peer(3, 30, 6), peer(4, 4, 6)];
+    let change = desired.plan_delta(&delta(5, &outcome, &[1], &outcome)).unwrap().unwrap();
+    let expected: HashSet<_> = [1, 3].iter().flat_map(|host| peer(9, *host, 1).addresses()).collect();
+    assert_eq!(desired.freed(&change), expected);
+}
+
+#[test]
+fn a_peer_needs_a_tenant_and_an_address_of_its_own() {
+    let nobody = v1::Peer { tenant_id: vec![0; 16].into(), ..peer(1, 1, 1).to_wire() };
+    assert_eq!(Peer::parse(&nobody), Err(Refusal::Malformed("tenant_id")));
+    let server = peer(2, 200, 1);
+    let refused = running(&[]).plan_delta(&delta(5, std::slice::from_ref(&server), &[], std::slice::from_ref(&server)));
+    assert_eq!(refused, Err(Refusal::OwnAddress("10.8.0.200".parse().unwrap())));
+}
+
 proptest! {
     /// Random edits told by deltas, with some deltas skipped and repaired by a snapshot, always end in the model's state.
     #[test]
@@ -193,7 +231,9 @@ proptest! {
             revision += 1;
             if lost == 0 { continue; }
             match desired.plan_delta(&delta) {
-                Ok(change) => desired.commit(&change.expect("a new revision is a change")),
+                Ok(change) => {
+                    desired.commit(&change.expect("a new revision is a change"));
+                }
                 Err(Refusal::Gap { .. }) => {
                     let change = desired.plan_snapshot(&snapshot(revision, &outcome)).unwrap().unwrap();
                     desired.commit(&change);

@@ -1,16 +1,19 @@
 //! The engine as the agent needs it: brought up with the host around it, changed by differences, revived when it dies.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use cvault_dataplane::counters::{self, CounterReader};
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use crate::desired::{Change, Desired, PublicKey, Refusal, check_mass_removal};
-use crate::host;
+use crate::desired::{Change, Desired, Life, Peer, PublicKey, Refusal, check_mass_removal};
+use crate::host::{self, Forget};
 use crate::interface::Interface;
 use crate::state_dir::StateDir;
+use crate::store::Saved;
 use crate::tunnel::{Launch, Tunnel};
 use crate::uapi::{Uapi, UapiError};
 
@@ -28,6 +31,10 @@ pub(crate) struct Engine {
     retry_at: Option<Instant>,
     /// The engine holds exactly the committed peers.
     in_sync: bool,
+    /// The control plane has confirmed the committed peers: any other may be removed. A state file alone may be behind.
+    confirmed: bool,
+    /// The host tracks no connection from the overlay but of peers that run.
+    swept: bool,
     pub(crate) restarts: u32,
     quick_restarts: u32,
 }
@@ -35,7 +42,18 @@ pub(crate) struct Engine {
 impl Engine {
     pub(crate) fn new(launch: Launch, private_key: Zeroizing<[u8; 32]>) -> Self {
         let uapi = Uapi::of_interface(&launch.interface);
-        Self { launch, uapi, private_key, tunnel: None, retry_at: None, in_sync: false, restarts: 0, quick_restarts: 0 }
+        Self {
+            launch,
+            uapi,
+            private_key,
+            tunnel: None,
+            retry_at: None,
+            in_sync: false,
+            confirmed: false,
+            swept: false,
+            restarts: 0,
+            quick_restarts: 0,
+        }
     }
 
     pub(crate) fn uapi(&self) -> &Uapi {
@@ -49,7 +67,7 @@ impl Engine {
     /// Adopts or starts the tunnel and brings it and the host into the state that `interface` needs. When that fails
     /// and the tunnel was started here, it is stopped and its interface removed again.
     pub(crate) async fn bring_up(&mut self, dir: &StateDir, interface: &Interface) -> anyhow::Result<()> {
-        let adopted = Tunnel::adopt(&self.uapi).await?;
+        let adopted = Tunnel::adopt(&self.launch, &self.uapi).await?;
         let started = adopted.is_none();
         let tunnel = match adopted {
             Some(tunnel) => tunnel,
@@ -69,12 +87,19 @@ impl Engine {
         Ok(())
     }
 
+    /// Repairs what somebody changed on the host.
+    pub(crate) async fn repair_host(&self, interface: &Interface) -> anyhow::Result<()> {
+        if self.is_up() { host::repair(&self.launch.interface, interface).await } else { Ok(()) }
+    }
+
     /// Sets the device and the host around it; changes nothing that is right already.
     pub(crate) async fn configure(&self, interface: &Interface) -> anyhow::Result<()> {
         self.uapi.configure(&self.private_key, interface).await.map_err(|error| {
             if error.is_address_in_use() {
                 let port = interface.listen_port;
-                anyhow::anyhow!("UDP port {port} is taken by another program: stop that one, or give this server another port")
+                anyhow::anyhow!(
+                    "UDP port {port} is taken by another program: stop that one, or give this server another port"
+                )
             } else {
                 anyhow::Error::new(error).context("the tunnel cannot be configured")
             }
@@ -82,56 +107,123 @@ impl Engine {
         host::set_up(&self.launch.interface, interface).await
     }
 
-    /// Makes the engine hold exactly the committed peers, by difference. An adopted engine loses no tunnel that stays.
+    /// Makes the engine hold exactly the committed peers, by difference. An adopted engine loses no tunnel that stays;
+    /// before the control plane has confirmed them, peers that the state does not know stay too.
     pub(crate) async fn synchronise(&mut self, desired: &Desired) -> Result<(), Refusal> {
-        if self.in_sync {
+        if self.in_sync || desired.cursor().is_none() {
             return Ok(());
         }
-        let Some(target) = desired.cursor() else { return Ok(()) };
-        let expected_removed = u32::MAX;
-        let change = Change { target, removed: Vec::new(), upserted: Vec::new(), expected_removed };
-        self.reconcile(desired, &change).await
+        self.reconcile(desired, u32::MAX, HashSet::new()).await
     }
 
-    /// Applies a checked change. A tunnel that died meanwhile is revived and the change tried once more.
-    pub(crate) async fn apply(&mut self, dir: &StateDir, saved: &crate::store::Saved, change: &Change) -> Result<(), Refusal> {
-        match self.push(&saved.desired, change).await {
+    /// The control plane knows the committed state for its own.
+    pub(crate) fn confirm(&mut self) {
+        self.confirmed = true;
+    }
+
+    /// What the engine holds is compared anew at the next [`Engine::synchronise`].
+    pub(crate) fn doubt(&mut self) {
+        self.in_sync = false;
+    }
+
+    /// Applies a checked change that `saved` has committed already; `freed` are the addresses that lives lost by it. A
+    /// tunnel that died meanwhile is revived and the change tried once more.
+    pub(crate) async fn apply(
+        &mut self,
+        dir: &StateDir,
+        saved: &Saved,
+        change: &Change,
+        freed: &HashSet<IpAddr>,
+    ) -> Result<(), Refusal> {
+        self.confirmed = true;
+        let applied = match self.push(&saved.desired, change, freed).await {
             Err(Refusal::Engine(reason)) => {
                 tracing::warn!(reason, "a change could not be applied: trying again with the whole difference");
                 self.in_sync = false;
+                self.swept = false;
                 if self.has_died().await {
                     self.revive(dir, &saved.interface, None).await.map_err(engine_refusal)?;
                 }
-                self.push(&saved.desired, change).await
+                self.push(&saved.desired, change, freed).await
             }
             done => done,
+        };
+        if applied.is_err() {
+            self.in_sync = false;
+            self.swept = false;
         }
+        applied
     }
 
-    async fn push(&mut self, desired: &Desired, change: &Change) -> Result<(), Refusal> {
+    async fn push(&mut self, desired: &Desired, change: &Change, freed: &HashSet<IpAddr>) -> Result<(), Refusal> {
         if self.in_sync {
-            return self.uapi.apply(change).await.map_err(uapi_refusal);
+            return self.replace(&change.removed, &change.upserted, Forget::Of(freed.clone())).await;
         }
-        let mut target = desired.clone();
-        target.commit(change);
-        self.reconcile(&target, change).await
+        self.reconcile(desired, change.expected_removed, freed.clone()).await
     }
 
-    async fn reconcile(&mut self, target: &Desired, change: &Change) -> Result<(), Refusal> {
+    async fn reconcile(
+        &mut self,
+        target: &Desired,
+        expected_removed: u32,
+        freed: HashSet<IpAddr>,
+    ) -> Result<(), Refusal> {
         let running = self.uapi.peers().await.map_err(uapi_refusal)?;
-        let removed: Vec<_> =
-            running.iter().map(|peer| peer.public_key).filter(|key| target.peer(key).is_none()).collect();
-        check_mass_removal(running.len(), removed.len(), change.expected_removed)?;
-        let running: HashMap<PublicKey, _> = running.into_iter().map(|peer| (peer.public_key, peer)).collect();
-        let stays = |key: &PublicKey, peer| running.get(key).is_some_and(|engine| engine.is(peer));
+        let removed: Vec<_> = running
+            .iter()
+            .filter(|peer| target.peer(&peer.public_key).is_none())
+            .filter(|peer| self.confirmed || target.retired().contains_key(&peer.life()))
+            .map(|peer| peer.public_key)
+            .collect();
+        check_mass_removal(running.len(), removed.len(), expected_removed)?;
+        let lives: HashMap<PublicKey, _> = running.iter().map(|peer| (peer.public_key, peer)).collect();
+        let stays = |key: &PublicKey, peer| lives.get(key).is_some_and(|engine| engine.is(peer));
         let upserted: Vec<_> = target.peers().filter(|peer| !stays(&peer.public_key, peer)).cloned().collect();
         tracing::info!(
-            running = running.len(), removed = removed.len(), upserted = upserted.len(), "compared the engine's peers"
+            running = running.len(),
+            removed = removed.len(),
+            upserted = upserted.len(),
+            "compared the engine's peers"
         );
-        let difference = Change { removed, upserted, ..change.clone() };
-        self.uapi.apply(&difference).await.map_err(uapi_refusal)?;
-        self.in_sync = true;
+        let retired: HashSet<_> = removed.iter().collect();
+        let (gone, stay): (Vec<_>, Vec<_>) = running.iter().partition(|peer| retired.contains(&peer.public_key));
+        let forget = if self.swept {
+            Forget::Of(freed.into_iter().chain(gone.iter().flat_map(|peer| peer.addresses())).collect())
+        } else {
+            // What a life that was counted here began is its own, also after the tunnel died. A new life inherits nothing.
+            let counted = self.counted_lives();
+            let known = target.peers().filter(|peer| counted.contains(&peer.life())).flat_map(Peer::addresses);
+            let strangers = stay.iter().filter(|peer| target.peer(&peer.public_key).is_none());
+            let kept = known.chain(strangers.flat_map(|peer| peer.addresses())).collect();
+            Forget::AllBut { overlay: target.overlay().to_vec(), kept }
+        };
+        self.replace(&removed, &upserted, forget).await?;
+        self.swept = true;
+        if self.confirmed {
+            self.uapi.end_replace().await.map_err(uapi_refusal)?;
+        }
+        self.in_sync = self.confirmed;
         Ok(())
+    }
+
+    /// Removes, makes the host forget what was begun from addresses that are free now, then adds: nothing that an earlier
+    /// owner began is delivered to the next.
+    async fn replace(&self, removed: &[PublicKey], upserted: &[Peer], forget: Forget) -> Result<(), Refusal> {
+        self.uapi.remove(removed).await.map_err(uapi_refusal)?;
+        host::forget_connections(forget).await.map_err(engine_refusal)?;
+        self.uapi.add(upserted).await.map_err(uapi_refusal)
+    }
+
+    fn counted_lives(&self) -> HashSet<Life> {
+        let reader = CounterReader::open(&self.launch.state_dir.join(counters::FILE_NAME));
+        let lives = |reader: &CounterReader| {
+            let life = |peer: counters::PeerCounters| Life {
+                public_key: PublicKey(peer.public_key),
+                generation: peer.generation,
+            };
+            reader.peers().map(life).collect()
+        };
+        reader.as_ref().map(lives).unwrap_or_default()
     }
 
     /// Returns when the tunnel process has ended, or when it is time to try again to start it. Cancel-safe.
@@ -148,7 +240,12 @@ impl Engine {
     }
 
     /// Starts a dead tunnel again and gives it everything. The counter file makes its counters continue.
-    pub(crate) async fn revive(&mut self, dir: &StateDir, interface: &Interface, desired: Option<&Desired>) -> anyhow::Result<()> {
+    pub(crate) async fn revive(
+        &mut self,
+        dir: &StateDir,
+        interface: &Interface,
+        desired: Option<&Desired>,
+    ) -> anyhow::Result<()> {
         self.tunnel = None;
         self.restarts += 1;
         self.quick_restarts += 1;

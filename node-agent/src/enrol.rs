@@ -6,12 +6,15 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use cvault_dataplane::{counters, journal};
 use cvault_node_protocol::token::EnrolToken;
 use cvault_node_protocol::v1;
 
+use crate::clock::Moment;
 use crate::connect::{self, ConnectError};
 use crate::enrolment::{self, Enrolment};
 use crate::state_dir::StateDir;
+use crate::{meter, store};
 
 const TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -51,8 +54,24 @@ pub(crate) async fn enrol(args: &EnrolArgs) -> anyhow::Result<Enrolment> {
         pin: token.control_plane_pin,
         keys,
     };
+    set_old_state_aside(&dir, enrolment.server_id)?;
     enrolment::save(&dir, token.id, &enrolment)?;
     Ok(enrolment)
+}
+
+/// What another server left here must not be served, billed or acknowledged as this one's.
+fn set_old_state_aside(dir: &StateDir, server_id: [u8; 16]) -> anyhow::Result<()> {
+    if matches!(enrolment::load(dir), Ok(Some(old)) if old.server_id == server_id) || !enrolment::exists(dir) {
+        return Ok(());
+    }
+    let mut files: Vec<_> =
+        [store::FILE, meter::SPOOL_FILE, journal::FILE_NAME, counters::FILE_NAME].map(|name| dir.file(name)).into();
+    files.extend(counters::previous_files(dir.path())?);
+    let wall_ms = Moment::now().wall_ms;
+    for name in files.iter().filter(|file| file.exists()).filter_map(|file| file.file_name()?.to_str()) {
+        dir.set_aside(name, "replaced", wall_ms).with_context(|| format!("the old {name} cannot be renamed"))?;
+    }
+    Ok(())
 }
 
 fn parse_token(argument: &str) -> anyhow::Result<EnrolToken> {
@@ -117,7 +136,8 @@ fn refusal(status: &tonic::Status) -> anyhow::Error {
 }
 
 fn check_address(address: &str) -> anyhow::Result<()> {
-    let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
+    let port =
+        address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
     anyhow::ensure!(
         port.is_some_and(|port| port != 0),
         "--control-plane needs HOST:PORT, for example cp.example.com:8443 or [2001:db8::1]:8443"

@@ -166,6 +166,7 @@ fn write(dir: &StateDir, file: &'static str, content: &KeysFile) -> Result<(), E
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state_dir::testing::private_directory;
 
     fn enrolment(keys: Keys) -> Enrolment {
         Enrolment {
@@ -179,7 +180,7 @@ mod tests {
 
     #[test]
     fn a_lost_answer_is_asked_for_with_the_same_keys_and_another_token_gets_others() {
-        let root = tempfile::tempdir().unwrap();
+        let root = private_directory();
         let dir = StateDir::open(root.path()).unwrap();
         let (one, two) = (uuid::Uuid::from_u128(1), uuid::Uuid::from_u128(2));
         let first = pending_keys(&dir, one).unwrap();
@@ -191,7 +192,7 @@ mod tests {
 
     #[test]
     fn an_identity_survives_storage_and_damage_is_named() {
-        let root = tempfile::tempdir().unwrap();
+        let root = private_directory();
         let dir = StateDir::open(root.path()).unwrap();
         assert!(load(&dir).unwrap().is_none());
         let token = uuid::Uuid::from_u128(1);

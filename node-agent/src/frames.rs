@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 const MAGIC_BYTES: usize = 8;
@@ -145,8 +145,7 @@ impl FrameFile {
             let length = u32::try_from(payload.len()).expect("checked by header()");
             locations.push(Location { offset, length, crc });
         }
-        crate::state_dir::replace_file(&self.path, &content)?;
-        self.file = OpenOptions::new().read(true).write(true).mode(0o600).open(&self.path)?;
+        self.file = crate::state_dir::replace_file(&self.path, &content)?;
         self.length = content.len() as u64;
         self.dirty = false;
         Ok(locations)
@@ -155,6 +154,13 @@ impl FrameFile {
     pub(crate) fn length(&self) -> u64 {
         self.length
     }
+}
+
+/// Cuts a damaged file where the damage begins: the frames before it can be used.
+pub(crate) fn cut(path: &Path, offset: u64) -> io::Result<()> {
+    let file = OpenOptions::new().write(true).open(path)?;
+    file.set_len(offset)?;
+    file.sync_all()
 }
 
 fn header(payload: &[u8]) -> io::Result<([u8; HEADER_BYTES], u32)> {

@@ -1,5 +1,7 @@
 //! What the WireGuard interface must look like, parsed once from the control plane's message.
 
+use std::net::IpAddr;
+
 use cvault_node_protocol::v1;
 use ipnet::IpNet;
 
@@ -49,6 +51,11 @@ impl Interface {
             return Err(InterfaceError::Outside(*address));
         }
         Ok(Self { listen_port, addresses, overlay, mtu: config.mtu })
+    }
+
+    /// The server's own inner addresses.
+    pub(crate) fn own(&self) -> Vec<IpAddr> {
+        self.addresses.iter().map(IpNet::addr).collect()
     }
 }
 

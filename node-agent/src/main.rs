@@ -14,8 +14,8 @@ mod enrolment;
 mod frames;
 mod host;
 mod interface;
-mod metrics;
 mod meter;
+mod metrics;
 mod report;
 mod run;
 mod spool;
@@ -26,8 +26,10 @@ mod tunnel;
 mod uapi;
 mod watch;
 
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::ffi::OsStr;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 
 use clap::{Parser, Subcommand};
 
@@ -38,11 +40,11 @@ pub(crate) const DEFAULT_STATE_DIR: &str = "/var/lib/cvault-node-agent";
 #[command(name = "cvault-node-agent", version, about = "CVault's agent on a VPN server")]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    verb: Verb,
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum Verb {
     /// Give this server its identity with a single-use token.
     Enroll(enrol::EnrolArgs),
     /// Follow the control plane, keep the tunnel running, report.
@@ -72,12 +74,24 @@ struct TunnelArgs {
     interface: String,
 }
 
+/// Under this name the program is `tunnel` alone: a link of this name is what WG_QUICK_USERSPACE_IMPLEMENTATION takes.
+const TUNNEL_NAME: &str = "cvault-tunnel";
+
 fn main() -> ExitCode {
+    if called_as_tunnel(std::env::args_os().next().as_deref()) {
+        // Under the own name, because a tunnel that detaches starts itself again.
+        let error = match std::env::current_exe() {
+            Ok(program) => Command::new(program).arg("tunnel").args(std::env::args_os().skip(1)).exec(),
+            Err(error) => error,
+        };
+        eprintln!("error: cannot start the tunnel: {error}");
+        return ExitCode::FAILURE;
+    }
     let cli = Cli::parse();
-    let done = telemetry::init().and_then(|()| match cli.command {
-        Command::Enroll(args) => block_on(async { enrol::enrol(&args).await.map(announce) }),
-        Command::Run(args) => block_on(run::run(&args)),
-        Command::Tunnel(args) => tunnel_process(args),
+    let done = telemetry::init().and_then(|()| match cli.verb {
+        Verb::Enroll(args) => block_on(async { enrol::enrol(&args).await.map(announce) }),
+        Verb::Run(args) => block_on(run::run(&args)),
+        Verb::Tunnel(args) => tunnel_process(args),
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -86,6 +100,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn called_as_tunnel(name: Option<&OsStr>) -> bool {
+    name.and_then(|name| Path::new(name).file_name()) == Some(OsStr::new(TUNNEL_NAME))
 }
 
 fn announce(enrolment: enrolment::Enrolment) {

@@ -8,36 +8,45 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use cvault_dataplane::counters::{self, CounterFileError, CounterReader, Counts};
-use cvault_dataplane::journal::{self, JournalReader};
+use cvault_dataplane::journal::{self, ClosedPeer, JournalAck, JournalReader};
 use cvault_node_protocol::v1;
 
 use crate::clock::Moment;
 use crate::desired::{Desired, Life, PublicKey};
+use crate::frames::{self, FrameError};
 use crate::spool::{Epoch, MAX_BYTES, Span, Spool, SpoolError};
 use crate::state_dir::StateDir;
 
-const SPOOL_FILE: &str = "usage.spool";
+pub(crate) const SPOOL_FILE: &str = "usage.spool";
+/// Where final counters of unknown devices end up when they would fill the journal.
+const GIVEN_UP_FILE: &str = "closed.journal.unknown";
+/// 8,192 removed peers.
+const MAX_JOURNAL_BYTES: u64 = 1 << 20;
 const NO_HANDSHAKE: u64 = u64::MAX;
+
+type DeviceId = [u8; 16];
+type Generation = u64;
 
 pub(crate) struct Meter {
     pub(crate) spool: Spool,
-    counter_file: PathBuf,
-    previous_file: PathBuf,
+    dir: PathBuf,
     journal: JournalReader,
     boot_id: [u8; 16],
     reader: Option<CounterReader>,
     /// What was spooled last.
     known: HashMap<(Epoch, Life), Counts>,
-    /// Journal bytes that are in the spool, while the tunnel has not emptied the journal.
-    taken: u64,
+    /// The front of the journal that was read already, while the tunnel has not cut it off.
+    taken: Option<JournalAck>,
+    /// Final counters of devices that the state does not know (yet): the journal keeps them.
+    unplaced: Vec<ClosedPeer>,
     last_pass: Moment,
 }
 
 /// What a pass found.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Pass {
-    /// The length to acknowledge to the tunnel, when the journal holds something.
-    pub(crate) journal_bytes: Option<u64>,
+    /// What to acknowledge to the tunnel, when all that the journal holds is in the spool.
+    pub(crate) journal: Option<JournalAck>,
     /// The lives that the tunnel counts now.
     pub(crate) counted: HashSet<Life>,
     /// Readings that belong to no known device; they are not billed.
@@ -55,11 +64,20 @@ pub(crate) enum MeterError {
 }
 
 impl Meter {
-    /// Opens the spool; a damaged one is renamed, and every peer's cumulative values are told anew.
+    /// Opens the spool. Of a damaged one the part before the damage is kept, and a copy of the whole; one that cannot be
+    /// used at all is renamed. Either way every peer's cumulative values are told anew.
     pub(crate) fn open(dir: &StateDir, boot_id: [u8; 16], now: Moment) -> anyhow::Result<Self> {
         let path = dir.file(SPOOL_FILE);
         let spool = match Spool::open(&path, MAX_BYTES, now.wall_ms) {
             Ok(spool) => spool,
+            Err(SpoolError::Frames(FrameError::Damaged { offset })) => {
+                let copy = dir.copy_aside(SPOOL_FILE, "damaged", now.wall_ms)?;
+                tracing::error!(offset, kept_as = %copy.display(), "the usage spool is damaged; the windows behind it are not sent");
+                frames::cut(&path, offset)?;
+                let mut spool = Spool::open(&path, MAX_BYTES, now.wall_ms)?;
+                spool.skip_used_sequences();
+                spool
+            }
             Err(error) => {
                 let aside = dir.set_aside(SPOOL_FILE, "refused", now.wall_ms)?;
                 tracing::error!(error = crate::chain(&error), kept_as = %aside.display(), "refused the usage spool; its windows are not sent");
@@ -69,13 +87,13 @@ impl Meter {
         let last_pass = spool.last_end(boot_id).unwrap_or(now);
         Ok(Self {
             spool,
-            counter_file: dir.file(counters::FILE_NAME),
-            previous_file: dir.file(counters::PREVIOUS_FILE_NAME),
+            dir: dir.path().to_owned(),
             journal: JournalReader::new(dir.file(journal::FILE_NAME)),
             boot_id,
             reader: None,
             known: HashMap::new(),
-            taken: 0,
+            taken: None,
+            unplaced: Vec::new(),
             last_pass,
         })
     }
@@ -84,35 +102,57 @@ impl Meter {
     pub(crate) fn pass(&mut self, now: Moment, desired: &Desired) -> Result<Pass, MeterError> {
         let mut pass = Pass::default();
         let mut readings = Readings { desired, wall_ms: now.wall_ms, by_epoch: BTreeMap::new(), strangers: 0 };
-        self.read_previous(&mut readings)?;
-        let closed = self.journal.read().map_err(MeterError::Journal)?;
-        if closed.len < self.taken {
-            self.taken = 0;
-        }
-        if closed.len > self.taken {
-            let record = closed.len / closed.peers.len() as u64;
-            let known = usize::try_from(self.taken / record).unwrap_or(0);
-            for peer in &closed.peers[known..] {
-                let life = Life { public_key: PublicKey(peer.public_key), generation: peer.generation };
-                readings.take(peer.epoch, life, &peer.counts);
-                self.known.remove(&(peer.epoch, life));
-            }
-        }
-        if closed.len > 0 {
-            pass.journal_bytes = Some(closed.len);
-        }
+        let previous = self.read_previous(&mut readings)?;
+        // Counters before the journal: a peer that is closed in between is then read twice, not missed.
         let read = self.read_counters(&mut readings, &mut pass.counted)?;
+        let closed = self.journal.read_after(self.taken).map_err(MeterError::Journal)?;
+        let fresh = closed.peers.iter().filter(|peer| !self.unplaced.contains(peer)).count();
+        let mut unplaced = std::mem::take(&mut self.unplaced);
+        unplaced.retain(|peer| !closed.peers.contains(peer));
+        unplaced.extend(&closed.peers);
+        unplaced.retain(|peer| !readings.take(peer.epoch, life_of(peer), &peer.counts));
         pass.strangers = readings.strangers;
         let span = Span { boot_id: self.boot_id, start: self.last_pass, end: now };
         for (epoch, peers) in readings.by_epoch {
+            let peers: Vec<_> = peers.into_values().collect();
             self.spool.append(epoch, span, &peers)?;
         }
         self.spool.sync().map_err(SpoolError::from)?;
         self.known.extend(read);
-        self.taken = closed.len;
+        self.known.retain(|(_, life), _| pass.counted.contains(life));
         self.last_pass = now;
-        remove_file(&self.previous_file).map_err(SpoolError::from)?;
+        if closed.damaged > 0 && fresh > 0 {
+            tracing::error!(
+                count = closed.damaged,
+                "final counters in the tunnel's journal are damaged and not billed"
+            );
+        }
+        self.taken = closed.ack();
+        self.unplaced = unplaced;
+        if self.unplaced.is_empty() {
+            pass.journal = self.taken;
+        } else if closed.len > MAX_JOURNAL_BYTES {
+            self.give_up_unplaced().map_err(MeterError::Journal)?;
+            pass.journal = self.taken;
+        } else if fresh > 0 {
+            let count = self.unplaced.len();
+            tracing::error!(count, "final counters of unknown devices: the tunnel's journal keeps them");
+        }
+        for file in previous {
+            remove_file(&file).map_err(SpoolError::from)?;
+        }
         Ok(pass)
+    }
+
+    /// The journal must not grow for ever: what it holds is copied, for somebody to look at.
+    fn give_up_unplaced(&mut self) -> io::Result<()> {
+        let copy = self.dir.join(GIVEN_UP_FILE);
+        std::fs::copy(self.dir.join(journal::FILE_NAME), &copy)?;
+        tracing::error!(
+            count = self.unplaced.len(), kept_as = %copy.display(), "gave up on final counters of unknown devices"
+        );
+        self.unplaced.clear();
+        Ok(())
     }
 
     /// Everything is told again at the next pass.
@@ -126,7 +166,7 @@ impl Meter {
         counted: &mut HashSet<Life>,
     ) -> Result<HashMap<(Epoch, Life), Counts>, MeterError> {
         if !self.reader.as_ref().is_some_and(CounterReader::is_current) {
-            self.reader = open_counters(&self.counter_file)?;
+            self.reader = open_counters(&self.dir.join(counters::FILE_NAME))?;
             self.known.clear();
         }
         let Some(reader) = &self.reader else { return Ok(HashMap::new()) };
@@ -142,31 +182,39 @@ impl Meter {
         Ok(read)
     }
 
-    /// The counters of the boot before, which the tunnel kept when it began a new epoch.
-    fn read_previous(&self, readings: &mut Readings<'_>) -> Result<(), MeterError> {
-        match open_counters(&self.previous_file) {
-            Ok(Some(reader)) => {
-                for peer in reader.peers() {
-                    let life = Life { public_key: PublicKey(peer.public_key), generation: peer.generation };
-                    readings.take(reader.epoch(), life, &peer.counts);
+    /// The counters of epochs before, which the tunnel kept when it began a new one. Answers the files that may go now.
+    fn read_previous(&self, readings: &mut Readings<'_>) -> Result<Vec<PathBuf>, MeterError> {
+        let files = counters::previous_files(&self.dir).map_err(CounterFileError::Io)?;
+        for file in &files {
+            match open_counters(file) {
+                Ok(Some(reader)) => {
+                    for peer in reader.peers() {
+                        let life = Life { public_key: PublicKey(peer.public_key), generation: peer.generation };
+                        readings.take(reader.epoch(), life, &peer.counts);
+                    }
                 }
-                Ok(())
+                Ok(None) => {}
+                Err(CounterFileError::Damaged) => {
+                    tracing::warn!(
+                        "the counters from before the reboot are damaged: what was not reported yet is not billed"
+                    );
+                }
+                Err(error) => return Err(error.into()),
             }
-            Ok(None) => Ok(()),
-            Err(CounterFileError::Damaged) => {
-                tracing::warn!("the counters from before the reboot are damaged: what was not reported yet is not billed");
-                Ok(())
-            }
-            Err(error) => Err(error.into()),
         }
+        Ok(files)
     }
 }
 
-/// What a pass collects, by epoch.
+fn life_of(peer: &ClosedPeer) -> Life {
+    Life { public_key: PublicKey(peer.public_key), generation: peer.generation }
+}
+
+/// What a pass collects, by epoch; of each life the reading taken last.
 struct Readings<'a> {
     desired: &'a Desired,
     wall_ms: u64,
-    by_epoch: BTreeMap<Epoch, Vec<v1::PeerUsage>>,
+    by_epoch: BTreeMap<Epoch, BTreeMap<(DeviceId, Generation), v1::PeerUsage>>,
     strangers: usize,
 }
 
@@ -184,7 +232,7 @@ impl Readings<'_> {
             0 => NO_HANDSHAKE,
             at => self.wall_ms.saturating_sub(at),
         };
-        self.by_epoch.entry(epoch).or_default().push(v1::PeerUsage {
+        let usage = v1::PeerUsage {
             device_id: device_id.to_vec().into(),
             generation: life.generation,
             rx_bytes: counts.rx_inner,
@@ -192,7 +240,8 @@ impl Readings<'_> {
             rx_packets: counts.rx_packets,
             tx_packets: counts.tx_packets,
             handshake_age_ms,
-        });
+        };
+        self.by_epoch.entry(epoch).or_default().insert((device_id, life.generation), usage);
         true
     }
 }
@@ -216,11 +265,12 @@ fn remove_file(path: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
     use crate::desired::{Change, Cursor, Peer};
+    use crate::state_dir::testing::private_directory;
     use cvault_dataplane::journal::{ClosedPeer, Journal};
     use cvault_node_protocol::digest::Digest;
 
     fn desired(generation: u64) -> Desired {
-        let mut desired = Desired::new([0; 32], vec![]);
+        let mut desired = Desired::new([0; 32], vec![], vec![]);
         desired.commit(&Change {
             target: Cursor { incarnation: [0; 16], revision: generation, digest: Digest::default() },
             removed: vec![],
@@ -245,24 +295,85 @@ mod tests {
 
     #[test]
     fn final_counters_are_spooled_once_and_belong_to_the_device_of_their_generation() {
-        let root = tempfile::tempdir().unwrap();
+        let root = private_directory();
         let dir = StateDir::open(root.path()).unwrap();
         let now = Moment::now();
         let mut meter = Meter::open(&dir, [1; 16], now).unwrap();
         let mut journal = Journal::open(root.path()).unwrap();
         journal.append(&closed(7, 500)).unwrap();
-        journal.append(&closed(6, 1)).unwrap();
         let pass = meter.pass(now, &desired(7)).unwrap();
-        assert_eq!((pass.journal_bytes, pass.strangers), (Some(256), 1));
-        let again = meter.pass(now, &desired(7)).unwrap();
-        assert_eq!(again.strangers, 0, "what was taken over is not read again");
+        assert_eq!((pass.journal.unwrap().len, pass.strangers), (128, 0));
         let windows = meter.spool.next(now, [1; 16]).unwrap();
         assert_eq!(windows.len(), 1);
         assert_eq!((windows[0].peers[0].rx_bytes, windows[0].peers[0].handshake_age_ms), (500, NO_HANDSHAKE));
-        journal.acknowledge(256).unwrap();
-        assert_eq!(meter.pass(now, &desired(7)).unwrap().journal_bytes, None);
+        meter.pass(now, &desired(7)).unwrap();
+        assert_eq!(meter.spool.next(now, [1; 16]).unwrap().len(), 1, "what was taken over is not read again");
+        journal.acknowledge(pass.journal.unwrap()).unwrap();
+        assert_eq!(meter.pass(now, &desired(7)).unwrap().journal, None);
         journal.append(&closed(7, 600)).unwrap();
         meter.pass(now, &desired(7)).unwrap();
         assert_eq!(meter.spool.next(now, [1; 16]).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_journal_that_was_emptied_and_refilled_to_the_same_length_is_read() {
+        let root = private_directory();
+        let dir = StateDir::open(root.path()).unwrap();
+        let now = Moment::now();
+        let mut meter = Meter::open(&dir, [1; 16], now).unwrap();
+        let mut journal = Journal::open(root.path()).unwrap();
+        journal.append(&closed(7, 500)).unwrap();
+        let pass = meter.pass(now, &desired(7)).unwrap();
+        journal.acknowledge(pass.journal.unwrap()).unwrap();
+        journal.append(&closed(7, 900)).unwrap();
+        meter.pass(now, &desired(7)).unwrap();
+        let windows = meter.spool.next(now, [1; 16]).unwrap();
+        assert_eq!(windows.last().unwrap().peers[0].rx_bytes, 900);
+    }
+
+    #[test]
+    fn final_counters_of_an_unknown_device_stay_in_the_journal_until_it_is_known() {
+        let root = private_directory();
+        let dir = StateDir::open(root.path()).unwrap();
+        let now = Moment::now();
+        let mut meter = Meter::open(&dir, [1; 16], now).unwrap();
+        let mut journal = Journal::open(root.path()).unwrap();
+        journal.append(&closed(8, 500)).unwrap();
+        journal.append(&closed(7, 1)).unwrap();
+        for _ in 0..2 {
+            let pass = meter.pass(now, &desired(7)).unwrap();
+            assert_eq!((pass.journal, pass.strangers), (None, 1), "it must not be acknowledged");
+        }
+        assert_eq!(meter.spool.next(now, [1; 16]).unwrap().len(), 1);
+        let pass = meter.pass(now, &desired(8)).unwrap();
+        assert_eq!((pass.journal.unwrap().len, pass.strangers), (256, 0));
+        let windows = meter.spool.next(now, [1; 16]).unwrap();
+        assert_eq!((windows[1].peers[0].generation, windows[1].peers[0].rx_bytes), (8, 500));
+    }
+
+    #[test]
+    fn the_windows_before_a_damage_are_sent_and_no_sequence_is_used_twice() {
+        let root = private_directory();
+        let dir = StateDir::open(root.path()).unwrap();
+        let now = Moment::now();
+        let mut meter = Meter::open(&dir, [1; 16], now).unwrap();
+        let mut journal = Journal::open(root.path()).unwrap();
+        for bytes in [1, 2, 3] {
+            journal.append(&closed(7, bytes)).unwrap();
+            meter.pass(now, &desired(7)).unwrap();
+        }
+        let used = meter.spool.next(now, [1; 16]).unwrap().last().unwrap().sequence;
+        let mut content = std::fs::read(dir.file(SPOOL_FILE)).unwrap();
+        let middle = content.len() / 2;
+        content[middle] ^= 1;
+        std::fs::write(dir.file(SPOOL_FILE), &content).unwrap();
+        let later = Moment { wall_ms: now.wall_ms + 1_000, ..now };
+        let mut meter = Meter::open(&dir, [1; 16], later).unwrap();
+        assert_eq!(meter.spool.next(later, [1; 16]).unwrap().len(), 1);
+        meter.pass(later, &desired(7)).unwrap();
+        let windows = meter.spool.next(later, [1; 16]).unwrap();
+        assert!(windows.last().unwrap().sequence > used);
+        let copy = dir.file(&format!("{SPOOL_FILE}.damaged-{}", later.wall_ms));
+        assert_eq!(std::fs::read(copy).unwrap(), content);
     }
 }

@@ -106,8 +106,7 @@ impl Reports {
     }
 }
 
-pub(crate) fn health(uptime: Duration, restarts: u32, spool_bytes: u64, device: Option<DeviceStatus>) -> v1::Health {
-    let device = device.unwrap_or_default();
+pub(crate) fn health(uptime: Duration, restarts: u32, spool_bytes: u64, device: DeviceStatus) -> v1::Health {
     v1::Health {
         uptime_ms: u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX),
         load_permille: load_permille(&std::fs::read_to_string("/proc/loadavg").unwrap_or_default()),
@@ -121,7 +120,8 @@ pub(crate) fn health(uptime: Duration, restarts: u32, spool_bytes: u64, device: 
 
 /// The first number of `/proc/loadavg`, "0.42 …", in thousandths.
 fn load_permille(loadavg: &str) -> u32 {
-    let (whole, hundredths) = loadavg.split_whitespace().next().and_then(|load| load.split_once('.')).unwrap_or(("0", "0"));
+    let (whole, hundredths) =
+        loadavg.split_whitespace().next().and_then(|load| load.split_once('.')).unwrap_or(("0", "0"));
     let number = |text: &str| text.parse::<u32>().unwrap_or(0);
     number(whole).saturating_mul(1_000).saturating_add(number(hundredths).saturating_mul(10))
 }

@@ -38,6 +38,8 @@ const REPORT_RETRY: Duration = Duration::from_millis(500);
 /// The applied state is told again after so many intervals, so that a silent divergence is found.
 const STATE_EVERY_TICKS: u32 = 6;
 const FAREWELL: Duration = Duration::from_secs(5);
+/// How often host and engine are compared with what they should be; SIGHUP does it at once. With 65,000 peers that takes half a second.
+const INSPECTION: Duration = Duration::from_secs(60);
 /// A tunnel that did not answer this often in a row is killed and started again.
 const MAX_SILENCES: u32 = 3;
 
@@ -67,7 +69,9 @@ struct Agent {
     saved: Option<Saved>,
     meter: Meter,
     ticks: Interval,
+    inspections: Interval,
     terminate: Signal,
+    hangup: Signal,
     events: mpsc::Receiver<LinkEvent>,
     resume: watch::Sender<Resume>,
     /// Connected, and not yet told by a Hello under which session.
@@ -87,6 +91,7 @@ enum Event {
     TunnelEnded,
     Link(LinkEvent),
     Tick,
+    Inspection,
     Retry,
     Reported(Reported),
 }
@@ -101,7 +106,8 @@ pub(crate) async fn run(args: &RunArgs) -> anyhow::Result<()> {
             Event::Link(event) => agent.on_link(event).await?,
             Event::Tick => agent.on_tick().await,
             Event::Retry => agent.retry_at = None,
-            Event::Reported(reported) => agent.on_reported(reported),
+            Event::Inspection => agent.on_inspection().await,
+            Event::Reported(reported) => agent.on_reported(reported).await,
         }
         agent.report_state();
     }
@@ -117,21 +123,32 @@ impl Agent {
     /// Everything that needs no network: serves the saved state, then lets the watcher connect.
     async fn start(args: &RunArgs) -> anyhow::Result<Self> {
         let terminate = signal(SignalKind::terminate()).context("signals cannot be received")?;
+        let hangup = signal(SignalKind::hangup()).context("signals cannot be received")?;
         let dir = StateDir::open(&args.state_dir)?;
         let not_enrolled = "this server is not enrolled: run `cvault-node-agent enroll` first";
         let enrolment = Arc::new(enrolment::load(&dir)?.context(not_enrolled)?);
         if args.metrics_listen != "off" {
-            let address: SocketAddr = args.metrics_listen.parse().context("--metrics-listen needs ADDRESS:PORT or `off`")?;
+            let address: SocketAddr =
+                args.metrics_listen.parse().context("--metrics-listen needs ADDRESS:PORT or `off`")?;
             anyhow::ensure!(address.ip().is_loopback(), "--metrics-listen must be a loopback address");
             metrics::serve(address).await?;
         }
         let (now, boot_id) = (Moment::now(), boot_id());
         let (store, saved) = Store::open_or_set_aside(&dir, enrolment.server_id, now.wall_ms)?;
-        let meter = Meter::open(&dir, boot_id, now)?;
+        let mut meter = Meter::open(&dir, boot_id, now)?;
+        if let Some(saved) = saved.as_ref().filter(|saved| saved.desired.cursor().is_some()) {
+            // What was counted before this start, under the state that was saved then.
+            if let Err(error) = meter.pass(now, &saved.desired) {
+                tracing::error!(
+                    error = crate::chain(&error),
+                    "the usage of before could not be read; its counters go on"
+                );
+            }
+        }
         let launch = Launch {
             program: std::env::current_exe().context("the own program cannot be found")?,
             interface: args.interface.clone(),
-            state_dir: dir.path().to_owned(),
+            state_dir: dir.path().canonicalize().context("the state directory has no path")?,
         };
         let mut engine = Engine::new(launch, enrolment.keys.wireguard_private());
         if let Some(saved) = &saved {
@@ -157,7 +174,9 @@ impl Agent {
             saved,
             meter,
             ticks: ticks(interval),
+            inspections: every(INSPECTION),
             terminate,
+            hangup,
             events,
             resume,
             opened: None,
@@ -185,6 +204,8 @@ impl Agent {
             Some(event) = self.events.recv() => Event::Link(event),
             reported = self.reports.next() => Event::Reported(reported),
             _ = self.ticks.tick() => Event::Tick,
+            _ = self.inspections.tick() => Event::Inspection,
+            _ = self.hangup.recv() => Event::Inspection,
             () = retry => Event::Retry,
         }
     }
@@ -215,8 +236,10 @@ impl Agent {
         };
         let deadline = Instant::now() + FAREWELL;
         if tokio::time::timeout_at(deadline, farewell).await.is_ok() && self.session.is_some() {
-            self.report_usage().await;
-            if let Ok(Reported { answer: Ok(answer), .. }) = tokio::time::timeout_at(deadline, self.reports.next()).await {
+            self.report_usage(None);
+            if let Ok(Reported { answer: Ok(answer), .. }) =
+                tokio::time::timeout_at(deadline, self.reports.next()).await
+            {
                 self.meter.spool.acknowledge(&answer.acked, Moment::now().wall_ms).ok();
             }
         }
@@ -228,9 +251,12 @@ impl Agent {
 
 fn ticks(interval_ms: u32) -> Interval {
     let interval_ms = if interval_ms == 0 { DEFAULT_REPORT_INTERVAL_MS } else { interval_ms };
-    let period = Duration::from_millis(
-        interval_ms.clamp(*REPORT_INTERVAL_MS.start(), *REPORT_INTERVAL_MS.end()).into(),
-    );
+    let period =
+        Duration::from_millis(interval_ms.clamp(*REPORT_INTERVAL_MS.start(), *REPORT_INTERVAL_MS.end()).into());
+    every(period)
+}
+
+fn every(period: Duration) -> Interval {
     let mut ticks = tokio::time::interval_at(Instant::now() + period, period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks

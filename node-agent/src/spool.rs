@@ -121,6 +121,13 @@ impl Spool {
         Ok(spool)
     }
 
+    /// Windows were lost, and with them the sequence numbers they had: begins anew above all of them.
+    pub(crate) fn skip_used_sequences(&mut self) {
+        for sequence in self.sequences.values_mut() {
+            *sequence = self.first_sequence.max(*sequence);
+        }
+    }
+
     fn raise_floor(&mut self, id: WindowId) {
         let floor = self.sequences.entry(id.epoch).or_default();
         *floor = id.sequence.max(*floor);
@@ -184,7 +191,8 @@ impl Spool {
         }
         let record = Record { acked: acked.to_vec(), ..Record::default() };
         self.file.append(&record.encode_to_vec())?;
-        let acked_bytes: u64 = self.entries.iter().filter(|entry| entry.acked).map(|entry| entry.location.bytes()).sum();
+        let acked_bytes: u64 =
+            self.entries.iter().filter(|entry| entry.acked).map(|entry| entry.location.bytes()).sum();
         let oldest = self.entries.front().map_or(u64::MAX, |entry| entry.end_wall_ms);
         let expired = oldest < wall_ms.saturating_sub(KEEP_ACKED_MS + KEEP_ACKED_MS / 7);
         if acked_bytes > MAX_ACKED_BYTES.min(self.max_bytes / 2) || expired {
@@ -194,13 +202,9 @@ impl Spool {
     }
 
     /// The control plane has another history: everything still kept must be sent again.
-    pub(crate) fn unacknowledge_all(&mut self) -> io::Result<()> {
-        for entry in &mut self.entries {
-            entry.acked = false;
-        }
-        let frames = self.entries.iter().map(|entry| self.file.read(entry.location)).collect::<Result<Vec<_>, _>>();
-        let frames = frames.map_err(io::Error::other)?;
-        self.replace(frames)
+    pub(crate) fn unacknowledge_all(&mut self) -> Result<(), SpoolError> {
+        let entries: VecDeque<_> = self.entries.iter().map(|entry| Entry { acked: false, ..*entry }).collect();
+        self.rewrite(entries)
     }
 
     /// When the newest window of this boot ended.
@@ -236,18 +240,19 @@ impl Spool {
                 entries.push_front(*entry);
             }
         }
-        self.entries = entries;
-        self.rewrite()
+        self.rewrite(entries)
     }
 
     /// Makes room: first without the acknowledged windows, then by folding the rest.
     fn shrink(&mut self) -> Result<(), SpoolError> {
-        self.entries.retain(|entry| !entry.acked);
-        self.rewrite()?;
+        self.rewrite(self.entries.iter().filter(|entry| !entry.acked).copied().collect())?;
         if self.file.length() <= self.max_bytes / 2 {
             return Ok(());
         }
-        tracing::warn!(bytes = self.file.length(), "the usage spool is full: folding its windows into cumulative values");
+        tracing::warn!(
+            bytes = self.file.length(),
+            "the usage spool is full: folding its windows into cumulative values"
+        );
         self.fold()
     }
 
@@ -274,29 +279,31 @@ impl Spool {
                 frames.push(payload);
             }
         }
-        self.entries = entries;
-        Ok(self.replace(frames)?)
+        Ok(self.replace(entries, frames)?)
     }
 
-    fn rewrite(&mut self) -> Result<(), SpoolError> {
-        let frames = self.entries.iter().map(|entry| self.file.read(entry.location)).collect::<Result<Vec<_>, _>>()?;
-        Ok(self.replace(frames)?)
+    fn rewrite(&mut self, entries: VecDeque<Entry>) -> Result<(), SpoolError> {
+        let frames = entries.iter().map(|entry| self.file.read(entry.location)).collect::<Result<Vec<_>, _>>()?;
+        Ok(self.replace(entries, frames)?)
     }
 
-    /// Writes floors, then these frames (one for each entry), then which of them are acknowledged.
-    fn replace(&mut self, frames: Vec<Vec<u8>>) -> io::Result<()> {
+    /// Writes floors, then these frames (one for each entry), then which of them are acknowledged. When that fails, file
+    /// and entries are as before.
+    fn replace(&mut self, mut entries: VecDeque<Entry>, frames: Vec<Vec<u8>>) -> io::Result<()> {
         let ack = |id: &WindowId| v1::AckedWindow { counter_epoch: id.epoch.to_vec().into(), sequence: id.sequence };
-        let floors = self.sequences.iter().map(|(epoch, sequence)| ack(&WindowId { epoch: *epoch, sequence: *sequence }));
+        let floors =
+            self.sequences.iter().map(|(epoch, sequence)| ack(&WindowId { epoch: *epoch, sequence: *sequence }));
         let head = Record { floors: floors.collect(), ..Record::default() };
-        let acked = self.entries.iter().filter(|entry| entry.acked).map(|entry| ack(&entry.id)).collect();
+        let acked = entries.iter().filter(|entry| entry.acked).map(|entry| ack(&entry.id)).collect();
         let tail = Record { acked, ..Record::default() };
         let mut all = vec![head.encode_to_vec()];
         all.extend(frames);
         all.push(tail.encode_to_vec());
         let locations = self.file.rewrite(MAGIC, &all)?;
-        for (entry, location) in self.entries.iter_mut().zip(&locations[1..]) {
+        for (entry, location) in entries.iter_mut().zip(&locations[1..]) {
             entry.location = *location;
         }
+        self.entries = entries;
         Ok(())
     }
 }

@@ -71,6 +71,24 @@ fn a_restored_control_plane_gets_everything_again() {
 }
 
 #[test]
+fn a_rewrite_that_fails_leaves_every_window_readable() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("spool");
+    let mut spool = Spool::open(&path, MAX_BYTES, 0).unwrap();
+    spool.append(EPOCH, span(0, 10), &[usage(1, 100)]).unwrap();
+    spool.append(EPOCH, span(10, 20), &[usage(1, 200)]).unwrap();
+    spool.acknowledge(&acks(&spool.next(at(20), BOOT).unwrap()[..1]), 0).unwrap();
+    let obstacle = path.with_added_extension("new");
+    std::fs::create_dir(&obstacle).unwrap();
+    spool.unacknowledge_all().unwrap_err();
+    spool.shrink().unwrap_err();
+    assert_eq!(ids(&spool.next(at(20), BOOT).unwrap()), [2]);
+    std::fs::remove_dir(&obstacle).unwrap();
+    spool.unacknowledge_all().unwrap();
+    assert_eq!(ids(&spool.next(at(20), BOOT).unwrap()), [1, 2]);
+}
+
+#[test]
 fn acknowledged_windows_leave_after_a_week() {
     let root = tempfile::tempdir().unwrap();
     let mut spool = Spool::open(&root.path().join("spool"), MAX_BYTES, 0).unwrap();

@@ -4,7 +4,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -22,17 +22,22 @@ pub(crate) enum StateDirError {
     Unusable { path: PathBuf, source: io::Error },
     #[error("another cvault-node-agent is using the state directory {path}: stop it first")]
     Busy { path: PathBuf },
+    #[error("the state directory {path} is open to others: it must belong to this user with mode 0700")]
+    NotPrivate { path: PathBuf },
 }
 
 impl StateDir {
-    /// Makes the directory when it is absent, proves that it can be written, and locks it.
+    /// Makes the directory when it is absent, proves that it is private and can be written, and locks it.
     ///
     /// # Errors
-    /// [`StateDirError::Unusable`] or [`StateDirError::Busy`].
+    /// Any [`StateDirError`]; nothing that existed was changed.
     pub(crate) fn open(path: &Path) -> Result<Self, StateDirError> {
         let unusable = |source: io::Error| StateDirError::Unusable { path: path.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(unusable)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(unusable)?;
+        let meta = fs::metadata(path).map_err(unusable)?;
+        if meta.uid() != rustix::process::geteuid().as_raw() || meta.permissions().mode() & 0o077 != 0 {
+            return Err(StateDirError::NotPrivate { path: path.to_owned() });
+        }
         let lock = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -69,7 +74,7 @@ impl StateDir {
     }
 
     pub(crate) fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
-        replace_file(&self.file(name), content)
+        replace_file(&self.file(name), content).map(drop)
     }
 
     pub(crate) fn remove(&self, name: &str) -> io::Result<()> {
@@ -77,6 +82,13 @@ impl StateDir {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => sync_directory(&self.path),
         }
+    }
+
+    /// Copies a file, so that somebody can look at it later. Answers the copy's name.
+    pub(crate) fn copy_aside(&self, name: &str, why: &str, wall_ms: u64) -> io::Result<PathBuf> {
+        let aside = self.file(&format!("{name}.{why}-{wall_ms}"));
+        fs::copy(self.file(name), &aside)?;
+        Ok(aside)
     }
 
     /// Renames a file out of the way, so that somebody can look at it later. Answers its new name.
@@ -89,23 +101,30 @@ impl StateDir {
 }
 
 /// Replaces a file atomically and durably; mode 0600.
-pub(crate) fn replace_file(path: &Path, content: &[u8]) -> io::Result<()> {
+/// Answers the new file, open for reading and writing.
+pub(crate) fn replace_file(path: &Path, content: &[u8]) -> io::Result<File> {
     let temporary = path.with_added_extension("new");
-    let mut file = OpenOptions::new()
-        .create(true)
-        .truncate(true)
-        .write(true)
-        .mode(0o600)
-        .open(&temporary)?;
+    let mut file =
+        OpenOptions::new().create(true).truncate(true).read(true).write(true).mode(0o600).open(&temporary)?;
     file.write_all(content)?;
     file.sync_all()?;
-    drop(file);
     fs::rename(&temporary, path)?;
-    path.parent().map_or(Ok(()), sync_directory)
+    path.parent().map_or(Ok(()), sync_directory)?;
+    Ok(file)
 }
 
 fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// A directory that can be a state directory, whatever the umask.
+    pub(crate) fn private_directory() -> tempfile::TempDir {
+        tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o700)).tempdir().unwrap()
+    }
 }
 
 #[cfg(test)]
@@ -124,8 +143,17 @@ mod tests {
     }
 
     #[test]
-    fn files_are_private_and_replaced_whole() {
+    fn a_directory_that_others_may_enter_is_refused_and_left_alone() {
         let root = tempfile::tempdir().unwrap();
+        fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(matches!(StateDir::open(root.path()), Err(StateDirError::NotPrivate { .. })));
+        assert_eq!(fs::metadata(root.path()).unwrap().permissions().mode() & 0o777, 0o755);
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn files_are_private_and_replaced_whole() {
+        let root = testing::private_directory();
         let state = StateDir::open(root.path()).unwrap();
         state.write("a", b"one").unwrap();
         state.write("a", b"two").unwrap();

@@ -5,15 +5,16 @@
 
 use std::io;
 
+use cvault_node_protocol::digest::Digest;
 use cvault_node_protocol::v1;
 use prost::Message as _;
 
-use crate::desired::{Change, Cursor, Desired, Life, Peer, PublicKey, Refusal, Snapshot, parse_key};
+use crate::desired::{Change, Cursor, Desired, Life, Peer, PublicKey, Refusal, parse_key};
 use crate::frames::{FrameError, FrameFile};
 use crate::interface::{Interface, InterfaceError};
 use crate::state_dir::StateDir;
 
-const FILE: &str = "state.bin";
+pub(crate) const FILE: &str = "state.bin";
 const MAGIC: &[u8; 8] = b"CVSTATE\x01";
 /// Below this the file is never rewritten for its size.
 const MIN_COMPACT_BYTES: u64 = 256 << 10;
@@ -38,7 +39,7 @@ pub(crate) struct Saved {
 impl Saved {
     /// The state before the first snapshot.
     pub(crate) fn first(interface: Interface, hello: &v1::Hello) -> Result<Self, Refusal> {
-        let desired = Desired::new(digest_key(hello)?, interface.overlay.clone());
+        let desired = Desired::new(digest_key(hello)?, interface.overlay.clone(), interface.own());
         Ok(Self { interface, desired, hello: kept(hello) })
     }
 
@@ -51,7 +52,7 @@ impl Saved {
         if kept(hello) == self.hello {
             return Ok(false);
         }
-        self.desired.reconfigure(digest_key(hello)?, interface.overlay.clone());
+        self.desired.reconfigure(digest_key(hello)?, interface.overlay.clone(), interface.own());
         self.interface = interface;
         self.hello = kept(hello);
         Ok(true)
@@ -106,6 +107,9 @@ struct Base {
     peers: Vec<v1::Peer>,
     #[prost(message, repeated, tag = "5")]
     retired: Vec<Retired>,
+    /// Of the peers, under the digest key of the Hello beside them.
+    #[prost(bytes = "bytes", tag = "6")]
+    digest: prost::bytes::Bytes,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -138,10 +142,10 @@ impl Store {
             }
             if let (Some(delta), Some(saved)) = (record.delta, saved.as_mut()) {
                 saved.desired.commit(&load_change(&delta)?);
+                if !saved.desired.is_whole() {
+                    return Err(Refusal::Digest.into());
+                }
             }
-        }
-        if saved.as_ref().is_some_and(|saved| !saved.desired.is_whole()) {
-            return Err(Refusal::Digest.into());
         }
         Ok((Self { file, server_id, base_bytes, behind: false }, saved))
     }
@@ -151,7 +155,11 @@ impl Store {
     ///
     /// # Errors
     /// When the file can be neither used nor renamed.
-    pub(crate) fn open_or_set_aside(dir: &StateDir, server_id: [u8; 16], wall_ms: u64) -> anyhow::Result<(Self, Option<Saved>)> {
+    pub(crate) fn open_or_set_aside(
+        dir: &StateDir,
+        server_id: [u8; 16],
+        wall_ms: u64,
+    ) -> anyhow::Result<(Self, Option<Saved>)> {
         match Self::open(dir, server_id) {
             Ok(opened) => Ok(opened),
             Err(error) => {
@@ -165,8 +173,15 @@ impl Store {
         }
     }
 
-    /// Appends a change; durable after [`Store::sync_or_rewrite`].
+    /// Appends a change that `saved` holds already. On return it survives this process; durable after
+    /// [`Store::sync_or_rewrite`].
     pub(crate) fn append(&mut self, change: &Change, saved: &Saved) -> io::Result<()> {
+        let appended = self.try_append(change, saved);
+        self.behind |= appended.is_err();
+        appended
+    }
+
+    fn try_append(&mut self, change: &Change, saved: &Saved) -> io::Result<()> {
         if self.base_bytes == 0 || self.behind {
             return self.rewrite(saved);
         }
@@ -186,12 +201,19 @@ impl Store {
 
     /// Makes what was appended durable; the whole state, when an earlier write failed.
     pub(crate) fn sync_or_rewrite(&mut self, saved: &Saved) -> io::Result<()> {
-        if self.behind { self.rewrite(saved) } else { self.file.sync() }
+        if self.behind {
+            return self.rewrite(saved);
+        }
+        let synced = self.file.sync();
+        // After a failed sync the kernel has dropped the pages: only writing them again helps.
+        self.behind = synced.is_err();
+        synced
     }
 
-    /// The file misses a change: the next sync writes everything.
-    pub(crate) fn invalidate(&mut self) {
+    /// What was appended last no longer holds: writes the whole state, now or at the next sync.
+    pub(crate) fn take_back(&mut self, saved: &Saved) -> io::Result<()> {
         self.behind = true;
+        self.rewrite(saved)
     }
 
     /// Writes the whole state; durable on return.
@@ -211,6 +233,7 @@ impl Store {
                     device_id: device_id.to_vec().into(),
                 })
                 .collect(),
+            digest: desired.digest().to_bytes().to_vec().into(),
         };
         let record = Record { base: Some(base), delta: None }.encode_to_vec();
         let locations = self.file.rewrite(MAGIC, &[record])?;
@@ -227,19 +250,10 @@ fn load_base(base: &Base, server_id: [u8; 16]) -> Result<Option<Saved>, StoreErr
     let hello = base.hello.as_ref().ok_or(Refusal::Malformed("hello"))?;
     let interface = Interface::parse(hello.interface.as_ref().ok_or(Refusal::Malformed("interface"))?)?;
     let mut saved = Saved::first(interface, hello)?;
-    if let Some(target) = &base.cursor {
-        let begin = v1::SnapshotBegin {
-            target: Some(target.clone()),
-            peer_count: u32::try_from(base.peers.len()).map_err(|_| Refusal::Malformed("peers"))?,
-        };
-        let mut snapshot = Snapshot::begin(&begin)?;
-        for peers in base.peers.chunks(cvault_node_protocol::MAX_CHUNK_PEERS) {
-            snapshot.chunk(&v1::SnapshotChunk { peers: peers.to_vec() })?;
-        }
-        if let Some(change) = saved.desired.plan_snapshot(&snapshot)? {
-            saved.desired.commit(&change);
-        }
-    }
+    let cursor = base.cursor.as_ref().map(Cursor::parse).transpose()?;
+    let digest = Digest::from_bytes(&base.digest).ok_or(Refusal::Malformed("digest"))?;
+    let peers = base.peers.iter().map(Peer::parse).collect::<Result<_, _>>()?;
+    saved.desired.restore(cursor, digest, peers)?;
     for retired in &base.retired {
         let life = Life { public_key: parse_key(&retired.public_key)?, generation: retired.generation };
         let device_id = retired.device_id.as_ref().try_into().map_err(|_| Refusal::Malformed("device_id"))?;
@@ -260,7 +274,7 @@ fn load_change(delta: &v1::Delta) -> Result<Change, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cvault_node_protocol::digest::Digest;
+    use crate::state_dir::testing::private_directory;
 
     const SERVER: [u8; 16] = [3; 16];
 
@@ -299,7 +313,7 @@ mod tests {
         let mut change =
             Change { target: target(Digest::default()), removed: vec![], upserted: vec![peer], expected_removed: 0 };
         trial.commit(&change);
-        change.target = target(trial.digest_for_test());
+        change.target = target(trial.digest());
         saved.desired.commit(&change);
         store.append(&change, saved).unwrap();
         store.sync_or_rewrite(saved).unwrap();
@@ -307,7 +321,7 @@ mod tests {
 
     #[test]
     fn what_was_saved_is_loaded_again_also_over_rewrites() {
-        let root = tempfile::tempdir().unwrap();
+        let root = private_directory();
         let dir = StateDir::open(root.path()).unwrap();
         let (mut store, none) = Store::open(&dir, SERVER).unwrap();
         assert!(none.is_none());
@@ -327,7 +341,7 @@ mod tests {
 
     #[test]
     fn a_damaged_file_is_refused_and_kept_aside() {
-        let root = tempfile::tempdir().unwrap();
+        let root = private_directory();
         let dir = StateDir::open(root.path()).unwrap();
         let (mut store, _) = Store::open(&dir, SERVER).unwrap();
         let mut saved = first();
@@ -343,8 +357,45 @@ mod tests {
     }
 
     #[test]
+    fn a_state_under_another_digest_key_and_overlay_is_loaded_and_goes_on() {
+        let root = private_directory();
+        let dir = StateDir::open(root.path()).unwrap();
+        let (mut store, _) = Store::open(&dir, SERVER).unwrap();
+        let mut saved = first();
+        add_peer(&mut saved, &mut store, 1);
+        let mut other = v1::Hello { digest_key: vec![8; 32].into(), ..hello() };
+        let interface = other.interface.as_mut().unwrap();
+        interface.addresses = vec!["10.9.0.1/16".to_owned(), "fd00:beef::1/64".to_owned()];
+        interface.overlay = vec!["10.9.0.0/16".to_owned(), "fd00:beef::/64".to_owned()];
+        let interface = Interface::parse(interface).unwrap();
+        assert!(saved.update(interface, &other).unwrap());
+        store.rewrite(&saved).unwrap();
+        let (mut store, loaded) = Store::open(&dir, SERVER).unwrap();
+        let mut loaded = loaded.unwrap();
+        assert_eq!((loaded.desired.cursor(), loaded.desired.peers().len()), (saved.desired.cursor(), 1));
+        add_peer(&mut loaded, &mut store, 2);
+        let (_, again) = Store::open(&dir, SERVER).unwrap();
+        assert_eq!(again.unwrap().desired.peers().len(), 2);
+    }
+
+    #[test]
+    fn a_change_that_was_taken_back_is_not_loaded() {
+        let root = private_directory();
+        let dir = StateDir::open(root.path()).unwrap();
+        let (mut store, _) = Store::open(&dir, SERVER).unwrap();
+        let mut saved = first();
+        add_peer(&mut saved, &mut store, 1);
+        let mut changed = first();
+        changed.desired = saved.desired.clone();
+        add_peer(&mut changed, &mut store, 2);
+        store.take_back(&saved).unwrap();
+        let (_, loaded) = Store::open(&dir, SERVER).unwrap();
+        assert_eq!(loaded.unwrap().desired.cursor(), saved.desired.cursor());
+    }
+
+    #[test]
     fn the_state_of_another_server_is_refused() {
-        let root = tempfile::tempdir().unwrap();
+        let root = private_directory();
         let dir = StateDir::open(root.path()).unwrap();
         let (mut store, _) = Store::open(&dir, SERVER).unwrap();
         add_peer(&mut first(), &mut store, 1);

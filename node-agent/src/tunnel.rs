@@ -4,16 +4,18 @@
 //! Who it is follows from the credentials of its control socket, so an adopted tunnel and a child are watched alike,
 //! through a pidfd: a reused process id cannot deceive us.
 
+use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use cvault_dataplane::counters::{self, CounterReader};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::sync::watch;
@@ -28,7 +30,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(5);
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 const LOG_FILE: &str = "tunnel.log";
 const PID_FILE: &str = "tunnel.pid";
-/// The log is begun anew at a start when it has grown beyond this.
+/// The log is begun anew when it has grown beyond this.
 const MAX_LOG_BYTES: u64 = 8 << 20;
 
 /// How to start a tunnel.
@@ -48,10 +50,37 @@ pub(crate) struct Tunnel {
 }
 
 impl Tunnel {
-    /// The tunnel that answers at the socket, if one does.
-    pub(crate) async fn adopt(uapi: &Uapi) -> anyhow::Result<Option<Self>> {
-        match uapi.pid().await {
-            Ok(pid) => Self::watch(pid).map(Some),
+    /// The tunnel of an earlier run of this agent, if one serves. One that hangs, or that counts into files that are no
+    /// longer there, is ended.
+    ///
+    /// # Errors
+    /// When the interface is served by somebody else.
+    pub(crate) async fn adopt(launch: &Launch, uapi: &Uapi) -> anyhow::Result<Option<Self>> {
+        let noted = || noted_pid(launch).filter(|pid| is_tunnel_of(*pid, launch));
+        let Some(pid) = uapi.pid().await.ok().or_else(noted) else { return Ok(None) };
+        let Ok(tunnel) = Self::watch(pid) else { return Ok(None) };
+        // Asked after the process was opened, so that a process id that is used again cannot deceive us.
+        let is_ours = is_tunnel_of(pid, launch);
+        let answer = uapi.device().await;
+        match answer {
+            Ok(device) if is_ours && device.epoch.is_some() && device.epoch == counted_epoch(launch) => {
+                Ok(Some(tunnel))
+            }
+            Ok(_) if is_ours => {
+                tracing::warn!(pid, "the tunnel does not count into this state directory: starting another");
+                tunnel.stop().await;
+                Ok(None)
+            }
+            Ok(_) => anyhow::bail!(
+                "the interface {} is served by another program (process {pid}): stop it, or choose another --interface",
+                launch.interface
+            ),
+            Err(error) if is_ours => {
+                tracing::warn!(pid, error = crate::chain(&error), "the tunnel does not answer: starting another");
+                tunnel.kill();
+                tunnel.ended().await;
+                Ok(None)
+            }
             Err(_) => Ok(None),
         }
     }
@@ -60,9 +89,7 @@ impl Tunnel {
     pub(crate) async fn start(launch: &Launch, dir: &StateDir, uapi: &Uapi) -> anyhow::Result<Self> {
         let log = open_log(launch)?;
         let mut child = tokio::process::Command::new(&launch.program)
-            .args(["tunnel", "--own-session", "--foreground", "--persist", "--state-dir"])
-            .arg(&launch.state_dir)
-            .arg(&launch.interface)
+            .args(arguments(launch))
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("cannot open the tunnel's log")?)
             .stderr(log)
@@ -82,7 +109,10 @@ impl Tunnel {
             }
             if Instant::now() > deadline {
                 child.kill().await.ok();
-                anyhow::bail!("the tunnel process did not become ready within {START_TIMEOUT:?}: {}", last_words(launch));
+                anyhow::bail!(
+                    "the tunnel process did not become ready within {START_TIMEOUT:?}: {}",
+                    last_words(launch)
+                );
             }
             tokio::time::sleep(POLL_INTERVAL).await;
         }
@@ -129,6 +159,27 @@ impl Tunnel {
     }
 }
 
+fn arguments(launch: &Launch) -> [&OsStr; 7] {
+    let [tunnel, session, foreground, persist, state_dir] =
+        ["tunnel", "--own-session", "--foreground", "--persist", "--state-dir"].map(OsStr::new);
+    [tunnel, session, foreground, persist, state_dir, launch.state_dir.as_os_str(), OsStr::new(&launch.interface)]
+}
+
+fn noted_pid(launch: &Launch) -> Option<i32> {
+    std::fs::read_to_string(launch.state_dir.join(PID_FILE)).ok()?.trim().parse().ok()
+}
+
+/// Whether the process was started as [`Tunnel::start`] does, for this state directory and interface.
+fn is_tunnel_of(pid: i32, launch: &Launch) -> bool {
+    let Ok(command) = std::fs::read(format!("/proc/{pid}/cmdline")) else { return false };
+    let wanted = arguments(launch).map(OsStr::as_encoded_bytes).join(&0);
+    command.splitn(2, |byte| *byte == 0).nth(1).and_then(|rest| rest.strip_suffix(&[0])) == Some(wanted.as_slice())
+}
+
+fn counted_epoch(launch: &Launch) -> Option<counters::Epoch> {
+    CounterReader::open(&launch.state_dir.join(counters::FILE_NAME)).ok().map(|reader| reader.epoch())
+}
+
 /// Blocks until the process has ended: a pidfd is readable from then on.
 fn wait_for_end(pidfd: &OwnedFd) {
     loop {
@@ -140,15 +191,23 @@ fn wait_for_end(pidfd: &OwnedFd) {
 }
 
 fn open_log(launch: &Launch) -> anyhow::Result<std::fs::File> {
-    let path = launch.state_dir.join(LOG_FILE);
-    let large = std::fs::metadata(&path).is_ok_and(|meta| meta.len() > MAX_LOG_BYTES);
+    bound_log(&launch.state_dir);
     let mut options = OpenOptions::new();
-    options.create(true).mode(0o600);
-    if large {
-        // Not truncated in place: a tunnel of before may still write to it.
-        std::fs::rename(&path, path.with_added_extension("old")).context("cannot rotate the tunnel's log")?;
+    options.create(true).append(true).mode(0o600);
+    options.open(launch.state_dir.join(LOG_FILE)).context("cannot open the tunnel's log")
+}
+
+/// Empties a log that has grown too large; its content is kept once. The tunnel appends, so it goes on at the start.
+pub(crate) fn bound_log(state_dir: &Path) {
+    let path = state_dir.join(LOG_FILE);
+    if !std::fs::metadata(&path).is_ok_and(|meta| meta.len() > MAX_LOG_BYTES) {
+        return;
     }
-    options.append(true).open(path).context("cannot open the tunnel's log")
+    let emptied = std::fs::copy(&path, path.with_added_extension("old"))
+        .and_then(|_| OpenOptions::new().write(true).open(&path)?.set_len(0));
+    if let Err(error) = emptied {
+        tracing::warn!(%error, "the tunnel's log cannot be shortened");
+    }
 }
 
 /// The last line of the tunnel's log: why it ended.
@@ -162,4 +221,55 @@ fn last_words(launch: &Launch) -> String {
         String::from_utf8_lossy(&tail).lines().rev().find(|line| !line.trim().is_empty()).map(str::to_owned)
     };
     read().unwrap_or_else(|| "it left no word".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn launch(state_dir: &Path) -> Launch {
+        Launch { program: "/bin/sh".into(), interface: "cvtest".to_owned(), state_dir: state_dir.to_owned() }
+    }
+
+    #[test]
+    fn a_large_log_is_begun_anew_under_the_feet_of_its_writer() {
+        use std::io::Write as _;
+        let root = tempfile::tempdir().unwrap();
+        let mut log = open_log(&launch(root.path())).unwrap();
+        log.write_all(&vec![b'x'; usize::try_from(MAX_LOG_BYTES).unwrap() + 1]).unwrap();
+        bound_log(root.path());
+        log.write_all(b"new").unwrap();
+        assert_eq!(std::fs::read(root.path().join(LOG_FILE)).unwrap(), b"new");
+        assert_eq!(std::fs::metadata(root.path().join("tunnel.log.old")).unwrap().len(), MAX_LOG_BYTES + 1);
+    }
+
+    #[tokio::test]
+    async fn a_noted_process_that_is_no_tunnel_of_ours_is_left_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let launch = launch(root.path());
+        let own = std::process::id();
+        std::fs::write(root.path().join(PID_FILE), own.to_string()).unwrap();
+        let uapi = Uapi::at(root.path().join("none.sock"));
+        assert!(Tunnel::adopt(&launch, &uapi).await.unwrap().is_none());
+        assert!(!is_tunnel_of(i32::try_from(own).unwrap(), &launch));
+    }
+
+    /// A process that looks like our tunnel and answers nothing: it is killed, also without its socket.
+    #[tokio::test]
+    async fn a_hung_tunnel_of_an_earlier_run_is_ended() {
+        let root = tempfile::tempdir().unwrap();
+        let launch = launch(root.path());
+        let script = root.path().join("tunnel");
+        std::fs::write(&script, "read wait\n").unwrap();
+        let mut child = tokio::process::Command::new("/bin/sh")
+            .args(arguments(&launch))
+            .current_dir(root.path())
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::fs::write(root.path().join(PID_FILE), child.id().unwrap().to_string()).unwrap();
+        let uapi = Uapi::at(root.path().join("none.sock"));
+        assert!(Tunnel::adopt(&launch, &uapi).await.unwrap().is_none());
+        assert!(!child.wait().await.unwrap().success());
+    }
 }

@@ -8,12 +8,14 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use cvault_dataplane::counters::Epoch;
+use cvault_dataplane::journal::JournalAck;
 use ipnet::IpNet;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use zeroize::Zeroizing;
 
-use crate::desired::{Change, Peer, PresharedKey, PublicKey};
+use crate::desired::{Life, Peer, PresharedKey, PublicKey};
 use crate::interface::Interface;
 
 /// Peers in one `set`: about 700 KiB of text.
@@ -55,6 +57,8 @@ impl UapiError {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct DeviceStatus {
     pub(crate) listen_port: u16,
+    /// Which life of the counters the tunnel writes; none for a foreign implementation.
+    pub(crate) epoch: Option<Epoch>,
     pub(crate) handshakes: u64,
     pub(crate) drops: BTreeMap<String, u64>,
     pub(crate) offloads: BTreeMap<String, u64>,
@@ -75,9 +79,19 @@ impl EnginePeer {
         Self { public_key, preshared_key: None, allowed_ips: Vec::new(), tenant: None, generation: 0 }
     }
 
+    pub(crate) fn life(&self) -> Life {
+        Life { public_key: self.public_key, generation: self.generation }
+    }
+
+    /// The addresses it may use, if they are whole ones.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = std::net::IpAddr> {
+        self.allowed_ips.iter().filter(|net| net.prefix_len() == net.max_prefix_len()).map(IpNet::addr)
+    }
+
     /// Whether the engine already runs exactly this peer.
     pub(crate) fn is(&self, peer: &Peer) -> bool {
-        let wanted: [IpNet; 2] = [IpNet::from(std::net::IpAddr::from(peer.ipv4)), IpNet::from(std::net::IpAddr::from(peer.ipv6))];
+        let wanted: [IpNet; 2] =
+            [IpNet::from(std::net::IpAddr::from(peer.ipv4)), IpNet::from(std::net::IpAddr::from(peer.ipv6))];
         self.public_key == peer.public_key
             && self.generation == peer.generation
             && self.tenant == Some(peer.tenant_id)
@@ -113,25 +127,30 @@ impl Uapi {
         self.set(&device_text(private_key, interface)).await
     }
 
-    /// Removals first, then the rest, in batches. After an error the engine may hold a part of it.
-    pub(crate) async fn apply(&self, change: &Change) -> Result<(), UapiError> {
-        for keys in change.removed.chunks(BATCH_PEERS) {
+    /// In batches: after an error a part of them may be gone.
+    pub(crate) async fn remove(&self, keys: &[PublicKey]) -> Result<(), UapiError> {
+        for keys in keys.chunks(BATCH_PEERS) {
             self.set(&removal_text(keys)).await?;
         }
-        self.add(change.upserted.iter()).await
+        Ok(())
     }
 
-    pub(crate) async fn add(&self, peers: impl Iterator<Item = &Peer>) -> Result<(), UapiError> {
-        let peers: Vec<_> = peers.collect();
+    /// In batches: after an error a part of them may be there.
+    pub(crate) async fn add(&self, peers: &[Peer]) -> Result<(), UapiError> {
         for batch in peers.chunks(BATCH_PEERS) {
             self.set(&peers_text(batch)).await?;
         }
         Ok(())
     }
 
-    /// Lets the tunnel empty its journal, if nothing was added behind these bytes.
-    pub(crate) async fn acknowledge_journal(&self, bytes: u64) -> Result<(), UapiError> {
-        self.set(&format!("set=1\ncvault_journal_ack={bytes}\n\n")).await
+    /// Everything was added: lives of before that were not added again are closed.
+    pub(crate) async fn end_replace(&self) -> Result<(), UapiError> {
+        self.set("set=1\ncvault_end_replace=true\n\n").await
+    }
+
+    /// Lets the tunnel drop what was taken over of its journal.
+    pub(crate) async fn acknowledge_journal(&self, taken: JournalAck) -> Result<(), UapiError> {
+        self.set(&format!("set=1\ncvault_journal_ack={taken}\n\n")).await
     }
 
     async fn set(&self, text: &str) -> Result<(), UapiError> {
@@ -171,7 +190,11 @@ impl Uapi {
         Ok(peers)
     }
 
-    async fn get(&self, timeout: Duration, mut take: impl FnMut(&str, &str) -> Result<Next, UapiError>) -> Result<(), UapiError> {
+    async fn get(
+        &self,
+        timeout: Duration,
+        mut take: impl FnMut(&str, &str) -> Result<Next, UapiError>,
+    ) -> Result<(), UapiError> {
         let exchange = async {
             let mut stream = self.connect().await?;
             stream.write_all(b"get=1\n\n").await?;
@@ -227,7 +250,7 @@ fn removal_text(keys: &[PublicKey]) -> String {
     text
 }
 
-fn peers_text(peers: &[&Peer]) -> Zeroizing<String> {
+fn peers_text(peers: &[Peer]) -> Zeroizing<String> {
     let mut text = Zeroizing::new(String::with_capacity(512 * peers.len() + 16));
     text.push_str("set=1\n");
     for peer in peers {
@@ -256,6 +279,8 @@ fn device_line(status: &mut DeviceStatus, key: &str, value: &str) -> Result<(), 
         status.drops.insert(reason.to_owned(), number()?);
     } else if let Some(name) = key.strip_prefix("cvault_offload_") {
         status.offloads.insert(name.to_owned(), number()?);
+    } else if key == "cvault_epoch" {
+        status.epoch = Some(bytes(value)?);
     } else if key == "cvault_handshakes" {
         status.handshakes = number()?;
     } else if key == "listen_port" {
@@ -315,8 +340,11 @@ mod tests {
             "00".repeat(32),
             "03".repeat(16)
         );
-        assert_eq!(*peers_text(&[&peer()]), expected);
-        assert_eq!(removal_text(&[PublicKey([1; 32])]), format!("set=1\npublic_key={}\nremove=true\n\n", "01".repeat(32)));
+        assert_eq!(*peers_text(&[peer()]), expected);
+        assert_eq!(
+            removal_text(&[PublicKey([1; 32])]),
+            format!("set=1\npublic_key={}\nremove=true\n\n", "01".repeat(32))
+        );
     }
 
     /// A tunnel that answers one connection with fixed text.
@@ -340,7 +368,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_get_is_read_into_peers_that_compare_with_the_desired_ones() {
-        let text = "private_key=00\nlisten_port=51820\ncvault_handshakes=3\ncvault_drop_spoofed=9\n\
+        let text = "private_key=00\nlisten_port=51820\ncvault_epoch=09090909090909090909090909090909\ncvault_handshakes=3\ncvault_drop_spoofed=9\n\
             public_key=0101010101010101010101010101010101010101010101010101010101010101\n\
             preshared_key=0000000000000000000000000000000000000000000000000000000000000000\n\
             allowed_ip=10.8.0.2/32\nallowed_ip=fd00:cafe::2/128\ntx_bytes=1\ncvault_generation=7\n\
@@ -352,16 +380,21 @@ mod tests {
         assert!(!peers[0].is(&Peer { generation: 8, ..peer() }));
         let (_root, uapi, _server) = answering(text);
         let device = uapi.device().await.unwrap();
+        assert_eq!(device.epoch, Some([9; 16]));
         assert_eq!((device.listen_port, device.handshakes, device.drops["spoofed"]), (51820, 3, 9));
     }
 
     #[tokio::test]
     async fn a_refused_set_tells_its_errno() {
         let (_root, uapi, _server) = answering("errno=-98\n\n");
-        let error = uapi.acknowledge_journal(1).await.unwrap_err();
+        let taken = JournalAck { len: 128, last_crc: 0xbeef };
+        let error = uapi.acknowledge_journal(taken).await.unwrap_err();
         assert!(error.is_address_in_use(), "{error}");
         let (_root, uapi, server) = answering("errno=0\n\n");
-        uapi.acknowledge_journal(128).await.unwrap();
-        assert_eq!(server.await.unwrap(), "set=1\ncvault_journal_ack=128\n\n");
+        uapi.acknowledge_journal(taken).await.unwrap();
+        assert_eq!(server.await.unwrap(), "set=1\ncvault_journal_ack=128:0000beef\n\n");
+        let (_root, uapi, server) = answering("errno=0\n\n");
+        uapi.end_replace().await.unwrap();
+        assert_eq!(server.await.unwrap(), "set=1\ncvault_end_replace=true\n\n");
     }
 }

@@ -14,8 +14,6 @@ use crate::enrolment::Enrolment;
 
 /// Events that wait for the agent. When it is full the stream is not read: the control plane's flow control holds on.
 pub(crate) const QUEUE: usize = 64;
-/// A session of this length was a good one: the ladder begins at its foot again.
-const GOOD_SESSION: Duration = Duration::from_secs(10);
 const WATCH_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_SPREAD: Duration = Duration::from_secs(60);
 
@@ -46,7 +44,11 @@ pub(crate) struct Watcher {
 enum SessionEnd {
     Unreachable,
     Refused,
-    GoAway { spread: Duration },
+    /// The agent wants the state anew.
+    Replaced,
+    GoAway {
+        spread: Duration,
+    },
     /// Nobody listens any more.
     Finished,
 }
@@ -58,14 +60,19 @@ impl Watcher {
         loop {
             let began = Instant::now();
             let end = self.session(failures).await;
-            if began.elapsed() >= GOOD_SESSION {
+            let (ended, spread) = match end {
+                SessionEnd::Unreachable => (Ended::Unreachable, None),
+                SessionEnd::Refused => (Ended::Refused, None),
+                SessionEnd::Replaced => (Ended::Replaced, None),
+                SessionEnd::GoAway { spread } => (Ended::Refused, Some(spread)),
+                SessionEnd::Finished => return,
+            };
+            if backoff::was_good(began.elapsed(), ended) {
                 failures = 0;
             }
-            let wait = match end {
-                SessionEnd::Unreachable => backoff::delay(failures, Ended::Unreachable, rand::random()),
-                SessionEnd::Refused => backoff::delay(failures, Ended::Refused, rand::random()),
-                SessionEnd::GoAway { spread } => spread.mul_f64(rand::random()),
-                SessionEnd::Finished => return,
+            let wait = match spread {
+                Some(spread) => spread.mul_f64(rand::random()),
+                None => backoff::delay(failures, ended, rand::random()),
             };
             failures = failures.saturating_add(1);
             if self.events.send(LinkEvent::Closed).await.is_err() {
@@ -86,7 +93,11 @@ impl Watcher {
             Err(error) => {
                 let error_text = crate::chain(&error);
                 if failures.is_power_of_two() || failures == 0 {
-                    tracing::warn!(error = error_text, failures, "no connection to the control plane; the tunnels go on");
+                    tracing::warn!(
+                        error = error_text,
+                        failures,
+                        "no connection to the control plane; the tunnels go on"
+                    );
                 } else {
                     tracing::debug!(error = error_text, failures, "no connection to the control plane");
                 }
@@ -124,7 +135,7 @@ impl Watcher {
             let message = tokio::select! {
                 message = stream.message() => message,
                 asked = self.resume.wait_for(|resume| resume.reopen != reopen) => {
-                    return if asked.is_ok() { SessionEnd::Refused } else { SessionEnd::Finished };
+                    return if asked.is_ok() { SessionEnd::Replaced } else { SessionEnd::Finished };
                 }
             };
             match message {

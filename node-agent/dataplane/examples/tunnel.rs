@@ -8,9 +8,7 @@ use cvault_dataplane::process::{TunnelOptions, run};
 
 fn main() -> ExitCode {
     let Some(options) = options(std::env::args().skip(1)) else {
-        eprintln!(
-            "usage: tunnel [-f|--foreground] [--persist] [--no-offload] [--state-dir DIR] IFNAME"
-        );
+        eprintln!("usage: tunnel [-f|--foreground] [--persist] [--no-offload] [--state-dir DIR] IFNAME");
         return ExitCode::from(2);
     };
     match run(&options) {
@@ -23,22 +21,15 @@ fn main() -> ExitCode {
 }
 
 fn options(mut args: impl Iterator<Item = String>) -> Option<TunnelOptions> {
-    let mut options = TunnelOptions {
-        interface: String::new(),
-        foreground: false,
-        state_dir: None,
-        persist: false,
-        offload: true,
-    };
+    let mut options =
+        TunnelOptions { interface: String::new(), foreground: false, state_dir: None, persist: false, offload: true };
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "-f" | "--foreground" => options.foreground = true,
             "--persist" => options.persist = true,
             "--no-offload" => options.offload = false,
             "--state-dir" => options.state_dir = Some(PathBuf::from(args.next()?)),
-            name if !name.starts_with('-') && options.interface.is_empty() => {
-                options.interface = arg
-            }
+            name if !name.starts_with('-') && options.interface.is_empty() => options.interface = arg,
             _ => return None,
         }
     }

@@ -53,11 +53,7 @@ impl AllowedIps {
         if let Some(slot) = self.hosts.get(&addr) {
             return Some(*slot);
         }
-        let lengths = if addr.is_ipv4() {
-            &self.lengths4
-        } else {
-            &self.lengths6
-        };
+        let lengths = if addr.is_ipv4() { &self.lengths4 } else { &self.lengths6 };
         lengths.0.iter().find_map(|(length, _)| {
             let net = IpNet::new(addr, *length).ok()?.trunc();
             self.nets.get(&net).copied()
@@ -122,11 +118,7 @@ mod tests {
         assert_eq!(table.find("2001:db8::1".parse().unwrap()), None);
         assert_eq!(table.insert(net("10.0.0.0/8"), 4), Some(2));
         table.remove(net("10.0.0.0/8"), 2);
-        assert_eq!(
-            table.find("10.1.2.4".parse().unwrap()),
-            Some(4),
-            "only the owner can take it away"
-        );
+        assert_eq!(table.find("10.1.2.4".parse().unwrap()), Some(4), "only the owner can take it away");
         table.remove(net("10.0.0.0/8"), 4);
         assert_eq!(table.find("10.1.2.4".parse().unwrap()), Some(1));
     }

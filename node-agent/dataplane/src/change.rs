@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use ipnet::IpNet;
 use zeroize::Zeroizing;
 
+use crate::journal::JournalAck;
+
 /// A secret of 32 bytes, wiped when dropped and never printed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(pub Zeroizing<[u8; 32]>);
@@ -42,8 +44,8 @@ pub struct DeviceChange {
     pub replace_overlay: bool,
     /// Prefixes in which peers live; tenants' traffic into them is dropped.
     pub overlay: Vec<IpNet>,
-    /// The journal up to this length has been taken over.
-    pub journal_ack: Option<u64>,
+    /// This much of the journal has been taken over.
+    pub journal_ack: Option<JournalAck>,
 }
 
 /// Adds, changes or removes one peer. `None` leaves a field as it is (or at its default for a new peer).
@@ -51,7 +53,7 @@ pub struct DeviceChange {
 pub struct PeerChange {
     /// Which peer.
     pub public_key: [u8; 32],
-    /// Remove it; the rest is ignored.
+    /// Remove every life of the key; the rest is ignored.
     pub remove: bool,
     /// Do nothing unless the peer exists.
     pub update_only: bool,
@@ -67,7 +69,7 @@ pub struct PeerChange {
     pub allowed_ips: Vec<IpNet>,
     /// Prefixes to take away (`allowed_ip=-…`).
     pub removed_ips: Vec<IpNet>,
-    /// The tenant this peer belongs to; all zeroes removes it.
+    /// The tenant this peer belongs to, from now on and for good.
     pub tenant: Option<[u8; 16]>,
     /// Which life of the key this is: another generation starts its counters at 0.
     pub generation: Option<u64>,
@@ -89,6 +91,9 @@ pub enum Refused {
     /// The counter file has no free slot.
     #[error("no room for another peer")]
     Full,
+    /// An earlier removal of the same life is not in the journal yet.
+    #[error("the peer is still being removed")]
+    Closing,
     /// A tenant's peer may only have single addresses.
     #[error("a peer with a tenant may only have /32 and /128 allowed-ips")]
     TenantPrefix,

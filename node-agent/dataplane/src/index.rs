@@ -41,10 +41,7 @@ impl Scramble {
     pub(crate) fn place(self, index: u32) -> Place {
         let s = index.wrapping_sub(self.c).wrapping_mul(self.inverse) & MASK;
         let [low, high, generation, _] = s.to_le_bytes();
-        Place {
-            slot: u16::from_le_bytes([low, high]),
-            generation,
-        }
+        Place { slot: u16::from_le_bytes([low, high]), generation }
     }
 }
 

@@ -55,16 +55,10 @@ mod tests {
         let mut limit = SourceLimit::default();
         let flooder: IpAddr = "2001:db8::1".parse().unwrap();
         let same_net: IpAddr = "2001:db8::ffff".parse().unwrap();
-        assert_eq!(
-            (0..5000).filter(|_| limit.admit(flooder)).count(),
-            BURST as usize
-        );
+        assert_eq!((0..5000).filter(|_| limit.admit(flooder)).count(), BURST as usize);
         assert!(!limit.admit(same_net));
         assert!(limit.admit("192.0.2.1".parse().unwrap()));
         limit.refill();
-        assert_eq!(
-            (0..5000).filter(|_| limit.admit(flooder)).count(),
-            RATE as usize
-        );
+        assert_eq!((0..5000).filter(|_| limit.admit(flooder)).count(), RATE as usize);
     }
 }

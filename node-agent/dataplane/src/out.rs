@@ -54,13 +54,7 @@ pub struct Out {
 
 impl Default for Out {
     fn default() -> Self {
-        Self {
-            arena: vec![0; NET_BYTES],
-            used: 0,
-            net: Vec::with_capacity(1024),
-            tun: Vec::new(),
-            tun_used: 0,
-        }
+        Self { arena: vec![0; NET_BYTES], used: 0, net: Vec::with_capacity(1024), tun: Vec::new(), tun_used: 0 }
     }
 }
 

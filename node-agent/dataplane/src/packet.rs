@@ -19,10 +19,7 @@ pub(crate) fn addresses(packet: &[u8]) -> Option<Addresses> {
             if header_len < 20 || total < header_len || total > packet.len() {
                 return None;
             }
-            Some(Addresses {
-                source: v4(&header[12..16]),
-                destination: v4(&header[16..20]),
-            })
+            Some(Addresses { source: v4(&header[12..16]), destination: v4(&header[16..20]) })
         }
         6 => {
             let header = packet.first_chunk::<40>()?;
@@ -30,26 +27,19 @@ pub(crate) fn addresses(packet: &[u8]) -> Option<Addresses> {
             if total > packet.len() {
                 return None;
             }
-            Some(Addresses {
-                source: v6(&header[8..24]),
-                destination: v6(&header[24..40]),
-            })
+            Some(Addresses { source: v6(&header[8..24]), destination: v6(&header[24..40]) })
         }
         _ => None,
     }
 }
 
 fn v4(bytes: &[u8]) -> IpAddr {
-    let octets: [u8; 4] = bytes
-        .try_into()
-        .expect("the callers cut exactly four bytes");
+    let octets: [u8; 4] = bytes.try_into().expect("the callers cut exactly four bytes");
     IpAddr::from(octets)
 }
 
 fn v6(bytes: &[u8]) -> IpAddr {
-    let octets: [u8; 16] = bytes
-        .try_into()
-        .expect("the callers cut exactly sixteen bytes");
+    let octets: [u8; 16] = bytes.try_into().expect("the callers cut exactly sixteen bytes");
     IpAddr::from(octets)
 }
 

@@ -9,9 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::process::{
-    DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit, setsid,
-};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit, setsid};
 
 use crate::counters::{CounterTable, MAX_PEERS};
 use crate::engine::{Engine, EngineConfig};
@@ -49,14 +47,10 @@ pub struct TunnelOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelError {
     /// The kernel would not take the name.
-    #[error(
-        "`{0}` cannot be the name of an interface: use 1 to 15 characters without `/` and spaces"
-    )]
+    #[error("`{0}` cannot be the name of an interface: use 1 to 15 characters without `/` and spaces")]
     BadName(String),
     /// Another process serves this interface.
-    #[error(
-        "interface `{0}` is already served by another process: stop that one first, or choose another name"
-    )]
+    #[error("interface `{0}` is already served by another process: stop that one first, or choose another name")]
     AlreadyRunning(String),
     /// There is no TUN driver.
     #[error("there is no /dev/net/tun: run `modprobe tun`, or pass the device into this container")]
@@ -78,9 +72,7 @@ pub enum TunnelError {
         source: io::Error,
     },
     /// It exists and is something else.
-    #[error(
-        "interface `{name}` exists and is not a TUN of this kind: delete it with `ip link del {name}`"
-    )]
+    #[error("interface `{name}` exists and is not a TUN of this kind: delete it with `ip link del {name}`")]
     NotATun {
         /// Name of the interface.
         name: String,
@@ -144,11 +136,7 @@ pub fn run(options: &TunnelOptions) -> Result<(), TunnelError> {
 fn check_name(name: &str) -> Result<(), TunnelError> {
     const IFNAMSIZ: usize = 16;
     let fits = !name.is_empty() && name.len() < IFNAMSIZ && name != "." && name != "..";
-    if fits
-        && name
-            .bytes()
-            .all(|b| b.is_ascii_graphic() && !b"/%:".contains(&b))
-    {
+    if fits && name.bytes().all(|b| b.is_ascii_graphic() && !b"/%:".contains(&b)) {
         return Ok(());
     }
     Err(TunnelError::BadName(name.to_owned()))
@@ -158,10 +146,7 @@ fn detach(socket: &Path) -> Result<(), TunnelError> {
     let report = socket.with_extension("report");
     // In the directory that only root can write to: a predictable name elsewhere could be somebody's link.
     let directory = server::create_dir().and_then(|()| remove_if_there(&report));
-    directory.map_err(|source| TunnelError::Socket {
-        path: socket.to_owned(),
-        source,
-    })?;
+    directory.map_err(|source| TunnelError::Socket { path: socket.to_owned(), source })?;
     let log = match std::env::var_os(LOG_FILE) {
         Some(path) => Stdio::from(OpenOptions::new().create(true).append(true).open(path)?),
         None => Stdio::null(),
@@ -178,8 +163,7 @@ fn detach(socket: &Path) -> Result<(), TunnelError> {
     let deadline = Instant::now() + START_DEADLINE;
     while occupant(socket) == Occupant::Nobody {
         if child.try_wait()?.is_some() {
-            let reason = std::fs::read_to_string(&report)
-                .unwrap_or_else(|_| "the tunnel ended at once".into());
+            let reason = std::fs::read_to_string(&report).unwrap_or_else(|_| "the tunnel ended at once".into());
             let _ = std::fs::remove_file(&report);
             return Err(TunnelError::Detached(reason));
         }
@@ -204,39 +188,31 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     let termination = signals::termination()?;
     harden()?;
     let (counters, journal) = open_state(options)?;
-    let tun = Tun::open(TunConfig {
-        name: &options.interface,
-        persist: options.persist,
-        offload: options.offload,
-    })
-    .map_err(|error| tun_error(&options.interface, error))?;
+    let tun = Tun::open(TunConfig { name: &options.interface, offload: options.offload })
+        .map_err(|error| tun_error(&options.interface, error))?;
     let listener = server::bind(path).map_err(|source| {
         if source.kind() == io::ErrorKind::AddrInUse {
             TunnelError::AlreadyRunning(options.interface.clone())
         } else {
-            TunnelError::Socket {
-                path: path.to_owned(),
-                source,
-            }
+            TunnelError::Socket { path: path.to_owned(), source }
         }
     })?;
 
+    if options.persist {
+        // Not before: an interface made here goes with this process when the socket cannot be bound.
+        tun.persist()?;
+    }
     let (controller, mailbox) = mailbox()?;
-    let engine = Engine::new(EngineConfig {
-        counters,
-        seed: rand::random(),
-    });
+    let engine = Engine::new(EngineConfig { counters, seed: rand::random() });
     let worker = Worker::new(engine, tun, journal, mailbox);
-    let server = Server::new(controller.clone(), worker.journal_handle()?);
+    let server = Server::new(controller.clone(), worker.journal_path());
     let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from)?;
     let ended_by_worker = ended.try_clone()?;
-    let thread = std::thread::Builder::new()
-        .name("tunnel-worker".into())
-        .spawn(move || {
-            let end = worker.run();
-            let _ = rustix::io::write(&ended_by_worker, &1_u64.to_ne_bytes());
-            end
-        })?;
+    let thread = std::thread::Builder::new().name("tunnel-worker".into()).spawn(move || {
+        let end = worker.run();
+        let _ = rustix::io::write(&ended_by_worker, &1_u64.to_ne_bytes());
+        end
+    })?;
     tracing::info!(interface = options.interface, "the tunnel is ready");
 
     let stopping = loop {
@@ -259,9 +235,7 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     }
     // A worker that has ended by itself does not answer.
     let _ = controller.ask(Request::Stop);
-    let end = thread
-        .join()
-        .map_err(|_| io::Error::other("the worker panicked"))??;
+    let end = thread.join().map_err(|_| io::Error::other("the worker panicked"))??;
     match end {
         End::Stopped => tracing::info!("the tunnel has stopped"),
         End::InterfaceGone => tracing::info!("the interface was deleted: the tunnel has stopped"),
@@ -272,13 +246,7 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
 /// Keys are in memory: no core dumps, no ptrace.
 fn harden() -> io::Result<()> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-    setrlimit(
-        Resource::Core,
-        Rlimit {
-            current: Some(0),
-            maximum: Some(0),
-        },
-    )?;
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
     Ok(())
 }
 
@@ -292,10 +260,7 @@ fn open_state(options: &TunnelOptions) -> Result<(CounterTable, Option<Journal>)
         let counters = CounterTable::open(dir, MAX_PEERS, boot_id()?, epoch)?;
         Ok((counters, Some(Journal::open(dir)?)))
     };
-    open().map_err(|source| TunnelError::StateDir {
-        path: dir.clone(),
-        source,
-    })
+    open().map_err(|source| TunnelError::StateDir { path: dir.clone(), source })
 }
 
 /// Identifies this boot of the host.
@@ -325,10 +290,7 @@ mod tests {
     #[test]
     fn names_the_kernel_would_refuse_are_refused_first() {
         for name in ["", "a/b", "..", "has space", "sixteen-letters-", "a:b"] {
-            assert!(
-                matches!(check_name(name), Err(TunnelError::BadName(_))),
-                "{name:?}"
-            );
+            assert!(matches!(check_name(name), Err(TunnelError::BadName(_))), "{name:?}");
         }
         for name in ["wg0", "cv0", "fifteen-letters"] {
             assert!(check_name(name).is_ok(), "{name:?}");

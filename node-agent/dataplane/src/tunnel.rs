@@ -89,9 +89,7 @@ impl Identity {
         let Ok(Packet::HandshakeInit(init)) = Tunn::parse_incoming_packet(message) else {
             return None;
         };
-        parse_handshake_anon(&self.private, &self.public, &init)
-            .ok()
-            .map(|half| half.peer_static_public)
+        parse_handshake_anon(&self.private, &self.public, &init).ok().map(|half| half.peer_static_public)
     }
 }
 
@@ -127,13 +125,7 @@ pub(crate) struct Tunnel {
 }
 
 impl Tunnel {
-    pub(crate) fn new(
-        identity: &Identity,
-        peer: &[u8; 32],
-        psk: Option<&Secret>,
-        index: u32,
-        now_ms: u64,
-    ) -> Self {
+    pub(crate) fn new(identity: &Identity, peer: &[u8; 32], psk: Option<&Secret>, index: u32, now_ms: u64) -> Self {
         let tunn = Tunn::new(
             identity.private.clone(),
             PublicKey::from(*peer),
@@ -142,14 +134,7 @@ impl Tunnel {
             index,
             Some(Arc::clone(&identity.inner)),
         );
-        Self {
-            tunn,
-            updated_ms: now_ms,
-            session: false,
-            exhausted: false,
-            wants_rekey: false,
-            unconfirmed: None,
-        }
+        Self { tunn, updated_ms: now_ms, session: false, exhausted: false, wants_rekey: false, unconfirmed: None }
     }
 
     /// Whether a packet can be encrypted now.
@@ -221,10 +206,7 @@ impl Tunnel {
         let TunnResult::WriteToNetwork(message) = self.tunn.encapsulate(packet, room) else {
             return None;
         };
-        let counter = message
-            .get(8..16)
-            .and_then(|c| c.try_into().ok())
-            .map_or(u64::MAX, u64::from_le_bytes);
+        let counter = message.get(8..16).and_then(|c| c.try_into().ok()).map_or(u64::MAX, u64::from_le_bytes);
         if counter >= REKEY_AFTER_MESSAGES {
             self.wants_rekey = true;
             self.exhausted = counter >= REJECT_AFTER_MESSAGES - 1;
@@ -271,9 +253,9 @@ fn index_at(message: &[u8], at: usize) -> Option<u32> {
 
 fn reason(error: &WireGuardError) -> Drop {
     match error {
-        WireGuardError::InvalidCounter
-        | WireGuardError::DuplicateCounter
-        | WireGuardError::WrongTai64nTimestamp => Drop::Replay,
+        WireGuardError::InvalidCounter | WireGuardError::DuplicateCounter | WireGuardError::WrongTai64nTimestamp => {
+            Drop::Replay
+        }
         WireGuardError::NoCurrentSession | WireGuardError::WrongIndex => Drop::NoSession,
         WireGuardError::InvalidAeadTag => Drop::Decrypt,
         WireGuardError::InvalidPacket => Drop::Malformed,

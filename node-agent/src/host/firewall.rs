@@ -27,6 +27,12 @@ pub(crate) fn check() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whether our table is there.
+pub(crate) async fn is_present() -> bool {
+    let list = tokio::process::Command::new("nft").args(["list", "table", "inet", TABLE]).output();
+    matches!(tokio::time::timeout(TIMEOUT, list).await, Ok(Ok(output)) if output.status.success())
+}
+
 pub(crate) async fn set_up(tunnel: &str, interface: &Interface) -> anyhow::Result<()> {
     let payload = ruleset(tunnel, interface).to_string();
     let apply = tokio::task::spawn_blocking(move || {
@@ -46,9 +52,11 @@ pub(crate) async fn set_up(tunnel: &str, interface: &Interface) -> anyhow::Resul
 fn ruleset(tunnel: &str, interface: &Interface) -> Value {
     let table = json!({"table": {"family": "inet", "name": TABLE}});
     let mut commands = vec![json!({"add": table}), json!({"delete": table}), json!({"add": table})];
-    for (name, kind, hook, priority) in
-        [("forward", "filter", "forward", 0), ("input", "filter", "input", 0), ("postrouting", "nat", "postrouting", 100)]
-    {
+    for (name, kind, hook, priority) in [
+        ("forward", "filter", "forward", 0),
+        ("input", "filter", "input", 0),
+        ("postrouting", "nat", "postrouting", 100),
+    ] {
         commands.push(json!({"add": {"chain": {
             "family": "inet", "table": TABLE, "name": name, "type": kind, "hook": hook, "prio": priority, "policy": "accept",
         }}}));
@@ -81,8 +89,9 @@ fn forward_rules(tunnel: &str, overlay: &[IpNet]) -> Vec<Value> {
         let target = prefixes(&[prefix], ipv6).expect("one prefix of its own family");
         rules.push(json!([from, matches("==", field(ipv6, "daddr"), target), counter(), drop_it()]));
     }
-    // Nobody outside begins a connection to a peer; answers are of known connections.
-    rules.push(json!([to, matches("in", json!({"ct": {"key": "state"}}), json!("new")), counter(), drop_it()]));
+    // Nothing reaches a peer, and nothing is billed to it, but what belongs to a connection that it began.
+    let state = json!({"ct": {"key": "state"}});
+    rules.push(json!([to, matches("!=", state, json!({"set": ["established", "related"]})), counter(), drop_it()]));
     for direction in [from, to] {
         let flags = json!({"&": [{"payload": {"protocol": "tcp", "field": "flags"}}, ["syn", "rst"]]});
         let clamp = json!({"mangle": {

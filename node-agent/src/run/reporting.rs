@@ -7,13 +7,19 @@ use crate::clock::Moment;
 use crate::desired::Cursor;
 use crate::metrics;
 use crate::report::{self, Lane, Reported};
+use crate::tunnel;
+use crate::uapi::DeviceStatus;
 
 impl Agent {
     pub(super) async fn on_tick(&mut self) {
         self.reports.state_due |= self.ticks_since_state >= STATE_EVERY_TICKS;
         self.ticks_since_state += 1;
         self.read_counters().await;
-        self.report_usage().await;
+        let device = self.ask_tunnel().await;
+        if let Some(device) = &device {
+            metrics::tunnel(device, self.meter.spool.waiting_bytes());
+        }
+        self.report_usage(Some(device.unwrap_or_default()));
     }
 
     pub(super) async fn read_counters(&mut self) {
@@ -29,25 +35,23 @@ impl Agent {
             metrics::strangers(pass.strangers);
             tracing::warn!(count = pass.strangers, "counters of unknown devices are not billed");
         }
-        if let Some(bytes) = pass.journal_bytes
-            && let Err(error) = self.engine.uapi().acknowledge_journal(bytes).await
+        if let Some(taken) = pass.journal
+            && let Err(error) = self.engine.uapi().acknowledge_journal(taken).await
         {
             tracing::debug!(%error, "the tunnel keeps its journal for now");
         }
         saved.desired.forget_retired(|life| pass.counted.contains(life));
     }
 
-    pub(super) async fn report_usage(&mut self) {
-        let device = self.ask_tunnel().await;
-        if let Some(device) = &device {
-            metrics::tunnel(device, self.meter.spool.waiting_bytes());
-        }
+    /// Sends what waits; with the server's health when the tunnel was asked.
+    pub(super) fn report_usage(&mut self, device: Option<DeviceStatus>) {
         let Some(session) = self.session.as_ref().filter(|_| !self.reports.is_busy(Lane::Usage)) else { return };
         match self.meter.spool.next(Moment::now(), self.boot_id) {
             Ok(windows) => {
                 let spool_bytes = self.meter.spool.waiting_bytes();
-                let health = report::health(self.started.elapsed(), self.engine.restarts, spool_bytes, device);
-                let request = v1::ReportRequest { windows, health: Some(health), ..v1::ReportRequest::default() };
+                let uptime = self.started.elapsed();
+                let health = device.map(|device| report::health(uptime, self.engine.restarts, spool_bytes, device));
+                let request = v1::ReportRequest { windows, health, ..v1::ReportRequest::default() };
                 self.reports.send(Lane::Usage, session, request);
             }
             Err(error) => tracing::error!(error = crate::chain(&error), "the usage spool cannot be read"),
@@ -55,7 +59,7 @@ impl Agent {
     }
 
     /// The tunnel's own counts; a tunnel that stays silent is killed, and its end starts it anew.
-    async fn ask_tunnel(&mut self) -> Option<crate::uapi::DeviceStatus> {
+    async fn ask_tunnel(&mut self) -> Option<DeviceStatus> {
         if !self.engine.is_up() {
             return None;
         }
@@ -87,7 +91,7 @@ impl Agent {
             self.retry_at = Some(retry_instant());
             return;
         }
-        let applied = self.cursor().map(Cursor::to_wire);
+        let applied = self.resume_from().map(Cursor::to_wire);
         if let Some(session) = &self.session {
             self.reports.state_due = false;
             self.ticks_since_state = 0;
@@ -95,7 +99,7 @@ impl Agent {
         }
     }
 
-    pub(super) fn on_reported(&mut self, reported: Reported) {
+    pub(super) async fn on_reported(&mut self, reported: Reported) {
         let current = self.session.as_ref().is_some_and(|session| session.epoch == reported.session_epoch);
         let answer = match reported.answer {
             Ok(answer) => answer,
@@ -111,7 +115,10 @@ impl Agent {
         };
         metrics::reported("answered");
         if let Err(error) = self.meter.spool.acknowledge(&answer.acked, Moment::now().wall_ms) {
-            tracing::error!(error = crate::chain(&error), "acknowledgements cannot be kept; their windows are told again");
+            tracing::error!(
+                error = crate::chain(&error),
+                "acknowledgements cannot be kept; their windows are told again"
+            );
         }
         if current && answer.superseded {
             tracing::warn!("another session of this server's identity is newer: watching again");
@@ -119,12 +126,34 @@ impl Agent {
         } else if current && answer.snapshot_wanted {
             tracing::error!("the control plane finds other content at our revision: asking for a snapshot");
             if let Some(saved) = &mut self.saved {
-                saved.desired.forget_cursor();
+                saved.desired.want_snapshot();
             }
             self.reopen();
+        } else if current && reported.lane == Lane::State && self.resume_from().is_some() {
+            self.engine.confirm();
+            self.synchronise().await;
         } else if reported.lane == Lane::Usage && !answer.acked.is_empty() && self.meter.spool.has_unacknowledged() {
             // More is waiting: do not wait for the next tick.
-            self.ticks.reset_immediately();
+            self.report_usage(None);
         }
+    }
+
+    /// Gives the engine what it misses; after the control plane's confirmation also takes what it should not have.
+    async fn synchronise(&mut self) {
+        let Some(saved) = self.saved.as_ref().filter(|_| self.engine.is_up()) else { return };
+        if let Err(refusal) = self.engine.synchronise(&saved.desired).await {
+            tracing::error!(%refusal, "the engine could not be given the committed peers; trying again");
+        }
+    }
+
+    /// Repairs what somebody changed by hand on the host or in the engine.
+    pub(super) async fn on_inspection(&mut self) {
+        tunnel::bound_log(self.dir.path());
+        let Some(saved) = &self.saved else { return };
+        if let Err(error) = self.engine.repair_host(&saved.interface).await {
+            tracing::error!(error = format!("{error:#}"), "the host cannot be repaired; trying again");
+        }
+        self.engine.doubt();
+        self.synchronise().await;
     }
 }

@@ -10,12 +10,14 @@ use crate::interface::Interface;
 use crate::metrics;
 use crate::report::Session;
 use crate::store::Saved;
-use crate::watch::LinkEvent;
+use crate::watch::{LinkEvent, QUEUE};
 
 impl Agent {
-    /// Takes everything that has arrived, then makes it durable with one sync; the report follows in the main loop.
+    /// Takes what has arrived, then makes it durable with one sync; the report follows in the main loop. What arrives
+    /// while it works waits for the next call, so that ticks and reports have their turn.
     pub(super) async fn on_link(&mut self, first: LinkEvent) -> anyhow::Result<()> {
         let mut next = Some(first);
+        let mut left = QUEUE;
         while let Some(event) = next {
             match event {
                 LinkEvent::Opened(gateway) => {
@@ -31,7 +33,8 @@ impl Agent {
                 LinkEvent::State(event) if !self.reopening => self.on_state_event(event).await?,
                 LinkEvent::State(_) => {}
             }
-            next = self.events.try_recv().ok();
+            left -= 1;
+            next = if left > 0 { self.events.try_recv().ok() } else { None };
         }
         self.sync_store();
         Ok(())
@@ -45,7 +48,8 @@ impl Agent {
                 Err(refusal) => self.refuse(begin.target, &refusal),
             },
             Some(StateEvent::SnapshotChunk(chunk)) => {
-                let taken = self.snapshot.as_mut().map_or(Err(Refusal::Order("chunk")), |snapshot| snapshot.chunk(&chunk));
+                let taken =
+                    self.snapshot.as_mut().map_or(Err(Refusal::Order("chunk")), |snapshot| snapshot.chunk(&chunk));
                 if let Err(refusal) = taken {
                     let target = self.snapshot.take().map(|snapshot| snapshot.target().to_wire());
                     self.refuse(target, &refusal);
@@ -135,13 +139,18 @@ impl Agent {
             Err(refusal) => return self.refuse(target, &refusal),
         };
         let Some(saved) = self.saved.as_mut() else { return };
-        if let Err(refusal) = self.engine.apply(&self.dir, saved, &change).await {
-            return self.refuse(target, &refusal);
-        }
-        saved.desired.commit(&change);
+        let freed = saved.desired.freed(&change);
+        // Written ahead: whoever is killed from here on finds in the file every life that the engine may count.
+        let undo = saved.desired.commit(&change);
         if let Err(error) = self.store.append(&change, saved) {
             tracing::error!(%error, "the state file cannot be written: nothing is acknowledged until it can");
-            self.store.invalidate();
+        }
+        if let Err(refusal) = self.engine.apply(&self.dir, saved, &change, &freed).await {
+            saved.desired.roll_back(undo);
+            if let Err(error) = self.store.take_back(saved) {
+                tracing::error!(%error, "the state file holds a change that was refused, until it can be written");
+            }
+            return self.refuse(target, &refusal);
         }
         let (revision, peers) = (change.target.revision, saved.desired.peers().len());
         metrics::applied(revision, peers, began.elapsed());
@@ -171,7 +180,7 @@ impl Agent {
     pub(super) fn reopen(&mut self) {
         self.reopening = true;
         self.snapshot = None;
-        let cursor = self.cursor();
+        let cursor = self.resume_from();
         self.resume.send_modify(|resume| {
             resume.cursor = cursor;
             resume.reopen += 1;
@@ -180,6 +189,11 @@ impl Agent {
 
     pub(super) fn cursor(&self) -> Option<Cursor> {
         self.saved.as_ref().and_then(|saved| saved.desired.cursor())
+    }
+
+    /// None while a snapshot is wanted, whatever runs.
+    pub(super) fn resume_from(&self) -> Option<Cursor> {
+        self.saved.as_ref().and_then(|saved| saved.desired.resume_from())
     }
 
     /// False while the state on disk is behind: then it must not be acknowledged.

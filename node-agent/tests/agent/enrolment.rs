@@ -1,5 +1,6 @@
 //! `enroll`: one token, one identity, and what happens when something goes wrong.
 
+use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
@@ -8,6 +9,11 @@ use cvault_node_protocol::token::EnrolToken;
 
 use crate::agent;
 use crate::gateway::{Gateway, Serving};
+
+/// A directory that can be a state directory, whatever the umask.
+fn private_directory() -> tempfile::TempDir {
+    tempfile::Builder::new().permissions(Permissions::from_mode(0o700)).tempdir().unwrap()
+}
 
 async fn serving() -> Serving {
     let identity = Identity::generate().unwrap();
@@ -42,14 +48,14 @@ async fn a_server_enrols_once_and_its_keys_are_private() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_answer_is_asked_for_again_with_the_same_keys() {
     let serving = serving().await;
-    let root = tempfile::tempdir().unwrap();
+    let root = private_directory();
     let (address, token) = (serving.address.to_string(), serving.gateway.state().token.expose().to_string());
     serving.gateway.state().lose_answer = true;
     let lost = enrol(root.path(), &address, &token, &[]).await.unwrap_err();
     assert!(lost.contains("run this again"), "{lost}");
     assert!(!root.path().join("identity.json").exists());
     enrol(root.path(), &address, &token, &[]).await.unwrap();
-    let other = tempfile::tempdir().unwrap();
+    let other = private_directory();
     let used = enrol(other.path(), &address, &token, &[]).await.unwrap_err();
     assert!(used.contains("make a new one"), "{used}");
 }
@@ -57,7 +63,7 @@ async fn a_lost_answer_is_asked_for_again_with_the_same_keys() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_forced_enrolment_keeps_the_old_identity() {
     let serving = serving().await;
-    let root = tempfile::tempdir().unwrap();
+    let root = private_directory();
     let (address, token) = (serving.address.to_string(), serving.gateway.state().token.expose().to_string());
     enrol(root.path(), &address, &token, &[]).await.unwrap();
     let before = std::fs::read(root.path().join("identity.json")).unwrap();
@@ -68,9 +74,33 @@ async fn a_failed_forced_enrolment_keeps_the_old_identity() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_forced_enrolment_as_another_server_sets_the_old_state_aside() {
+    let serving = serving().await;
+    let root = private_directory();
+    let (address, token) = (serving.address.to_string(), serving.gateway.state().token.expose().to_string());
+    enrol(root.path(), &address, &token, &[]).await.unwrap();
+    let names = ["state.bin", "usage.spool", "closed.journal", "counters.bin"];
+    let left = |root: &Path| names.iter().filter(|name| root.join(name).exists()).count();
+    for name in names {
+        std::fs::write(root.path().join(name), b"old").unwrap();
+    }
+    serving.gateway.state().enrolled = None;
+    enrol(root.path(), &address, &token, &["--force"]).await.unwrap();
+    assert_eq!(left(root.path()), 4, "the same server keeps its state");
+    serving.gateway.state().enrolled = None;
+    serving.gateway.state().server_id = [0x5f; 16];
+    enrol(root.path(), &address, &token, &["--force"]).await.unwrap();
+    assert_eq!(left(root.path()), 0);
+    let aside = std::fs::read_dir(root.path())
+        .unwrap()
+        .filter(|file| file.as_ref().unwrap().file_name().to_string_lossy().contains(".replaced-"));
+    assert_eq!(aside.count(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_work_is_said_in_one_sentence() {
     let serving = serving().await;
-    let root = tempfile::tempdir().unwrap();
+    let root = private_directory();
     let (address, token) = (serving.address.to_string(), serving.gateway.state().token.expose().to_string());
     let impostor = Identity::generate().unwrap();
     let foreign = EnrolToken::new(uuid::Uuid::from_u128(7), [1; 32], impostor.pin()).expose().to_string();
@@ -92,7 +122,7 @@ async fn what_cannot_work_is_said_in_one_sentence() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_is_not_enrolled_does_not_run() {
-    let root = tempfile::tempdir().unwrap();
+    let root = private_directory();
     let mut command = agent();
     command.args(["run", "--metrics-listen", "off", "--state-dir"]).arg(root.path());
     let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();

@@ -26,6 +26,7 @@ pub(crate) struct Gateway {
 }
 
 pub(crate) struct State {
+    pub(crate) server_id: [u8; 16],
     pub(crate) listen_port: u32,
     pub(crate) incarnation: [u8; 16],
     pub(crate) revision: u64,
@@ -62,6 +63,7 @@ impl Gateway {
     pub(crate) fn new(pin: Pin) -> Self {
         let token = EnrolToken::new(uuid::Uuid::from_u128(7), [1; 32], pin);
         let state = State {
+            server_id: SERVER_ID,
             listen_port: 51820,
             incarnation: [1; 16],
             revision: 1,
@@ -102,7 +104,8 @@ impl Gateway {
                 }
             };
             let service = node_gateway_server::NodeGatewayServer::new(gateway);
-            let serve = tonic::transport::Server::builder().add_service(service).serve_with_incoming(ReceiverStream::new(rx));
+            let serve =
+                tonic::transport::Server::builder().add_service(service).serve_with_incoming(ReceiverStream::new(rx));
             tokio::select! {
                 () = accept => {}
                 served = serve => served.unwrap(),
@@ -214,7 +217,10 @@ impl node_gateway_server::NodeGateway for Gateway {
         if std::mem::take(&mut state.lose_answer) {
             return Err(Status::unavailable("the answer is lost"));
         }
-        Ok(Response::new(v1::EnrollResponse { server_id: SERVER_ID.to_vec().into(), server_name: "test-1".to_owned() }))
+        Ok(Response::new(v1::EnrollResponse {
+            server_id: state.server_id.to_vec().into(),
+            server_name: "test-1".to_owned(),
+        }))
     }
 
     type WatchStream = ReceiverStream<Result<v1::StateEvent, Status>>;
@@ -244,9 +250,14 @@ impl node_gateway_server::NodeGateway for Gateway {
                 }
             }
         }
+        let cursor = state.cursor();
+        let diverged = request
+            .applied
+            .as_ref()
+            .is_some_and(|applied| applied.revision == cursor.revision && applied.digest != cursor.digest);
         state.reports.push(request);
         let superseded = std::mem::take(&mut state.superseded);
-        let snapshot_wanted = std::mem::take(&mut state.snapshot_wanted);
+        let snapshot_wanted = std::mem::take(&mut state.snapshot_wanted) || diverged;
         Ok(Response::new(v1::ReportResponse { acked, superseded, snapshot_wanted }))
     }
 }
@@ -266,7 +277,11 @@ impl tonic::transport::server::Connected for Connection {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(mut self: StdPin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_read(
+        mut self: StdPin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
         StdPin::new(&mut self.stream).poll_read(cx, buf)
     }
 }

@@ -1,11 +1,18 @@
 //! The real agent against an in-process control plane with the real protocol and TLS.
 //!
-//! `enrolment` needs no privilege. `serving` runs itself again in private namespaces (all its processes end with it), with the real
-//! tunnel, netlink, nftables and a WireGuard client; without root it fails and says so.
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "everything here is test code: it panics and prints figures")]
+//! `enrolment` needs no privilege. The others run themselves again in private namespaces (all their processes end with
+//! them), with the real tunnel, netlink, nftables and a WireGuard client; without root they fail and say so.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "everything here is test code: it panics and prints figures"
+)]
 
 mod enrolment;
 mod gateway;
+mod isolation;
+mod namespaces;
+mod restarts;
 mod serving;
 
 use std::process::Command;

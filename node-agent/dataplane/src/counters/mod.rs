@@ -3,9 +3,11 @@
 //! One 4 KiB header, then for each slot one 64-byte identity line and one 64-byte counter line, all native-endian
 //! 64-bit words stored with relaxed atomics. There is one writer, and the words live in the page cache: they survive
 //! SIGKILL of either process, and reading needs no IPC. The file never shrinks; a new epoch gets a new file, so a reader
-//! never faults. Identity line: key (4 words), generation, `state | port << 32 | family << 48`, address (2 words).
+//! never faults; the old one is kept as one of [`previous_files`]. Identity line: key (4 words), generation,
+//! `occupied | changes << 8 | port << 32 | family << 48`, address (2 words).
 //! Counter line: the fields of [`Counts`] in order, one spare.
 
+mod previous;
 mod reader;
 mod table;
 mod words;
@@ -13,13 +15,12 @@ mod words;
 use std::io;
 use std::net::SocketAddr;
 
+pub use previous::{previous_file_name, previous_files};
 pub use reader::CounterReader;
 pub use table::CounterTable;
 
 /// File name inside the state directory.
 pub const FILE_NAME: &str = "counters.bin";
-/// Where the file of the epoch before is kept, so that its last values can still be reported.
-pub const PREVIOUS_FILE_NAME: &str = "counters.previous.bin";
 /// Peers of one interface: the slot has 16 bits, and one value means "none".
 pub const MAX_PEERS: u32 = 65_535;
 
@@ -61,24 +62,8 @@ impl Counts {
     }
 
     pub(crate) fn from_words(words: [u64; Self::WORDS]) -> Self {
-        let [
-            rx_inner,
-            tx_inner,
-            rx_wire,
-            tx_wire,
-            rx_packets,
-            tx_packets,
-            last_handshake_ms,
-        ] = words;
-        Self {
-            rx_inner,
-            tx_inner,
-            rx_wire,
-            tx_wire,
-            rx_packets,
-            tx_packets,
-            last_handshake_ms,
-        }
+        let [rx_inner, tx_inner, rx_wire, tx_wire, rx_packets, tx_packets, last_handshake_ms] = words;
+        Self { rx_inner, tx_inner, rx_wire, tx_wire, rx_packets, tx_packets, last_handshake_ms }
     }
 }
 

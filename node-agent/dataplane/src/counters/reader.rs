@@ -25,17 +25,9 @@ impl CounterReader {
     pub fn open(path: &Path) -> Result<Self, CounterFileError> {
         let file = File::open(path)?;
         let inode = file.metadata()?.ino();
-        let words = Words {
-            map: MmapOptions::new().map_raw_read_only(&file)?,
-            writable: false,
-        };
+        let words = Words { map: MmapOptions::new().map_raw_read_only(&file)?, writable: false };
         let header = read_header(&words).ok_or(CounterFileError::Damaged)?;
-        Ok(Self {
-            words,
-            path: path.to_owned(),
-            inode,
-            header,
-        })
+        Ok(Self { words, path: path.to_owned(), inode, header })
     }
 
     /// The life of these counters.
@@ -70,16 +62,6 @@ impl CounterReader {
     /// One slot, if it is occupied.
     #[must_use]
     pub fn peer(&self, slot: u16) -> Option<PeerCounters> {
-        if u32::from(slot) >= self.header.capacity {
-            return None;
-        }
-        // A slot may change hands while we read it: take a reading whose owner was the same before and after.
-        (0..8).find_map(|_| {
-            let before = self.words.peer(slot)?;
-            let after = self.words.peer(slot)?;
-            let same =
-                before.public_key == after.public_key && before.generation == after.generation;
-            same.then_some(after)
-        })
+        (u32::from(slot) < self.header.capacity).then(|| self.words.peer(slot)).flatten()
     }
 }

@@ -6,14 +6,13 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use memmap2::{MmapMut, MmapOptions};
 
-use super::words::{
-    COUNTS_WORD, OCCUPIED, STATE_WORD, Words, base, file_len, read_header, slots, write_header,
-};
-use super::{Counts, Epoch, FILE_NAME, Field, PREVIOUS_FILE_NAME, PeerCounters};
+use super::previous::make_room;
+use super::words::{COUNTS_WORD, OCCUPIED, VACANT, Words, base, file_len, read_header, slots, write_header};
+use super::{Counts, Epoch, FILE_NAME, Field, PeerCounters, previous_file_name};
 
 /// The writer's side, owned by the worker.
 pub struct CounterTable {
@@ -31,17 +30,9 @@ impl CounterTable {
     /// When there is no memory.
     pub fn anonymous(capacity: u32, epoch: Epoch) -> io::Result<Self> {
         let map = MmapMut::map_anon(file_len(capacity))?.into();
-        let words = Words {
-            map,
-            writable: true,
-        };
+        let words = Words { map, writable: true };
         write_header(&words, epoch, [0; 16], capacity);
-        Ok(Self {
-            words,
-            epoch,
-            capacity,
-            _file: None,
-        })
+        Ok(Self { words, epoch, capacity, _file: None })
     }
 
     /// Opens the file in `dir`, or begins a new one with `new_epoch` when it is missing, damaged, of another capacity
@@ -49,29 +40,16 @@ impl CounterTable {
     ///
     /// # Errors
     /// When the directory cannot be used or another process holds the file.
-    pub fn open(
-        dir: &Path,
-        capacity: u32,
-        boot_id: [u8; 16],
-        new_epoch: Epoch,
-    ) -> io::Result<Self> {
+    pub fn open(dir: &Path, capacity: u32, boot_id: [u8; 16], new_epoch: Epoch) -> io::Result<Self> {
         let path = dir.join(FILE_NAME);
         match lock(&path) {
             Ok(file) => {
-                let words = Words {
-                    map: MmapOptions::new().map_raw(&file)?,
-                    writable: true,
-                };
+                let words = Words { map: MmapOptions::new().map_raw(&file)?, writable: true };
                 if let Some(header) = read_header(&words) {
                     if header.boot_id == boot_id && header.capacity == capacity {
-                        return Ok(Self {
-                            words,
-                            epoch: header.epoch,
-                            capacity,
-                            _file: Some(file),
-                        });
+                        return Ok(Self { words, epoch: header.epoch, capacity, _file: Some(file) });
                     }
-                    std::fs::rename(&path, dir.join(PREVIOUS_FILE_NAME))?;
+                    keep(dir, &path, header.epoch)?;
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -82,27 +60,14 @@ impl CounterTable {
 
     fn create(dir: &Path, capacity: u32, boot_id: [u8; 16], epoch: Epoch) -> io::Result<Self> {
         let temporary = dir.join("counters.new");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&temporary)?;
+        let file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
         rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
-        file.set_len(file_len(capacity) as u64)?;
-        let words = Words {
-            map: MmapOptions::new().map_raw(&file)?,
-            writable: true,
-        };
+        allocate(&file, file_len(capacity) as u64)?;
+        let words = Words { map: MmapOptions::new().map_raw(&file)?, writable: true };
         write_header(&words, epoch, boot_id, capacity);
         std::fs::rename(&temporary, dir.join(FILE_NAME))?;
-        Ok(Self {
-            words,
-            epoch,
-            capacity,
-            _file: Some(file),
-        })
+        Ok(Self { words, epoch, capacity, _file: Some(file) })
     }
 
     /// The life of these counters.
@@ -140,16 +105,14 @@ impl CounterTable {
             self.words.set(base + word, u64::from_ne_bytes(bytes));
         }
         self.words.set(base + 4, generation);
-        self.words
-            .at(base + STATE_WORD)
-            .store(OCCUPIED, Ordering::Release);
+        self.words.set_state(slot, OCCUPIED, 0);
     }
 
     /// Gives the slot back. The final counters must be safe elsewhere.
     pub(crate) fn vacate(&self, slot: u16) {
-        self.words
-            .at(base(slot) + STATE_WORD)
-            .store(0, Ordering::Release);
+        self.words.set_state(slot, VACANT, 0);
+        // Before any counter of the next owner.
+        fence(Ordering::Release);
     }
 
     /// Remembers where the peer is.
@@ -170,24 +133,32 @@ impl CounterTable {
             let half = half.try_into().expect("chunks of eight");
             self.words.set(base + 6 + word, u64::from_ne_bytes(half));
         }
-        let state = OCCUPIED | u64::from(endpoint.port()) << 32 | family << 48;
-        self.words
-            .at(base + STATE_WORD)
-            .store(state, Ordering::Release);
+        let endpoint = u64::from(endpoint.port()) << 32 | family << 48;
+        self.words.set_state(slot, OCCUPIED, endpoint);
     }
 
     /// Adds to one counter.
     pub(crate) fn add(&self, slot: u16, field: Field, amount: u64) {
         let word = base(slot) + COUNTS_WORD + field as usize;
-        self.words
-            .set(word, self.words.get(word).wrapping_add(amount));
+        self.words.set(word, self.words.get(word).wrapping_add(amount));
     }
 
     pub(crate) fn set_last_handshake(&self, slot: u16, unix_ms: u64) {
-        self.words.set(
-            base(slot) + COUNTS_WORD + Field::LastHandshake as usize,
-            unix_ms,
-        );
+        self.words.set(base(slot) + COUNTS_WORD + Field::LastHandshake as usize, unix_ms);
+    }
+}
+
+/// Renames the file of an epoch that has ended, so that its last values can still be reported.
+fn keep(dir: &Path, path: &Path, epoch: Epoch) -> io::Result<()> {
+    make_room(dir)?;
+    std::fs::rename(path, dir.join(previous_file_name(epoch)))
+}
+
+/// Gives the file its length and its room on the disk: a page that cannot be written later ends the process (`SIGBUS`).
+fn allocate(file: &File, len: u64) -> io::Result<()> {
+    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, len) {
+        Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(len),
+        done => Ok(done?),
     }
 }
 
@@ -199,7 +170,9 @@ fn lock(path: &Path) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::CounterReader;
+    use std::os::unix::fs::MetadataExt;
+
+    use super::super::{CounterReader, previous_files};
     use super::*;
 
     const BOOT: [u8; 16] = [7; 16];
@@ -226,20 +199,10 @@ mod tests {
         assert_eq!(second.epoch(), [1; 16], "the epoch goes on");
         assert_eq!(second.occupied(), HashMap::from([((KEY, 42), 3)]));
         let peer = second.peer(3).unwrap();
-        assert_eq!(
-            (peer.endpoint, peer.counts.rx_inner, peer.counts.tx_packets),
-            (Some(endpoint), 1000, 2)
-        );
+        assert_eq!((peer.endpoint, peer.counts.rx_inner, peer.counts.tx_packets), (Some(endpoint), 1000, 2));
         second.add(3, Field::RxInner, 1);
         assert!(reader.is_current());
-        assert_eq!(
-            reader
-                .peers()
-                .map(|p| p.counts.rx_inner)
-                .collect::<Vec<_>>(),
-            [1001],
-            "no IPC, one memory"
-        );
+        assert_eq!(reader.peers().map(|p| p.counts.rx_inner).collect::<Vec<_>>(), [1001], "no IPC, one memory");
     }
 
     #[test]
@@ -275,16 +238,61 @@ mod tests {
         let second = CounterTable::open(dir.path(), 64, [8; 16], [2; 16]).unwrap();
         assert_eq!(second.epoch(), [2; 16]);
         assert!(!old_reader.is_current());
-        assert_eq!(
-            old_reader.peer(0).unwrap().counts.tx_inner,
-            77,
-            "the old mapping stays readable"
-        );
-        let previous = CounterReader::open(&dir.path().join(PREVIOUS_FILE_NAME)).unwrap();
-        assert_eq!(
-            (previous.epoch(), previous.peer(0).unwrap().counts.tx_inner),
-            ([1; 16], 77)
-        );
+        assert_eq!(old_reader.peer(0).unwrap().counts.tx_inner, 77, "the old mapping stays readable");
+        let [previous] = &previous_files(dir.path()).unwrap()[..] else { panic!("one file") };
+        let previous = CounterReader::open(previous).unwrap();
+        assert_eq!((previous.epoch(), previous.peer(0).unwrap().counts.tx_inner), ([1; 16], 77));
+    }
+
+    #[test]
+    fn a_second_reboot_keeps_the_unread_counters_of_the_first() {
+        let dir = tempfile::tempdir().unwrap();
+        for boot in 1..=3 {
+            let table = CounterTable::open(dir.path(), 64, [boot; 16], [boot; 16]).unwrap();
+            table.occupy(0, &KEY, 1);
+            table.add(0, Field::TxInner, u64::from(boot));
+        }
+        let kept: Vec<_> = previous_files(dir.path())
+            .unwrap()
+            .iter()
+            .map(|file| CounterReader::open(file).unwrap().peer(0).unwrap())
+            .map(|peer| peer.counts.tx_inner)
+            .collect();
+        assert_eq!(kept, [1, 2], "oldest first");
+    }
+
+    #[test]
+    fn a_reading_never_mixes_two_stays_in_a_slot() {
+        const OTHER: [u8; 32] = [4; 32];
+        let dir = tempfile::tempdir().unwrap();
+        let table = table(dir.path(), 1);
+        table.occupy(0, &KEY, 7);
+        // Another owner, and then the same one again.
+        for (next, amount) in [(OTHER, 5), (OTHER, 3)] {
+            let mut changes = 0;
+            let peer = table.words.peer_with(0, || {
+                // Between the identity and the counts, once.
+                if changes == 0 {
+                    table.vacate(0);
+                    table.occupy(0, &next, 7);
+                    table.add(0, Field::RxInner, amount);
+                }
+                changes += 1;
+                table.words.counts(0)
+            });
+            let peer = peer.unwrap();
+            assert_eq!((peer.public_key, peer.counts.rx_inner, changes), (next, amount, 2));
+        }
+    }
+
+    #[test]
+    fn a_new_file_has_all_its_room_on_the_disk() {
+        const BLOCK: u64 = 512;
+        let dir = tempfile::tempdir().unwrap();
+        let _table = table(dir.path(), 1);
+        let file = std::fs::metadata(dir.path().join(FILE_NAME)).unwrap();
+        assert_eq!(file.len(), file_len(64) as u64);
+        assert!(file.blocks() * BLOCK >= file.len(), "{} blocks", file.blocks());
     }
 
     #[test]

@@ -1,11 +1,8 @@
 //! The mapped words and their layout: the only unsafe code of the counter file.
-#![expect(
-    unsafe_code,
-    reason = "a memory-mapped file is shared with another process"
-)]
+#![expect(unsafe_code, reason = "a memory-mapped file is shared with another process")]
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use memmap2::MmapRaw;
 
@@ -19,6 +16,9 @@ const SLOT_WORDS: usize = 16;
 pub(super) const STATE_WORD: usize = 5;
 pub(super) const COUNTS_WORD: usize = 8;
 pub(super) const OCCUPIED: u64 = 1;
+pub(super) const VACANT: u64 = 0;
+const STATE_MASK: u64 = 0xff;
+const CHANGES_MASK: u64 = 0xffff_ff00;
 
 /// The mapped words, readable and (by the writer only) writable.
 pub(super) struct Words {
@@ -32,10 +32,7 @@ impl Words {
     }
 
     pub(super) fn at(&self, word: usize) -> &AtomicU64 {
-        assert!(
-            word < self.len(),
-            "slots are checked against the capacity, and that against the length"
-        );
+        assert!(word < self.len(), "slots are checked against the capacity, and that against the length");
         // SAFETY: the word lies inside the mapping (asserted above), which lives as long as `self` and is aligned to a
         // page. Both processes touch these bytes only as atomic words, and the file is never made shorter.
         unsafe { &*self.map.as_mut_ptr().cast::<AtomicU64>().add(word) }
@@ -54,26 +51,71 @@ impl Words {
         std::array::from_fn(|word| self.get(word))
     }
 
+    /// The slot's owner and counters. A slot may change hands while it is read: what is returned belongs to one owner,
+    /// who had the slot before and after the counters were read.
     pub(super) fn peer(&self, slot: u16) -> Option<PeerCounters> {
+        self.peer_with(slot, || self.counts(slot))
+    }
+
+    pub(super) fn peer_with(&self, slot: u16, mut counts: impl FnMut() -> Counts) -> Option<PeerCounters> {
+        const ATTEMPTS: usize = 8;
         let base = base(slot);
-        let state = self.at(base + STATE_WORD).load(Ordering::Acquire);
-        if state & 0xff != OCCUPIED {
-            return None;
+        for _ in 0..ATTEMPTS {
+            let before = self.owner(base)?;
+            let counts = counts();
+            // With the fence in `vacate`: whoever reads a later owner's counter also reads that the slot was left.
+            fence(Ordering::Acquire);
+            if self.owner(base).is_some_and(|after| after == before) {
+                return Some(before.with(slot, counts));
+            }
         }
-        let key: [u64; 4] = std::array::from_fn(|word| self.get(base + word));
+        None
+    }
+
+    pub(super) fn counts(&self, slot: u16) -> Counts {
+        Counts::from_words(std::array::from_fn(|word| self.get(base(slot) + COUNTS_WORD + word)))
+    }
+
+    fn owner(&self, base: usize) -> Option<Owner> {
+        let state = self.at(base + STATE_WORD).load(Ordering::Acquire);
+        (state & STATE_MASK == OCCUPIED).then(|| Owner {
+            state,
+            key: std::array::from_fn(|word| self.get(base + word)),
+            generation: self.get(base + 4),
+            address: [self.get(base + 6), self.get(base + 7)],
+        })
+    }
+
+    /// The next state of a slot, which says how often it changed: two stays of one life differ.
+    pub(super) fn set_state(&self, slot: u16, occupied: u64, endpoint: u64) {
+        let word = self.at(base(slot) + STATE_WORD);
+        let changes = word.load(Ordering::Relaxed).wrapping_add(1 << 8) & CHANGES_MASK;
+        word.store(occupied | changes | endpoint, Ordering::Release);
+    }
+}
+
+/// The identity line.
+#[derive(PartialEq, Eq)]
+struct Owner {
+    state: u64,
+    key: [u64; 4],
+    generation: u64,
+    address: [u64; 2],
+}
+
+impl Owner {
+    fn with(&self, slot: u16, counts: Counts) -> PeerCounters {
         let mut public_key = [0; 32];
-        for (bytes, word) in public_key.chunks_exact_mut(8).zip(key) {
+        for (bytes, word) in public_key.chunks_exact_mut(8).zip(self.key) {
             bytes.copy_from_slice(&word.to_ne_bytes());
         }
-        Some(PeerCounters {
+        PeerCounters {
             slot,
             public_key,
-            generation: self.get(base + 4),
-            endpoint: endpoint(state, [self.get(base + 6), self.get(base + 7)]),
-            counts: Counts::from_words(std::array::from_fn(|word| {
-                self.get(base + COUNTS_WORD + word)
-            })),
-        })
+            generation: self.generation,
+            endpoint: endpoint(self.state, self.address),
+            counts,
+        }
     }
 }
 
@@ -88,10 +130,7 @@ fn endpoint(state: u64, address: [u64; 2]) -> Option<SocketAddr> {
     bytes[..8].copy_from_slice(&address[0].to_ne_bytes());
     bytes[8..].copy_from_slice(&address[1].to_ne_bytes());
     match family {
-        4 => Some(SocketAddr::new(
-            Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into(),
-            port,
-        )),
+        4 => Some(SocketAddr::new(Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into(), port)),
         6 => Some(SocketAddr::new(Ipv6Addr::from(bytes).into(), port)),
         _ => None,
     }
@@ -100,21 +139,12 @@ fn endpoint(state: u64, address: [u64; 2]) -> Option<SocketAddr> {
 fn header_words(epoch: Epoch, boot_id: [u8; 16], capacity: u32) -> [u64; 7] {
     let pair = |bytes: [u8; 16]| {
         let both = u128::from_ne_bytes(bytes).to_ne_bytes();
-        let half = |at: usize| {
-            u64::from_ne_bytes(both[at..at + 8].try_into().expect("eight bytes of sixteen"))
-        };
+        let half = |at: usize| u64::from_ne_bytes(both[at..at + 8].try_into().expect("eight bytes of sixteen"));
         [half(0), half(8)]
     };
     let [e0, e1] = pair(epoch);
     let [b0, b1] = pair(boot_id);
-    let words = [
-        MAGIC,
-        u64::from(VERSION) | u64::from(capacity) << 32,
-        e0,
-        e1,
-        b0,
-        b1,
-    ];
+    let words = [MAGIC, u64::from(VERSION) | u64::from(capacity) << 32, e0, e1, b0, b1];
     let [w0, w1, w2, w3, w4, w5] = words;
     [w0, w1, w2, w3, w4, w5, header_crc(words)]
 }
@@ -156,18 +186,11 @@ pub(super) fn read_header(words: &Words) -> Option<Header> {
         bytes[8..].copy_from_slice(&high.to_ne_bytes());
         bytes
     };
-    Some(Header {
-        epoch: joined(header[2], header[3]),
-        boot_id: joined(header[4], header[5]),
-        capacity,
-    })
+    Some(Header { epoch: joined(header[2], header[3]), boot_id: joined(header[4], header[5]), capacity })
 }
 
 pub(super) fn write_header(words: &Words, epoch: Epoch, boot_id: [u8; 16], capacity: u32) {
-    for (word, value) in header_words(epoch, boot_id, capacity)
-        .into_iter()
-        .enumerate()
-    {
+    for (word, value) in header_words(epoch, boot_id, capacity).into_iter().enumerate() {
         words.set(word, value);
     }
 }

@@ -27,11 +27,7 @@ pub enum Settled {
 impl Engine {
     /// Sets or removes our key. Sessions made with another key end.
     pub fn set_private_key(&mut self, secret: &Secret) {
-        if self
-            .identity
-            .as_ref()
-            .is_some_and(|identity| identity.secret() == secret)
-        {
+        if self.identity.as_ref().is_some_and(|identity| identity.secret() == secret) {
             return;
         }
         self.identity = (!secret.is_zero()).then(|| Identity::new(secret));
@@ -40,10 +36,7 @@ impl Engine {
                 peer.live_at = None;
             }
             self.drop_tunnel(slot);
-            if self.peers[usize::from(slot)]
-                .as_ref()
-                .is_some_and(|peer| peer.persistent_keepalive > 0)
-            {
+            if self.peers[usize::from(slot)].as_ref().is_some_and(|peer| peer.persistent_keepalive > 0) {
                 self.make_live(slot);
             }
         }
@@ -74,13 +67,7 @@ impl Engine {
             if let Some(mut peer) = self.detach(slot) {
                 peer.allowed_ips.clear();
                 let id = (peer.public_key, peer.generation);
-                self.parked.insert(
-                    id,
-                    Parked {
-                        slot,
-                        peer: Some(peer),
-                    },
-                );
+                self.parked.insert(id, Parked { slot, peer: Some(peer) });
             }
         }
     }
@@ -96,22 +83,14 @@ impl Engine {
     ///
     /// # Errors
     /// Nothing was changed then.
-    pub fn apply_peer(
-        &mut self,
-        now: Now,
-        change: PeerChange,
-        out: &mut Out,
-    ) -> Result<(), Refused> {
-        let is_self = self
-            .identity
-            .as_ref()
-            .is_some_and(|identity| identity.public_key() == change.public_key);
+    pub fn apply_peer(&mut self, now: Now, change: PeerChange, out: &mut Out) -> Result<(), Refused> {
+        let is_self = self.identity.as_ref().is_some_and(|identity| identity.public_key() == change.public_key);
         let existing = self.by_key.get(&change.public_key).copied();
         if change.remove {
-            match existing {
-                Some(slot) => self.remove(slot),
-                None => self.remove_parked(&change),
+            if let Some(slot) = existing {
+                self.remove(slot);
             }
+            self.remove_parked(&change.public_key);
             return Ok(());
         }
         if is_self || (existing.is_none() && change.update_only) {
@@ -119,9 +98,7 @@ impl Engine {
         }
         self.check_tenant(existing, &change)?;
         let same_life = |slot: &u16| {
-            let generation = self.peers[usize::from(*slot)]
-                .as_ref()
-                .map(|peer| peer.generation);
+            let generation = self.peers[usize::from(*slot)].as_ref().map(|peer| peer.generation);
             change.generation.is_none() || change.generation == generation
         };
         let slot = match existing {
@@ -158,26 +135,15 @@ impl Engine {
             self.free.push(slot);
             self.closing.pop();
         }
-        Ok(if self.closing.is_empty() {
-            Settled::All
-        } else {
-            Settled::More
-        })
+        Ok(if self.closing.is_empty() { Settled::All } else { Settled::More })
     }
 
     fn check_tenant(&self, existing: Option<u16>, change: &PeerChange) -> Result<(), Refused> {
         let peer = existing.and_then(|slot| self.peers[usize::from(slot)].as_deref());
         let had_tenant = peer.is_some_and(|peer| peer.tenant.is_some());
-        let tenant = change.tenant.map_or(had_tenant, |tenant| tenant != [0; 16]);
-        let kept = peer
-            .filter(|_| !change.replace_allowed_ips)
-            .map_or(&[][..], |peer| &peer.allowed_ips);
-        if tenant
-            && !kept
-                .iter()
-                .chain(&change.allowed_ips)
-                .all(|net| is_host(*net))
-        {
+        let tenant = had_tenant || change.tenant.is_some();
+        let kept = peer.filter(|_| !change.replace_allowed_ips).map_or(&[][..], |peer| &peer.allowed_ips);
+        if tenant && !kept.iter().chain(&change.allowed_ips).all(|net| is_host(*net)) {
             return Err(Refused::TenantPrefix);
         }
         Ok(())
@@ -186,6 +152,10 @@ impl Engine {
     /// A slot for a new peer: its own from before, or a free one.
     fn insert(&mut self, now: Now, change: &PeerChange) -> Result<u16, Refused> {
         let id = (change.public_key, change.generation.unwrap_or(0));
+        if self.closing.iter().any(|closing| closing.life() == id) {
+            // Its line is still occupied; a second one of the same life would be taken for it after a restart.
+            return Err(Refused::Closing);
+        }
         let parked = self.parked.remove(&id);
         let (slot, peer) = match parked {
             Some(Parked { slot, peer }) => (slot, peer),
@@ -243,9 +213,7 @@ impl Engine {
         if let Some(slot) = self.free.pop() {
             return Some(slot);
         }
-        let slot = u16::try_from(self.unused)
-            .ok()
-            .filter(|_| self.unused < self.counters.capacity())?;
+        let slot = u16::try_from(self.unused).ok().filter(|_| self.unused < self.counters.capacity())?;
         self.unused += 1;
         Some(slot)
     }
@@ -264,8 +232,8 @@ impl Engine {
             peer.via = None;
             self.counters.set_endpoint(slot, endpoint);
         }
-        if let Some(tenant) = change.tenant {
-            peer.tenant = (tenant != [0; 16]).then_some(tenant);
+        if change.tenant.is_some() {
+            peer.tenant = change.tenant;
         }
         if change.replace_allowed_ips {
             for net in std::mem::take(&mut peer.allowed_ips) {
@@ -303,8 +271,7 @@ impl Engine {
 
     fn add_allowed_ip(&mut self, slot: u16, net: IpNet) {
         let former = self.routes.insert(net, slot);
-        if let Some(peer) = former.and_then(|former| self.peers[usize::from(former)].as_deref_mut())
-        {
+        if let Some(peer) = former.and_then(|former| self.peers[usize::from(former)].as_deref_mut()) {
             peer.allowed_ips.retain(|have| *have != net);
         }
         if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut()
@@ -334,25 +301,10 @@ impl Engine {
         }
     }
 
-    /// Closes the slot of a peer that an earlier process left behind.
-    fn remove_parked(&mut self, change: &PeerChange) {
-        let wanted = |id: &([u8; 32], u64)| {
-            id.0 == change.public_key
-                && change
-                    .generation
-                    .is_none_or(|generation| generation == id.1)
-        };
-        let ids: Vec<_> = self
-            .parked
-            .keys()
-            .filter(|id| wanted(id))
-            .copied()
-            .collect();
-        for parked in ids
-            .iter()
-            .filter_map(|id| self.parked.remove(id))
-            .collect::<Vec<_>>()
-        {
+    /// Closes what an earlier process left behind of this key.
+    fn remove_parked(&mut self, public_key: &[u8; 32]) {
+        let of_key = self.parked.extract_if(|id, _| id.0 == *public_key);
+        for (_, parked) in of_key.collect::<Vec<_>>() {
             self.close(parked.slot);
         }
     }

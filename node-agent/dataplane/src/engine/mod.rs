@@ -93,6 +93,12 @@ struct Closing {
     peer: ClosedPeer,
 }
 
+impl Closing {
+    fn life(&self) -> ([u8; 32], u64) {
+        (self.peer.public_key, self.peer.generation)
+    }
+}
+
 /// A peer taken away by `replace_peers`, or found in the counter file: added again, it goes on in its slot.
 struct Parked {
     slot: u16,
@@ -132,24 +138,14 @@ impl Engine {
     #[must_use]
     pub fn new(config: EngineConfig) -> Self {
         let EngineConfig { counters, seed } = config;
-        let parked: HashMap<_, _> = counters
-            .occupied()
-            .into_iter()
-            .map(|(id, slot)| (id, Parked { slot, peer: None }))
-            .collect();
-        let unused = parked
-            .values()
-            .map(|p| u32::from(p.slot) + 1)
-            .max()
-            .unwrap_or(0);
+        let parked: HashMap<_, _> =
+            counters.occupied().into_iter().map(|(id, slot)| (id, Parked { slot, peer: None })).collect();
+        let unused = parked.values().map(|p| u32::from(p.slot) + 1).max().unwrap_or(0);
         let mut taken = vec![false; unused as usize];
         for parked in parked.values() {
             taken[usize::from(parked.slot)] = true;
         }
-        let free = (0..unused)
-            .filter_map(|s| u16::try_from(s).ok())
-            .filter(|s| !taken[usize::from(*s)])
-            .collect();
+        let free = (0..unused).filter_map(|s| u16::try_from(s).ok()).filter(|s| !taken[usize::from(*s)]).collect();
         let capacity = counters.capacity() as usize;
         Self {
             identity: None,
@@ -200,11 +196,7 @@ impl Engine {
 
     /// The local address a peer used is gone: let the kernel choose.
     pub fn forget_local_address(&mut self, slot: u16) {
-        if let Some(peer) = self
-            .peers
-            .get_mut(usize::from(slot))
-            .and_then(Option::as_mut)
-        {
+        if let Some(peer) = self.peers.get_mut(usize::from(slot)).and_then(Option::as_mut) {
             peer.via = None;
         }
     }
@@ -216,10 +208,7 @@ impl Engine {
     }
 
     fn index_of(&self, slot: u16) -> u32 {
-        self.scramble.index(Place {
-            slot,
-            generation: self.lives[usize::from(slot)],
-        })
+        self.scramble.index(Place { slot, generation: self.lives[usize::from(slot)] })
     }
 
     /// The slot an index on the wire belongs to.
@@ -231,9 +220,7 @@ impl Engine {
     }
 
     fn make_live(&mut self, slot: u16) {
-        let peer = self.peers[usize::from(slot)]
-            .as_mut()
-            .expect("the callers hold an occupied slot");
+        let peer = self.peers[usize::from(slot)].as_mut().expect("the callers hold an occupied slot");
         if peer.live_at.is_none() {
             peer.live_at = Some(self.live.len());
             self.live.push(slot);
@@ -241,10 +228,7 @@ impl Engine {
     }
 
     fn make_cold(&mut self, slot: u16) {
-        let Some(at) = self.peers[usize::from(slot)]
-            .as_mut()
-            .and_then(|peer| peer.live_at.take())
-        else {
+        let Some(at) = self.peers[usize::from(slot)].as_mut().and_then(|peer| peer.live_at.take()) else {
             return;
         };
         self.live.swap_remove(at);
@@ -257,11 +241,7 @@ impl Engine {
 
     /// Makes sure that a tunnel's timers are current before it is used.
     fn freshen(&mut self, now: Now, slot: u16, out: &mut Out) {
-        let stale = |peer: &Peer| {
-            peer.tunnel
-                .as_ref()
-                .is_some_and(|tunnel| !tunnel.is_fresh(now.mono_ms))
-        };
+        let stale = |peer: &Peer| peer.tunnel.as_ref().is_some_and(|tunnel| !tunnel.is_fresh(now.mono_ms));
         if self.peers[usize::from(slot)].as_deref().is_some_and(stale) {
             self.update_timers(now, slot, out);
         }
@@ -317,13 +297,7 @@ impl Engine {
         let tunnel = peer.tunnel.get_or_insert_with(|| {
             peer.last_attempt_ms = now.mono_ms;
             let psk = peer.preshared_key.as_ref();
-            Box::new(Tunnel::new(
-                identity,
-                &peer.public_key,
-                psk,
-                index,
-                now.mono_ms,
-            ))
+            Box::new(Tunnel::new(identity, &peer.public_key, psk, index, now.mono_ms))
         });
         if let Some(len) = tunnel.initiate(room) {
             peer.last_attempt_ms = now.mono_ms;
@@ -337,13 +311,6 @@ impl Engine {
 fn push(peer: &Peer, slot: u16, len: usize, inner: usize, out: &mut Out) {
     if let Some(to) = peer.endpoint {
         let start = out.net_start();
-        out.push_net(Datagram {
-            start,
-            len,
-            to,
-            via: peer.via,
-            slot,
-            inner,
-        });
+        out.push_net(Datagram { start, len, to, via: peer.via, slot, inner });
     }
 }

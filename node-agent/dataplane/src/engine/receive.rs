@@ -39,10 +39,7 @@ fn message(datagram: &[u8]) -> Option<Message> {
         (3, 64) => Some(Message::Cookie { index: word(4)? }),
         (4, len) if len >= OVERHEAD => {
             let counter = u64::from(word(8)?) | u64::from(word(12)?) << 32;
-            Some(Message::Data {
-                index: word(4)?,
-                counter,
-            })
+            Some(Message::Data { index: word(4)?, counter })
         }
         _ => None,
     }
@@ -53,13 +50,9 @@ impl Engine {
     pub fn on_udp(&mut self, now: Now, datagram: &[u8], origin: Origin, out: &mut Out) {
         let result = match message(datagram) {
             Some(Message::Initiation) => self.on_initiation(now, datagram, origin, out),
-            Some(Message::Response { index }) => {
-                self.on_response(now, datagram, index, origin, out)
-            }
+            Some(Message::Response { index }) => self.on_response(now, datagram, index, origin, out),
             Some(Message::Cookie { index }) => self.on_cookie(now, datagram, index, origin, out),
-            Some(Message::Data { index, counter }) => {
-                self.on_data(now, datagram, index, counter, origin, out)
-            }
+            Some(Message::Data { index, counter }) => self.on_data(now, datagram, index, counter, origin, out),
             None => Err(Drop::Garbage),
         };
         if let Err(reason) = result {
@@ -68,45 +61,26 @@ impl Engine {
     }
 
     /// Bucket of the source, MAC1 or cookie, whose key, then the peer's own verification.
-    fn on_initiation(
-        &mut self,
-        now: Now,
-        datagram: &[u8],
-        origin: Origin,
-        out: &mut Out,
-    ) -> Result<(), Drop> {
+    fn on_initiation(&mut self, now: Now, datagram: &[u8], origin: Origin, out: &mut Out) -> Result<(), Drop> {
         self.admit(datagram, origin, out)?;
         let identity = self.identity.as_ref().ok_or(Drop::UnknownPeer)?;
-        let key = identity
-            .claimed_initiator(datagram)
-            .ok_or(Drop::Handshake)?;
+        let key = identity.claimed_initiator(datagram).ok_or(Drop::Handshake)?;
         let slot = *self.by_key.get(&key).ok_or(Drop::UnknownPeer)?;
         self.freshen(now, slot, out);
 
         let index = self.index_of(slot);
         let identity = self.identity.as_ref().ok_or(Drop::UnknownPeer)?;
-        let peer = self.peers[usize::from(slot)]
-            .as_deref_mut()
-            .ok_or(Drop::UnknownPeer)?;
+        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownPeer)?;
         if peer.last_ephemeral == datagram[8..40] {
             return Err(Drop::Replay);
         }
-        if peer
-            .last_init_ms
-            .is_some_and(|last| now.mono_ms.saturating_sub(last) < INITIATION_GAP_MS)
-        {
+        if peer.last_init_ms.is_some_and(|last| now.mono_ms.saturating_sub(last) < INITIATION_GAP_MS) {
             return Err(Drop::Handshake);
         }
         let room = out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
         let mut tunnel = peer.tunnel.take().unwrap_or_else(|| {
             let psk = peer.preshared_key.as_ref();
-            Box::new(Tunnel::new(
-                identity,
-                &peer.public_key,
-                psk,
-                index,
-                now.mono_ms,
-            ))
+            Box::new(Tunnel::new(identity, &peer.public_key, psk, index, now.mono_ms))
         });
         let was_live = peer.live_at.is_some();
         let received = tunnel.receive(origin.from.ip(), datagram, room);
@@ -115,11 +89,7 @@ impl Engine {
             if was_live {
                 peer.tunnel = Some(tunnel);
             }
-            return Err(if let Received::Refused(reason) = received {
-                reason
-            } else {
-                Drop::Handshake
-            });
+            return Err(if let Received::Refused(reason) = received { reason } else { Drop::Handshake });
         };
         tunnel.answered(&room[..len]);
         peer.tunnel = Some(tunnel);
@@ -128,16 +98,8 @@ impl Engine {
         peer.last_ephemeral.copy_from_slice(&datagram[8..40]);
         // The answer goes where the question came from; the endpoint follows when the peer proves itself (trap 15).
         let start = out.net_start();
-        out.push_net(Datagram {
-            start,
-            len,
-            to: origin.from,
-            via: origin.to,
-            slot,
-            inner: 0,
-        });
-        self.counters
-            .add(slot, Field::RxWire, datagram.len() as u64);
+        out.push_net(Datagram { start, len, to: origin.from, via: origin.to, slot, inner: 0 });
+        self.counters.add(slot, Field::RxWire, datagram.len() as u64);
         self.handshakes += 1;
         self.make_live(slot);
         Ok(())
@@ -154,9 +116,7 @@ impl Engine {
         let slot = self.slot_of(index).ok_or(Drop::UnknownIndex)?;
         self.admit(datagram, origin, out)?;
         self.freshen(now, slot, out);
-        let peer = self.peers[usize::from(slot)]
-            .as_deref_mut()
-            .ok_or(Drop::UnknownIndex)?;
+        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
         let tunnel = peer.tunnel.as_mut().ok_or(Drop::NoSession)?;
         let room = out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
         match tunnel.receive(origin.from.ip(), datagram, room) {
@@ -164,9 +124,7 @@ impl Engine {
                 tunnel.established();
                 self.handshakes += 1;
                 self.authenticated(now, slot, origin, datagram.len());
-                let peer = self.peers[usize::from(slot)]
-                    .as_deref_mut()
-                    .ok_or(Drop::UnknownIndex)?;
+                let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
                 push(peer, slot, len, 0, out);
                 self.counters.set_last_handshake(slot, now.unix_ms);
                 self.flush_queue(now, slot, out);
@@ -178,19 +136,10 @@ impl Engine {
     }
 
     /// A cookie proves nothing about the peer: no roaming, no counters (trap 13).
-    fn on_cookie(
-        &mut self,
-        now: Now,
-        datagram: &[u8],
-        index: u32,
-        origin: Origin,
-        out: &mut Out,
-    ) -> Result<(), Drop> {
+    fn on_cookie(&mut self, now: Now, datagram: &[u8], index: u32, origin: Origin, out: &mut Out) -> Result<(), Drop> {
         let slot = self.slot_of(index).ok_or(Drop::UnknownIndex)?;
         self.freshen(now, slot, out);
-        let peer = self.peers[usize::from(slot)]
-            .as_deref_mut()
-            .ok_or(Drop::UnknownIndex)?;
+        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
         let tunnel = peer.tunnel.as_mut().ok_or(Drop::NoSession)?;
         let room = out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
         match tunnel.receive(origin.from.ip(), datagram, room) {
@@ -214,13 +163,9 @@ impl Engine {
             return Err(Drop::Replay);
         }
         self.freshen(now, slot, out);
-        let peer = self.peers[usize::from(slot)]
-            .as_deref_mut()
-            .ok_or(Drop::UnknownIndex)?;
+        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
         let tunnel = peer.tunnel.as_mut().ok_or(Drop::NoSession)?;
-        let room = out
-            .tun_room(datagram.len().max(MIN_ROOM))
-            .ok_or(Drop::TunWrite)?;
+        let room = out.tun_room(datagram.len().max(MIN_ROOM)).ok_or(Drop::TunWrite)?;
         let packet_len = match tunnel.receive(origin.from.ip(), datagram, room) {
             Received::Nothing => 0,
             Received::Packet(len) => len,
@@ -261,23 +206,15 @@ impl Engine {
 
     /// Exact source; and, for a tenant's peer, nothing inside the overlay.
     fn allow(&self, slot: u16, addresses: Addresses) -> Result<(), Drop> {
-        let peer = self.peers[usize::from(slot)]
-            .as_deref()
-            .ok_or(Drop::Spoofed)?;
+        let peer = self.peers[usize::from(slot)].as_deref().ok_or(Drop::Spoofed)?;
         if peer.tenant.is_none() {
             let owner = self.routes.find(addresses.source);
-            return if owner == Some(slot) {
-                Ok(())
-            } else {
-                Err(Drop::Spoofed)
-            };
+            return if owner == Some(slot) { Ok(()) } else { Err(Drop::Spoofed) };
         }
         if !peer.owns(addresses.source) {
             return Err(Drop::Spoofed);
         }
-        if self.in_overlay(addresses.destination)
-            || self.routes.host(addresses.destination).is_some()
-        {
+        if self.in_overlay(addresses.destination) || self.routes.host(addresses.destination).is_some() {
             return Err(Drop::Isolation);
         }
         Ok(())
@@ -299,14 +236,7 @@ impl Engine {
             Admission::Pass => Ok(()),
             Admission::Cookie(len) => {
                 let start = out.net_start();
-                out.push_net(Datagram {
-                    start,
-                    len,
-                    to: origin.from,
-                    via: origin.to,
-                    slot: NO_SLOT,
-                    inner: 0,
-                });
+                out.push_net(Datagram { start, len, to: origin.from, via: origin.to, slot: NO_SLOT, inner: 0 });
                 Err(Drop::UnderLoad)
             }
             Admission::Refused(reason) => Err(reason),
@@ -317,8 +247,6 @@ impl Engine {
 impl Peer {
     /// Whether this is one of the peer's single addresses.
     pub(super) fn owns(&self, addr: IpAddr) -> bool {
-        self.allowed_ips
-            .iter()
-            .any(|net| net.addr() == addr && net.prefix_len() == net.max_prefix_len())
+        self.allowed_ips.iter().any(|net| net.addr() == addr && net.prefix_len() == net.max_prefix_len())
     }
 }

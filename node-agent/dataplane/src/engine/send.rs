@@ -16,13 +16,8 @@ impl Engine {
 
     fn route(&mut self, now: Now, packet: &[u8], out: &mut Out) -> Result<(), Drop> {
         let addresses = packet::addresses(packet).ok_or(Drop::TxMalformed)?;
-        let slot = self
-            .routes
-            .find(addresses.destination)
-            .ok_or(Drop::TxNoRoute)?;
-        let peer = self.peers[usize::from(slot)]
-            .as_deref()
-            .ok_or(Drop::TxNoRoute)?;
+        let slot = self.routes.find(addresses.destination).ok_or(Drop::TxNoRoute)?;
+        let peer = self.peers[usize::from(slot)].as_deref().ok_or(Drop::TxNoRoute)?;
         // Peer to peer is refused where it comes in; should the host forward such a packet all the same, it ends here.
         if peer.tenant.is_some() && self.routes.host(addresses.source).is_some() {
             return Err(Drop::TxIsolation);
@@ -36,18 +31,14 @@ impl Engine {
 
     /// Encrypts if there is a session; says whether it did.
     fn encrypt(&mut self, now: Now, slot: u16, packet: &[u8], out: &mut Out) -> Result<bool, Drop> {
-        let peer = self.peers[usize::from(slot)]
-            .as_deref_mut()
-            .ok_or(Drop::TxNoRoute)?;
+        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::TxNoRoute)?;
         let Some(tunnel) = peer.tunnel.as_mut().filter(|tunnel| tunnel.has_session()) else {
             return Ok(false);
         };
         if peer.endpoint.is_none() {
             return Err(Drop::TxNoEndpoint);
         }
-        let room = out
-            .net_room(MIN_ROOM.max(packet.len() + OVERHEAD))
-            .ok_or(Drop::TxNoRoom)?;
+        let room = out.net_room(MIN_ROOM.max(packet.len() + OVERHEAD)).ok_or(Drop::TxNoRoom)?;
         let len = tunnel.encrypt(packet, room).ok_or(Drop::TxNoSession)?;
         let rekey = tunnel.take_wants_rekey();
         peer.last_traffic_ms = Some(now.mono_ms);
@@ -60,9 +51,7 @@ impl Engine {
 
     /// Keeps a few packets while a handshake runs, and begins one.
     fn hold(&mut self, now: Now, slot: u16, packet: &[u8], out: &mut Out) -> Result<(), Drop> {
-        let peer = self.peers[usize::from(slot)]
-            .as_deref_mut()
-            .ok_or(Drop::TxNoRoute)?;
+        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::TxNoRoute)?;
         if peer.endpoint.is_none() {
             return Err(Drop::TxNoEndpoint);
         }

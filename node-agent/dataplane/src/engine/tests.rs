@@ -11,10 +11,7 @@ use crate::tunnel::REJECT_AFTER_MESSAGES;
 const SERVER: &str = "192.0.2.1:51820";
 const CLIENT: &str = "198.51.100.7:40000";
 const ELSEWHERE: &str = "203.0.113.9:50000";
-const START: Now = Now {
-    mono_ms: 1_000,
-    unix_ms: 1_800_000_000_000,
-};
+const START: Now = Now { mono_ms: 1_000, unix_ms: 1_800_000_000_000 };
 const TENANT: [u8; 16] = [1; 16];
 
 struct Host {
@@ -33,35 +30,20 @@ impl Host {
     }
 
     fn with(counters: CounterTable, key: u8, addr: &str) -> Self {
-        let mut engine = Engine::new(EngineConfig {
-            counters,
-            seed: u64::from(key) * 0x1234_5678_9abc,
-        });
+        let mut engine = Engine::new(EngineConfig { counters, seed: u64::from(key) * 0x1234_5678_9abc });
         engine.set_private_key(&secret(key));
-        Self {
-            engine,
-            out: Out::default(),
-            addr: addr.parse().unwrap(),
-            now: START,
-        }
+        Self { engine, out: Out::default(), addr: addr.parse().unwrap(), now: START }
     }
 
     fn peer(&mut self, key: u8, change: impl FnOnce(&mut PeerChange)) -> Result<(), Refused> {
-        let mut peer = PeerChange {
-            public_key: public(key),
-            ..PeerChange::default()
-        };
+        let mut peer = PeerChange { public_key: public(key), ..PeerChange::default() };
         change(&mut peer);
         self.engine.apply_peer(self.now, peer, &mut self.out)
     }
 
     fn udp(&mut self, datagram: &[u8], from: &str) {
-        let origin = Origin {
-            from: from.parse().unwrap(),
-            to: None,
-        };
-        self.engine
-            .on_udp(self.now, datagram, origin, &mut self.out);
+        let origin = Origin { from: from.parse().unwrap(), to: None };
+        self.engine.on_udp(self.now, datagram, origin, &mut self.out);
     }
 
     fn tun(&mut self, packet: &[u8]) {
@@ -88,18 +70,9 @@ impl Host {
 
     /// Takes all packets as if the TUN had taken them.
     fn delivered(&mut self) -> Packets {
-        let packets: Packets = self
-            .out
-            .tun()
-            .iter()
-            .map(|p| p.buf[crate::out::TUN_HEADROOM..].to_vec())
-            .collect();
+        let packets: Packets = self.out.tun().iter().map(|p| p.buf[crate::out::TUN_HEADROOM..].to_vec()).collect();
         for packet in self.out.tun() {
-            self.engine.delivered(
-                packet.slot,
-                1,
-                (packet.buf.len() - crate::out::TUN_HEADROOM) as u64,
-            );
+            self.engine.delivered(packet.slot, 1, (packet.buf.len() - crate::out::TUN_HEADROOM) as u64);
         }
         self.out.clear_tun();
         packets
@@ -110,12 +83,7 @@ impl Host {
     }
 
     fn view(&self, key: u8) -> PeerView {
-        self.engine
-            .peers(0, 100)
-            .0
-            .into_iter()
-            .find(|p| p.public_key == public(key))
-            .unwrap()
+        self.engine.peers(0, 100).0.into_iter().find(|p| p.public_key == public(key)).unwrap()
     }
 }
 
@@ -139,8 +107,7 @@ fn public(key: u8) -> [u8; 32] {
 }
 
 fn packet(source: &str, destination: &str, len: usize) -> Vec<u8> {
-    let (source, destination): (IpAddr, IpAddr) =
-        (source.parse().unwrap(), destination.parse().unwrap());
+    let (source, destination): (IpAddr, IpAddr) = (source.parse().unwrap(), destination.parse().unwrap());
     let mut packet = vec![0_u8; len];
     match (source, destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
@@ -180,20 +147,11 @@ fn settle(server: &mut Host, client: &mut Host) {
 /// A server with a tenant's peer 2 at 10.8.0.2, and that peer as client with everything routed to the server.
 fn pair() -> (Host, Host) {
     let mut server = Host::new(1, SERVER);
-    server.engine.set_overlay(
-        true,
-        &[
-            "10.8.0.0/16".parse().unwrap(),
-            "fd00:cafe::/64".parse().unwrap(),
-        ],
-    );
+    server.engine.set_overlay(true, &["10.8.0.0/16".parse().unwrap(), "fd00:cafe::/64".parse().unwrap()]);
     server
         .peer(2, |p| {
             p.tenant = Some(TENANT);
-            p.allowed_ips = vec![
-                "10.8.0.2/32".parse().unwrap(),
-                "fd00:cafe::2/128".parse().unwrap(),
-            ];
+            p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap(), "fd00:cafe::2/128".parse().unwrap()];
         })
         .unwrap();
     let mut client = Host::new(2, CLIENT);
@@ -210,11 +168,7 @@ fn connected() -> (Host, Host) {
     let (mut server, mut client) = pair();
     client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
     settle(&mut server, &mut client);
-    assert_eq!(
-        server.delivered().len(),
-        1,
-        "the packet that began the handshake is not lost"
-    );
+    assert_eq!(server.delivered().len(), 1, "the packet that began the handshake is not lost");
     (server, client)
 }
 
@@ -232,11 +186,7 @@ fn data_flows_both_ways_and_is_counted_to_the_byte() {
     let counts = server.view(2).counts;
     assert_eq!((counts.rx_inner, counts.rx_packets), (1380, 2));
     assert_eq!((counts.tx_inner, counts.tx_packets), (1420, 1));
-    assert_eq!(
-        counts.rx_wire,
-        148 + 32 + 132 + 1312,
-        "initiation, keepalive, two packets"
-    );
+    assert_eq!(counts.rx_wire, 148 + 32 + 132 + 1312, "initiation, keepalive, two packets");
     assert_eq!(counts.tx_wire, 92 + 1452);
     assert_eq!(counts.last_handshake_ms, START.unix_ms);
     assert_eq!(server.view(2).endpoint, Some(CLIENT.parse().unwrap()));
@@ -271,10 +221,7 @@ fn tenants_reach_neither_each_other_nor_their_own_nor_the_gateway() {
     server
         .peer(3, |p| {
             p.tenant = Some([9; 16]);
-            p.allowed_ips = vec![
-                "10.8.0.3/32".parse().unwrap(),
-                "172.20.0.3/32".parse().unwrap(),
-            ];
+            p.allowed_ips = vec!["10.8.0.3/32".parse().unwrap(), "172.20.0.3/32".parse().unwrap()];
         })
         .unwrap();
     for destination in ["10.8.0.3", "10.8.0.1", "10.8.255.255", "172.20.0.3"] {
@@ -285,11 +232,7 @@ fn tenants_reach_neither_each_other_nor_their_own_nor_the_gateway() {
     assert_eq!(server.delivered(), Packets::new());
     assert_eq!(server.drops(Drop::Isolation), 5);
     server.tun(&packet("10.8.0.3", "10.8.0.2", 100));
-    assert_eq!(
-        server.drops(Drop::TxIsolation),
-        1,
-        "should the host forward it all the same"
-    );
+    assert_eq!(server.drops(Drop::TxIsolation), 1, "should the host forward it all the same");
 }
 
 #[test]
@@ -299,10 +242,7 @@ fn a_tenants_peer_may_only_have_single_addresses() {
     assert_eq!(server.peer(2, wide), Err(Refused::TenantPrefix));
     assert_eq!(server.view(2).allowed_ips.len(), 2, "nothing was changed");
     server.peer(4, wide).unwrap();
-    assert_eq!(
-        server.peer(4, |p| p.tenant = Some(TENANT)),
-        Err(Refused::TenantPrefix)
-    );
+    assert_eq!(server.peer(4, |p| p.tenant = Some(TENANT)), Err(Refused::TenantPrefix));
 }
 
 #[test]
@@ -328,11 +268,7 @@ fn replays_are_dropped_and_move_no_endpoint() {
     let (_, initiation) = client.sent().remove(0);
     server.udp(&initiation, CLIENT);
     let (_, response) = server.sent().remove(0);
-    assert_eq!(
-        server.view(2).endpoint,
-        None,
-        "an initiation alone proves nothing"
-    );
+    assert_eq!(server.view(2).endpoint, None, "an initiation alone proves nothing");
     server.now.mono_ms += 100;
     server.udp(&initiation, ELSEWHERE);
     assert_eq!((server.drops(Drop::Replay), server.sent().len()), (1, 0));
@@ -342,10 +278,7 @@ fn replays_are_dropped_and_move_no_endpoint() {
     for (_, datagram) in datagrams.iter().chain(&datagrams) {
         server.udp(datagram, CLIENT);
     }
-    assert_eq!(
-        (server.delivered().len(), server.drops(Drop::Replay)),
-        (1, 3)
-    );
+    assert_eq!((server.delivered().len(), server.drops(Drop::Replay)), (1, 3));
 }
 
 #[test]
@@ -394,23 +327,12 @@ fn a_flood_of_initiations_is_answered_with_cookies_and_does_not_touch_sessions()
     stranger.tun(&packet("10.8.0.2", "192.0.2.99", 100));
     let initiation = stranger.sent().remove(0).1;
     for source in 0..3000_u32 {
-        server.udp(
-            &initiation,
-            &format!("{}:9", Ipv4Addr::from(0xcb00_0000 | source)),
-        );
+        server.udp(&initiation, &format!("{}:9", Ipv4Addr::from(0xcb00_0000 | source)));
     }
-    assert_eq!(
-        server.drops(Drop::UnknownPeer) + server.drops(Drop::UnderLoad),
-        3000
-    );
+    assert_eq!(server.drops(Drop::UnknownPeer) + server.drops(Drop::UnderLoad), 3000);
     let cookies = server.sent();
     assert_eq!(cookies.len() as u64, server.drops(Drop::UnderLoad));
-    assert!(
-        cookies.len() > 900
-            && cookies
-                .iter()
-                .all(|(_, cookie)| cookie.len() == 64 && cookie[0] == 3)
-    );
+    assert!(cookies.len() > 900 && cookies.iter().all(|(_, cookie)| cookie.len() == 64 && cookie[0] == 3));
     client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
     settle(&mut server, &mut client);
     assert_eq!(server.delivered().len(), 1);
@@ -419,15 +341,11 @@ fn a_flood_of_initiations_is_answered_with_cookies_and_does_not_touch_sessions()
 #[test]
 fn a_wrong_preshared_key_gives_no_session_and_the_right_one_does() {
     let (mut server, mut client) = pair();
-    server
-        .peer(2, |p| p.preshared_key = Some(secret(50)))
-        .unwrap();
+    server.peer(2, |p| p.preshared_key = Some(secret(50))).unwrap();
     client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
     settle(&mut server, &mut client);
     assert_eq!(server.delivered(), Packets::new());
-    client
-        .peer(1, |p| p.preshared_key = Some(secret(50)))
-        .unwrap();
+    client.peer(1, |p| p.preshared_key = Some(secret(50))).unwrap();
     server.now.mono_ms += 100;
     client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
     settle(&mut server, &mut client);
@@ -450,16 +368,10 @@ fn packets_wait_for_the_handshake_in_a_bounded_queue() {
 #[test]
 fn a_persistent_keepalive_makes_and_keeps_the_session() {
     let (mut server, mut client) = pair();
-    client
-        .peer(1, |p| p.persistent_keepalive = Some(25))
-        .unwrap();
+    client.peer(1, |p| p.persistent_keepalive = Some(25)).unwrap();
     client.tick(100);
     settle(&mut server, &mut client);
-    assert_eq!(
-        server.view(2).endpoint,
-        Some(CLIENT.parse().unwrap()),
-        "without any packet"
-    );
+    assert_eq!(server.view(2).endpoint, Some(CLIENT.parse().unwrap()), "without any packet");
     let before = server.view(2).counts.rx_wire;
     for _ in 0..24 {
         client.tick(1000);
@@ -481,10 +393,7 @@ fn another_private_key_ends_the_sessions() {
     assert_eq!(server.engine.device().live_peers, 0);
     client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
     settle(&mut server, &mut client);
-    assert_eq!(
-        (server.delivered().len(), server.drops(Drop::NoSession)),
-        (0, 1)
-    );
+    assert_eq!((server.delivered().len(), server.drops(Drop::NoSession)), (0, 1));
 }
 
 #[test]
@@ -493,22 +402,11 @@ fn removal_journals_the_final_counters_before_the_slot_is_used_again() {
     let slot = server.engine.by_key[&public(2)];
     server.peer(2, |p| p.remove = true).unwrap();
     server.peer(5, |_| {}).unwrap();
-    assert_ne!(
-        server.engine.by_key[&public(5)],
-        slot,
-        "not before the journal has it"
-    );
+    assert_ne!(server.engine.by_key[&public(5)], slot, "not before the journal has it");
     assert!(server.engine.settle(10, |_| Err("disk full")).is_err());
     let closed = closed(&mut server);
     assert_eq!(closed.len(), 1);
-    assert_eq!(
-        (
-            closed[0].public_key,
-            closed[0].epoch,
-            closed[0].counts.rx_inner
-        ),
-        (public(2), [1; 16], 100)
-    );
+    assert_eq!((closed[0].public_key, closed[0].epoch, closed[0].counts.rx_inner), (public(2), [1; 16], 100));
     server.peer(6, |_| {}).unwrap();
     assert_eq!(server.engine.by_key[&public(6)], slot);
     assert_eq!(server.view(6).counts, crate::counters::Counts::default());
@@ -534,9 +432,7 @@ fn another_generation_starts_at_zero_and_the_same_goes_on() {
 #[test]
 fn replacing_all_peers_keeps_the_sessions_of_those_that_stay() {
     let (mut server, mut client) = connected();
-    server
-        .peer(3, |p| p.allowed_ips = vec!["10.8.0.3/32".parse().unwrap()])
-        .unwrap();
+    server.peer(3, |p| p.allowed_ips = vec!["10.8.0.3/32".parse().unwrap()]).unwrap();
     server.engine.begin_replace();
     server
         .peer(2, |p| {
@@ -549,10 +445,7 @@ fn replacing_all_peers_keeps_the_sessions_of_those_that_stay() {
     assert_eq!(server.view(2).allowed_ips.len(), 1);
     client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
     settle(&mut server, &mut client);
-    assert_eq!(
-        (server.delivered().len(), server.view(2).counts.rx_inner),
-        (1, 200)
-    );
+    assert_eq!((server.delivered().len(), server.view(2).counts.rx_inner), (1, 200));
 }
 
 #[test]
@@ -591,30 +484,73 @@ fn after_a_restart_counters_go_on_and_recent_peers_are_called_back() {
     let down = packet("192.0.2.99", "10.8.0.2", 100);
     server.tun(&down);
     settle(&mut server, &mut client);
-    assert_eq!(
-        client.delivered(),
-        [down],
-        "nobody had to wait for the client"
-    );
+    assert_eq!(client.delivered(), [down], "nobody had to wait for the client");
+}
+
+/// A table in which an earlier process left two lives of peer 2 and one of peer 3.
+fn left_behind(dir: &std::path::Path) -> CounterTable {
+    let counters = CounterTable::open(dir, 16, [3; 16], [1; 16]).unwrap();
+    counters.occupy(0, &public(2), 6);
+    counters.add(0, Field::RxInner, 600);
+    counters.occupy(1, &public(2), 7);
+    counters.add(1, Field::RxInner, 700);
+    counters.occupy(2, &public(3), 1);
+    counters
+}
+
+fn lives(closed: &[ClosedPeer]) -> Vec<([u8; 32], u64)> {
+    let mut lives: Vec<_> = closed.iter().map(|c| (c.public_key, c.generation)).collect();
+    lives.sort_by_key(|(_, generation)| *generation);
+    lives
+}
+
+#[test]
+fn the_end_of_a_replace_closes_what_an_earlier_process_left_and_nobody_added() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Host::with(left_behind(dir.path()), 1, SERVER);
+    server.peer(2, |p| p.generation = Some(7)).unwrap();
+    server.engine.end_replace();
+    assert_eq!(lives(&closed(&mut server)), [(public(3), 1), (public(2), 6)]);
+    assert_eq!(server.view(2).counts.rx_inner, 700, "this one goes on");
+    server.engine.end_replace();
+    assert_eq!(closed(&mut server), [], "nothing is closed twice");
+}
+
+#[test]
+fn removing_a_peer_closes_its_lives_of_an_earlier_process_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Host::with(left_behind(dir.path()), 1, SERVER);
+    server.peer(2, |p| p.generation = Some(7)).unwrap();
+    server.peer(2, |p| p.remove = true).unwrap();
+    let closed = closed(&mut server);
+    assert_eq!(lives(&closed), [(public(2), 6), (public(2), 7)]);
+    let bytes: u64 = closed.iter().map(|c| c.counts.rx_inner).sum();
+    assert_eq!(bytes, 1300);
+}
+
+#[test]
+fn a_life_that_is_not_in_the_journal_yet_is_not_added_a_second_time() {
+    let mut server = Host::new(1, SERVER);
+    server.peer(2, |p| p.generation = Some(7)).unwrap();
+    server.peer(2, |p| p.remove = true).unwrap();
+    let add = |p: &mut PeerChange| p.generation = Some(7);
+    assert_eq!(server.peer(2, add), Err(Refused::Closing));
+    assert_eq!(server.engine.device().peers, 0);
+    server.peer(2, |p| p.generation = Some(8)).unwrap();
+    assert_eq!(server.peer(2, add), Err(Refused::Closing));
+    assert_eq!(server.view(2).generation, 8, "nothing was changed");
+    closed(&mut server);
+    server.peer(2, add).unwrap();
+    assert_eq!(server.view(2).generation, 7);
 }
 
 #[test]
 fn allowed_ips_move_to_the_peer_that_is_told_last() {
     let (mut server, _) = pair();
-    server
-        .peer(3, |p| p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()])
-        .unwrap();
-    assert_eq!(
-        server.view(2).allowed_ips,
-        ["fd00:cafe::2/128".parse::<IpNet>().unwrap()]
-    );
-    assert_eq!(
-        server.view(3).allowed_ips,
-        ["10.8.0.2/32".parse::<IpNet>().unwrap()]
-    );
-    server
-        .peer(3, |p| p.removed_ips = vec!["10.8.0.2/32".parse().unwrap()])
-        .unwrap();
+    server.peer(3, |p| p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()]).unwrap();
+    assert_eq!(server.view(2).allowed_ips, ["fd00:cafe::2/128".parse::<IpNet>().unwrap()]);
+    assert_eq!(server.view(3).allowed_ips, ["10.8.0.2/32".parse::<IpNet>().unwrap()]);
+    server.peer(3, |p| p.removed_ips = vec!["10.8.0.2/32".parse().unwrap()]).unwrap();
     assert_eq!(server.view(3).allowed_ips, []);
 }
 
@@ -642,31 +578,17 @@ fn our_own_key_is_no_peer() {
 fn a_malformed_packet_inside_an_authentic_message_is_dropped() {
     let (mut server, mut client) = connected();
     let slot = client.engine.by_key[&public(1)];
-    for bytes in [
-        &[0x45][..],
-        &[0x45, 0, 0, 5],
-        &[0x60; 39],
-        &[0; 100],
-        &[0xff; 20],
-    ] {
+    for bytes in [&[0x45][..], &[0x45, 0, 0, 5], &[0x60; 39], &[0; 100], &[0xff; 20]] {
         let mut inner = bytes.to_vec();
         if inner.len() == 4 {
             inner.resize(24, 0);
         }
         let peer = client.engine.peers[usize::from(slot)].as_mut().unwrap();
         let mut room = vec![0; 2000];
-        let len = peer
-            .tunnel
-            .as_mut()
-            .unwrap()
-            .encrypt(&inner, &mut room)
-            .unwrap();
+        let len = peer.tunnel.as_mut().unwrap().encrypt(&inner, &mut room).unwrap();
         server.udp(&room[..len], CLIENT);
     }
-    assert_eq!(
-        (server.delivered().len(), server.drops(Drop::Malformed)),
-        (0, 5)
-    );
+    assert_eq!((server.delivered().len(), server.drops(Drop::Malformed)), (0, 5));
 }
 
 proptest! {
@@ -760,22 +682,13 @@ fn consistent(engine: &Engine) -> Result<(), TestCaseError> {
         queued += peer.queue.len();
         prop_assert_eq!(engine.by_key.get(&peer.public_key), Some(&slot));
         prop_assert_eq!(engine.slot_of(engine.index_of(slot) << 8), Some(slot));
-        prop_assert!(
-            peer.allowed_ips
-                .iter()
-                .all(|net| engine.routes.host(net.addr()) == Some(slot))
-        );
+        prop_assert!(peer.allowed_ips.iter().all(|net| engine.routes.host(net.addr()) == Some(slot)));
         prop_assert!(peer.live_at.is_none_or(|at| engine.live[at] == slot));
         prop_assert!(peer.tunnel.is_none() || peer.live_at.is_some());
         prop_assert!(!engine.free.contains(&slot));
     }
     prop_assert_eq!(engine.by_key.len(), engine.peers.iter().flatten().count());
     prop_assert_eq!(engine.queued, queued);
-    prop_assert!(
-        engine
-            .live
-            .iter()
-            .all(|slot| engine.peers[usize::from(*slot)].is_some())
-    );
+    prop_assert!(engine.live.iter().all(|slot| engine.peers[usize::from(*slot)].is_some()));
     Ok(())
 }

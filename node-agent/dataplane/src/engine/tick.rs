@@ -27,11 +27,7 @@ impl Engine {
             if self.live.is_empty() {
                 break;
             }
-            self.sweep_at = if self.sweep_at >= self.live.len() {
-                0
-            } else {
-                self.sweep_at
-            };
+            self.sweep_at = if self.sweep_at >= self.live.len() { 0 } else { self.sweep_at };
             let slot = self.live[self.sweep_at];
             self.sweep_at += 1;
             self.visit(now, slot, out);
@@ -40,10 +36,7 @@ impl Engine {
             let Some(slot) = self.callbacks.pop_front() else {
                 break;
             };
-            if self.peers[usize::from(slot)]
-                .as_ref()
-                .is_some_and(|peer| peer.tunnel.is_none())
-            {
+            if self.peers[usize::from(slot)].as_ref().is_some_and(|peer| peer.tunnel.is_none()) {
                 self.initiate(now, slot, out);
             }
         }
@@ -69,9 +62,7 @@ impl Engine {
             return;
         };
         let interval_ms = u64::from(peer.persistent_keepalive) * 1000;
-        let quiet = peer
-            .last_traffic_ms
-            .is_none_or(|last| now.mono_ms.saturating_sub(last) >= interval_ms);
+        let quiet = peer.last_traffic_ms.is_none_or(|last| now.mono_ms.saturating_sub(last) >= interval_ms);
         if interval_ms == 0 || !quiet || peer.endpoint.is_none() {
             return;
         }

@@ -57,10 +57,7 @@ impl Engine {
     #[must_use]
     pub fn device(&self) -> DeviceView {
         DeviceView {
-            private_key: self
-                .identity
-                .as_ref()
-                .map(|identity| identity.secret().clone()),
+            private_key: self.identity.as_ref().map(|identity| identity.secret().clone()),
             public_key: self.identity.as_ref().map(Identity::public_key),
             epoch: self.counters.epoch(),
             drops: self.drops,
@@ -97,11 +94,7 @@ impl Engine {
             allowed_ips: peer.allowed_ips.clone(),
             tenant: peer.tenant,
             generation: peer.generation,
-            counts: self
-                .counters
-                .peer(slot)
-                .map(|line| line.counts)
-                .unwrap_or_default(),
+            counts: self.counters.peer(slot).map(|line| line.counts).unwrap_or_default(),
         })
     }
 }

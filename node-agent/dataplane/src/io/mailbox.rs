@@ -92,25 +92,14 @@ pub(crate) struct WorkerGone;
 pub(crate) fn mailbox() -> io::Result<(Controller, Mailbox)> {
     let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
     let (sender, receiver) = sync_channel(BOUND);
-    let controller = Controller {
-        queue: sender,
-        wake: Arc::clone(&wake),
-    };
-    Ok((
-        controller,
-        Mailbox {
-            queue: receiver,
-            wake,
-        },
-    ))
+    let controller = Controller { queue: sender, wake: Arc::clone(&wake) };
+    Ok((controller, Mailbox { queue: receiver, wake }))
 }
 
 impl Controller {
     pub(crate) fn ask(&self, request: Request) -> Result<Reply, WorkerGone> {
         let (reply, answer) = sync_channel(1);
-        self.queue
-            .send(Mail { request, reply })
-            .map_err(|_| WorkerGone)?;
+        self.queue.send(Mail { request, reply }).map_err(|_| WorkerGone)?;
         // A full eventfd counter means that the worker is already being woken.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
         answer.recv_timeout(PATIENCE).map_err(|_| WorkerGone)

@@ -1,6 +1,8 @@
 //! The I/O shell: one worker thread between the engine, the TUN device and the UDP sockets.
 
+mod attempt;
 pub(crate) mod mailbox;
+pub(crate) mod panics;
 pub(crate) mod signals;
 mod sockopt;
 pub(crate) mod tun;

@@ -1,8 +1,5 @@
 //! Socket options that no safe crate offers.
-#![expect(
-    unsafe_code,
-    reason = "setsockopt has no safe wrapper for these options"
-)]
+#![expect(unsafe_code, reason = "setsockopt has no safe wrapper for these options")]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -10,19 +7,9 @@ use std::os::fd::{AsFd, AsRawFd};
 /// WireGuard's outer packets may be fragmented (DF=0); quinn-udp forbids it, so it is allowed again.
 pub(crate) fn allow_fragmentation(socket: &impl AsFd, v6: bool) -> io::Result<()> {
     if v6 {
-        set(
-            socket,
-            libc::IPPROTO_IPV6,
-            libc::IPV6_MTU_DISCOVER,
-            libc::IPV6_PMTUDISC_DONT,
-        )
+        set(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
     } else {
-        set(
-            socket,
-            libc::IPPROTO_IP,
-            libc::IP_MTU_DISCOVER,
-            libc::IP_PMTUDISC_DONT,
-        )
+        set(socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
     }
 }
 
@@ -41,18 +28,6 @@ fn set(socket: &impl AsFd, level: i32, name: i32, value: i32) -> io::Result<()> 
     let len = libc::socklen_t::try_from(size_of::<i32>()).expect("four fits");
     // SAFETY: the descriptor is open for as long as `socket` is borrowed, and the kernel copies `len` bytes from a
     // pointer to a live `i32` of that size before the call returns.
-    let done = unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            level,
-            name,
-            (&raw const value).cast(),
-            len,
-        )
-    };
-    if done == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    let done = unsafe { libc::setsockopt(socket.as_fd().as_raw_fd(), level, name, (&raw const value).cast(), len) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -5,8 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::net::netdevice::name_to_index;
 use tun_rs::{
-    DeviceBuilder, ExpandBuffer, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum,
-    gso_split,
+    DeviceBuilder, ExpandBuffer, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum, gso_split,
 };
 
 use super::mailbox::ShellState;
@@ -26,7 +25,6 @@ const MERGED: u8 = 0xff;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TunConfig<'a> {
     pub(crate) name: &'a str,
-    pub(crate) persist: bool,
     pub(crate) offload: bool,
 }
 
@@ -65,9 +63,6 @@ impl Tun {
                 tracing::debug!(%error, "the transmit queue keeps its length");
             }
         }
-        if config.persist {
-            device.persist()?;
-        }
         device.set_nonblocking(true)?;
         let tso = device.tcp_gso();
         Ok(Self {
@@ -82,6 +77,11 @@ impl Tun {
         })
     }
 
+    /// From now on the interface outlives the process.
+    pub(crate) fn persist(&self) -> io::Result<()> {
+        self.device.persist()
+    }
+
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.device.as_fd()
     }
@@ -93,11 +93,7 @@ impl Tun {
     }
 
     /// Reads once and hands every IP packet in it to `each`.
-    pub(crate) fn read(
-        &mut self,
-        shell: &mut ShellState,
-        mut each: impl FnMut(&[u8]),
-    ) -> io::Result<Read> {
+    pub(crate) fn read(&mut self, shell: &mut ShellState, mut each: impl FnMut(&[u8])) -> io::Result<Read> {
         let len = match self.device.recv(&mut self.buffer) {
             Ok(len) => len,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Read::Nothing),
@@ -146,11 +142,7 @@ impl Tun {
         }
         for packet in out.tun().iter().filter(|packet| packet.buf[0] != MERGED) {
             let group = group(&packet.buf);
-            let bytes = if self.tso {
-                &packet.buf[..]
-            } else {
-                &packet.buf[TUN_HEADROOM..]
-            };
+            let bytes = if self.tso { &packet.buf[..] } else { &packet.buf[TUN_HEADROOM..] };
             match self.device.send(bytes) {
                 Ok(_) => {
                     let written = (packet.buf.len() - TUN_HEADROOM) as u64;
@@ -160,9 +152,7 @@ impl Tun {
                 }
                 Err(error) => {
                     if group.packets > 1 && error.raw_os_error() == Some(libc::EINVAL) {
-                        tracing::warn!(
-                            "the kernel refuses merged packets: merging is off from now on"
-                        );
+                        tracing::warn!("the kernel refuses merged packets: merging is off from now on");
                         self.merge = false;
                     }
                     tracing::trace!(%error, "a packet for the TUN was refused");
@@ -197,10 +187,7 @@ struct Group {
 
 fn group(buf: &[u8]) -> Group {
     let len = (buf.len() - TUN_HEADROOM) as u64;
-    let single = Group {
-        packets: 1,
-        bytes: len,
-    };
+    let single = Group { packets: 1, bytes: len };
     let Ok(header) = VirtioNetHdr::decode(&buf[..TUN_HEADROOM]) else {
         return single;
     };
@@ -209,10 +196,7 @@ fn group(buf: &[u8]) -> Group {
         return single;
     }
     let packets = (len - headers).div_ceil(segment);
-    Group {
-        packets,
-        bytes: len + (packets - 1) * headers,
-    }
+    Group { packets, bytes: len + (packets - 1) * headers }
 }
 
 /// The kernel leaves the checksum of a locally made packet to the device.

@@ -8,6 +8,7 @@ use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::attempt::{Fate, Patience, Source, attempt};
 use super::mailbox::ShellState;
 use super::sockopt;
 use crate::drops::Drop;
@@ -23,11 +24,8 @@ const SEND_BUFFER: i32 = 2 * 1024 * 1024;
 /// The largest UDP payload that every kernel segments.
 const MAX_RUN_BYTES: usize = 65_000;
 const MAX_RUN_SEGMENTS: usize = 64;
-/// How long a full socket may hold up the worker.
-const SEND_PATIENCE: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 2_000_000,
-};
+/// How long a full socket may hold up the worker in one flush.
+const SEND_PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 2_000_000 };
 
 struct Half {
     socket: Socket,
@@ -57,15 +55,9 @@ impl Sockets {
     }
 
     fn bind_once(port: u16, fwmark: u32) -> io::Result<Self> {
-        let v4 = optional(Half::bind(
-            SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port),
-            fwmark,
-        ))?;
+        let v4 = optional(Half::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port), fwmark))?;
         let bound = v4.as_ref().map(Half::port).transpose()?.unwrap_or(port);
-        let v6 = optional(Half::bind(
-            SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), bound),
-            fwmark,
-        ))?;
+        let v6 = optional(Half::bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), bound), fwmark))?;
         let port = v6.as_ref().map(Half::port).transpose()?.unwrap_or(bound);
         Ok(Self { v4, v6, port })
     }
@@ -75,17 +67,11 @@ impl Sockets {
     }
 
     pub(crate) fn set_fwmark(&self, fwmark: u32) -> io::Result<()> {
-        self.v4
-            .iter()
-            .chain(&self.v6)
-            .try_for_each(|half| half.socket.set_mark(fwmark))
+        self.v4.iter().chain(&self.v6).try_for_each(|half| half.socket.set_mark(fwmark))
     }
 
     pub(crate) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.v4
-            .iter()
-            .chain(&self.v6)
-            .map(|half| half.socket.as_fd())
+        self.v4.iter().chain(&self.v6).map(|half| half.socket.as_fd())
     }
 
     pub(crate) fn describe(&self, shell: &mut ShellState) {
@@ -95,11 +81,7 @@ impl Sockets {
     }
 
     /// Receives from both sockets into `buffers` ([`BATCH`] × [`BUFFER_BYTES`]), handing each datagram to `each`.
-    pub(crate) fn receive(
-        &self,
-        buffers: &mut [u8],
-        mut each: impl FnMut(&[u8], &RecvMeta),
-    ) -> usize {
+    pub(crate) fn receive(&self, buffers: &mut [u8], mut each: impl FnMut(&[u8], &RecvMeta)) -> usize {
         let mut received = 0;
         for half in self.v4.iter().chain(&self.v6) {
             let mut meta = [RecvMeta::default(); BATCH];
@@ -120,12 +102,9 @@ impl Sockets {
     /// Sends all datagrams of `out`, runs to one endpoint in one call, and tells the engine what left.
     pub(crate) fn send(&mut self, out: &mut Out, engine: &mut Engine) {
         let mut rest = out.net();
+        let mut patience = Patience::Left;
         while let Some(first) = rest.first() {
-            let half = if first.to.is_ipv4() {
-                &mut self.v4
-            } else {
-                &mut self.v6
-            };
+            let half = if first.to.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
             let Some(half) = half else {
                 engine.lost(Drop::TxSend, 1, first.len as u64);
                 rest = &rest[1..];
@@ -133,7 +112,7 @@ impl Sockets {
             };
             let count = run(rest, half.state.max_gso_segments().min(MAX_RUN_SEGMENTS));
             let (these, others) = rest.split_at(count);
-            half.send_run(these, out.net_bytes(), engine);
+            half.send_run(these, out.net_bytes(), engine, &mut patience);
             rest = others;
         }
         out.clear_net();
@@ -149,8 +128,7 @@ fn run(datagrams: &[Datagram], max_segments: usize) -> usize {
         let same = next.to == first.to && next.via == first.via && next.slot == first.slot;
         let kind = (next.inner == 0) == (first.inner == 0);
         total += next.len;
-        if count >= max_segments || !same || !kind || next.len > first.len || total > MAX_RUN_BYTES
-        {
+        if count >= max_segments || !same || !kind || next.len > first.len || total > MAX_RUN_BYTES {
             break;
         }
         count += 1;
@@ -164,14 +142,7 @@ fn run(datagrams: &[Datagram], max_segments: usize) -> usize {
 fn optional(half: io::Result<Half>) -> io::Result<Option<Half>> {
     match half {
         Ok(half) => Ok(Some(half)),
-        Err(error)
-            if matches!(
-                error.raw_os_error(),
-                Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
-            ) =>
-        {
-            Ok(None)
-        }
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -197,91 +168,73 @@ impl Half {
 
     fn port(&self) -> io::Result<u16> {
         let addr = self.socket.local_addr()?.as_socket();
-        addr.map(|addr| addr.port())
-            .ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+        addr.map(|addr| addr.port()).ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
     }
 
     fn receive(&self, buffers: &mut [u8], meta: &mut [RecvMeta; BATCH]) -> io::Result<usize> {
         let mut chunks = buffers.chunks_exact_mut(BUFFER_BYTES);
-        let mut slices: [IoSliceMut<'_>; BATCH] = std::array::from_fn(|_| {
-            IoSliceMut::new(chunks.next().expect("the worker allocates BATCH buffers"))
-        });
-        self.state
-            .recv(UdpSockRef::from(&self.socket), &mut slices, meta)
+        let mut slices: [IoSliceMut<'_>; BATCH] =
+            std::array::from_fn(|_| IoSliceMut::new(chunks.next().expect("the worker allocates BATCH buffers")));
+        self.state.recv(UdpSockRef::from(&self.socket), &mut slices, meta)
     }
 
-    fn send_run(&mut self, datagrams: &[Datagram], arena: &[u8], engine: &mut Engine) {
-        match self.transmit(datagrams, arena, true) {
-            Ok(()) => account(engine, datagrams),
-            // Segments larger than the path, or a device without checksums: singly it may work.
-            Err(_) if datagrams.len() > 1 => {
-                for datagram in datagrams {
-                    self.send_single(datagram, arena, engine);
+    fn send_run(&mut self, datagrams: &[Datagram], arena: &[u8], engine: &mut Engine, patience: &mut Patience) {
+        let mut unsticky = false;
+        attempt(
+            datagrams,
+            |these, from| self.transmit(these, arena, from, patience),
+            |these, fate| match fate {
+                Fate::Left(Source::Via) => account(engine, these),
+                Fate::Left(Source::Any) => {
+                    account(engine, these);
+                    engine.forget_local_address(these[0].slot);
+                    unsticky = true;
                 }
-            }
-            Err(_) => self.send_single(&datagrams[0], arena, engine),
-        }
-    }
-
-    fn send_single(&mut self, datagram: &Datagram, arena: &[u8], engine: &mut Engine) {
-        let one = std::slice::from_ref(datagram);
-        if self.transmit(one, arena, true).is_ok() {
-            account(engine, one);
-            return;
-        }
-        if datagram.via.is_some() && self.transmit(one, arena, false).is_ok() {
-            account(engine, one);
-            engine.forget_local_address(datagram.slot);
+                Fate::Lost => {
+                    let bytes: usize = these.iter().map(billed).sum();
+                    engine.lost(Drop::TxSend, these.len() as u64, bytes as u64);
+                }
+            },
+        );
+        if unsticky {
             // The failure made quinn-udp give up offloads that work.
             match offloads(&self.socket, self.v6) {
                 Ok(state) => self.state = state,
                 Err(error) => tracing::debug!(%error, "offloads stay off"),
             }
-            return;
         }
-        let bytes = if datagram.inner > 0 {
-            datagram.inner
-        } else {
-            datagram.len
-        };
-        engine.lost(Drop::TxSend, 1, bytes as u64);
     }
 
-    fn transmit(&self, datagrams: &[Datagram], arena: &[u8], sticky: bool) -> io::Result<()> {
+    fn transmit(&self, datagrams: &[Datagram], arena: &[u8], from: Source, patience: &mut Patience) -> io::Result<()> {
         let (first, last) = (&datagrams[0], &datagrams[datagrams.len() - 1]);
+        let via = match from {
+            Source::Via => first.via,
+            Source::Any => None,
+        };
         let transmit = Transmit {
             destination: first.to,
             ecn: None,
             contents: &arena[first.start..last.start + last.len],
             segment_size: (datagrams.len() > 1).then_some(first.len),
-            src_ip: first.via.filter(|via| sticky && via.is_ipv6() == self.v6),
+            src_ip: via.filter(|via| via.is_ipv6() == self.v6),
         };
-        let send = || {
-            self.state
-                .try_send(UdpSockRef::from(&self.socket), &transmit)
-        };
-        match send() {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                poll(
-                    &mut [PollFd::new(&self.socket, PollFlags::OUT)],
-                    Some(&SEND_PATIENCE),
-                )?;
-                send()
-            }
-            other => other,
-        }
+        let send = || self.state.try_send(UdpSockRef::from(&self.socket), &transmit);
+        let wait = || poll(&mut [PollFd::new(&self.socket, PollFlags::OUT)], Some(&SEND_PATIENCE));
+        patience.send(send, || matches!(wait(), Ok(1..)))
+    }
+}
+
+fn billed(datagram: &Datagram) -> usize {
+    match datagram.inner {
+        0 => datagram.len,
+        inner => inner,
     }
 }
 
 fn account(engine: &mut Engine, datagrams: &[Datagram]) {
     let inner: usize = datagrams.iter().map(|datagram| datagram.inner).sum();
     let wire: usize = datagrams.iter().map(|datagram| datagram.len).sum();
-    engine.sent(
-        datagrams[0].slot,
-        datagrams.len() as u64,
-        inner as u64,
-        wire as u64,
-    );
+    engine.sent(datagrams[0].slot, datagrams.len() as u64, inner as u64, wire as u64);
 }
 
 /// Turns offloads on, and off again what quinn-udp turns on besides.
@@ -297,14 +250,7 @@ mod tests {
     use super::*;
 
     fn datagram(to: &str, len: usize) -> Datagram {
-        Datagram {
-            start: 0,
-            len,
-            to: to.parse().unwrap(),
-            via: None,
-            slot: 1,
-            inner: len - 32,
-        }
+        Datagram { start: 0, len, to: to.parse().unwrap(), via: None, slot: 1, inner: len - 32 }
     }
 
     #[test]

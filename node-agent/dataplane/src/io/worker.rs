@@ -1,13 +1,14 @@
 //! The worker: everything that touches packets, on one thread.
 
-use std::fs::File;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::mailbox::{DeviceState, Mailbox, Reply, Request, ShellState};
+use super::panics::{Panics, Verdict};
 use super::tun::{Read, Tun};
 use super::udp::{BATCH, BUFFER_BYTES, Sockets};
 use crate::change::{DeviceChange, PeerChange, Refused, canonical};
@@ -41,6 +42,7 @@ pub(crate) struct Worker {
     out: Out,
     buffers: Vec<u8>,
     shell: ShellState,
+    panics: Panics,
     started: Instant,
     next_tick_ms: u64,
     end: Option<End>,
@@ -54,12 +56,7 @@ struct Net {
 }
 
 impl Worker {
-    pub(crate) fn new(
-        engine: Engine,
-        tun: Tun,
-        journal: Option<Journal>,
-        mailbox: Mailbox,
-    ) -> Self {
+    pub(crate) fn new(engine: Engine, tun: Tun, journal: Option<Journal>, mailbox: Mailbox) -> Self {
         Self {
             engine,
             tun,
@@ -69,6 +66,7 @@ impl Worker {
             out: Out::default(),
             buffers: vec![0; BATCH * BUFFER_BYTES],
             shell: ShellState::default(),
+            panics: Panics::default(),
             started: Instant::now(),
             next_tick_ms: 0,
             end: None,
@@ -76,6 +74,9 @@ impl Worker {
     }
 
     /// Runs until it is told to stop or the interface is gone.
+    ///
+    /// # Errors
+    /// When the host fails it, or when it panics too often: it is to be started anew.
     pub(crate) fn run(mut self) -> io::Result<End> {
         let mut worked = false;
         loop {
@@ -85,12 +86,12 @@ impl Worker {
                 Ok(did) => worked = did?,
                 Err(_) => {
                     self.shell.panics += 1;
-                    tracing::error!(
-                        panics = self.shell.panics,
-                        "a pass of the worker panicked; its packets are lost"
-                    );
+                    tracing::error!(panics = self.shell.panics, "a pass of the worker panicked; its packets are lost");
                     self.out.clear_net();
                     self.out.clear_tun();
+                    if self.panics.one(self.now().mono_ms) == Verdict::GiveUp {
+                        return Err(io::Error::other("the worker panicked again and again"));
+                    }
                 }
             }
             if let Some(end) = self.end {
@@ -100,38 +101,21 @@ impl Worker {
     }
 
     fn now(&self) -> Now {
-        let millis =
-            |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let millis = |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         Now {
             mono_ms: millis(self.started.elapsed()),
-            unix_ms: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, millis),
+            unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, millis),
         }
     }
 
     fn wait(&self, worked: bool) -> io::Result<()> {
-        let until_tick = if worked {
-            0
-        } else {
-            self.next_tick_ms
-                .saturating_sub(self.now().mono_ms)
-                .min(SECOND_MS)
-        };
+        let until_tick = if worked { 0 } else { self.next_tick_ms.saturating_sub(self.now().mono_ms).min(SECOND_MS) };
         let nanos = i64::try_from(until_tick * 1_000_000).expect("at most a second");
-        let timeout = Timespec {
-            tv_sec: nanos / 1_000_000_000,
-            tv_nsec: nanos % 1_000_000_000,
-        };
+        let timeout = Timespec { tv_sec: nanos / 1_000_000_000, tv_nsec: nanos % 1_000_000_000 };
         let (mailbox, tun) = (self.mailbox.fd(), self.tun.fd());
         let mut sockets = self.net.sockets.iter().flat_map(Sockets::fds);
-        let mut fds = [
-            mailbox,
-            tun,
-            sockets.next().unwrap_or(mailbox),
-            sockets.next().unwrap_or(mailbox),
-        ]
-        .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let mut fds = [mailbox, tun, sockets.next().unwrap_or(mailbox), sockets.next().unwrap_or(mailbox)]
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         match poll(&mut fds, Some(&timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
@@ -145,12 +129,7 @@ impl Worker {
         worked |= self.read_tun(now)?;
         if now.mono_ms >= self.next_tick_ms {
             self.engine.on_tick(now, &mut self.out);
-            self.next_tick_ms = now.mono_ms
-                + if self.engine.is_busy() {
-                    TICK_MS
-                } else {
-                    SECOND_MS
-                };
+            self.next_tick_ms = now.mono_ms + if self.engine.is_busy() { TICK_MS } else { SECOND_MS };
         }
         self.flush();
         self.settle();
@@ -170,10 +149,7 @@ impl Worker {
             };
             let (engine, out) = (&mut self.engine, &mut self.out);
             let count = sockets.receive(&mut self.buffers, |segment, meta| {
-                let origin = Origin {
-                    from: canonical(meta.addr),
-                    to: meta.dst_ip,
-                };
+                let origin = Origin { from: canonical(meta.addr), to: meta.dst_ip };
                 engine.on_udp(now, segment, origin, out);
             });
             worked |= count > 0;
@@ -190,10 +166,7 @@ impl Worker {
     fn read_tun(&mut self, now: Now) -> io::Result<bool> {
         for reads in 0..MAX_READS {
             let (engine, out) = (&mut self.engine, &mut self.out);
-            match self
-                .tun
-                .read(&mut self.shell, |packet| engine.on_tun(now, packet, out))
-            {
+            match self.tun.read(&mut self.shell, |packet| engine.on_tun(now, packet, out)) {
                 Ok(Read::Packet) => {}
                 Ok(Read::Nothing) => return Ok(reads > 0),
                 Ok(Read::Gone) => {
@@ -221,8 +194,7 @@ impl Worker {
             }
         }
         if !self.out.tun().is_empty() {
-            self.tun
-                .write(&mut self.out, &mut self.engine, &mut self.shell);
+            self.tun.write(&mut self.out, &mut self.engine, &mut self.shell);
         }
     }
 
@@ -263,9 +235,7 @@ impl Worker {
                 let (peers, next) = self.engine.peers(from, limit);
                 return Reply::Peers { peers, next };
             }
-            Request::Device(change) => self
-                .change_device(&change)
-                .map_or_else(|error| errno_of(&error), |()| 0),
+            Request::Device(change) => self.change_device(&change).map_or_else(|error| errno_of(&error), |()| 0),
             Request::Peers(changes) => self.change_peers(now, changes),
             Request::BeginReplace => {
                 self.engine.begin_replace();
@@ -295,8 +265,7 @@ impl Worker {
         if let Some(secret) = &change.private_key {
             self.engine.set_private_key(secret);
         }
-        self.engine
-            .set_overlay(change.replace_overlay, &change.overlay);
+        self.engine.set_overlay(change.replace_overlay, &change.overlay);
         let bound = self.net.sockets.as_ref().map(Sockets::port);
         let wanted = match (change.listen_port, bound) {
             (Some(port), Some(bound)) if port == bound => None,
@@ -308,8 +277,8 @@ impl Worker {
         if let Some(port) = wanted {
             self.net.sockets = Some(Sockets::bind(port, self.net.fwmark)?);
         }
-        if let (Some(len), Some(journal)) = (change.journal_ack, &mut self.journal) {
-            journal.acknowledge(len)?;
+        if let (Some(ack), Some(journal)) = (change.journal_ack, &mut self.journal) {
+            journal.acknowledge(ack)?;
         }
         Ok(())
     }
@@ -319,6 +288,7 @@ impl Worker {
             match self.engine.apply_peer(now, change, &mut self.out) {
                 Ok(()) => {}
                 Err(Refused::Full) => return libc::ENOSPC,
+                Err(Refused::Closing) => return libc::EBUSY,
                 Err(Refused::TenantPrefix) => return libc::EINVAL,
             }
             // A slot that was just left may be needed by the next peer.
@@ -344,9 +314,9 @@ impl Worker {
         }
     }
 
-    /// A handle with which the control side makes removals durable without holding up packets.
-    pub(crate) fn journal_handle(&self) -> io::Result<Option<File>> {
-        self.journal.as_ref().map(Journal::sync_handle).transpose()
+    /// What the control side syncs to make removals durable without holding up packets.
+    pub(crate) fn journal_path(&self) -> Option<PathBuf> {
+        self.journal.as_ref().map(Journal::path)
     }
 }
 

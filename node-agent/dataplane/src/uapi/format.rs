@@ -24,18 +24,10 @@ pub(crate) fn device(state: &DeviceState) -> String {
         line(&mut text, "cvault_overlay", net);
     }
     for reason in Drop::ALL {
-        line(
-            &mut text,
-            &format!("cvault_drop_{}", reason.name()),
-            view.drops.get(reason).packets,
-        );
+        line(&mut text, &format!("cvault_drop_{}", reason.name()), view.drops.get(reason).packets);
     }
     for reason in Drop::ALL {
-        line(
-            &mut text,
-            &format!("cvault_dropped_bytes_{}", reason.name()),
-            view.drops.get(reason).bytes,
-        );
+        line(&mut text, &format!("cvault_dropped_bytes_{}", reason.name()), view.drops.get(reason).bytes);
     }
     let shell = &state.shell;
     for (name, on) in [
@@ -49,11 +41,7 @@ pub(crate) fn device(state: &DeviceState) -> String {
     }
     line(&mut text, "cvault_tun_read_bytes", shell.tun_read_bytes);
     line(&mut text, "cvault_tun_split_bytes", shell.tun_split_bytes);
-    line(
-        &mut text,
-        "cvault_tun_written_bytes",
-        shell.tun_written_bytes,
-    );
+    line(&mut text, "cvault_tun_written_bytes", shell.tun_written_bytes);
     line(&mut text, "cvault_tun_merged_bytes", shell.tun_merged_bytes);
     line(&mut text, "cvault_panics", shell.panics);
     text
@@ -68,23 +56,11 @@ pub(crate) fn peer(text: &mut String, peer: &PeerView) {
         line(text, "endpoint", endpoint);
     }
     let counts = &peer.counts;
-    line(
-        text,
-        "last_handshake_time_sec",
-        counts.last_handshake_ms / 1000,
-    );
-    line(
-        text,
-        "last_handshake_time_nsec",
-        counts.last_handshake_ms % 1000 * 1_000_000,
-    );
+    line(text, "last_handshake_time_sec", counts.last_handshake_ms / 1000);
+    line(text, "last_handshake_time_nsec", counts.last_handshake_ms % 1000 * 1_000_000);
     line(text, "tx_bytes", counts.tx_wire);
     line(text, "rx_bytes", counts.rx_wire);
-    line(
-        text,
-        "persistent_keepalive_interval",
-        peer.persistent_keepalive,
-    );
+    line(text, "persistent_keepalive_interval", peer.persistent_keepalive);
     for net in &peer.allowed_ips {
         line(text, "allowed_ip", net);
     }
@@ -114,10 +90,7 @@ mod tests {
             preshared_key: None,
             endpoint: Some("[2001:db8::1]:51820".parse().unwrap()),
             persistent_keepalive: 25,
-            allowed_ips: vec![
-                "10.8.0.2/32".parse().unwrap(),
-                "fd00::2/128".parse().unwrap(),
-            ],
+            allowed_ips: vec!["10.8.0.2/32".parse().unwrap(), "fd00::2/128".parse().unwrap()],
             tenant: Some([1; 16]),
             generation: 7,
             counts: Counts {

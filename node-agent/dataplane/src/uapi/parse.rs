@@ -23,6 +23,8 @@ pub struct SetRequest {
     pub device: DeviceChange,
     /// All peers that are not in the request go.
     pub replace_peers: bool,
+    /// After the peers of this request, those that an earlier process left and nobody added again go.
+    pub end_replace: bool,
     /// Changes of peers, in order.
     pub peers: Vec<PeerChange>,
 }
@@ -46,10 +48,7 @@ impl SetParser {
                 return Err(Invalid);
             }
             let public_key = hex_bytes(value)?;
-            self.request.peers.push(PeerChange {
-                public_key,
-                ..PeerChange::default()
-            });
+            self.request.peers.push(PeerChange { public_key, ..PeerChange::default() });
             return Ok(());
         }
         if key == "allowed_ip" || key == "cvault_overlay" {
@@ -78,6 +77,7 @@ fn device_line(request: &mut SetRequest, key: &str, value: &str) -> Result<(), I
         "listen_port" => device.listen_port = Some(number(value)?),
         "fwmark" => device.fwmark = Some(if value.is_empty() { 0 } else { number(value)? }),
         "replace_peers" => request.replace_peers = truth(value)?,
+        "cvault_end_replace" => request.end_replace = truth(value)?,
         "cvault_overlay" => device.overlay.push(number(value)?),
         "cvault_replace_overlay" => device.replace_overlay = truth(value)?,
         "cvault_journal_ack" => device.journal_ack = Some(number(value)?),
@@ -96,12 +96,10 @@ fn peer_line(peer: &mut PeerChange, key: &str, value: &str) -> Result<(), Invali
         "replace_allowed_ips" => peer.replace_allowed_ips = truth(value)?,
         "allowed_ip" => match value.strip_prefix('-') {
             Some(value) => peer.removed_ips.push(prefix(value)?),
-            None => peer
-                .allowed_ips
-                .push(prefix(value.strip_prefix('+').unwrap_or(value))?),
+            None => peer.allowed_ips.push(prefix(value.strip_prefix('+').unwrap_or(value))?),
         },
         "protocol_version" if value == "1" => {}
-        "cvault_tenant" => peer.tenant = Some(hex_bytes(value)?),
+        "cvault_tenant" => peer.tenant = Some(tenant(value)?),
         "cvault_generation" => peer.generation = Some(number(value)?),
         _ => return Err(Invalid),
     }
@@ -124,6 +122,15 @@ fn truth(value: &str) -> Result<bool, Invalid> {
     }
 }
 
+/// The nil UUID names nobody: were it taken for "no tenant", the peer would be under no policy.
+fn tenant(value: &str) -> Result<[u8; 16], Invalid> {
+    let tenant = hex_bytes(value)?;
+    if tenant == [0; 16] {
+        return Err(Invalid);
+    }
+    Ok(tenant)
+}
+
 fn hex_bytes<const N: usize>(value: &str) -> Result<[u8; N], Invalid> {
     let mut bytes = [0; N];
     hex::decode_to_slice(value, &mut bytes).map_err(|_| Invalid)?;
@@ -135,6 +142,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::journal::JournalAck;
 
     const KEY: &str = "b85996fecc9c7f1fc6d2572a76eda11d59bcd20be8e543b15ce4bd85a8e75a33";
 
@@ -148,30 +156,23 @@ mod tests {
     fn a_whole_request_is_read_in_order() {
         let request = parse(&format!(
             "private_key={KEY}\nlisten_port=51820\nfwmark=\nreplace_peers=true\ncvault_replace_overlay=true\n\
-             cvault_overlay=10.8.0.0/16\ncvault_overlay=fd00:cafe::/64\ncvault_journal_ack=256\n\
+             cvault_overlay=10.8.0.0/16\ncvault_overlay=fd00:cafe::/64\ncvault_journal_ack=256:0000beef\n\
              public_key={KEY}\nprotocol_version=1\nendpoint=[::ffff:192.0.2.1]:51820\nreplace_allowed_ips=true\n\
              allowed_ip=10.8.0.2/32\nallowed_ip=-10.8.0.9/32\ncvault_tenant=000102030405060708090a0b0c0d0e0f\n\
              cvault_generation=7\npersistent_keepalive_interval=25\npublic_key={KEY}\nremove=true"
         ))
         .unwrap();
-        assert_eq!(
-            (request.device.listen_port, request.device.fwmark),
-            (Some(51820), Some(0))
-        );
-        assert!(request.replace_peers && request.device.replace_overlay);
+        assert_eq!((request.device.listen_port, request.device.fwmark), (Some(51820), Some(0)));
+        assert!(request.replace_peers && request.device.replace_overlay && !request.end_replace);
+        assert!(parse("cvault_end_replace=true").unwrap().end_replace);
         assert_eq!(
             (request.device.overlay.len(), request.device.journal_ack),
-            (2, Some(256))
+            (2, Some(JournalAck { len: 256, last_crc: 0xbeef }))
         );
-        let [first, second] = &request.peers[..] else {
-            panic!("two peers")
-        };
+        let [first, second] = &request.peers[..] else { panic!("two peers") };
         assert_eq!(first.endpoint, Some("192.0.2.1:51820".parse().unwrap()));
         assert_eq!((first.allowed_ips.len(), first.removed_ips.len()), (1, 1));
-        assert_eq!(
-            (first.generation, first.persistent_keepalive),
-            (Some(7), Some(25))
-        );
+        assert_eq!((first.generation, first.persistent_keepalive), (Some(7), Some(25)));
         assert_eq!(first.tenant.unwrap()[15], 15);
         assert!(second.remove && !first.remove);
     }
@@ -189,6 +190,7 @@ mod tests {
             "allowed_ip=10.0.0.0/8",
             "unknown=1",
             "cvault_overlay=10.0.0.0/33",
+            "cvault_journal_ack=256",
         ] {
             assert_eq!(parse(line).err(), Some(Invalid), "{line:?}");
         }
@@ -201,14 +203,11 @@ mod tests {
             "preshared_key=",
             "protocol_version=2",
             "cvault_tenant=00",
+            "cvault_tenant=00000000000000000000000000000000",
             "cvault_generation=18446744073709551616",
             "private_key=00",
         ] {
-            assert_eq!(
-                parse(&format!("public_key={KEY}\n{line}")).err(),
-                Some(Invalid),
-                "{line:?}"
-            );
+            assert_eq!(parse(&format!("public_key={KEY}\n{line}")).err(), Some(Invalid), "{line:?}");
         }
     }
 

@@ -51,10 +51,7 @@ pub(crate) fn occupant(path: &Path) -> Occupant {
 
 /// The directory of the sockets, writable by root alone.
 pub(crate) fn create_dir() -> io::Result<()> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(SOCKET_DIR)
+    DirBuilder::new().recursive(true).mode(0o700).create(SOCKET_DIR)
 }
 
 /// Binds the socket, taking over a path that nobody listens on any more.
@@ -76,20 +73,15 @@ pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
 /// What every client thread shares.
 pub(crate) struct Server {
     controller: Controller,
-    journal: Option<File>,
+    journal: Option<PathBuf>,
     clients: AtomicUsize,
     /// One `set` at a time: a replacement of all peers spans several letters to the worker.
     setting: Mutex<()>,
 }
 
 impl Server {
-    pub(crate) fn new(controller: Controller, journal: Option<File>) -> Arc<Self> {
-        Arc::new(Self {
-            controller,
-            journal,
-            clients: AtomicUsize::new(0),
-            setting: Mutex::new(()),
-        })
+    pub(crate) fn new(controller: Controller, journal: Option<PathBuf>) -> Arc<Self> {
+        Arc::new(Self { controller, journal, clients: AtomicUsize::new(0), setting: Mutex::new(()) })
     }
 
     /// Accepts whoever waits and serves each on a thread of its own.
@@ -113,10 +105,7 @@ impl Server {
                 }
                 server.clients.fetch_sub(1, Ordering::Relaxed);
             };
-            if let Err(error) = std::thread::Builder::new()
-                .name("uapi-client".into())
-                .spawn(client)
-            {
+            if let Err(error) = std::thread::Builder::new().name("uapi-client".into()).spawn(client) {
                 self.clients.fetch_sub(1, Ordering::Relaxed);
                 return Err(error);
             }
@@ -158,8 +147,7 @@ impl Server {
         let mut next = Some(0);
         let mut text = Zeroizing::new(String::with_capacity(CHUNK * 600));
         while let Some(from) = next {
-            let Ok(Reply::Peers { peers, next: more }) =
-                self.controller.ask(Request::List { from, limit: CHUNK })
+            let Ok(Reply::Peers { peers, next: more }) = self.controller.ask(Request::List { from, limit: CHUNK })
             else {
                 return Ok(Err(WorkerGone));
             };
@@ -175,15 +163,8 @@ impl Server {
 
     fn set(&self, request: SetRequest) -> Result<i32, WorkerGone> {
         let _one_at_a_time = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
-        let SetRequest {
-            device,
-            replace_peers,
-            peers,
-        } = request;
-        let removes = replace_peers
-            || peers
-                .iter()
-                .any(|peer| peer.remove || peer.generation.is_some());
+        let SetRequest { device, replace_peers, end_replace, peers } = request;
+        let removes = replace_peers || end_replace || peers.iter().any(|peer| peer.remove || peer.generation.is_some());
         let mut errno = self.done(Request::Device(device))?;
         if errno != 0 {
             return Ok(errno);
@@ -196,7 +177,8 @@ impl Server {
             let chunk: Vec<PeerChange> = peers.by_ref().take(CHUNK).collect();
             errno = self.done(Request::Peers(chunk))?;
         }
-        if replace_peers {
+        // What was begun is ended, even when a peer was refused; but that peer may be one of an earlier process.
+        if replace_peers || (end_replace && errno == 0) {
             let mut settled = self.done(Request::EndReplace)?;
             while settled == libc::EAGAIN {
                 settled = self.done(Request::Settle)?;
@@ -204,7 +186,7 @@ impl Server {
             errno = if errno == 0 { settled } else { errno };
         }
         if let (true, Some(journal)) = (removes, &self.journal)
-            && let Err(error) = journal.sync_data()
+            && let Err(error) = File::open(journal).and_then(|file| file.sync_data())
         {
             tracing::warn!(%error, "the journal of closed peers may not survive a crash of the host");
         }
@@ -234,9 +216,7 @@ fn read_set<R: BufRead>(lines: &mut Lines<'_, R>) -> io::Result<SetRequest> {
         match text(&lines.next()?) {
             None => return Err(io::ErrorKind::UnexpectedEof.into()),
             Some("") => return Ok(parser.finish()),
-            Some(line) => parser
-                .line(line)
-                .map_err(|Invalid| io::Error::from(io::ErrorKind::InvalidData))?,
+            Some(line) => parser.line(line).map_err(|Invalid| io::Error::from(io::ErrorKind::InvalidData))?,
         }
     }
 }
@@ -254,11 +234,7 @@ struct Lines<'a, R> {
 
 impl<'a, R: BufRead> Lines<'a, R> {
     fn new(reader: &'a mut R) -> Self {
-        Self {
-            reader,
-            bytes_left: MAX_REQUEST,
-            started: None,
-        }
+        Self { reader, bytes_left: MAX_REQUEST, started: None }
     }
 
     /// The next line without its end; `None` when the client hung up between lines. Lines may hold keys.
@@ -288,36 +264,33 @@ mod tests {
     use rustix::event::{PollFd, PollFlags, poll};
 
     use super::*;
-    use crate::counters::CounterTable;
+    use crate::counters::{CounterTable, Field};
     use crate::engine::{Engine, EngineConfig, Now};
     use crate::io::mailbox::{DeviceState, Mailbox, ShellState, mailbox};
     use crate::out::Out;
 
+    /// A peer of an earlier process, of generation 5 and with 1234 bytes, that nobody has added again.
+    const LEFT_KEY: &str = "eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee";
+
     /// An engine behind a mailbox, without TUN and sockets.
     fn worker(mailbox: &Mailbox) {
         let counters = CounterTable::anonymous(600, [1; 16]).unwrap();
+        counters.occupy(0, &[0xee; 32], 5);
+        counters.add(0, Field::RxInner, 1234);
         let mut engine = Engine::new(EngineConfig { counters, seed: 1 });
         let mut out = Out::default();
         loop {
-            poll(
-                &mut [PollFd::from_borrowed_fd(mailbox.fd(), PollFlags::IN)],
-                None,
-            )
-            .unwrap();
+            poll(&mut [PollFd::from_borrowed_fd(mailbox.fd(), PollFlags::IN)], None).unwrap();
             mailbox.clear_wake();
             while let Some(mail) = mailbox.next() {
                 let reply = match mail.request {
                     Request::Device(change) => {
-                        change
-                            .private_key
-                            .iter()
-                            .for_each(|key| engine.set_private_key(key));
+                        change.private_key.iter().for_each(|key| engine.set_private_key(key));
                         Reply::Done(0)
                     }
                     Request::Peers(changes) => {
                         assert!(changes.len() <= CHUNK);
-                        let mut apply =
-                            |change| engine.apply_peer(Now::default(), change, &mut out);
+                        let mut apply = |change| engine.apply_peer(Now::default(), change, &mut out);
                         let done = changes.into_iter().try_for_each(&mut apply);
                         Reply::Done(done.map_or(libc::ENOSPC, |()| 0))
                     }
@@ -362,69 +335,68 @@ mod tests {
         let mut answer = String::new();
         client.read_to_string(&mut answer).unwrap();
         serving.join().unwrap().unwrap();
-        assert!(
-            controller.ask(Request::Stop).is_err(),
-            "it stops without an answer"
-        );
+        assert!(controller.ask(Request::Stop).is_err(), "it stops without an answer");
         engine.join().unwrap();
         answer
     }
 
     fn peers(numbers: std::ops::Range<u16>) -> String {
-        numbers
-            .map(|n| {
-                format!(
-                    "public_key={n:064x}\nallowed_ip=10.8.{}.{}/32\n",
-                    n >> 8,
-                    n & 0xff
-                )
-            })
-            .collect()
+        numbers.map(|n| format!("public_key={n:064x}\nallowed_ip=10.8.{}.{}/32\n", n >> 8, n & 0xff)).collect()
     }
 
     #[test]
     fn what_is_set_can_be_got_on_the_same_connection() {
         let key = "01".repeat(32);
-        let answer = talk(&format!(
-            "set=1\nprivate_key={key}\n{}\nget=1\n\n",
-            peers(1..600)
-        ));
-        assert!(answer.starts_with(&format!(
-            "errno=0\n\nprivate_key={key}\nlisten_port=51820\n"
-        )));
+        let answer = talk(&format!("set=1\nprivate_key={key}\n{}\nget=1\n\n", peers(1..600)));
+        assert!(answer.starts_with(&format!("errno=0\n\nprivate_key={key}\nlisten_port=51820\n")));
         assert!(answer.ends_with("errno=0\n\n"));
-        assert_eq!(
-            answer.matches("\npublic_key=").count(),
-            599,
-            "over several letters to the worker"
-        );
+        assert_eq!(answer.matches("\npublic_key=").count(), 599, "over several letters to the worker");
         assert!(answer.contains("\nallowed_ip=10.8.2.87/32\n"));
         assert!(answer.contains("\ncvault_drop_spoofed=0\n"));
     }
 
     #[test]
     fn a_replacement_leaves_the_named_peers() {
-        let answer = talk(&format!(
-            "set=1\n{}\nset=1\nreplace_peers=true\n{}\nget=1\n\n",
-            peers(1..9),
-            peers(5..7)
-        ));
+        let answer = talk(&format!("set=1\n{}\nset=1\nreplace_peers=true\n{}\nget=1\n\n", peers(1..9), peers(5..7)));
         assert_eq!(answer.matches("public_key=").count(), 2);
         assert!(answer.starts_with("errno=0\n\nerrno=0\n\n"));
     }
 
     #[test]
-    fn a_bad_request_is_refused_as_a_whole() {
-        assert_eq!(
-            talk(&format!("set=1\n{}nonsense=1\n\n", peers(1..3))),
-            "errno=-22\n\n"
+    fn the_end_of_a_replace_alone_closes_what_nobody_added() {
+        let left = |answer: &str| answer.lines().filter(|line| *line == "errno=0").count();
+        let answer = talk(&format!(
+            "set=1\ncvault_end_replace=true\n{}\nset=1\npublic_key={LEFT_KEY}\ncvault_generation=5\n\nget=1\n\n",
+            peers(1..3)
+        ));
+        assert_eq!(left(&answer), 3, "{answer}");
+        assert!(
+            answer.contains("\ncvault_generation=5\ncvault_rx_inner=0\n"),
+            "a closed life does not go on: {answer}"
         );
+        let answer =
+            talk(&format!("set=1\ncvault_end_replace=true\npublic_key={LEFT_KEY}\ncvault_generation=5\n\nget=1\n\n"));
+        assert!(
+            answer.contains("\ncvault_generation=5\ncvault_rx_inner=1234\n"),
+            "the peers of the same request are added first: {answer}"
+        );
+        let answer = talk(&format!(
+            "set=1\ncvault_end_replace=true\n{}\nset=1\npublic_key={LEFT_KEY}\ncvault_generation=5\n\nget=1\n\n",
+            peers(1..700)
+        ));
+        assert!(answer.starts_with("errno=-28\n"));
+        assert!(
+            answer.contains("\ncvault_generation=5\ncvault_rx_inner=1234\n"),
+            "a request that failed closes nothing"
+        );
+    }
+
+    #[test]
+    fn a_bad_request_is_refused_as_a_whole() {
+        assert_eq!(talk(&format!("set=1\n{}nonsense=1\n\n", peers(1..3))), "errno=-22\n\n");
         assert_eq!(talk("hello\n"), "errno=-71\n\n");
         assert_eq!(talk(""), "");
-        assert!(
-            talk(&format!("set=1\n{}\n", peers(1..700))).starts_with("errno=-28"),
-            "more peers than slots"
-        );
+        assert!(talk(&format!("set=1\n{}\n", peers(1..700))).starts_with("errno=-28"), "more peers than slots");
     }
 
     fn read(bytes: &[u8]) -> io::Result<SetRequest> {
@@ -434,27 +406,15 @@ mod tests {
 
     #[test]
     fn a_request_ends_with_an_empty_line() {
-        assert_eq!(
-            read(b"listen_port=1\n\n").unwrap().device.listen_port,
-            Some(1)
-        );
-        assert_eq!(
-            read(b"listen_port=1\n").unwrap_err().kind(),
-            io::ErrorKind::UnexpectedEof
-        );
-        assert_eq!(
-            read(b"listen_port=1").unwrap_err().kind(),
-            io::ErrorKind::InvalidData
-        );
+        assert_eq!(read(b"listen_port=1\n\n").unwrap().device.listen_port, Some(1));
+        assert_eq!(read(b"listen_port=1\n").unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(read(b"listen_port=1").unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 
     #[test]
     fn a_line_without_end_costs_no_memory() {
         let endless = vec![b'a'; 1 << 20];
-        assert_eq!(
-            read(&endless).unwrap_err().kind(),
-            io::ErrorKind::InvalidData
-        );
+        assert_eq!(read(&endless).unwrap_err().kind(), io::ErrorKind::InvalidData);
         assert!(read(&[0xff; 100]).is_err(), "not even text");
     }
 }
