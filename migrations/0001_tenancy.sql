@@ -18,8 +18,9 @@ create table platform.context_keys (
 );
 grant select on platform.context_keys to cvault_fn, cvault_sys;
 
--- app.ctx = '<tenant uuid>.<unix expiry>.<hex mac>', mac = H(k || H(k || tenant || '.' || expiry)), H = SHA-256.
--- Anything missing, malformed, forged or expired gives NULL: no row is visible.
+-- app.ctx = '<tenant uuid>.<backend pid>.<transaction start, unix microseconds>.<hex mac>',
+-- mac = H(k || H(k || tenant || '.' || pid || '.' || start)), H = SHA-256.
+-- Anything missing, malformed or forged, or of another session or transaction, gives NULL: no row is visible.
 create function cvault.tenant_id() returns uuid
 language plpgsql stable security definer parallel restricted
 set search_path = pg_catalog, pg_temp
@@ -30,15 +31,17 @@ declare
     k bytea;
 begin
     -- after COMMIT a local setting is '' and not NULL; the pattern refuses both
-    if ctx is null or ctx !~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\.[0-9]{1,12}\.[0-9a-f]{64}$' then
+    if ctx is null or ctx !~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\.[0-9]{1,10}\.[0-9]{1,18}\.[0-9a-f]{64}$' then
         return null;
     end if;
-    if to_timestamp(split_part(ctx, '.', 2)::bigint) < transaction_timestamp() then
+    -- so a context that was overheard is worth nothing anywhere else
+    if split_part(ctx, '.', 2)::bigint <> pg_backend_pid()
+       or split_part(ctx, '.', 3)::bigint <> (extract(epoch from transaction_timestamp()) * 1000000)::bigint then
         return null;
     end if;
-    body := split_part(ctx, '.', 1) || '.' || split_part(ctx, '.', 2);
+    body := split_part(ctx, '.', 1) || '.' || split_part(ctx, '.', 2) || '.' || split_part(ctx, '.', 3);
     for k in select c.key from platform.context_keys c where c.active loop
-        if encode(sha256(k || sha256(k || convert_to(body, 'UTF8'))), 'hex') = split_part(ctx, '.', 3) then
+        if encode(sha256(k || sha256(k || convert_to(body, 'UTF8'))), 'hex') = split_part(ctx, '.', 4) then
             return split_part(ctx, '.', 1)::uuid;
         end if;
     end loop;

@@ -41,8 +41,9 @@ create table cvault.api_keys (
     constraint api_keys_secret_hash_length check (octet_length(secret_hash) = 32),
     constraint api_keys_tenant_key_text unique (tenant_id, key_text)
 );
--- the lookup before a tenant is known; 160 random bits make the text unique without a constraint across tenants
-create index api_keys_key_text on cvault.api_keys (key_text);
+-- The lookup before a tenant is known. Unique across tenants, so that none can claim another's key; it tells nothing
+-- to somebody who does not know the key already.
+create unique index api_keys_key_text on cvault.api_keys (key_text);
 
 create table cvault.users (
     tenant_id uuid not null,

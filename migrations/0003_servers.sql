@@ -26,9 +26,8 @@ create table platform.addresses (
     state text not null,
     tenant_id uuid,
     device_id uuid,
-    -- quarantine ends when this server has acknowledged this revision and the time is over
-    release_server_id uuid,
-    release_revision bigint,
+    -- quarantine ends when every server this device was ever on has acknowledged its removal, and the time is over
+    released_device_id uuid,
     released_at timestamptz,
     constraint addresses_pkey primary key (pool_id, host),
     constraint addresses_pool_fkey foreign key (pool_id) references platform.address_pools,
@@ -61,8 +60,12 @@ create table platform.servers (
     acked_revision bigint not null default 0,
     acked_digest numeric(39, 0),
     acked_at timestamptz,
+    -- the session that said so: within one, the acknowledged revision only grows
+    acked_session bigint,
     session_epoch bigint not null default 0,
     instance_id uuid,
+    -- the instance before: one that comes back after it was replaced was alive all the time
+    replaced_instance_id uuid,
     last_seen_at timestamptz,
     health jsonb not null default '{}',
     created_at timestamptz not null default now(),
@@ -101,7 +104,7 @@ create table platform.enrol_tokens (
 );
 
 grant select, insert, update (name, quarantine_seconds) on platform.address_pools to cvault_sys;
-grant select, update (state, tenant_id, device_id, release_server_id, release_revision, released_at) on platform.addresses to cvault_sys;
+grant select, update (state, tenant_id, device_id, released_device_id, released_at) on platform.addresses to cvault_sys;
 grant select, insert, update on platform.servers, platform.enrol_tokens to cvault_sys;
 grant select, update (next_host) on platform.address_pools to cvault_fn;
 grant select, insert, update on platform.addresses, platform.servers to cvault_fn;

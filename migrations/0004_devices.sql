@@ -29,6 +29,7 @@ create table cvault.devices (
     constraint devices_server_fkey foreign key (server_id) references platform.servers,
     constraint devices_name_length check (char_length(name) between 1 and 255),
     constraint devices_platform_length check (char_length(platform) between 1 and 32),
+    constraint devices_families check (family(ipv4) = 4 and family(ipv6) = 6),
     constraint devices_public_key_length check (octet_length(public_key) = 32),
     constraint devices_preshared_key_hash_length check (octet_length(preshared_key_hash) = 32),
     constraint devices_status check (status in ('active', 'revoked')),
@@ -40,12 +41,14 @@ create index devices_user on cvault.devices (tenant_id, user_id, created_at) whe
 create unique index devices_tenant_public_key on cvault.devices (tenant_id, public_key) where status = 'active';
 
 call platform.protect('cvault.devices');
-grant select, insert on cvault.devices to cvault_app;
-grant update (name, public_key, private_key_sealed, preshared_key_sealed, preshared_key_hash, status, last_connected_at, revoked_at)
-    on cvault.devices to cvault_app;
+-- Nobody may write a preshared key yet: one that does not open would keep everything from its server. Whoever makes
+-- them has to check the seal before the peer is placed.
+grant select, insert (tenant_id, device_id, user_id, name, platform, public_key, private_key_sealed, pool_id, ipv4, ipv6,
+                      server_id, created_at),
+    update (name, private_key_sealed, status, last_connected_at, revoked_at) on cvault.devices to cvault_app;
 grant select, update (server_id, placed_revision) on cvault.devices to cvault_fn;
 create policy platform_access on cvault.devices for all to cvault_sys using (true) with check (true);
-grant select (tenant_id, device_id, user_id, status, server_id, last_connected_at, last_handshake_at),
+grant select (tenant_id, device_id, user_id, status, server_id, last_connected_at, last_handshake_at, created_at),
     update (last_connected_at, last_handshake_at) on cvault.devices to cvault_sys;
 
 -- What each server should run (removed_revision is null), and what it once ran (for the last counters).
@@ -64,9 +67,12 @@ create table platform.peers (
     removed_revision bigint,
     constraint peers_pkey primary key (server_id, device_id),
     constraint peers_server_fkey foreign key (server_id) references platform.servers,
+    constraint peers_families check (family(ipv4) = 4 and family(ipv6) = 6),
     constraint peers_public_key_length check (octet_length(public_key) = 32)
 );
-create index peers_device on platform.peers (device_id) where removed_revision is null;
+create index peers_device on platform.peers (device_id);
+-- what a server must expect to lose
+create index peers_removed on platform.peers (server_id, removed_revision) where removed_revision is not null;
 -- what a delta from an older revision has to bring
 create index peers_generation on platform.peers (server_id, generation) where removed_revision is null;
 create unique index peers_public_key_unique on platform.peers (server_id, public_key) where removed_revision is null;
@@ -124,7 +130,7 @@ set search_path = pg_catalog, pg_temp
 as $$
     update platform.addresses a
         set state = 'allocated', tenant_id = p_tenant, device_id = p_device,
-            release_server_id = null, release_revision = null
+            released_device_id = null
         where (a.pool_id, a.host) = (
             select f.pool_id, f.host from platform.addresses f
             where f.pool_id = p_pool and f.state = 'free'
@@ -171,7 +177,8 @@ end
 $$;
 
 -- Puts a device of the current tenant on its server: the last statement of a registration, because it locks the server's
--- row until COMMIT. Revision, count, digest, peer and change row move together.
+-- row until COMMIT. Revision, count, digest, peer and change row move together. The device's row is the tenant's own
+-- word: its addresses must be those that were allocated to it in the server's pool.
 create function platform.place_peer(p_device uuid) returns bigint
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -179,6 +186,8 @@ as $$
 declare
     v_device cvault.devices;
     v_server platform.servers;
+    v_ipv4 inet;
+    v_ipv6 inet;
     v_revision bigint;
 begin
     select * into v_device from cvault.devices d
@@ -189,14 +198,22 @@ begin
     select * into v_server from platform.servers s where s.server_id = v_device.server_id
         -- not `for update`: that would wait for every transaction that has inserted a device of this server
         for no key update;
-    if v_server.status in ('removed', 'maintenance') or v_server.peer_count >= v_server.capacity then
+    if v_server.status <> 'active' or v_server.peer_count >= v_server.capacity then
         raise check_violation using message = 'the server takes no more peers', constraint = 'servers_open_for_peers';
+    end if;
+    select host(p.ipv4::inet + a.host)::inet, host(p.ipv6::inet + a.host)::inet into v_ipv4, v_ipv6
+        from platform.addresses a join platform.address_pools p on p.pool_id = a.pool_id
+        where a.device_id = p_device and a.tenant_id = v_device.tenant_id and a.state = 'allocated'
+          and a.pool_id = v_server.pool_id;
+    if not found or (v_device.ipv4, v_device.ipv6) is distinct from (v_ipv4, v_ipv6) then
+        raise check_violation using message = 'the device has addresses that were not allocated to it',
+            constraint = 'devices_addresses_allocated';
     end if;
     v_revision := v_server.revision + 1;
     insert into platform.peers (server_id, device_id, tenant_id, user_id, public_key, preshared_key_sealed,
                                 preshared_key_hash, ipv4, ipv6, generation)
         values (v_server.server_id, p_device, v_device.tenant_id, v_device.user_id, v_device.public_key,
-                v_device.preshared_key_sealed, v_device.preshared_key_hash, v_device.ipv4, v_device.ipv6, v_revision)
+                v_device.preshared_key_sealed, v_device.preshared_key_hash, v_ipv4, v_ipv6, v_revision)
         on conflict on constraint peers_pkey do update
             set public_key = excluded.public_key, preshared_key_sealed = excluded.preshared_key_sealed,
                 preshared_key_hash = excluded.preshared_key_hash, ipv4 = excluded.ipv4, ipv6 = excluded.ipv6,
@@ -208,7 +225,7 @@ begin
     update platform.servers s
         set revision = v_revision, peer_count = s.peer_count + 1,
             digest = (s.digest + platform.peer_record_digest(s.digest_key, p_device, v_device.tenant_id,
-                v_device.public_key, v_device.preshared_key_hash, v_device.ipv4, v_device.ipv6, v_revision))
+                v_device.public_key, v_device.preshared_key_hash, v_ipv4, v_ipv6, v_revision))
                 % 340282366920938463463374607431768211456
         where s.server_id = v_server.server_id;
     insert into platform.node_changes (server_id, revision, op, device_id, public_key)
@@ -273,8 +290,8 @@ begin
 end
 $$;
 
--- Takes a revoked device of the current tenant off its server and puts its address into quarantine, until that server
--- has acknowledged. Returns the server's revision; NULL when the device was on no server.
+-- Takes a revoked device of the current tenant off its server and puts its address into quarantine, until every server
+-- it was on has acknowledged. Returns the server's revision; NULL when the device was on no server.
 create function platform.retire_peer(p_device uuid) returns bigint
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -290,8 +307,8 @@ begin
     end if;
     v_revision := platform.withdraw_peer(p_device);
     update platform.addresses a
-        set state = 'quarantine', tenant_id = null, device_id = null, release_server_id = v_device.server_id,
-            release_revision = coalesce(v_revision, 0), released_at = now()
+        set state = 'quarantine', tenant_id = null, device_id = null, released_device_id = p_device,
+            released_at = now()
         where a.device_id = p_device and a.tenant_id = v_device.tenant_id;
     return v_revision;
 end

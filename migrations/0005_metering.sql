@@ -22,6 +22,9 @@ create table cvault.sessions (
 create unique index sessions_one_active on cvault.sessions (tenant_id, device_id) where status = 'active';
 create index sessions_device on cvault.sessions (tenant_id, device_id, connected_at);
 create index sessions_connected on cvault.sessions (tenant_id, connected_at);
+-- across tenants, for the daily sums: what is open, and what was closed lately
+create index sessions_open on cvault.sessions (connected_at) where status = 'active';
+create index sessions_closed_at on cvault.sessions (disconnected_at) where status = 'disconnected';
 
 -- Greatest cumulative value known of each counter: the ledger adds differences to this and nothing else.
 create table platform.usage_counters (
@@ -71,6 +74,8 @@ create table cvault.usage_hourly (
     constraint usage_hourly_hour check (hour = date_trunc('hour', hour, 'UTC')),
     constraint usage_hourly_bytes check (rx_bytes >= 0 and tx_bytes >= 0)
 ) partition by range (hour);
+-- across tenants, for the daily sums
+create index usage_hourly_hour on cvault.usage_hourly (hour);
 create table cvault.usage_hourly_default partition of cvault.usage_hourly default;
 
 -- The guide's UsageMetrics: one row per tenant and day, derived from the hours and sessions; api_calls counted here.

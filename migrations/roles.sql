@@ -17,6 +17,16 @@ begin
     if not pg_has_role('cvault_owner', 'cvault_fn', 'member') then
         grant cvault_fn to cvault_owner;
     end if;
+    -- What a session is running is visible to every other session of its role, and all tenants share this one.
+    -- The setting needs a superuser; where nobody is one, set it for the whole server. `serve` refuses to run without.
+    if not exists (select from pg_db_role_setting
+                   where setrole = 'cvault_app'::regrole and setdatabase = 0 and 'track_activities=off' = any (setconfig)) then
+        begin
+            alter role cvault_app set track_activities = off;
+        exception when insufficient_privilege then
+            raise warning 'track_activities must be switched off for role cvault_app by a superuser';
+        end;
+    end if;
     execute format('revoke all on database %I from public', current_database());
     execute format('grant connect on database %I to cvault_owner, cvault_app, cvault_sys', current_database());
     execute format('grant create on database %I to cvault_owner', current_database());

@@ -14,15 +14,17 @@ declare
     k bytea;
 begin
     -- after COMMIT a local setting is '' and not NULL; the pattern refuses both
-    if ctx is null or ctx !~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\.[0-9]{1,12}\.[0-9a-f]{64}$' then
+    if ctx is null or ctx !~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\.[0-9]{1,10}\.[0-9]{1,18}\.[0-9a-f]{64}$' then
         return null;
     end if;
-    if to_timestamp(split_part(ctx, '.', 2)::bigint) < transaction_timestamp() then
+    -- so a context that was overheard is worth nothing anywhere else
+    if split_part(ctx, '.', 2)::bigint <> pg_backend_pid()
+       or split_part(ctx, '.', 3)::bigint <> (extract(epoch from transaction_timestamp()) * 1000000)::bigint then
         return null;
     end if;
-    body := split_part(ctx, '.', 1) || '.' || split_part(ctx, '.', 2);
+    body := split_part(ctx, '.', 1) || '.' || split_part(ctx, '.', 2) || '.' || split_part(ctx, '.', 3);
     for k in select c.key from platform.context_keys c where c.active loop
-        if encode(sha256(k || sha256(k || convert_to(body, 'UTF8'))), 'hex') = split_part(ctx, '.', 3) then
+        if encode(sha256(k || sha256(k || convert_to(body, 'UTF8'))), 'hex') = split_part(ctx, '.', 4) then
             return split_part(ctx, '.', 1)::uuid;
         end if;
     end loop;
@@ -145,6 +147,8 @@ CREATE FUNCTION platform.place_peer(p_device uuid) RETURNS bigint
 declare
     v_device cvault.devices;
     v_server platform.servers;
+    v_ipv4 inet;
+    v_ipv6 inet;
     v_revision bigint;
 begin
     select * into v_device from cvault.devices d
@@ -155,14 +159,22 @@ begin
     select * into v_server from platform.servers s where s.server_id = v_device.server_id
         -- not `for update`: that would wait for every transaction that has inserted a device of this server
         for no key update;
-    if v_server.status in ('removed', 'maintenance') or v_server.peer_count >= v_server.capacity then
+    if v_server.status <> 'active' or v_server.peer_count >= v_server.capacity then
         raise check_violation using message = 'the server takes no more peers', constraint = 'servers_open_for_peers';
+    end if;
+    select host(p.ipv4::inet + a.host)::inet, host(p.ipv6::inet + a.host)::inet into v_ipv4, v_ipv6
+        from platform.addresses a join platform.address_pools p on p.pool_id = a.pool_id
+        where a.device_id = p_device and a.tenant_id = v_device.tenant_id and a.state = 'allocated'
+          and a.pool_id = v_server.pool_id;
+    if not found or (v_device.ipv4, v_device.ipv6) is distinct from (v_ipv4, v_ipv6) then
+        raise check_violation using message = 'the device has addresses that were not allocated to it',
+            constraint = 'devices_addresses_allocated';
     end if;
     v_revision := v_server.revision + 1;
     insert into platform.peers (server_id, device_id, tenant_id, user_id, public_key, preshared_key_sealed,
                                 preshared_key_hash, ipv4, ipv6, generation)
         values (v_server.server_id, p_device, v_device.tenant_id, v_device.user_id, v_device.public_key,
-                v_device.preshared_key_sealed, v_device.preshared_key_hash, v_device.ipv4, v_device.ipv6, v_revision)
+                v_device.preshared_key_sealed, v_device.preshared_key_hash, v_ipv4, v_ipv6, v_revision)
         on conflict on constraint peers_pkey do update
             set public_key = excluded.public_key, preshared_key_sealed = excluded.preshared_key_sealed,
                 preshared_key_hash = excluded.preshared_key_hash, ipv4 = excluded.ipv4, ipv6 = excluded.ipv6,
@@ -174,7 +186,7 @@ begin
     update platform.servers s
         set revision = v_revision, peer_count = s.peer_count + 1,
             digest = (s.digest + platform.peer_record_digest(s.digest_key, p_device, v_device.tenant_id,
-                v_device.public_key, v_device.preshared_key_hash, v_device.ipv4, v_device.ipv6, v_revision))
+                v_device.public_key, v_device.preshared_key_hash, v_ipv4, v_ipv6, v_revision))
                 % 340282366920938463463374607431768211456
         where s.server_id = v_server.server_id;
     insert into platform.node_changes (server_id, revision, op, device_id, public_key)
@@ -213,8 +225,8 @@ begin
     end if;
     v_revision := platform.withdraw_peer(p_device);
     update platform.addresses a
-        set state = 'quarantine', tenant_id = null, device_id = null, release_server_id = v_device.server_id,
-            release_revision = coalesce(v_revision, 0), released_at = now()
+        set state = 'quarantine', tenant_id = null, device_id = null, released_device_id = p_device,
+            released_at = now()
         where a.device_id = p_device and a.tenant_id = v_device.tenant_id;
     return v_revision;
 end
@@ -226,7 +238,7 @@ CREATE FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device 
     AS $$
     update platform.addresses a
         set state = 'allocated', tenant_id = p_tenant, device_id = p_device,
-            release_server_id = null, release_revision = null
+            released_device_id = null
         where (a.pool_id, a.host) = (
             select f.pool_id, f.host from platform.addresses f
             where f.pool_id = p_pool and f.state = 'free'
@@ -328,6 +340,7 @@ CREATE TABLE cvault.devices (
     last_handshake_at timestamp with time zone,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     revoked_at timestamp with time zone,
+    CONSTRAINT devices_families CHECK (((family(ipv4) = 4) AND (family(ipv6) = 6))),
     CONSTRAINT devices_keys_destroyed CHECK (((status = 'active'::text) OR ((private_key_sealed IS NULL) AND (preshared_key_sealed IS NULL)))),
     CONSTRAINT devices_name_length CHECK (((char_length(name) >= 1) AND (char_length(name) <= 255))),
     CONSTRAINT devices_platform_length CHECK (((char_length(platform) >= 1) AND (char_length(platform) <= 32))),
@@ -534,8 +547,7 @@ CREATE TABLE platform.addresses (
     state text NOT NULL,
     tenant_id uuid,
     device_id uuid,
-    release_server_id uuid,
-    release_revision bigint,
+    released_device_id uuid,
     released_at timestamp with time zone,
     CONSTRAINT addresses_owner CHECK ((((state = 'allocated'::text) = (device_id IS NOT NULL)) AND ((device_id IS NULL) = (tenant_id IS NULL)))),
     CONSTRAINT addresses_state CHECK ((state = ANY (ARRAY['free'::text, 'allocated'::text, 'quarantine'::text])))
@@ -591,6 +603,7 @@ CREATE TABLE platform.peers (
     ipv6 inet NOT NULL,
     generation bigint NOT NULL,
     removed_revision bigint,
+    CONSTRAINT peers_families CHECK (((family(ipv4) = 4) AND (family(ipv6) = 6))),
     CONSTRAINT peers_public_key_length CHECK ((octet_length(public_key) = 32))
 );
 ALTER TABLE platform.peers OWNER TO cvault_owner;
@@ -620,8 +633,10 @@ CREATE TABLE platform.servers (
     acked_revision bigint DEFAULT 0 NOT NULL,
     acked_digest numeric(39,0),
     acked_at timestamp with time zone,
+    acked_session bigint,
     session_epoch bigint DEFAULT 0 NOT NULL,
     instance_id uuid,
+    replaced_instance_id uuid,
     last_seen_at timestamp with time zone,
     health jsonb DEFAULT '{}'::jsonb NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
@@ -745,31 +760,45 @@ ALTER TABLE ONLY platform.usage_orphans
     ADD CONSTRAINT usage_orphans_pkey PRIMARY KEY (server_id, device_id, hour);
 ALTER TABLE ONLY platform.usage_windows
     ADD CONSTRAINT usage_windows_pkey PRIMARY KEY (server_id, counter_epoch, sequence);
-CREATE INDEX api_keys_key_text ON cvault.api_keys USING btree (key_text);
+CREATE UNIQUE INDEX api_keys_key_text ON cvault.api_keys USING btree (key_text);
 CREATE INDEX audit_log_unchained ON cvault.audit_log USING btree (tenant_id, audit_id) WHERE (chain_sequence IS NULL);
 CREATE UNIQUE INDEX devices_tenant_public_key ON cvault.devices USING btree (tenant_id, public_key) WHERE (status = 'active'::text);
 CREATE INDEX devices_user ON cvault.devices USING btree (tenant_id, user_id, created_at) WHERE (status = 'active'::text);
 CREATE INDEX refresh_tokens_family ON cvault.refresh_tokens USING btree (tenant_id, family_id);
 CREATE INDEX refresh_tokens_user ON cvault.refresh_tokens USING btree (tenant_id, user_id);
+CREATE INDEX sessions_closed_at ON cvault.sessions USING btree (disconnected_at) WHERE (status = 'disconnected'::text);
 CREATE INDEX sessions_connected ON cvault.sessions USING btree (tenant_id, connected_at);
 CREATE INDEX sessions_device ON cvault.sessions USING btree (tenant_id, device_id, connected_at);
 CREATE UNIQUE INDEX sessions_one_active ON cvault.sessions USING btree (tenant_id, device_id) WHERE (status = 'active'::text);
+CREATE INDEX sessions_open ON cvault.sessions USING btree (connected_at) WHERE (status = 'active'::text);
+CREATE INDEX usage_hourly_hour ON ONLY cvault.usage_hourly USING btree (hour);
+CREATE INDEX usage_hourly_2026_11_hour_idx ON cvault.usage_hourly_2026_11 USING btree (hour);
+CREATE INDEX usage_hourly_2026_12_hour_idx ON cvault.usage_hourly_2026_12 USING btree (hour);
+CREATE INDEX usage_hourly_2027_01_hour_idx ON cvault.usage_hourly_2027_01 USING btree (hour);
+CREATE INDEX usage_hourly_2027_02_hour_idx ON cvault.usage_hourly_2027_02 USING btree (hour);
+CREATE INDEX usage_hourly_default_hour_idx ON cvault.usage_hourly_default USING btree (hour);
 CREATE INDEX addresses_free ON platform.addresses USING btree (pool_id, released_at NULLS FIRST, host) WHERE (state = 'free'::text);
 CREATE INDEX addresses_quarantine ON platform.addresses USING btree (pool_id, released_at) WHERE (state = 'quarantine'::text);
-CREATE INDEX peers_device ON platform.peers USING btree (device_id) WHERE (removed_revision IS NULL);
+CREATE INDEX peers_device ON platform.peers USING btree (device_id);
 CREATE INDEX peers_generation ON platform.peers USING btree (server_id, generation) WHERE (removed_revision IS NULL);
 CREATE UNIQUE INDEX peers_ipv4_device_unique ON platform.peers USING btree (ipv4) WHERE (removed_revision IS NULL);
 CREATE UNIQUE INDEX peers_ipv4_unique ON platform.peers USING btree (server_id, ipv4) WHERE (removed_revision IS NULL);
 CREATE UNIQUE INDEX peers_ipv6_unique ON platform.peers USING btree (server_id, ipv6) WHERE (removed_revision IS NULL);
 CREATE UNIQUE INDEX peers_public_key_device_unique ON platform.peers USING btree (public_key) WHERE (removed_revision IS NULL);
 CREATE UNIQUE INDEX peers_public_key_unique ON platform.peers USING btree (server_id, public_key) WHERE (removed_revision IS NULL);
+CREATE INDEX peers_removed ON platform.peers USING btree (server_id, removed_revision) WHERE (removed_revision IS NOT NULL);
 CREATE UNIQUE INDEX servers_endpoint_unique ON platform.servers USING btree (public_ip, endpoint_port) WHERE (status <> 'removed'::text);
 CREATE UNIQUE INDEX servers_name_unique ON platform.servers USING btree (name) WHERE (status <> 'removed'::text);
 CREATE INDEX usage_counters_device ON platform.usage_counters USING btree (device_id);
+ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_2026_11_hour_idx;
 ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2026_11_pkey;
+ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_2026_12_hour_idx;
 ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2026_12_pkey;
+ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_2027_01_hour_idx;
 ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2027_01_pkey;
+ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_2027_02_hour_idx;
 ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2027_02_pkey;
+ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_default_hour_idx;
 ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_default_pkey;
 ALTER TABLE ONLY cvault.api_keys
     ADD CONSTRAINT api_keys_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
@@ -883,16 +912,22 @@ GRANT SELECT,INSERT ON TABLE cvault.audit_log TO cvault_sys;
 GRANT UPDATE(chain_sequence) ON TABLE cvault.audit_log TO cvault_sys;
 GRANT UPDATE(chain_hash) ON TABLE cvault.audit_log TO cvault_sys;
 GRANT SELECT,INSERT ON TABLE cvault.auth_events TO cvault_app;
-GRANT SELECT,INSERT ON TABLE cvault.devices TO cvault_app;
+GRANT SELECT ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT ON TABLE cvault.devices TO cvault_fn;
+GRANT INSERT(tenant_id) ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT(tenant_id) ON TABLE cvault.devices TO cvault_sys;
+GRANT INSERT(device_id) ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT(device_id) ON TABLE cvault.devices TO cvault_sys;
+GRANT INSERT(user_id) ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT(user_id) ON TABLE cvault.devices TO cvault_sys;
-GRANT UPDATE(name) ON TABLE cvault.devices TO cvault_app;
-GRANT UPDATE(public_key) ON TABLE cvault.devices TO cvault_app;
-GRANT UPDATE(private_key_sealed) ON TABLE cvault.devices TO cvault_app;
-GRANT UPDATE(preshared_key_sealed) ON TABLE cvault.devices TO cvault_app;
-GRANT UPDATE(preshared_key_hash) ON TABLE cvault.devices TO cvault_app;
+GRANT INSERT(name),UPDATE(name) ON TABLE cvault.devices TO cvault_app;
+GRANT INSERT(platform) ON TABLE cvault.devices TO cvault_app;
+GRANT INSERT(public_key) ON TABLE cvault.devices TO cvault_app;
+GRANT INSERT(private_key_sealed),UPDATE(private_key_sealed) ON TABLE cvault.devices TO cvault_app;
+GRANT INSERT(pool_id) ON TABLE cvault.devices TO cvault_app;
+GRANT INSERT(ipv4) ON TABLE cvault.devices TO cvault_app;
+GRANT INSERT(ipv6) ON TABLE cvault.devices TO cvault_app;
+GRANT INSERT(server_id) ON TABLE cvault.devices TO cvault_app;
 GRANT UPDATE(server_id) ON TABLE cvault.devices TO cvault_fn;
 GRANT SELECT(server_id) ON TABLE cvault.devices TO cvault_sys;
 GRANT UPDATE(placed_revision) ON TABLE cvault.devices TO cvault_fn;
@@ -901,6 +936,8 @@ GRANT SELECT(status) ON TABLE cvault.devices TO cvault_sys;
 GRANT UPDATE(last_connected_at) ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT(last_connected_at),UPDATE(last_connected_at) ON TABLE cvault.devices TO cvault_sys;
 GRANT SELECT(last_handshake_at),UPDATE(last_handshake_at) ON TABLE cvault.devices TO cvault_sys;
+GRANT INSERT(created_at) ON TABLE cvault.devices TO cvault_app;
+GRANT SELECT(created_at) ON TABLE cvault.devices TO cvault_sys;
 GRANT UPDATE(revoked_at) ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE cvault.idempotency_keys TO cvault_app;
 GRANT DELETE ON TABLE cvault.idempotency_keys TO cvault_sys;
@@ -927,8 +964,7 @@ GRANT SELECT,INSERT,UPDATE ON TABLE platform.addresses TO cvault_fn;
 GRANT UPDATE(state) ON TABLE platform.addresses TO cvault_sys;
 GRANT UPDATE(tenant_id) ON TABLE platform.addresses TO cvault_sys;
 GRANT UPDATE(device_id) ON TABLE platform.addresses TO cvault_sys;
-GRANT UPDATE(release_server_id) ON TABLE platform.addresses TO cvault_sys;
-GRANT UPDATE(release_revision) ON TABLE platform.addresses TO cvault_sys;
+GRANT UPDATE(released_device_id) ON TABLE platform.addresses TO cvault_sys;
 GRANT UPDATE(released_at) ON TABLE platform.addresses TO cvault_sys;
 GRANT SELECT ON TABLE platform.context_keys TO cvault_fn;
 GRANT SELECT ON TABLE platform.context_keys TO cvault_sys;

@@ -4,9 +4,11 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use crate::auth::passwords::Passwords;
+use crate::auth::throttle::Throttles;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::db::Db;
+use crate::http::health_cache::HealthCache;
 use crate::http::limit::Limiter;
 use crate::keys::{KeyRing, PlatformSecrets};
 use crate::nodes::Hub;
@@ -25,6 +27,8 @@ pub struct Inner {
     pub nodes: Hub,
     pub passwords: Passwords,
     pub limiter: Limiter<TenantId>,
+    pub throttles: Throttles,
+    pub health: HealthCache,
     /// Set once, at the beginning of the shutdown: readiness fails from then on.
     pub draining: tokio_util::sync::CancellationToken,
 }
@@ -41,6 +45,8 @@ impl App {
             nodes: Hub::default(),
             passwords: Passwords::default(),
             limiter: Limiter::default(),
+            throttles: Throttles::default(),
+            health: HealthCache::default(),
             draining: tokio_util::sync::CancellationToken::new(),
         }))
     }

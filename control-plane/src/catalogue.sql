@@ -1,5 +1,5 @@
 -- The start-up and CI gate: every row is a violation, and the server refuses to serve when there is one.
--- Reads the catalogue itself and not information_schema, which shows a role only its own grants. About 5 ms.
+-- These are rules; `catalogue/surface.sql` compares functions and grants with an exact list. Reads the catalogue itself and not information_schema, which shows a role only its own grants. About 5 ms.
 with
 role_ids as (
     select oid, rolname from pg_roles where rolname in ('cvault_owner', 'cvault_app', 'cvault_sys', 'cvault_fn')
@@ -33,7 +33,10 @@ where rolname in ('cvault_owner', 'cvault_app', 'cvault_sys', 'cvault_fn')
 union all
 select 'role ' || m.rolname || ' is a member of ' || r.rolname
 from pg_auth_members am join pg_roles r on r.oid = am.roleid join pg_roles m on m.oid = am.member
-where m.rolname in ('cvault_app', 'cvault_sys', 'cvault_fn')
+where (m.oid in (select oid from role_ids where rolname <> 'cvault_owner') or r.oid in (select oid from role_ids))
+  and (m.rolname, r.rolname) <> ('cvault_owner', 'cvault_fn')
+union all
+select 'role cvault_fn may log in' from pg_roles where rolname = 'cvault_fn' and rolcanlogin
 union all
 select 'role ' || o.rolname || ' owns ' || c.oid::regclass
 from pg_class c join pg_roles o on o.oid = c.relowner
@@ -62,7 +65,11 @@ where schema = 'cvault' and not exists (
 union all
 select 'unique index ' || i.indexrelid::regclass || ' does not begin with tenant_id'
 from pg_index i join tables t on t.oid = i.indrelid
-where schema = 'cvault' and i.indisunique and not exists (
+where schema = 'cvault' and i.indisunique
+  -- found before the tenant is known; none may claim another's
+  and not (i.indexrelid::regclass::text = 'cvault.api_keys_key_text'
+           and pg_get_indexdef(i.indexrelid) = 'CREATE UNIQUE INDEX api_keys_key_text ON cvault.api_keys USING btree (key_text)')
+  and not exists (
     select from pg_attribute a where a.attrelid = t.oid and a.attnum = i.indkey[0] and a.attname = 'tenant_id')
 union all
 select 'foreign key ' || k.conname || ' on ' || t.name || ' leaves tenant_id out'
@@ -79,26 +86,41 @@ where grantee = 'PUBLIC'
    or grantee = 'cvault_sys' and privilege in ('TRUNCATE', 'REFERENCES', 'TRIGGER')
    or grantee not in ('PUBLIC', 'cvault_owner', 'cvault_app', 'cvault_sys', 'cvault_fn')
 union all
+select 'relation ' || c.oid::regclass || ' outside the schemas of CVault is granted to ' || coalesce(r.rolname, 'PUBLIC')
+from pg_class c
+join pg_namespace n on n.oid = c.relnamespace
+cross join lateral (
+    select * from aclexplode(c.relacl)
+    union all
+    select x.* from pg_attribute t cross join lateral aclexplode(t.attacl) x where t.attrelid = c.oid
+) a
+left join pg_roles r on r.oid = a.grantee
+where n.nspname not in ('cvault', 'platform', 'pg_catalog', 'information_schema')
+  and (a.grantee = 0 or r.rolname in ('cvault_app', 'cvault_sys', 'cvault_fn'))
+  and not (c.oid::regclass::text = '_sqlx_migrations' and r.rolname = 'cvault_sys' and a.privilege_type = 'SELECT')
+  and not exists (select from pg_depend d where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
+union all
+select 'rule ' || w.rulename || ' on ' || w.ev_class::regclass || ' rewrites statements'
+from pg_rewrite w join tables t on t.oid = w.ev_class
+union all
+select 'trigger ' || g.tgname || ' on ' || g.tgrelid::regclass || ' runs code'
+from pg_trigger g join tables t on t.oid = g.tgrelid
+where not g.tgisinternal
+union all
 select 'view ' || c.oid::regclass || ' runs with its owner''s rights'
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
 where n.nspname in ('cvault', 'platform', 'public') and c.relkind = 'v'
   and not coalesce(c.reloptions && array['security_invoker=true', 'security_invoker=on'], false)
+  and not exists (select from pg_depend d where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
 union all
 select 'materialised view ' || c.oid::regclass || ' cannot have row-level security'
 from pg_class c join pg_namespace n on n.oid = c.relnamespace
 where n.nspname in ('cvault', 'platform', 'public') and c.relkind = 'm'
 union all
-select 'function ' || p.oid::regprocedure || ' runs with its owner''s rights and is not one of the known ones, or has no search_path'
-from pg_proc p join pg_namespace n on n.oid = p.pronamespace join pg_roles o on o.oid = p.proowner
-where n.nspname in ('cvault', 'platform', 'public') and p.prosecdef
-  and not (
-      coalesce(array_to_string(p.proconfig, ' ') ~ 'search_path=pg_catalog, pg_temp', false)
-      and (n.nspname || '.' || p.proname, o.rolname) in (
-          ('cvault.tenant_id', 'cvault_fn'), ('platform.allocate_address', 'cvault_fn'),
-          ('platform.place_peer', 'cvault_fn'), ('platform.withdraw_peer', 'cvault_fn'),
-          ('platform.move_peer', 'cvault_fn'), ('platform.retire_peer', 'cvault_fn'),
-          ('platform.list_servers', 'cvault_fn'),
-          ('platform.ensure_usage_partitions', 'cvault_owner')))
+select 'function ' || p.oid::regprocedure || ' outside the schemas of CVault runs with its owner''s rights'
+from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+where n.nspname not in ('cvault', 'platform', 'pg_catalog', 'information_schema') and p.prosecdef
+  and not exists (select from pg_depend d where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e')
 union all
 select 'function ' || p.oid::regprocedure || ' may be executed by everybody'
 from pg_proc p join pg_namespace n on n.oid = p.pronamespace
@@ -113,8 +135,9 @@ from pg_namespace n, pg_roles r
 where n.nspname in ('cvault', 'platform', 'public') and r.rolname in ('cvault_app', 'cvault_sys', 'cvault_fn')
   and has_schema_privilege(r.oid, n.oid, 'create')
 union all
-select 'role ' || rolname || ' may create temporary tables'
-from pg_roles where rolname in ('cvault_app', 'cvault_sys') and has_database_privilege(oid, current_database(), 'temp')
+select 'role ' || rolname || ' may create schemas or temporary tables'
+from pg_roles
+where rolname in ('cvault_app', 'cvault_sys', 'cvault_fn') and has_database_privilege(oid, current_database(), 'create, temp')
 union all
 select 'the active keys of the tenant context are not one or two'
 where (select count(*) from platform.context_keys where active) not in (1, 2)

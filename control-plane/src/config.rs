@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
 
+use ipnet::IpNet;
 use sqlx::postgres::PgConnectOptions;
 use tracing::level_filters::LevelFilter;
 use zeroize::Zeroizing;
@@ -47,7 +48,7 @@ pub const VARIABLES: &[Variable] = &[
         name: "CVAULT_KEK_FILE",
         default: "",
         used_by: "serve, admin",
-        meaning: "File with the key-encryption key: 64 hexadecimal digits (32 bytes), or lines `VERSION:DIGITS` while keys are rotated. Not readable by others.",
+        meaning: "File with the key-encryption key: 64 hexadecimal digits (32 bytes), or lines `VERSION:DIGITS` while keys are rotated. Of mode 0600 or 0400.",
     },
     Variable {
         name: "API_ENCRYPTION_KEY",
@@ -98,6 +99,12 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "Requests a tenant may send in a minute, unless it has a limit of its own.",
     },
     Variable {
+        name: "CVAULT_TRUSTED_PROXIES",
+        default: "127.0.0.0/8,::1/128",
+        used_by: "serve, dev",
+        meaning: "Networks of the proxies in front of the HTTP API, comma-separated. Their `X-Forwarded-For` says who the caller is, which throttles and caps count by; a proxy must set it.",
+    },
+    Variable {
         name: "CVAULT_QUARANTINE_SECONDS",
         default: "60",
         used_by: "serve, dev, admin",
@@ -129,6 +136,8 @@ pub struct Config {
     pub client_dns: Vec<IpAddr>,
     pub client_mtu: u16,
     pub rate_limit_per_minute: u32,
+    /// Their `X-Forwarded-For` is believed.
+    pub trusted_proxies: Vec<IpNet>,
     pub quarantine_seconds: u32,
 }
 
@@ -321,6 +330,7 @@ impl<'a> Reader<'a> {
             client_dns: self.client_dns(),
             client_mtu: u16::try_from(self.number("CVAULT_CLIENT_MTU", 1280, 1500)).unwrap_or(1420),
             rate_limit_per_minute: self.number("CVAULT_RATE_LIMIT_PER_MINUTE", 1, 1_000_000),
+            trusted_proxies: self.trusted_proxies(),
             quarantine_seconds: self.number("CVAULT_QUARANTINE_SECONDS", 0, 604_800),
         }
     }
@@ -369,6 +379,16 @@ impl<'a> Reader<'a> {
                 Vec::new()
             }
         }
+    }
+
+    fn trusted_proxies(&mut self) -> Vec<IpNet> {
+        let text = self.text("CVAULT_TRUSTED_PROXIES");
+        let parse = |part: &str| part.parse().or_else(|_| part.parse::<IpAddr>().map(IpNet::from));
+        let parsed: Result<Vec<IpNet>, _> = text.split(',').map(|part| parse(part.trim())).collect();
+        parsed.unwrap_or_else(|_| {
+            self.fault("CVAULT_TRUSTED_PROXIES must be networks separated by commas, such as 127.0.0.0/8,10.1.0.0/16.");
+            Vec::new()
+        })
     }
 
     /// Never repeats the URL: it holds a password.
@@ -427,8 +447,8 @@ fn default_endpoint(node_listen: SocketAddr, public_url: &str) -> String {
 
 fn read_private(path: &str) -> Result<Zeroizing<String>, String> {
     let metadata = std::fs::metadata(path).map_err(|error| format!("names {path}, which cannot be read ({error})."))?;
-    if metadata.mode() & 0o007 != 0 {
-        return Err(format!("names {path}, which every user of this machine may open; run `chmod 600 {path}`."));
+    if metadata.mode() & 0o077 != 0 {
+        return Err(format!("names {path}, which others than its owner may open; run `chmod 600 {path}`."));
     }
     std::fs::read_to_string(path)
         .map(Zeroizing::new)
@@ -481,6 +501,7 @@ mod tests {
             ("CVAULT_CLIENT_DNS", "one.one.one.one"),
             ("CVAULT_CLIENT_MTU", "9000"),
             ("CVAULT_RATE_LIMIT_PER_MINUTE", "0"),
+            ("CVAULT_TRUSTED_PROXIES", "a proxy"),
             ("CVAULT_QUARANTINE_SECONDS", "-1"),
         ]) else {
             panic!("accepted")
@@ -495,6 +516,7 @@ mod tests {
             "CVAULT_CLIENT_DNS",
             "CVAULT_CLIENT_MTU",
             "CVAULT_RATE_LIMIT_PER_MINUTE",
+            "CVAULT_TRUSTED_PROXIES",
             "CVAULT_QUARANTINE_SECONDS",
         ] {
             assert!(faults.iter().any(|fault| fault.contains(name)), "{name} is not named in {faults:?}");

@@ -3,13 +3,13 @@
 //! Tenant rows are reached through [`crate::tenancy`] only; the pool of role `cvault_sys` serves the node gateway,
 //! metering and periodic tasks. Deliberately absent: any way to begin a tenant transaction on a bare pool.
 
+use std::fmt;
 use std::time::Duration;
 
 use sqlx::migrate::Migrator;
 use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgRow};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Postgres};
-use zeroize::Zeroizing;
 
 use crate::clock::Clock;
 use crate::tenancy::{ContextKey, Tenancy};
@@ -24,11 +24,11 @@ const IDLE_IN_TRANSACTION_TIMEOUT: &str = "10s";
 /// Longer than a crash recovery of PostgreSQL usually takes would only pile up requests.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// A third of what a tenant context lives (see `tenancy`).
+/// Sessions, tokens and the hours of the ledger are reckoned by both clocks.
 const MAX_CLOCK_DIFFERENCE_SECONDS: i64 = 10;
 
 /// Where the database is, for each of the two roles.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct DbConfig {
     pub app: PgConnectOptions,
     pub sys: PgConnectOptions,
@@ -41,6 +41,16 @@ impl DbConfig {
     #[must_use]
     pub fn new(app: PgConnectOptions, sys: PgConnectOptions) -> Self {
         Self { app, sys, app_connections: 16, sys_connections: 8 }
+    }
+}
+
+impl fmt::Debug for DbConfig {
+    /// Without the options: they hold passwords.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DbConfig")
+            .field("app_connections", &self.app_connections)
+            .field("sys_connections", &self.sys_connections)
+            .finish_non_exhaustive()
     }
 }
 
@@ -73,6 +83,9 @@ pub enum DbError {
     /// A named constraint refused the change.
     #[error("constraint {name} refused the change")]
     Constraint { name: String },
+    /// Nothing that is reckoned by both clocks can be trusted.
+    #[error("the clocks of this machine and of the database differ by {seconds} s")]
+    Clock { seconds: i64 },
     #[error("the database refused a statement")]
     Other(#[source] sqlx::Error),
 }
@@ -100,7 +113,6 @@ pub enum ConnectError {
     Unreachable { variable: &'static str, source: sqlx::Error },
     #[error("the schema of the database is not the one of this program ({detail}): run `cvault-control-plane migrate`")]
     Schema { detail: String },
-    /// Tenant contexts are signed here and expire there.
     #[error(
         "the clock of this machine and that of the database differ by {seconds} s, more than the {MAX_CLOCK_DIFFERENCE_SECONDS} s \
          that are bearable: synchronise both (NTP)"
@@ -127,13 +139,18 @@ impl Db {
         Ok(Self { tenancy: Tenancy::new(app, key), sys })
     }
 
-    /// Whether both roles get an answer now.
+    /// Whether both roles get an answer now, and the clocks still agree.
     ///
     /// # Errors
-    /// [`DbError::Unavailable`] when one does not.
+    /// [`DbError::Unavailable`] when a role gets none; [`DbError::Clock`] when the clocks have drifted apart.
     pub async fn ping(&self) -> Result<(), DbError> {
-        sqlx::query_scalar!("select 1").fetch_one(&self.sys).await?;
-        self.tenancy.ping().await
+        match clock_difference_seconds(&self.sys).await? {
+            seconds if seconds.abs() > MAX_CLOCK_DIFFERENCE_SECONDS => {
+                tracing::error!(seconds, "the clocks of this machine and of the database have drifted apart (NTP)");
+                Err(DbError::Clock { seconds })
+            }
+            _ => self.tenancy.ping().await,
+        }
     }
 
     /// Closes both pools; waits for what is checked out.
@@ -149,7 +166,7 @@ impl Tx {
     /// # Errors
     /// [`DbError::Unavailable`] when no connection could be had in time.
     pub async fn begin(sys: &PgPool) -> Result<Self, DbError> {
-        Self::begin_with(sys, "begin".to_owned().into()).await
+        Ok(Self::begin_with(sys, "begin").await?.0)
     }
 
     /// As [`Tx::begin`], reading one state of the database throughout.
@@ -157,15 +174,15 @@ impl Tx {
     /// # Errors
     /// [`DbError::Unavailable`] when no connection could be had in time.
     pub async fn snapshot(sys: &PgPool) -> Result<Self, DbError> {
-        Self::begin_with(sys, "begin isolation level repeatable read read only".to_owned().into()).await
+        Ok(Self::begin_with(sys, "begin isolation level repeatable read read only").await?.0)
     }
 
-    /// `begin` is one message, so that whatever is set with it costs no round trip.
-    pub(crate) async fn begin_with(pool: &PgPool, begin: Zeroizing<String>) -> Result<Self, DbError> {
+    /// `begin` is one message, so that whatever is asked with it costs no round trip. Returns the last row it gave.
+    pub(crate) async fn begin_with(pool: &PgPool, begin: &'static str) -> Result<(Self, Option<PgRow>), DbError> {
         // the guard exists before the first byte of BEGIN is sent
         let mut tx = Self { conn: Some(pool.acquire().await?) };
-        sqlx::raw_sql(AssertSqlSafe(begin.as_str().to_owned())).execute(tx.conn()).await?;
-        Ok(tx)
+        let row = sqlx::raw_sql(begin).fetch_all(tx.conn()).await?.pop();
+        Ok((tx, row))
     }
 
     /// The connection, inside the transaction.
@@ -316,12 +333,13 @@ async fn check_schema(sys: &PgPool) -> Result<(), ConnectError> {
 }
 
 async fn check_clock(sys: &PgPool) -> Result<(), ConnectError> {
-    let theirs = sqlx::query_scalar!(r#"select clock_timestamp() as "now!""#)
-        .fetch_one(sys)
-        .await
-        .map_err(ConnectError::Refused)?;
-    let seconds = (theirs - Clock.now()).whole_seconds();
+    let seconds = clock_difference_seconds(sys).await.map_err(ConnectError::Refused)?;
     if seconds.abs() > MAX_CLOCK_DIFFERENCE_SECONDS { Err(ConnectError::Clock { seconds }) } else { Ok(()) }
+}
+
+async fn clock_difference_seconds(sys: &PgPool) -> Result<i64, sqlx::Error> {
+    let theirs = sqlx::query_scalar!(r#"select clock_timestamp() as "now!""#).fetch_one(sys).await?;
+    Ok((theirs - Clock.now()).whole_seconds())
 }
 
 impl From<sqlx::Error> for DbError {
@@ -358,7 +376,45 @@ impl DbError {
     pub fn constraint(&self) -> Option<&str> {
         match self {
             Self::Constraint { name } => Some(name),
-            Self::Unavailable(_) | Self::CommitUnknown(_) | Self::Other(_) => None,
+            Self::Unavailable(_) | Self::CommitUnknown(_) | Self::Clock { .. } | Self::Other(_) => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{World, eventually};
+
+    #[test]
+    fn the_debug_form_of_a_configuration_shows_no_password() {
+        let options = PgConnectOptions::new_without_pgpass().password("hunter2");
+        let text = format!("{:?}", DbConfig::new(options.clone(), options));
+        assert!(!text.contains("hunter2"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_clock_that_drifts_after_the_start_ends_readiness() {
+        let world = World::new().await;
+        world.app.db.ping().await.unwrap();
+        // a database whose clock is an hour ahead, for sessions that begin now
+        sqlx::raw_sql(
+            "create schema drift;
+             grant usage on schema drift to public;
+             create function drift.clock_timestamp() returns timestamptz language sql
+                 as $f$ select pg_catalog.clock_timestamp() + interval '1 hour' $f$;
+             do $$ begin
+                 execute format('alter role cvault_sys in database %I set search_path = drift, pg_catalog', current_database());
+             end $$;
+             select pg_terminate_backend(pid) from pg_stat_activity
+                 where datname = current_database() and usename = 'cvault_sys'",
+        )
+        .execute(&mut world.superuser().await)
+        .await
+        .unwrap();
+        eventually("the drift is noticed", Duration::from_secs(10), async || {
+            matches!(world.app.db.ping().await, Err(DbError::Clock { seconds: 3_590..3_610 }))
+        })
+        .await;
     }
 }

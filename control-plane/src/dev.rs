@@ -67,7 +67,10 @@ pub enum DevError {
 pub async fn run(config: Config, dir: &Path, pg_bin: Option<PathBuf>) -> Result<(), DevError> {
     let (listeners, config) = Listeners::bind(config).await?;
     let shutdown = serve::on_signal()?;
-    let cluster = Cluster::start(dir, pg_bin, Durability::Durable).await?;
+    let cluster = match Cluster::start(dir, pg_bin, Durability::Durable, &shutdown).await {
+        Err(ClusterError::Interrupted) => return Ok(()),
+        started => started?,
+    };
     let result = with_cluster(&cluster, config, dir, listeners, shutdown).await;
     cluster.stop().await;
     result
@@ -119,9 +122,8 @@ async fn prepare(app: &App) -> Result<(), DevError> {
         ipv6: "fd00:cafe::/64".parse().expect("a constant prefix"),
         quarantine_seconds: app.config.quarantine_seconds,
     };
-    match ipam::create_pool(&app.db.sys, &pool).await {
-        Ok(_) | Err(CreatePoolError::NameTaken(_) | CreatePoolError::Overlap) => {}
-        Err(error) => return Err(error.into()),
+    if !ipam::list_pools(&app.db.sys).await?.iter().any(|made| made.name == POOL) {
+        ipam::create_pool(&app.db.sys, &pool).await?;
     }
     // a deleted demo tenant does not come back: any tenant ever made counts
     let made = sqlx::query_scalar!(r#"select exists (select from cvault.tenants) as "exists!""#)

@@ -19,6 +19,7 @@ pub mod http;
 pub mod ipam;
 pub mod keys;
 pub mod metrics;
+pub mod network;
 pub mod nodes;
 pub mod postgres;
 pub mod serve;

@@ -2,9 +2,11 @@
 
 use std::net::SocketAddr;
 
+use futures::FutureExt;
 use rand::SeedableRng;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -12,11 +14,12 @@ use crate::app::App;
 use crate::catalogue::{self, CatalogueError};
 use crate::config::{Config, ServeConfig};
 use crate::db::{ConnectError, Db, DbConfig};
-use crate::http::{problem, router, serve};
+use crate::http::serve::Limits;
+use crate::http::{router, serve};
 use crate::keys::{KeyRing, PlatformSecrets, SecretsError};
 use crate::{metrics, nodes, tasks};
 
-/// Why nothing was started.
+/// Why nothing was started, or why what was started has ended.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error("{variable}: the address {address} cannot be listened on; stop what uses it, or choose another")]
@@ -27,6 +30,10 @@ pub enum StartError {
     Catalogue(#[from] CatalogueError),
     #[error(transparent)]
     Secrets(#[from] SecretsError),
+    #[error("the gateway for servers has failed")]
+    Gateway(#[source] nodes::ServeError),
+    #[error("the gateway for servers has failed")]
+    GatewayPanicked(#[source] tokio::task::JoinError),
     #[error("the signal handler cannot be installed")]
     Signals(#[source] std::io::Error),
 }
@@ -82,11 +89,12 @@ pub async fn run(config: ServeConfig) -> Result<(), StartError> {
 /// Serves until `shutdown`: readiness fails first, then running requests get 10 s.
 ///
 /// # Errors
-/// When the gateway cannot be started.
+/// [`StartError::Gateway`] when the gateway has failed, which ends everything else too.
 pub async fn until(app: App, listeners: Listeners, shutdown: CancellationToken) -> Result<(), StartError> {
     metrics::install();
     let supervised = TaskTracker::new();
-    supervised.spawn(gateway(app.clone(), listeners.nodes, shutdown.clone()));
+    let gateway = nodes::serve(listeners.nodes, app.clone(), shutdown.clone());
+    let gateway = supervised.spawn(indispensable(gateway, shutdown.clone()));
     supervised.spawn(tasks::run(app.clone(), shutdown.clone()));
     tracing::info!(listen = %app.config.listen, node_listen = %app.config.node_listen, "serving");
     let draining = app.draining.clone();
@@ -95,22 +103,31 @@ pub async fn until(app: App, listeners: Listeners, shutdown: CancellationToken) 
         stopping.cancelled().await;
         draining.cancel();
     });
-    serve::serve(listeners.http, router::api(app.clone()), shutdown).await;
+    let limits = Limits::behind(app.config.trusted_proxies.clone());
+    serve::serve(listeners.http, router::api(app.clone()), limits, shutdown).await;
     supervised.close();
     if tokio::time::timeout(serve::DRAIN, supervised.wait()).await.is_err() {
         tracing::warn!("some tasks did not end in time");
     }
     app.db.close().await;
     tracing::info!("stopped");
-    Ok(())
+    outcome(gateway)
 }
 
-/// Without it servers would drift from what tenants are told: its end is the end of the process.
-async fn gateway(app: App, listener: TcpListener, shutdown: CancellationToken) {
-    if let Err(error) = nodes::serve(listener, app, shutdown.clone()).await {
-        tracing::error!(error = problem::chain(&error), "the gateway for servers has failed; stopping");
-        shutdown.cancel();
+/// What the gateway has to say at the end; nothing when it still runs.
+fn outcome(gateway: JoinHandle<Result<(), nodes::ServeError>>) -> Result<(), StartError> {
+    match gateway.now_or_never() {
+        Some(Ok(Err(error))) => Err(StartError::Gateway(error)),
+        Some(Err(panicked)) => Err(StartError::GatewayPanicked(panicked)),
+        Some(Ok(Ok(()))) | None => Ok(()),
     }
+}
+
+/// Runs what the process is worth nothing without: its end is the shutdown, however it comes. Without the gateway servers
+/// would drift from what tenants are told.
+async fn indispensable<E>(work: impl Future<Output = Result<(), E>>, shutdown: CancellationToken) -> Result<(), E> {
+    let _shutdown = shutdown.drop_guard();
+    work.await
 }
 
 /// Cancelled by the first SIGTERM or SIGINT; a second one ends the process at once.
@@ -130,4 +147,32 @@ pub fn on_signal() -> Result<CancellationToken, StartError> {
         std::process::exit(130);
     });
     Ok(token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_gateway_that_fails_or_panics_ends_the_process_with_its_error() {
+        for panics in [false, true] {
+            let shutdown = CancellationToken::new();
+            let gateway = tokio::spawn(indispensable(
+                async move {
+                    assert!(!panics, "a fault of ours");
+                    Err(nodes::ServeError::Tls(rustls::Error::DecryptError))
+                },
+                shutdown.clone(),
+            ));
+            shutdown.cancelled().await;
+            while !gateway.is_finished() {
+                tokio::task::yield_now().await;
+            }
+            match outcome(gateway) {
+                Err(StartError::Gateway(_)) => assert!(!panics),
+                Err(StartError::GatewayPanicked(_)) => assert!(panics),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
 }

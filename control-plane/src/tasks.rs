@@ -42,6 +42,11 @@ const TASKS: &[Task] = &[
         run: |app| Box::pin(async move { usage::refresh_daily(&app.db.sys).await }),
     },
     Task {
+        name: "refresh_usage_week",
+        every: Duration::from_secs(3600),
+        run: |app| Box::pin(async move { usage::refresh_week(&app.db.sys).await }),
+    },
+    Task {
         name: "usage_partitions",
         every: Duration::from_secs(6 * 3600),
         run: |app| Box::pin(async move { usage::ensure_partitions(&app.db.sys).await }),

@@ -1,22 +1,22 @@
 //! [`TenantTx`]: the only door to tenant rows.
 //!
-//! BEGIN and a signed tenant context travel in one message; row-level security in the database does the rest
-//! (`cvault.tenant_id()` in `migrations/0001_tenancy.sql` checks the signature). A connection whose transaction was not
+//! A signed tenant context is set first thing in each transaction; row-level security in the database does the rest
+//! (`cvault.tenant_id()` in `migrations/0001_tenancy.sql` checks the signature). The context names the session and the
+//! transaction it was made for, so it is worth nothing to whoever overhears it. That costs a round trip: sqlx does not
+//! tell the process id of a connection's backend, so BEGIN asks for it. A connection whose transaction was not
 //! cleanly finished is closed, never returned to the pool (see [`Tx`]), so the next tenant cannot inherit it.
 
 use std::fmt;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use cvault_types::TenantId;
 use sha2::{Digest as _, Sha256};
-use sqlx::{PgConnection, PgPool};
+use sqlx::{AssertSqlSafe, PgConnection, PgPool, Row as _};
 use zeroize::Zeroizing;
 
 use crate::db::{DbError, Tx};
 
-/// Long enough for the slowest statement, short enough that a leaked context is worth nothing. Checked against the
-/// start of the transaction, so it bounds the wait for the connection and the clocks' difference, not the work.
-const CONTEXT_LIFETIME_SECONDS: u64 = 30;
+const BEGIN: &str = "begin; select pg_backend_pid() as pid,
+     (extract(epoch from transaction_timestamp()) * 1000000)::bigint as started_us";
 
 /// The key that signs tenant contexts; role `cvault_app` cannot read it.
 #[derive(Clone)]
@@ -36,6 +36,14 @@ pub struct TenantTx {
     tenant: TenantId,
 }
 
+/// The one transaction of one session in which a context holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Binding {
+    backend_pid: i32,
+    /// `transaction_timestamp()`, microseconds since 1970.
+    started_us: i64,
+}
+
 impl ContextKey {
     /// Loads the newest active key.
     ///
@@ -49,9 +57,10 @@ impl ContextKey {
         Ok(Self(Zeroizing::new(key)))
     }
 
-    /// `<tenant>.<expiry>.<mac>`: letters a–f, digits, `-` and `.`, so it may stand in a SQL literal.
-    fn sign(&self, tenant: TenantId, expiry: u64) -> Zeroizing<String> {
-        let body = format!("{}.{expiry}", tenant.uuid());
+    /// `<tenant>.<backend pid>.<transaction start>.<mac>`: letters a–f, digits, `-` and `.`, so it may stand in a SQL
+    /// literal.
+    fn sign(&self, tenant: TenantId, binding: Binding) -> Zeroizing<String> {
+        let body = format!("{}.{}.{}", tenant.uuid(), binding.backend_pid, binding.started_us);
         let inner = Sha256::new().chain_update(&*self.0).chain_update(&body).finalize();
         let mac = Sha256::new().chain_update(&*self.0).chain_update(inner).finalize();
         Zeroizing::new(format!("{body}.{}", hex::encode(mac)))
@@ -76,10 +85,14 @@ impl Tenancy {
     /// # Errors
     /// [`DbError::Unavailable`] when no connection could be had in time.
     pub async fn begin(&self, tenant: TenantId) -> Result<TenantTx, DbError> {
-        let expiry = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()) + CONTEXT_LIFETIME_SECONDS;
-        let context = self.key.sign(tenant, expiry);
-        let begin = Zeroizing::new(format!("begin; set local app.ctx = '{}'", *context));
-        Ok(TenantTx { tx: Tx::begin_with(&self.pool, begin).await?, tenant })
+        let (mut tx, row) = Tx::begin_with(&self.pool, BEGIN).await?;
+        let row = row.ok_or(DbError::Other(sqlx::Error::RowNotFound))?;
+        let binding = Binding { backend_pid: row.try_get("pid")?, started_us: row.try_get("started_us")? };
+        let context = self.key.sign(tenant, binding);
+        // no statement with parameters: a prepared one would be kept, and shown in pg_prepared_statements
+        let set = Zeroizing::new(format!("set local app.ctx = '{}'", *context));
+        sqlx::raw_sql(AssertSqlSafe(set.as_str().to_owned())).execute(tx.conn()).await?;
+        Ok(TenantTx { tx, tenant })
     }
 
     pub(crate) async fn ping(&self) -> Result<(), DbError> {

@@ -29,7 +29,7 @@ fn every_refusal_is_a_problem_document_with_its_own_status_and_code() {
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
-    platform.lab.check_logs_hold_no_secret().unwrap();
+    platform.check_logs_hold_no_secret().unwrap();
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn a_refresh_token_works_once_and_its_reuse_ends_the_family() {
     let reused = refresh(&user.refresh_token);
     assert_eq!((reused.status, reused.code().as_str()), (401, "TOKEN_REUSED"));
     assert_eq!(refresh(&second).status, 401, "the whole family is revoked");
-    platform.lab.check_logs_hold_no_secret().unwrap();
+    platform.check_logs_hold_no_secret().unwrap();
 }
 
 fn credentials(acme: &Tenant, globex: &Tenant, user: &User) -> Vec<Case> {

@@ -81,6 +81,29 @@ fn two_labs_side_by_side_use_the_same_addresses_without_meeting() {
 }
 
 #[test]
+fn what_a_machine_does_to_shared_memory_and_what_the_caller_exports_does_not_pass_its_walls() {
+    let lab = Lab::build().unwrap();
+    let (machine, _) = lab.machine("server", Network::Servers, 10).unwrap();
+    let own = format!("lab-of-{}", std::process::id());
+    assert_eq!(machine.sh("ls -A /dev/shm").unwrap(), "");
+    machine.sh(&format!("touch /dev/shm/{own}")).unwrap();
+    assert!(machine.path(&format!("/dev/shm/{own}")).exists());
+    assert!(!std::path::Path::new("/dev/shm").join(&own).exists());
+    let environment = machine.sh("env | cut -d= -f1 | grep -vx -e PWD -e _ -e SHLVL -e OLDPWD | sort").unwrap();
+    assert_eq!(environment.split_whitespace().collect::<Vec<_>>(), ["HOME", "LANG", "PATH"]);
+}
+
+#[test]
+fn wg_quick_finds_no_wireguard_in_the_kernel_whatever_the_computer_has() {
+    let lab = Lab::build().unwrap();
+    let machine = lab.internet();
+    assert_eq!(machine.sh("ls -A /sys/module").unwrap(), "");
+    assert!(machine.sh("ip link add wg9 type wireguard").unwrap_err().to_string().contains("Unknown device type"));
+    machine.sh("ip link add dummy9 type bridge && ip link del dummy9").unwrap();
+    assert_eq!(machine.sh("command -v wg-quick").unwrap().trim(), "/run/lab/bin/wg-quick");
+}
+
+#[test]
 fn a_machine_takes_its_daemons_with_it_and_boots_again_with_its_address_and_another_boot_id() {
     let lab = Lab::build().unwrap();
     let (machine, addresses) = lab.machine("server", Network::Servers, 10).unwrap();
@@ -123,4 +146,12 @@ fn a_secret_in_a_log_is_found() {
     let error = lab.check_logs_hold_no_secret().unwrap_err().to_string();
     assert!(error.contains("a token in ") && error.contains("leak.log line 1"), "{error}");
     assert!(!error.contains("battery"));
+
+    // a rotated log, and a key in another form than the one that was given out
+    std::fs::rename(process.log(), process.log().with_extension("log.old")).unwrap();
+    lab.secret("a key", &"fb".repeat(32));
+    std::fs::write(process.log(), format!("key={}\n", "-_v7".repeat(10) + "-_s")).unwrap();
+    let error = lab.check_logs_hold_no_secret().unwrap_err().to_string();
+    assert!(error.contains("a token in ") && error.contains("leak.log.old line 1"), "{error}");
+    assert!(error.contains("a key in ") && error.contains("leak.log line 1"), "{error}");
 }

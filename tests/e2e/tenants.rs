@@ -2,7 +2,7 @@
 
 use anyhow::{Result, anyhow, ensure};
 use cvault_tests::lab::{HTTP_V4, HTTP_V6, Signal, binary, eventually};
-use cvault_tests::platform::{Client, ControlOptions, Counters, Device, Platform, Request, Tenant, User};
+use cvault_tests::platform::{Client, ControlOptions, Counters, Device, Platform, Request, Server, Tenant, User};
 use serde_json::json;
 
 const USERS: u8 = 5;
@@ -31,9 +31,9 @@ fn two_tenants_on_one_server_cannot_see_reach_or_be_billed_for_each_other() {
     let [acme, globex] = &parties;
     nobody_sees(&platform, acme, globex).unwrap();
     nobody_sees(&platform, globex, acme).unwrap();
-    nobody_reaches(acme, globex).unwrap();
-    nobody_reaches(globex, acme).unwrap();
-    nobody_speaks_for(acme, globex).unwrap();
+    nobody_reaches(&server, acme, globex).unwrap();
+    nobody_reaches(&server, globex, acme).unwrap();
+    nobody_speaks_for(&server, acme, globex).unwrap();
 
     let mut received_by_all = 0;
     for (party, size) in parties.iter().zip([500, 900]) {
@@ -55,7 +55,7 @@ fn two_tenants_on_one_server_cannot_see_reach_or_be_billed_for_each_other() {
         received_by_all, counted.rx_bytes,
         "both bills together are what the server's kernel took from the tunnel"
     );
-    platform.lab.check_logs_hold_no_secret().unwrap();
+    platform.check_logs_hold_no_secret().unwrap();
 }
 
 fn party(platform: &Platform, name: &str, first_client: u8) -> Result<Party> {
@@ -125,8 +125,11 @@ fn nobody_sees(platform: &Platform, curious: &Party, other: &Party) -> Result<()
     Ok(())
 }
 
-/// No packet passes from `curious` to an inner address of `other`, nor between users of one tenant.
-fn nobody_reaches(curious: &Party, other: &Party) -> Result<()> {
+/// No packet passes from `curious` to an inner address of `other`, nor between users of one tenant: it is the server that
+/// drops them, every one.
+fn nobody_reaches(server: &Server, curious: &Party, other: &Party) -> Result<()> {
+    let dropped = server.dropped("isolation")?;
+    let mut tried = 0;
     let target = &other.members[0];
     let web = target.client.machine().spawn("web", &binary("cvault-lab")?, ["web"], [])?;
     eventually("the target listens", 5, || target.client.get("http://127.0.0.1/ip"))?;
@@ -134,28 +137,35 @@ fn nobody_reaches(curious: &Party, other: &Party) -> Result<()> {
     std::thread::scope(|scope| {
         for member in other.members.iter().chain(&curious.members[2..]) {
             for address in member.device.addresses() {
+                tried += 1;
                 scope.spawn(move || assert!(!from.pings(&address), "an echo came back from {address}"));
             }
         }
     });
     for address in target.device.addresses() {
+        tried += 1;
         let host = if address.contains(':') { format!("[{address}]") } else { address };
         assert!(
             from.machine().run("curl", ["-s", "-m", "1", &format!("http://{host}/ip")]).is_err(),
             "connected to {host}"
         );
     }
+    let dropped = server.dropped("isolation")? - dropped;
+    assert!(dropped >= tried, "the server dropped {dropped} packets of {tried} attempts");
     web.end(target.client.machine(), Signal::Kill)
 }
 
-/// Packets with another's source address go nowhere.
-fn nobody_speaks_for(liar: &Party, victim: &Party) -> Result<()> {
+/// Packets with another's source address go nowhere: the server drops them, every one.
+fn nobody_speaks_for(server: &Server, liar: &Party, victim: &Party) -> Result<()> {
     let client = &liar.members[2].client;
     for address in victim.members[3].device.addresses() {
         let (target, bits) = if address.contains(':') { (HTTP_V6, 128) } else { (HTTP_V4, 32) };
         client.machine().sh(&format!("ip addr add {address}/{bits} dev cvault"))?;
+        let dropped = server.dropped("spoofed")?;
         let echo = client.machine().run("ping", ["-c3", "-i", "0.1", "-W1", "-I", &address, target]);
         assert!(echo.is_err(), "an echo from {address} was answered");
+        let dropped = server.dropped("spoofed")? - dropped;
+        assert!(dropped >= 3, "of three packets from {address} the server dropped {dropped}");
         client.machine().sh(&format!("ip addr del {address}/{bits} dev cvault"))?;
     }
     assert!(client.pings(HTTP_V4), "its own address still works");

@@ -93,8 +93,16 @@ pub enum ServerCommand {
         capacity: u32,
     },
     List,
+    /// Print another enrolment token, once: for a token that was lost or has expired, and for a machine that replaces
+    /// the server's first
+    Token {
+        id: ServerId,
+    },
     /// Remove a server that has no devices
     Remove {
         id: ServerId,
+        /// Do not wait for what it still has to tell: for a server that is lost
+        #[arg(long)]
+        force: bool,
     },
 }

@@ -2,8 +2,9 @@
 
 use std::io::{self, Write};
 
+use cvault_node_protocol::token::EnrolToken;
 use cvault_types::tenant::{TenantStatus, UpdateTenantRequest};
-use cvault_types::{ErrorCode, TenantId};
+use cvault_types::{ErrorCode, ServerId, TenantId};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use serde_json::{Value, json};
@@ -13,12 +14,12 @@ use super::{AdminArgs, AdminCommand, PoolCommand, ServerCommand, TenantCommand};
 use crate::app::App;
 use crate::auth::tokens;
 use crate::config::{Config, Faults, Lookup, Overrides, ServeConfig};
-use crate::db::DbError;
+use crate::db::{DbError, Tx};
 use crate::dev::{self, DevError};
 use crate::http::Problem;
 use crate::ipam::{self, CreatePoolError, NewPool};
 use crate::serve::{self, StartError};
-use crate::servers::{self, CreateServerError, NewServer, RemoveServerError};
+use crate::servers::{self, CreateServerError, NewServer, Removal, RemoveServerError};
 use crate::tenants::{self, Actor, Settings, TenantError};
 use crate::usage;
 
@@ -40,6 +41,8 @@ pub enum AdminError {
     CreateServer(#[from] CreateServerError),
     #[error(transparent)]
     RemoveServer(#[from] RemoveServerError),
+    #[error("there is no such server")]
+    NoServer,
     #[error(transparent)]
     Db(#[from] DbError),
     #[error("the answer cannot be printed")]
@@ -171,23 +174,38 @@ async fn server(app: &App, command: ServerCommand) -> Result<Value, AdminError> 
                 .collect();
             Ok(json!({"servers": rows}))
         }
-        ServerCommand::Remove { id } => {
-            servers::remove_server(&app.db.sys, id).await?;
+        ServerCommand::Token { id } => {
+            let pin = app.secrets.node_identity.pin();
+            let token = servers::issue_token(&app.db.sys, id, pin, &mut StdRng::from_os_rng()).await?;
+            Ok(enrolment(app, id, &token.ok_or(AdminError::NoServer)?))
+        }
+        ServerCommand::Remove { id, force } => {
+            let removal = if force { Removal::Forced } else { Removal::Settled };
+            servers::remove_server(&app.db.sys, id, removal).await?;
             Ok(json!({"server_id": id, "status": "removed"}))
         }
     }
 }
 
+/// The server and its token, or neither.
 async fn create_server(app: &App, server: &NewServer) -> Result<Value, AdminError> {
     let mut rng = StdRng::from_os_rng();
-    let id = servers::create_server(&app.db.sys, server, &mut rng).await?;
-    let token = servers::issue_token(&app.db.sys, id, app.secrets.node_identity.pin(), &mut rng)
-        .await?
-        .ok_or(RemoveServerError::NotFound)?;
-    let text = token.expose();
+    let mut tx = Tx::begin(&app.db.sys).await?;
+    let work = async {
+        let id = servers::create_server(tx.conn(), server, &mut rng).await?;
+        let token = servers::issue_token(tx.conn(), id, app.secrets.node_identity.pin(), &mut rng).await?;
+        Ok::<_, AdminError>((id, token.ok_or(AdminError::NoServer)?))
+    }
+    .await;
+    let (id, token) = tx.finish(work).await?;
+    Ok(enrolment(app, id, &token))
+}
+
+/// The command reads the token from its standard input: what stands in an argument, every user of a machine can see.
+fn enrolment(app: &App, id: ServerId, token: &EnrolToken) -> Value {
     let endpoint = &app.config.node_endpoint;
-    let command = format!("cvault-node-agent enroll --control-plane {endpoint} --token {}", text.as_str());
-    Ok(json!({"server_id": id, "token": text.as_str(), "command": command}))
+    let command = format!("cvault-node-agent enroll --control-plane {endpoint} --token -");
+    json!({"server_id": id, "token": token.expose().as_str(), "command": command})
 }
 
 async fn verify_ledger(app: &App) -> Result<Value, AdminError> {

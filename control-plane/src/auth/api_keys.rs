@@ -1,11 +1,13 @@
 //! API keys: `X-API-Key` names the tenant, `X-API-Secret` proves it. No cache: one indexed lookup per request, so that a
 //! revoked key or a suspended tenant is refused at once on every replica.
 
+use std::net::IpAddr;
 use std::time::Instant;
 
 use cvault_types::{ApiKeyId, ErrorCode, Secret, TenantId};
 use http::HeaderMap;
 use http::header::ORIGIN;
+use http::request::Parts;
 use rand::CryptoRng;
 use subtle::ConstantTimeEq;
 use time::OffsetDateTime;
@@ -15,6 +17,8 @@ use super::opaque;
 use crate::app::App;
 use crate::db::DbError;
 use crate::http::extract::single;
+use crate::http::limit::Allowance;
+use crate::http::serve::Peer;
 use crate::http::{Problem, context};
 use crate::keys::PlatformSecrets;
 use crate::tenancy::TenantTx;
@@ -41,37 +45,58 @@ struct StoredKey {
     authenticated: AuthenticatedKey,
     secret_hash: Vec<u8>,
     suspended: bool,
+    per_minute: u32,
 }
 
-/// For calls that carry a user token besides the key.
+/// For calls that carry a user token besides the key. The key is public: what its tenant is charged with, and told,
+/// waits for `prove`, which checks the token.
 ///
 /// # Errors
-/// `INVALID_API_KEY`, `TENANT_SUSPENDED`, `RATE_LIMITED`, or the database's.
-pub async fn authenticate_key(app: &App, headers: &HeaderMap) -> Result<AuthenticatedKey, Problem> {
-    let stored = find(app, headers).await?;
-    refuse_suspended(&stored)?;
-    Ok(stored.authenticated)
+/// `INVALID_API_KEY`, `TENANT_SUSPENDED`, `RATE_LIMITED`, what `prove` says, or the database's.
+pub async fn authenticate_key<T>(
+    app: &App,
+    request: &Parts,
+    prove: impl FnOnce(AuthenticatedKey) -> Result<T, Problem>,
+) -> Result<T, Problem> {
+    let ip = Peer::of(request).ip();
+    app.throttles.before_credentials(ip)?;
+    let proven = match find(app, &request.headers).await {
+        Ok(stored) => prove(stored.authenticated).map(|proof| (stored, proof)),
+        Err(problem) => Err(problem),
+    };
+    let (stored, proof) = proven.inspect_err(|problem| note_failure(app, ip, problem))?;
+    admit(app, &stored)?;
+    Ok(proof)
 }
 
 /// For calls of the tenant's own backend: the secret is needed too.
 ///
 /// # Errors
 /// As [`authenticate_key`], and `SECRET_KEY_IN_BROWSER` when an `Origin` header says a browser sent the secret.
-pub async fn authenticate_secret(app: &App, headers: &HeaderMap) -> Result<AuthenticatedKey, Problem> {
+pub async fn authenticate_secret(app: &App, request: &Parts) -> Result<AuthenticatedKey, Problem> {
+    let headers = &request.headers;
     if headers.contains_key(ORIGIN) && headers.contains_key(SECRET_HEADER) {
         return Err(Problem::new(ErrorCode::SecretKeyInBrowser).detail(
             "A browser sent the API secret. Anyone who uses that page can read it: revoke the key, and call from your server.",
         ));
     }
-    let stored = find(app, headers).await?;
+    let ip = Peer::of(request).ip();
+    app.throttles.before_credentials(ip)?;
+    let stored = find_with_secret(app, headers).await.inspect_err(|problem| note_failure(app, ip, problem))?;
+    admit(app, &stored)?;
+    Ok(stored.authenticated)
+}
+
+async fn find_with_secret(app: &App, headers: &HeaderMap) -> Result<StoredKey, Problem> {
     let secret = single(headers, SECRET_HEADER)
         .filter(|text| opaque::API_SECRET.is_well_formed(text))
         .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
-    if !bool::from(hash_secret(&app.secrets, secret).ct_eq(&stored.secret_hash)) {
-        return Err(Problem::new(ErrorCode::InvalidApiKey));
+    let stored = find(app, headers).await?;
+    if bool::from(hash_secret(&app.secrets, secret).ct_eq(&stored.secret_hash)) {
+        Ok(stored)
+    } else {
+        Err(Problem::new(ErrorCode::InvalidApiKey))
     }
-    refuse_suspended(&stored)?;
-    Ok(stored.authenticated)
 }
 
 async fn find(app: &App, headers: &HeaderMap) -> Result<StoredKey, Problem> {
@@ -90,30 +115,36 @@ async fn find(app: &App, headers: &HeaderMap) -> Result<StoredKey, Problem> {
     .await
     .map_err(DbError::from)?
     .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
-    let tenant = TenantId::from_uuid(row.tenant_id);
-    let per_minute = row
-        .rate_limit_per_minute
-        .and_then(|limit| u32::try_from(limit).ok())
-        .unwrap_or(app.config.rate_limit_per_minute);
-    count_request(app, tenant, per_minute)?;
     Ok(StoredKey {
-        authenticated: AuthenticatedKey { tenant, api_key_id: ApiKeyId::from_uuid(row.api_key_id) },
+        authenticated: AuthenticatedKey {
+            tenant: TenantId::from_uuid(row.tenant_id),
+            api_key_id: ApiKeyId::from_uuid(row.api_key_id),
+        },
         secret_hash: row.secret_hash,
         suspended: row.status == "suspended",
+        per_minute: row
+            .rate_limit_per_minute
+            .and_then(|limit| u32::try_from(limit).ok())
+            .unwrap_or(app.config.rate_limit_per_minute),
     })
 }
 
-fn count_request(app: &App, tenant: TenantId, per_minute: u32) -> Result<(), Problem> {
-    let decision = app.limiter.check(tenant, per_minute, Instant::now());
-    context::identified(tenant, decision);
-    if decision.allowed {
-        return Ok(());
+/// Nobody is charged for a database that is away.
+fn note_failure(app: &App, ip: Option<IpAddr>, problem: &Problem) {
+    if matches!(problem.code(), ErrorCode::InvalidApiKey | ErrorCode::InvalidToken | ErrorCode::TokenExpired) {
+        app.throttles.credentials_failed(ip);
     }
-    let (max, seconds) = (i64::from(decision.per_minute), decision.retry_after_seconds);
-    Err(Problem::new(ErrorCode::RateLimited).limit("requests_per_minute", max, max).retry_after(seconds))
 }
 
-fn refuse_suspended(stored: &StoredKey) -> Result<(), Problem> {
+/// Charges the tenant's rate, now that the caller has proven to speak for it.
+fn admit(app: &App, stored: &StoredKey) -> Result<(), Problem> {
+    let tenant = stored.authenticated.tenant;
+    let decision = app.limiter.charge(tenant, Allowance::per_minute(stored.per_minute), Instant::now());
+    context::identified(tenant, decision);
+    if !decision.allowed {
+        let (max, seconds) = (i64::from(decision.quota), decision.retry_after_seconds);
+        return Err(Problem::new(ErrorCode::RateLimited).limit("requests_per_minute", max, max).retry_after(seconds));
+    }
     if stored.suspended { Err(Problem::new(ErrorCode::TenantSuspended)) } else { Ok(()) }
 }
 

@@ -31,6 +31,8 @@ pub enum Outcome {
     Success,
     Failure,
     Reuse,
+    /// Refused by a throttle, unchecked.
+    Limited,
 }
 
 /// Adds the event to the transaction's tenant.
@@ -49,6 +51,7 @@ pub async fn record(tx: &mut TenantTx, event: AuthEvent) -> Result<(), DbError> 
         Outcome::Success => "success",
         Outcome::Failure => "failure",
         Outcome::Reuse => "reuse",
+        Outcome::Limited => "limited",
     };
     sqlx::query!(
         "insert into cvault.auth_events (tenant_id, event_id, kind, outcome, user_id, client_ip, request_id)

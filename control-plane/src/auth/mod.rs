@@ -6,4 +6,5 @@ pub mod events;
 pub mod opaque;
 pub mod passwords;
 pub mod refresh;
+pub mod throttle;
 pub mod tokens;

@@ -67,7 +67,8 @@ pub async fn issue(
     Ok(token)
 }
 
-/// Uses a token up. The row lock makes one of two simultaneous uses the second.
+/// Uses a token up. From here to the end of the transaction the user's tokens change in no other one, so that a
+/// revocation meets every token of the family, also one that is being issued.
 ///
 /// # Errors
 /// Those of the database.
@@ -82,6 +83,10 @@ pub async fn take(
     }
     let tenant = tx.tenant().uuid();
     let hash = hash(secrets, token.expose());
+    if !lock_owner(tx, &hash).await? {
+        return Ok(Taken::Unknown);
+    }
+    // a statement of its own: it sees what was committed while the lock was waited for
     let Some(row) = sqlx::query!(
         "select family_id, user_id, expires_at, used_at, revoked_at from cvault.refresh_tokens
          where tenant_id = $1 and token_hash = $2 for update",
@@ -115,7 +120,26 @@ pub async fn take(
     Ok(Taken::Valid(family))
 }
 
-/// Ends a login.
+/// Locks the tenant's row against [`revoke_all`], then the row of the token's user against other uses of the user's
+/// tokens. `false`: there is no such token.
+async fn lock_owner(tx: &mut TenantTx, hash: &[u8; 32]) -> Result<bool, DbError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!("select tenant_id from cvault.tenants where tenant_id = $1 for share", tenant)
+        .fetch_optional(tx.conn())
+        .await?;
+    let locked = sqlx::query!(
+        "select u.user_id from cvault.refresh_tokens r
+         join cvault.users u on u.tenant_id = r.tenant_id and u.user_id = r.user_id
+         where r.tenant_id = $1 and r.token_hash = $2 for no key update of u",
+        tenant,
+        hash.as_slice()
+    )
+    .fetch_optional(tx.conn())
+    .await?;
+    Ok(locked.is_some())
+}
+
+/// Ends a login whose token was taken in this transaction.
 ///
 /// # Errors
 /// Those of the database.
@@ -139,6 +163,10 @@ pub async fn revoke(tx: &mut TenantTx, family: Family, now: OffsetDateTime) -> R
 /// Those of the database.
 pub async fn revoke_all(tx: &mut TenantTx, now: OffsetDateTime) -> Result<(), DbError> {
     let tenant = tx.tenant().uuid();
+    // waits for tokens that are being issued
+    sqlx::query!("select tenant_id from cvault.tenants where tenant_id = $1 for no key update", tenant)
+        .fetch_optional(tx.conn())
+        .await?;
     sqlx::query!(
         "update cvault.refresh_tokens set revoked_at = $2 where tenant_id = $1 and revoked_at is null",
         tenant,
@@ -151,4 +179,98 @@ pub async fn revoke_all(tx: &mut TenantTx, now: OffsetDateTime) -> Result<(), Db
 
 fn hash(secrets: &PlatformSecrets, token: &str) -> [u8; 32] {
     secrets.peppered("refresh_token", token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Person, World, eventually};
+    use rand::SeedableRng;
+    use rand::rngs::StdRng;
+
+    const DEADLINE: std::time::Duration = std::time::Duration::from_secs(10);
+
+    struct Login {
+        world: World,
+        person: Person,
+        family: Family,
+        now: OffsetDateTime,
+    }
+
+    impl Login {
+        async fn new() -> Self {
+            let world = World::new().await;
+            let person = world.person().await;
+            let now = world.app.clock.now();
+            Self { world, person, family: Family::begin(person.user), now }
+        }
+
+        async fn begin(&self) -> TenantTx {
+            self.world.app.db.tenancy.begin(self.person.tenant).await.unwrap()
+        }
+
+        async fn issue(&self, tx: &mut TenantTx) -> Secret {
+            issue(tx, &self.world.app.secrets, self.family, self.now, &mut StdRng::from_os_rng()).await.unwrap()
+        }
+
+        async fn take(&self, tx: &mut TenantTx, token: &Secret) -> Taken {
+            take(tx, &self.world.app.secrets, token, self.now).await.unwrap()
+        }
+
+        /// Until some transaction waits for a lock.
+        async fn somebody_waits(&self) {
+            let mut superuser = self.world.superuser().await;
+            eventually("a transaction waits for a lock", DEADLINE, async || {
+                sqlx::query_scalar::<_, bool>(
+                    "select exists (select from pg_locks l join pg_stat_activity a using (pid)
+                                    where not l.granted and a.datname = current_database())",
+                )
+                .fetch_one(&mut superuser)
+                .await
+                .unwrap()
+            })
+            .await;
+        }
+    }
+
+    /// While a token is exchanged, `revoke` runs; then the new token must be worthless.
+    async fn a_token_that_is_being_issued_is_revoked(revoke: impl AsyncFn(&Login, &mut TenantTx, &Secret)) {
+        let login = Login::new().await;
+        let mut tx = login.begin().await;
+        let first = login.issue(&mut tx).await;
+        tx.commit().await.unwrap();
+        let mut tx = login.begin().await;
+        assert!(matches!(login.take(&mut tx, &first).await, Taken::Valid(_)));
+        let second = login.issue(&mut tx).await;
+        tx.commit().await.unwrap();
+
+        let mut exchange = login.begin().await;
+        assert!(matches!(login.take(&mut exchange, &second).await, Taken::Valid(_)));
+        let third = login.issue(&mut exchange).await;
+        let revocation = async {
+            let mut tx = login.begin().await;
+            revoke(&login, &mut tx, &first).await;
+            tx.commit().await.unwrap();
+        };
+        let finish = async {
+            login.somebody_waits().await;
+            exchange.commit().await.unwrap();
+        };
+        tokio::join!(revocation, finish);
+        let mut tx = login.begin().await;
+        assert!(matches!(login.take(&mut tx, &third).await, Taken::Revoked(_)));
+    }
+
+    #[tokio::test]
+    async fn reuse_of_an_old_token_revokes_the_one_that_is_being_issued() {
+        a_token_that_is_being_issued_is_revoked(async |login, tx, old| {
+            assert!(matches!(login.take(tx, old).await, Taken::Reused(_)));
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn revoking_every_login_revokes_the_token_that_is_being_issued() {
+        a_token_that_is_being_issued_is_revoked(async |login, tx, _| revoke_all(tx, login.now).await.unwrap()).await;
+    }
 }

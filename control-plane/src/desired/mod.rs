@@ -90,28 +90,56 @@ pub async fn read(
     server: ServerId,
     have: Option<Position>,
 ) -> Result<Update, DesiredError> {
+    match read_changes(sys, keys, server, have).await? {
+        Some(update) => Ok(update),
+        None => read_snapshot(sys, keys, server, have).await,
+    }
+}
+
+/// What [`read`] gives when that is no snapshot, so no more than a message; `None` when only a snapshot helps.
+///
+/// # Errors
+/// As [`read`].
+pub async fn read_changes(
+    sys: &PgPool,
+    keys: &KeyRing,
+    server: ServerId,
+    have: Option<Position>,
+) -> Result<Option<Update>, DesiredError> {
+    let Some(have) = have else { return Ok(None) };
     let mut tx = Tx::snapshot(sys).await?;
-    let update = read_in(tx.conn(), keys, server.uuid(), have).await;
+    let update = changes(tx.conn(), keys, server.uuid(), have).await;
     tx.finish(update).await
 }
 
-async fn read_in(
+/// Everything the server should run: about 10 MB for a full one.
+///
+/// # Errors
+/// As [`read`].
+pub async fn read_snapshot(
+    sys: &PgPool,
+    keys: &KeyRing,
+    server: ServerId,
+    have: Option<Position>,
+) -> Result<Update, DesiredError> {
+    let mut tx = Tx::snapshot(sys).await?;
+    let update = snapshot(tx.conn(), keys, server.uuid(), have).await;
+    tx.finish(update).await
+}
+
+async fn changes(
     conn: &mut PgConnection,
     keys: &KeyRing,
     server: Uuid,
-    have: Option<Position>,
-) -> Result<Update, DesiredError> {
+    have: Position,
+) -> Result<Option<Update>, DesiredError> {
     let state = state(conn, server).await?;
-    let known = have.filter(|have| {
-        have.incarnation == state.target.incarnation && (have.revision < state.target.revision || *have == state.target)
-    });
-    let Some(have) = known else { return snapshot(conn, keys, server, state).await };
-    if have.revision == state.target.revision {
-        return Ok(Update::Nothing);
-    }
-    match delta(conn, keys, server, have, &state).await? {
-        Some(update) => Ok(update),
-        None => snapshot(conn, keys, server, state).await,
+    if have == state.target {
+        Ok(Some(Update::Nothing))
+    } else if have.incarnation == state.target.incarnation && have.revision < state.target.revision {
+        delta(conn, keys, server, have, &state).await
+    } else {
+        Ok(None)
     }
 }
 
@@ -119,14 +147,11 @@ struct State {
     target: Position,
     peer_count: u32,
     digest_key: [u8; 32],
-    removals_since_ack: u32,
 }
 
 async fn state(conn: &mut PgConnection, server: Uuid) -> Result<State, DesiredError> {
     let row = sqlx::query!(
-        r#"select s.revision, s.peer_count, s.digest::text as "digest!", s.digest_key, i.incarnation,
-                  (select count(*) from platform.node_changes c
-                   where c.server_id = s.server_id and c.revision > s.acked_revision and c.op = 'remove') as "removals!"
+        r#"select s.revision, s.peer_count, s.digest::text as "digest!", s.digest_key, i.incarnation
            from platform.servers s cross join platform.installation i
            where s.server_id = $1"#,
         server
@@ -146,11 +171,18 @@ async fn state(conn: &mut PgConnection, server: Uuid) -> Result<State, DesiredEr
         },
         peer_count: u32::try_from(row.peer_count).map_err(|_| damaged("the count of peers is out of bounds"))?,
         digest_key: row.digest_key.try_into().map_err(|_| damaged("the digest key is damaged"))?,
-        removals_since_ack: u32::try_from(row.removals).unwrap_or(u32::MAX),
     })
 }
 
-async fn snapshot(conn: &mut PgConnection, keys: &KeyRing, server: Uuid, state: State) -> Result<Update, DesiredError> {
+async fn snapshot(
+    conn: &mut PgConnection,
+    keys: &KeyRing,
+    server: Uuid,
+    have: Option<Position>,
+) -> Result<Update, DesiredError> {
+    let state = state(conn, server).await?;
+    let have = have.filter(|have| have.incarnation == state.target.incarnation);
+    let expected_removed = removed_since(conn, server, have).await?;
     let peers = peers(conn, keys, server, 0).await?;
     let mut digest = Digest::default();
     for peer in &peers {
@@ -167,9 +199,23 @@ async fn snapshot(conn: &mut PgConnection, keys: &KeyRing, server: Uuid, state: 
     Ok(Update::Snapshot {
         target: state.target,
         peers: peers.into_iter().map(|peer| peer.wire).collect(),
-        // what was removed on purpose since the server last said what it has
-        expected_removed: state.removals_since_ack,
+        expected_removed,
     })
+}
+
+/// How many peers were removed on purpose since the older of what the server has acknowledged and what it says it has.
+/// Their rows stay, unlike the log of changes. Index `peers_removed`.
+async fn removed_since(conn: &mut PgConnection, server: Uuid, have: Option<Position>) -> Result<u32, DesiredError> {
+    let removed = sqlx::query_scalar!(
+        r#"select count(*) as "removed!" from platform.peers p join platform.servers s using (server_id)
+           where p.server_id = $1 and p.removed_revision > least(s.acked_revision, $2::bigint)"#,
+        server,
+        have.and_then(|have| i64::try_from(have.revision).ok()),
+    )
+    .fetch_one(conn)
+    .await
+    .map_err(DbError::from)?;
+    Ok(u32::try_from(removed).unwrap_or(u32::MAX))
 }
 
 /// `None` when the log does not cover the way, or the way is too long for one message.
@@ -246,7 +292,7 @@ async fn peers(
     .map_err(DbError::from)?;
     rows.into_iter()
         .map(|row| {
-            let addresses = ipam::addresses(row.ipv4, row.ipv6);
+            let addresses = ipam::addresses(row.ipv4, row.ipv6)?;
             let record = PeerRecord {
                 device_id: row.device_id.into_bytes(),
                 tenant_id: row.tenant_id.into_bytes(),

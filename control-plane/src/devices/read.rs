@@ -52,20 +52,22 @@ struct Row {
     created_at: OffsetDateTime,
 }
 
-impl From<Row> for Device {
-    fn from(row: Row) -> Self {
-        Self {
+impl TryFrom<Row> for Device {
+    type Error = DbError;
+
+    fn try_from(row: Row) -> Result<Self, DbError> {
+        Ok(Self {
             id: DeviceId::from_uuid(row.device_id),
             name: row.name,
             platform: row.platform,
             public_key: PublicKey::from_bytes(row.public_key.try_into().expect("devices_public_key_length")),
-            addresses: ipam::addresses(row.ipv4, row.ipv6),
+            addresses: ipam::addresses(row.ipv4, row.ipv6)?,
             server: ServerId::from_uuid(row.server_id),
             placed_revision: u64::try_from(row.placed_revision).unwrap_or_default(),
             last_handshake_at: row.last_handshake_at,
             last_connected_at: row.last_connected_at,
             created_at: row.created_at,
-        }
+        })
     }
 }
 
@@ -94,7 +96,7 @@ pub async fn list(
     )
     .fetch_all(tx.conn())
     .await?;
-    Ok(rows.into_iter().map(Device::from).collect())
+    rows.into_iter().map(Device::try_from).collect()
 }
 
 /// One active device of the user.
@@ -115,7 +117,7 @@ pub async fn find(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<Optio
     )
     .fetch_optional(tx.conn())
     .await?;
-    Ok(row.map(Device::from))
+    row.map(Device::try_from).transpose()
 }
 
 /// Why a device's private key could not be read.

@@ -44,6 +44,8 @@ pub enum RegisterError {
     DeviceLimit { max: i32, used: i64 },
     #[error("the user does not exist any more or is disabled")]
     UserGone,
+    #[error("the tenant is suspended or being deleted")]
+    TenantClosed,
     #[error("the public key belongs to another device")]
     PublicKeyInUse,
     #[error("no server takes a device now")]
@@ -123,14 +125,14 @@ pub async fn register(
     Ok(Registered { id, public_key, key, addresses, server, revision })
 }
 
-/// Locks the user, so that racing registrations count one after the other. Returns the tenant's sealed data key.
+/// Locks the user, so that racing registrations count one after the other, and the tenant against its deletion. Returns the tenant's sealed data key.
 async fn check_limit(tx: &mut TenantTx, user: UserId) -> Result<Vec<u8>, RegisterError> {
     let tenant = tx.tenant().uuid();
     let row = sqlx::query!(
-        "select t.max_devices_per_user, t.data_key_sealed
+        r#"select t.max_devices_per_user, t.data_key_sealed, t.status in ('active', 'trial') as "open!"
          from cvault.users u join cvault.tenants t on t.tenant_id = u.tenant_id
          where u.tenant_id = $1 and u.user_id = $2 and u.status = 'active'
-         for no key update of u",
+         for no key update of u for share of t"#,
         tenant,
         user.uuid()
     )
@@ -138,6 +140,9 @@ async fn check_limit(tx: &mut TenantTx, user: UserId) -> Result<Vec<u8>, Registe
     .await
     .map_err(DbError::from)?
     .ok_or(RegisterError::UserGone)?;
+    if !row.open {
+        return Err(RegisterError::TenantClosed);
+    }
     // a statement of its own: it sees what was committed while the first one waited for the lock
     let used = sqlx::query_scalar!(
         r#"select count(*) as "used!" from cvault.devices

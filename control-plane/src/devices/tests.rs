@@ -256,3 +256,146 @@ async fn rows_that_cannot_be_read_are_never_sent_as_no_peers() {
     let refused = desired::read(&world.app.db.sys, &world.app.keys, server, None).await;
     assert!(matches!(refused, Err(desired::DesiredError::Inconsistent { revision: 1, .. })));
 }
+
+#[tokio::test]
+async fn what_was_removed_on_purpose_is_expected_even_when_the_log_is_trimmed() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let mut devices = Vec::new();
+    for number in 0..4 {
+        devices.push(world.register(person, &format!("d{number}")).await.unwrap().id);
+    }
+    let sys = &world.app.db.sys;
+    let Update::Snapshot { target: have, .. } = desired::read(sys, &world.app.keys, server, None).await.unwrap() else {
+        panic!("no snapshot")
+    };
+    acknowledge(&world, server).await;
+    for device in &devices[..3] {
+        world.revoke(person, *device).await;
+    }
+    let mut superuser = world.superuser().await;
+    sqlx::query("delete from platform.node_changes").execute(&mut superuser).await.unwrap();
+    for acked in ["0", "revision"] {
+        // what the server says it has counts as well as what it has acknowledged
+        let sql = format!("update platform.servers set acked_revision = {acked}");
+        sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut superuser).await.unwrap();
+        let update = desired::read(sys, &world.app.keys, server, Some(have)).await.unwrap();
+        assert!(matches!(update, Update::Snapshot { expected_removed: 3, .. }), "{update:?}");
+    }
+}
+
+#[tokio::test]
+async fn only_a_snapshot_helps_a_server_of_another_history_and_it_waits_for_its_turn() {
+    let (world, server) = World::with_server().await;
+    let (sys, keys) = (&world.app.db.sys, &world.app.keys);
+    let Update::Snapshot { target, .. } = desired::read(sys, keys, server, None).await.unwrap() else {
+        panic!("no snapshot")
+    };
+    let other = desired::Position { incarnation: uuid::Uuid::nil(), ..target };
+    let future = desired::Position { revision: 9, ..target };
+    for have in [other, future] {
+        assert!(desired::read_changes(sys, keys, server, Some(have)).await.unwrap().is_none());
+    }
+    let nothing = desired::read_changes(sys, keys, server, Some(target)).await.unwrap();
+    assert!(matches!(nothing, Some(Update::Nothing)), "{nothing:?}");
+}
+
+/// What a tenant's own SQL says of a device that was registered by nobody.
+#[tokio::test]
+async fn a_device_with_addresses_that_were_not_allocated_to_it_is_placed_nowhere() {
+    let (world, server) = World::with_server().await;
+    let (attacker, victim) = (world.person().await, world.person().await);
+    let taken = world.register(victim, "d").await.unwrap().addresses;
+    let pool: uuid::Uuid =
+        sqlx::query_scalar("select pool_id from platform.address_pools").fetch_one(&world.app.db.sys).await.unwrap();
+    let addresses = [
+        ("10.8.0.77".to_owned(), "fd00:cafe::4d".to_owned()),
+        ("10.8.0.1".to_owned(), "fd00:cafe::1".to_owned()),
+        ("8.8.8.8".to_owned(), "2001:db8::8".to_owned()),
+        (taken.ipv4.to_string(), taken.ipv6.to_string()),
+        ("fd00:cafe::4d".to_owned(), "10.8.0.77".to_owned()),
+    ];
+    for allocates in [false, true] {
+        for (ipv4, ipv6) in &addresses {
+            let device = uuid::Uuid::now_v7();
+            let mut tx = world.app.db.tenancy.begin(attacker.tenant).await.unwrap();
+            if allocates {
+                sqlx::query("select platform.allocate_address($1, $2)")
+                    .bind(pool)
+                    .bind(device)
+                    .execute(tx.conn())
+                    .await
+                    .unwrap();
+            }
+            let inserted = sqlx::query(
+                "insert into cvault.devices (tenant_id, device_id, user_id, name, public_key, pool_id, ipv4, ipv6, server_id)
+                 values ($1, $2, $3, 'x', sha256('x'), $4, $5::inet, $6::inet, $7)",
+            )
+            .bind(attacker.tenant.uuid())
+            .bind(device)
+            .bind(attacker.user.uuid())
+            .bind(pool)
+            .bind(ipv4.parse::<ipnet::IpNet>().unwrap_or_else(|_| ipnet::IpNet::from(ipv4.parse::<std::net::IpAddr>().unwrap())))
+            .bind(ipv6.parse::<ipnet::IpNet>().unwrap_or_else(|_| ipnet::IpNet::from(ipv6.parse::<std::net::IpAddr>().unwrap())))
+            .bind(server.uuid())
+            .execute(tx.conn())
+            .await;
+            let refused = match inserted {
+                Ok(_) => sqlx::query("select platform.place_peer($1)").bind(device).execute(tx.conn()).await,
+                Err(error) => Err(error),
+            };
+            let name = crate::db::DbError::from(refused.unwrap_err()).constraint().map(str::to_owned);
+            assert!(
+                matches!(name.as_deref(), Some("devices_addresses_allocated" | "devices_families")),
+                "{ipv4} {ipv6}: {name:?}"
+            );
+        }
+    }
+    // no key that nobody can open gets near a server
+    let mut tx = world.app.db.tenancy.begin(attacker.tenant).await.unwrap();
+    let refused = sqlx::query("update cvault.devices set preshared_key_sealed = sha256('x')").execute(tx.conn()).await;
+    assert!(refused.unwrap_err().to_string().contains("permission denied"));
+    drop(tx);
+    world.register(attacker, "honest").await.unwrap();
+    assert_eq!(snapshot_count(&world, server).await, 2);
+}
+
+#[tokio::test]
+async fn an_address_rests_until_every_server_that_ran_it_has_acknowledged() {
+    let (world, first) = World::with_server().await;
+    let person = world.person().await;
+    let device = world.register(person, "d").await.unwrap();
+    let second = world.server("s2", "default", "lab-2").await;
+    let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
+    let now = world.app.clock.now();
+    let work = crate::sessions::connect(&mut tx, person.user, device.id, Some("lab-2"), now, request_id()).await;
+    assert_eq!(tx.finish(work).await.unwrap().moved_from, Some(first));
+    world.revoke(person, device.id).await;
+    acknowledge(&world, second).await;
+    assert_eq!(ipam::free_quarantined(&world.app.db.sys).await.unwrap(), 0);
+    acknowledge(&world, first).await;
+    assert_eq!(ipam::free_quarantined(&world.app.db.sys).await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn a_server_is_removed_only_when_it_has_told_the_last_bytes_or_is_lost() {
+    use crate::servers::{Removal, RemoveServerError, remove_server};
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let sys = &world.app.db.sys;
+    let device = world.register(person, "d").await.unwrap();
+    let refused = remove_server(sys, server, Removal::Forced).await;
+    assert!(matches!(refused, Err(RemoveServerError::InUse { peers: 1 })));
+    world.revoke(person, device.id).await;
+    assert!(matches!(remove_server(sys, server, Removal::Settled).await, Err(RemoveServerError::Unsettled)));
+    let mut superuser = world.superuser().await;
+    for (acked_at, settled) in [("now()", false), ("now() - interval '11 seconds'", true)] {
+        let sql = format!("update platform.servers set acked_revision = revision, acked_at = {acked_at}");
+        sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut superuser).await.unwrap();
+        assert_eq!(remove_server(sys, server, Removal::Settled).await.is_ok(), settled);
+    }
+    let lost = world.server("lost", "default", "lab-1").await;
+    let device = world.register(person, "d").await.unwrap();
+    world.revoke(person, device.id).await;
+    remove_server(sys, lost, Removal::Forced).await.unwrap();
+}

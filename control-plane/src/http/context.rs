@@ -4,7 +4,9 @@ use std::sync::{Arc, OnceLock};
 
 use axum::extract::Request;
 use cvault_types::{RequestId, TenantId};
+use http::uri::PathAndQuery;
 use sha2::{Digest, Sha256};
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::extract::single;
@@ -21,6 +23,8 @@ pub struct RequestContext {
     pub id: RequestId,
     pub tenant: OnceLock<TenantId>,
     pub rate: OnceLock<Decision>,
+    /// When the request's head was complete.
+    arrived: Instant,
     /// Method, path and query.
     line: String,
     /// `None`: there is none. `Some(None)`: there is one, and it is malformed.
@@ -49,7 +53,9 @@ impl RequestContext {
             id: RequestId::from_uuid(Uuid::now_v7()),
             tenant: OnceLock::new(),
             rate: OnceLock::new(),
-            line: format!("{} {}", request.method(), request.uri()),
+            arrived: Instant::now(),
+            // without scheme and host: HTTP/2 sends them, HTTP/1.1 does not
+            line: format!("{} {}", request.method(), request.uri().path_and_query().map_or("/", PathAndQuery::as_str)),
             idempotency_key: key,
             body_digest: OnceLock::new(),
         }
@@ -65,6 +71,12 @@ impl RequestContext {
 #[must_use]
 pub fn request_id() -> RequestId {
     CONTEXT.try_with(|context| context.id).unwrap_or_else(|_| RequestId::from_uuid(Uuid::now_v7()))
+}
+
+/// When this task's request arrived; now, outside of any request.
+#[must_use]
+pub fn arrived() -> Instant {
+    CONTEXT.try_with(|context| context.arrived).unwrap_or_else(|_| Instant::now())
 }
 
 /// Notes who the caller's tenant is and what the limiter said.
@@ -102,4 +114,33 @@ pub(super) fn idempotency() -> Option<Idempotency> {
         })
         .ok()
         .flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::body::Body;
+
+    fn context(uri: &str) -> Arc<RequestContext> {
+        let request = http::Request::post(uri).header("idempotency-key", "k").body(Body::empty()).unwrap();
+        Arc::new(RequestContext::of(&request))
+    }
+
+    async fn fingerprint(uri: &str) -> [u8; 32] {
+        context(uri).scope(async { idempotency().unwrap().fingerprint }).await
+    }
+
+    #[tokio::test]
+    async fn a_retry_over_another_version_of_http_has_the_same_fingerprint() {
+        let over_http_1 = fingerprint("/api/v1/devices?wait=active").await;
+        assert_eq!(over_http_1, fingerprint("https://api.example.com/api/v1/devices?wait=active").await);
+        assert_ne!(over_http_1, fingerprint("/api/v1/devices").await);
+    }
+
+    #[tokio::test]
+    async fn a_request_arrives_when_its_head_does_and_not_when_it_is_asked() {
+        let context = context("/");
+        let arrived = Arc::clone(&context).scope(async { arrived() }).await;
+        assert_eq!(arrived, context.arrived);
+    }
 }

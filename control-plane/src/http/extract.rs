@@ -14,7 +14,8 @@ use serde::de::DeserializeOwned;
 
 use super::{Problem, context};
 use crate::app::App;
-use crate::auth::{api_keys, tokens};
+use crate::auth::api_keys::{self, AuthenticatedKey};
+use crate::auth::tokens;
 
 /// The largest body the API reads.
 pub const MAX_BODY_BYTES: usize = 1 << 20;
@@ -60,19 +61,19 @@ impl FromRequestParts<App> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-        let key = api_keys::authenticate_key(app, &parts.headers).await?;
-        let claims = tokens::verify_client(
-            &app.secrets.token_key,
-            &app.config.public_url,
-            bearer(&parts.headers)?,
-            app.clock.now(),
-        )?;
-        if claims.tenant != key.tenant {
-            return Err(
-                Problem::new(ErrorCode::InvalidToken).detail("The token belongs to another tenant than the API key.")
-            );
-        }
-        Ok(Self { tenant: key.tenant, user: claims.user, request_id: context::request_id() })
+        let token = |key: AuthenticatedKey| {
+            let bearer = bearer(&parts.headers)?;
+            let claims =
+                tokens::verify_client(&app.secrets.token_key, &app.config.public_url, bearer, app.clock.now())?;
+            if claims.tenant == key.tenant {
+                Ok(claims)
+            } else {
+                Err(Problem::new(ErrorCode::InvalidToken)
+                    .detail("The token belongs to another tenant than the API key."))
+            }
+        };
+        let claims = api_keys::authenticate_key(app, parts, token).await?;
+        Ok(Self { tenant: claims.tenant, user: claims.user, request_id: context::request_id() })
     }
 }
 
@@ -80,7 +81,7 @@ impl FromRequestParts<App> for TenantKey {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-        let key = api_keys::authenticate_secret(app, &parts.headers).await?;
+        let key = api_keys::authenticate_secret(app, parts).await?;
         Ok(Self { tenant: key.tenant, api_key_id: key.api_key_id, request_id: context::request_id() })
     }
 }
@@ -199,7 +200,7 @@ fn field_problem(path: &str, error: &impl Display) -> Problem {
     let text = error.to_string();
     let named = |text: &str| text.split('`').nth(1).map(escape).unwrap_or_default();
     let below = |parent: &str, name: &str| match parent {
-        "?" => format!("?{name}"),
+        _ if parent.starts_with('?') => format!("?{name}"),
         _ if parent.ends_with(&format!("/{name}")) => parent.to_owned(),
         _ => format!("{parent}/{name}"),
     };
@@ -242,6 +243,10 @@ impl<T: DeserializeOwned> FromRequestParts<App> for Query<T> {
 
     async fn from_request_parts(parts: &mut Parts, _app: &App) -> Result<Self, Problem> {
         let text = parts.uri.query().unwrap_or_default();
-        serde_urlencoded::from_str(text).map(Self).map_err(|error| field_problem("?", &error))
+        let pairs = serde_urlencoded::Deserializer::new(form_urlencoded::parse(text.as_bytes()));
+        serde_path_to_error::deserialize(pairs).map(Self).map_err(|error| {
+            let name = pointer(error.path()).trim_start_matches('/').to_owned();
+            field_problem(&format!("?{name}"), error.inner())
+        })
     }
 }

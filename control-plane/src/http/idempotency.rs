@@ -1,14 +1,18 @@
 //! `Idempotency-Key`: a retried write happens once. The key, a fingerprint of the request and the sealed answer are
 //! stored in the business transaction itself, so that either all of it happened or nothing.
 //!
-//! A second request with the same key waits for the first one's transaction (the unique index makes it), then gets its
-//! answer. Only successes are kept: a refusal changed nothing, and is decided anew.
+//! A second request with the same key waits a little for the first one's transaction (the unique index makes it), then
+//! gets its answer. Only successes are kept: a refusal changed nothing, and is decided anew.
+//!
+//! Honoured where a repetition would do harm or get a wrong answer: registering a user, registering and deleting a device,
+//! exchanging a refresh token. Everything else may be repeated as it is, except a login, which begins another session.
 
 use axum::response::{IntoResponse, Response};
 use cvault_types::ErrorCode;
 use http::header::CONTENT_TYPE;
 use http::{HeaderName, HeaderValue, StatusCode};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
@@ -17,6 +21,10 @@ use crate::db::DbError;
 use crate::keys::{Aad, KeyRing};
 use crate::tenancy::TenantTx;
 
+/// How long a second request waits for the first; less than a statement may take.
+const PATIENCE: &str = "set local lock_timeout = '2s'";
+/// SQLSTATE of a lock that was not had in time.
+const LOCK_NOT_AVAILABLE: &str = "55P03";
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 
 /// What a request's key turned out to be.
@@ -25,7 +33,14 @@ pub enum Claim {
     /// There is no key, or it is new: do the work, then [`keep`] the answer.
     Proceed(Option<Place>),
     /// The work was done: this was its answer.
-    Replay(Response),
+    Replay(Replay),
+}
+
+/// What was kept.
+#[derive(Debug)]
+pub struct Replay {
+    status: StatusCode,
+    body: zeroize::Zeroizing<Vec<u8>>,
 }
 
 /// Where the answer will be kept.
@@ -49,6 +64,7 @@ pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Resu
         )
     })?;
     let tenant = tx.tenant().uuid();
+    sqlx::raw_sql(PATIENCE).execute(tx.conn()).await.map_err(DbError::from)?;
     // a key older than 24 hours is as good as new
     let claimed = sqlx::query!(
         "insert into cvault.idempotency_keys as k (tenant_id, principal, key, fingerprint) values ($1, $2, $3, $4)
@@ -62,7 +78,11 @@ pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Resu
     )
     .execute(tx.conn())
     .await
-    .map_err(DbError::from)?;
+    .map_err(|error| {
+        let code = error.as_database_error().and_then(|refused| refused.code().map(std::borrow::Cow::into_owned));
+        if code.as_deref() == Some(LOCK_NOT_AVAILABLE) { in_use() } else { DbError::from(error).into() }
+    })?;
+    sqlx::raw_sql("set local lock_timeout to default").execute(tx.conn()).await.map_err(DbError::from)?;
     let place = Place { principal, key };
     if claimed.rows_affected() == 1 {
         return Ok(Claim::Proceed(Some(place)));
@@ -83,13 +103,65 @@ pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Resu
             .detail("This Idempotency-Key came with another request before. Use a new key for each new request."));
     }
     let (Some(status), Some(sealed), Some(data_key)) = (row.status, row.response_sealed, row.data_key_sealed) else {
-        return Err(Problem::new(ErrorCode::IdempotencyKeyInUse).retry_after(1));
+        return Err(in_use());
     };
     let body = keys.open(&data_key, place.aad(tx), &sealed).map_err(|error| Problem::internal(&error))?;
     let status = u16::try_from(status).ok().and_then(|code| StatusCode::from_u16(code).ok()).unwrap_or(StatusCode::OK);
-    let headers =
-        [(CONTENT_TYPE, HeaderValue::from_static("application/json")), (REPLAYED, HeaderValue::from_static("true"))];
-    Ok(Claim::Replay((status, headers, body.to_vec()).into_response()))
+    Ok(Claim::Replay(Replay { status, body }))
+}
+
+fn in_use() -> Problem {
+    Problem::new(ErrorCode::IdempotencyKeyInUse)
+        .detail("A request with this Idempotency-Key is being served. Ask again for its answer.")
+        .retry_after(1)
+}
+
+impl Replay {
+    /// For answers that are made anew from what was kept.
+    ///
+    /// # Errors
+    /// `INTERNAL_ERROR` when something else was kept.
+    pub fn kept<T: DeserializeOwned>(&self) -> Result<T, Problem> {
+        serde_json::from_slice(&self.body).map_err(|error| Problem::internal(&error))
+    }
+
+    /// `answer`, marked as a repetition.
+    pub fn with(&self, answer: &impl Serialize) -> Result<Response, Problem> {
+        let body = serde_json::to_vec(answer).map_err(|error| Problem::internal(&error))?;
+        Ok(replayed(self.status, body))
+    }
+}
+
+impl IntoResponse for Replay {
+    fn into_response(self) -> Response {
+        replayed(self.status, self.body.to_vec())
+    }
+}
+
+fn replayed(status: StatusCode, body: Vec<u8>) -> Response {
+    let marked = [(REPLAYED, HeaderValue::from_static("true"))];
+    if status == StatusCode::NO_CONTENT {
+        return (status, marked).into_response();
+    }
+    (status, marked, [(CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response()
+}
+
+/// Gives a claim back in a transaction that is committed although the request was refused.
+///
+/// # Errors
+/// Those of the database.
+pub async fn give_back(tx: &mut TenantTx, place: Option<Place>) -> Result<(), DbError> {
+    let Some(place) = place else { return Ok(()) };
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "delete from cvault.idempotency_keys where tenant_id = $1 and principal = $2 and key = $3",
+        tenant,
+        place.principal,
+        place.key
+    )
+    .execute(tx.conn())
+    .await?;
+    Ok(())
 }
 
 /// Keeps the answer beside the work, sealed with the tenant's data key: it may hold tokens and private keys.

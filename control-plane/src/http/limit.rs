@@ -1,6 +1,6 @@
 //! Rate limits in memory: GCRA (the leaky bucket as a meter, ITU-T I.371), one number per key.
 //!
-//! A tenant may send `per_minute` requests at once and then one each `60 / per_minute` seconds. Each replica counts for
+//! A key may use its whole allowance at once and then one each `window / count`. Each replica counts for
 //! itself. The table is bounded: when it is full, idle keys are dropped first; a key that was dropped starts afresh.
 
 use std::collections::HashMap;
@@ -10,13 +10,31 @@ use std::time::{Duration, Instant};
 
 /// Keys remembered at once: 64 bytes each, so about 6 MiB at most.
 const MAX_KEYS: usize = 100_000;
-const WINDOW: Duration = Duration::from_secs(60);
+
+/// So many in each window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Allowance {
+    pub count: u32,
+    pub window: Duration,
+}
+
+impl Allowance {
+    #[must_use]
+    pub const fn per_minute(count: u32) -> Self {
+        Self { count, window: Duration::from_secs(60) }
+    }
+
+    fn interval(self) -> Duration {
+        self.window / self.count.max(1)
+    }
+}
 
 /// What the limiter said about one request; rendered as the `RateLimit` headers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Decision {
     pub allowed: bool,
-    pub per_minute: u32,
+    /// The whole allowance.
+    pub quota: u32,
     pub remaining: u32,
     /// Until the whole allowance is back.
     pub reset_seconds: u64,
@@ -39,29 +57,51 @@ impl<K> Default for Limiter<K> {
 }
 
 impl<K: Eq + Hash + Copy> Limiter<K> {
-    /// Counts one request of `key` at `now`.
-    pub fn check(&self, key: K, per_minute: u32, now: Instant) -> Decision {
-        let per_minute = per_minute.max(1);
-        let interval = WINDOW / per_minute;
+    /// Counts one request of `key` at `now`, if it is allowed.
+    pub fn charge(&self, key: K, allowance: Allowance, now: Instant) -> Decision {
         let mut table = self.empty_at.lock().unwrap_or_else(PoisonError::into_inner);
-        let level = table.get(&key).map_or(Duration::ZERO, |at| at.saturating_duration_since(now));
-        let allowed = level + interval <= WINDOW;
-        let level = if allowed { level + interval } else { level };
-        if allowed {
+        let decision = decide(level(&table, key, now), allowance);
+        if decision.allowed {
+            let level = level(&table, key, now) + allowance.interval();
             if table.len() >= self.max_keys && !table.contains_key(&key) {
                 make_room(&mut table, now);
             }
             table.insert(key, now + level);
         }
-        let free = WINDOW.saturating_sub(level);
-        let wait = (level + interval).saturating_sub(WINDOW);
-        Decision {
-            allowed,
-            per_minute,
-            remaining: u32::try_from(free.as_nanos() / interval.as_nanos()).unwrap_or(per_minute),
-            reset_seconds: ceil_seconds(level),
-            retry_after_seconds: ceil_seconds(wait),
+        decision
+    }
+
+    /// What [`Limiter::charge`] would say, without counting.
+    pub fn ask(&self, key: K, allowance: Allowance, now: Instant) -> Decision {
+        let table = self.empty_at.lock().unwrap_or_else(PoisonError::into_inner);
+        decide(level(&table, key, now), allowance)
+    }
+
+    /// Takes one counted request back.
+    pub fn give_back(&self, key: K, allowance: Allowance) {
+        let mut table = self.empty_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(earlier) = table.get(&key).and_then(|at| at.checked_sub(allowance.interval())) {
+            table.insert(key, earlier);
         }
+    }
+}
+
+fn level<K: Eq + Hash>(table: &HashMap<K, Instant>, key: K, now: Instant) -> Duration {
+    table.get(&key).map_or(Duration::ZERO, |at| at.saturating_duration_since(now))
+}
+
+/// What a bucket filled up to `level` says to one more request.
+fn decide(level: Duration, allowance: Allowance) -> Decision {
+    let (interval, window) = (allowance.interval(), allowance.window);
+    let allowed = level + interval <= window;
+    let level = if allowed { level + interval } else { level };
+    Decision {
+        allowed,
+        quota: allowance.count.max(1),
+        remaining: u32::try_from(window.saturating_sub(level).as_nanos() / interval.as_nanos())
+            .unwrap_or(allowance.count),
+        reset_seconds: ceil_seconds(level),
+        retry_after_seconds: ceil_seconds((level + interval).saturating_sub(window)),
     }
 }
 
@@ -86,28 +126,31 @@ fn ceil_seconds(duration: Duration) -> u64 {
 mod tests {
     use super::*;
 
+    const HUNDRED: Allowance = Allowance::per_minute(100);
+
     #[test]
     fn a_burst_of_the_whole_allowance_passes_and_the_next_request_waits() {
         let limiter = Limiter::default();
         let start = Instant::now();
         for used in 1..=100 {
-            let decision = limiter.check(1, 100, start);
+            let decision = limiter.charge(1, HUNDRED, start);
             assert!(decision.allowed);
             assert_eq!(decision.remaining, 100 - used);
         }
-        let refused = limiter.check(1, 100, start);
+        let refused = limiter.charge(1, HUNDRED, start);
         assert_eq!((refused.allowed, refused.retry_after_seconds, refused.reset_seconds), (false, 1, 60));
-        assert!(limiter.check(1, 100, start + Duration::from_millis(600)).allowed);
-        assert!(!limiter.check(1, 100, start + Duration::from_millis(601)).allowed);
-        assert!(limiter.check(2, 100, start).allowed, "another tenant is not slowed");
+        assert!(limiter.charge(1, HUNDRED, start + Duration::from_millis(600)).allowed);
+        assert!(!limiter.charge(1, HUNDRED, start + Duration::from_millis(601)).allowed);
+        assert!(limiter.charge(2, HUNDRED, start).allowed, "another tenant is not slowed");
     }
 
     #[test]
     fn no_minute_admits_more_than_twice_the_allowance_and_an_hour_admits_its_share() {
         let limiter = Limiter::default();
         let start = Instant::now();
-        let admitted =
-            (0..36_000u64).filter(|i| limiter.check(1, 100, start + Duration::from_millis(i * 100)).allowed).count();
+        let admitted = (0..36_000u64)
+            .filter(|i| limiter.charge(1, HUNDRED, start + Duration::from_millis(i * 100)).allowed)
+            .count();
         assert!((6_000..=6_100).contains(&admitted), "{admitted}");
     }
 
@@ -116,8 +159,19 @@ mod tests {
         let limiter = Limiter { max_keys: 10, ..Limiter::default() };
         let now = Instant::now();
         for key in 0..1_000 {
-            limiter.check(key, 100, now);
+            limiter.charge(key, HUNDRED, now);
             assert!(limiter.empty_at.lock().unwrap().len() <= 10);
         }
+    }
+
+    #[test]
+    fn what_is_given_back_may_be_used_again_and_asking_costs_nothing() {
+        let (limiter, now) = (Limiter::default(), Instant::now());
+        let two = Allowance { count: 2, window: Duration::from_secs(300) };
+        assert!(limiter.charge(1, two, now).allowed && limiter.charge(1, two, now).allowed);
+        assert_eq!(limiter.charge(1, two, now).retry_after_seconds, 150);
+        limiter.give_back(1, two);
+        assert!(limiter.ask(1, two, now).allowed && limiter.ask(1, two, now).allowed);
+        assert!(limiter.charge(1, two, now).allowed && !limiter.ask(1, two, now).allowed);
     }
 }

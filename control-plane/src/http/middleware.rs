@@ -4,12 +4,13 @@ use std::any::Any;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::extract::{MatchedPath, Request};
+use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use cvault_types::ErrorCode;
 use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use tokio::sync::Semaphore;
 
 use super::Problem;
 use super::context::RequestContext;
@@ -17,13 +18,30 @@ use crate::metrics;
 
 /// Longer than the 30 s that `Prefer: wait` may ask for, shorter than a load balancer's patience.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(45);
+/// The work goes on: nothing is known of its outcome.
+const TOO_LONG: &str = "This took too long. The change may or may not have been made.";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const CORRELATION_ID: HeaderName = HeaderName::from_static("x-correlation-id");
 const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 
+/// Requests that may be served at once. Their tasks outlive their clients, so that connections do not bound them.
+#[derive(Debug, Clone)]
+pub struct InFlight {
+    places: Arc<Semaphore>,
+    /// A request that takes longer is answered without its outcome.
+    timeout: Duration,
+}
+
+impl InFlight {
+    #[must_use]
+    pub fn at_most(requests: usize) -> Self {
+        Self { places: Arc::new(Semaphore::new(requests)), timeout: REQUEST_TIMEOUT }
+    }
+}
+
 /// Runs the request in a task of its own: a client that goes away cancels nothing, neither a BEGIN nor a COMMIT.
-pub async fn own_task(request: Request, next: Next) -> Response {
+pub async fn own_task(State(in_flight): State<InFlight>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let context = Arc::new(RequestContext::of(&request));
     let method = request.method().clone();
@@ -31,6 +49,12 @@ pub async fn own_task(request: Request, next: Next) -> Response {
     let route =
         request.extensions().get::<MatchedPath>().map_or("unmatched".to_owned(), |path| path.as_str().to_owned());
     let correlation = request.headers().get(&CORRELATION_ID).filter(|value| value.len() <= 128).cloned();
+    let Ok(permit) = in_flight.places.try_acquire_owned() else {
+        let mut response = problem(&context, Problem::new(ErrorCode::Overloaded).retry_after(1)).await;
+        log(&context, method.as_str(), &route, response.status(), started);
+        add_headers(response.headers_mut(), &context);
+        return response;
+    };
     let work = {
         let context = Arc::clone(&context);
         let finishing = Arc::clone(&context);
@@ -38,10 +62,11 @@ pub async fn own_task(request: Request, next: Next) -> Response {
         async move {
             let response = context.scope(async move { as_problem(next.run(request).await) }).await;
             log(&finishing, method.as_str(), &route, response.status(), started);
+            drop(permit);
             response
         }
     };
-    let answer = tokio::time::timeout(REQUEST_TIMEOUT, tokio::spawn(work)).await;
+    let answer = tokio::time::timeout(in_flight.timeout, tokio::spawn(work)).await;
     let mut response = match answer {
         Ok(Ok(response)) => response,
         Ok(Err(failure)) => {
@@ -52,7 +77,10 @@ pub async fn own_task(request: Request, next: Next) -> Response {
             log(&context, method.as_str(), &route, response.status(), started);
             response
         }
-        Err(_) => problem(&context, Problem::new(ErrorCode::Overloaded).retry_after(5)).await,
+        Err(_) => {
+            tracing::warn!(request_id = %context.id, method = method.as_str(), route, "a request takes too long; it goes on without its caller");
+            problem(&context, Problem::new(ErrorCode::Overloaded).detail(TOO_LONG).retry_after(5)).await
+        }
     };
     let headers = response.headers_mut();
     if let Some(value) = correlation {
@@ -120,7 +148,7 @@ fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     if let Some(rate) = context.rate.get() {
         // draft-ietf-httpapi-ratelimit-headers
-        let policy = format!("\"tenant\";q={};w=60", rate.per_minute);
+        let policy = format!("\"tenant\";q={};w=60", rate.quota);
         let state = format!("\"tenant\";r={};t={}", rate.remaining, rate.reset_seconds);
         headers.insert(RATE_LIMIT_POLICY, HeaderValue::from_str(&policy).expect("digits are ASCII"));
         headers.insert(RATE_LIMIT, HeaderValue::from_str(&state).expect("digits are ASCII"));
@@ -138,6 +166,10 @@ mod tests {
     use tokio::sync::Notify;
     use tower::ServiceExt;
 
+    fn surrounded(router: Router) -> Router {
+        router.layer(axum::middleware::from_fn_with_state(InFlight::at_most(1), own_task))
+    }
+
     fn request(path: &str) -> Request {
         http::Request::builder().uri(path).body(Body::empty()).unwrap()
     }
@@ -148,7 +180,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_is_answered_as_an_internal_error_that_says_nothing() {
-        let router = Router::new().route("/panic", get(panics)).layer(axum::middleware::from_fn(own_task));
+        let router = surrounded(Router::new().route("/panic", get(panics)));
         let response = router.oneshot(request("/panic")).await.unwrap();
         assert_eq!(response.status(), 500);
         assert_eq!(response.headers()[CONTENT_TYPE], "application/problem+json");
@@ -159,7 +191,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_client_that_goes_away_cancels_nothing() {
+    async fn a_client_that_goes_away_cancels_nothing_and_what_it_left_counts_as_in_flight() {
         let (begun, go_on, done) = (Arc::new(Notify::new()), Arc::new(Notify::new()), Arc::new(AtomicBool::new(false)));
         let handler = {
             let (begun, go_on, done) = (Arc::clone(&begun), Arc::clone(&go_on), Arc::clone(&done));
@@ -170,13 +202,27 @@ mod tests {
                 begun.notify_one();
             }
         };
-        let router = Router::new().route("/", get(handler)).layer(axum::middleware::from_fn(own_task));
-        let call = tokio::spawn(router.oneshot(request("/")));
+        let router = surrounded(Router::new().route("/", get(handler)));
+        let call = tokio::spawn(router.clone().oneshot(request("/")));
         begun.notified().await;
         call.abort();
         assert!(call.await.unwrap_err().is_cancelled());
+        let refused = router.clone().oneshot(request("/")).await.unwrap();
+        assert_eq!((refused.status().as_u16(), refused.headers()["retry-after"].to_str().unwrap()), (503, "1"));
+        assert!(refused.headers().contains_key(REQUEST_ID));
         go_on.notify_one();
         begun.notified().await;
         assert!(done.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test]
+    async fn a_request_without_an_end_is_answered_with_what_is_not_known() {
+        let in_flight = InFlight { timeout: Duration::from_millis(10), ..InFlight::at_most(1) };
+        let router = Router::new().route("/", get(std::future::pending::<()>));
+        let router = router.layer(axum::middleware::from_fn_with_state(in_flight, own_task));
+        let response = router.oneshot(request("/")).await.unwrap();
+        assert_eq!(response.status(), 503);
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        assert!(std::str::from_utf8(&body).unwrap().contains("may or may not have been made"));
     }
 }

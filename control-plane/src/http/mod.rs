@@ -5,6 +5,7 @@
 pub mod context;
 pub mod cursor;
 pub mod extract;
+pub mod health_cache;
 pub mod idempotency;
 pub mod limit;
 pub mod middleware;

@@ -186,7 +186,7 @@ impl From<DbError> for Problem {
                     .detail("The database went away while saving. The change may or may not have been made.")
                     .retry_after(1)
             }
-            DbError::Constraint { .. } | DbError::Other(_) => Self::internal(&error),
+            DbError::Constraint { .. } | DbError::Clock { .. } | DbError::Other(_) => Self::internal(&error),
         }
     }
 }

@@ -7,8 +7,12 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
 use super::extract::MAX_BODY_BYTES;
+use super::middleware::InFlight;
 use super::{Problem, middleware, openapi, routes};
 use crate::app::App;
+
+/// About a second's work of the database; those that wait for an activation hold no connection.
+const MAX_IN_FLIGHT: usize = 2_000;
 
 /// The routes with their descriptions: one that is not described cannot be added.
 pub fn routes() -> OpenApiRouter<App> {
@@ -28,6 +32,6 @@ pub fn api(app: App) -> Router {
     router
         .fallback(async || Problem::new(ErrorCode::NotFound))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
-        .layer(axum::middleware::from_fn(middleware::own_task))
+        .layer(axum::middleware::from_fn_with_state(InFlight::at_most(MAX_IN_FLIGHT), middleware::own_task))
         .with_state(app)
 }

@@ -1,37 +1,105 @@
 //! The listener: accepts connections, bounds them, and ends them gently.
+//!
+//! A connection has to bring a whole request soon, and is closed when it then has none for a while, whatever it speaks:
+//! half a head, half an HTTP/2 preface and silence are the same.
 
 use std::convert::Infallible;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::net::IpAddr;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::FromRequestParts;
+use http::HeaderMap;
 use http::request::Parts;
+use http_body_util::BodyExt;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use ipnet::IpNet;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, Semaphore};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
-/// More wait in the kernel's queue.
-const MAX_CONNECTIONS: usize = 10_000;
-/// A request's head must be complete within this time (slow senders).
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+use crate::network::{Network, Places};
+
 /// Requests that run when the shutdown begins get this long.
 pub const DRAIN: Duration = Duration::from_secs(10);
+/// A request's head must be complete within this time (slow senders).
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// An HTTP/2 peer has to confirm the end of a connection within this time.
+const FAREWELL: Duration = Duration::from_secs(1);
 
-/// Where the caller's connection comes from; unknown behind a test's direct call.
+/// What connections may cost.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// More wait in the kernel's queue.
+    pub connections: usize,
+    /// More are closed at once. A trusted proxy has no such bound.
+    pub connections_per_network: u32,
+    /// The first request must be there within this time.
+    pub first_request: Duration,
+    /// A connection without a request is closed after this time.
+    pub idle: Duration,
+    /// Proxies whose `X-Forwarded-For` is believed.
+    pub trusted_proxies: Vec<IpNet>,
+}
+
+impl Limits {
+    #[must_use]
+    pub fn behind(trusted_proxies: Vec<IpNet>) -> Self {
+        Self {
+            connections: 10_000,
+            connections_per_network: 500,
+            first_request: HEAD_TIMEOUT,
+            idle: Duration::from_secs(60),
+            trusted_proxies,
+        }
+    }
+
+    fn trust(&self, ip: IpAddr) -> bool {
+        self.trusted_proxies.iter().any(|proxies| proxies.contains(&ip))
+    }
+
+    /// The nearest address that is not a trusted proxy's: what is further left in `X-Forwarded-For`, anyone may have
+    /// written.
+    fn caller(&self, peer: IpAddr, headers: &HeaderMap) -> IpAddr {
+        let mut caller = peer;
+        let lines: Vec<&str> =
+            headers.get_all("x-forwarded-for").iter().filter_map(|value| value.to_str().ok()).collect();
+        for text in lines.iter().rev().flat_map(|line| line.rsplit(',')) {
+            if !self.trust(caller) {
+                break;
+            }
+            let Ok(ip) = text.trim().parse::<IpAddr>() else { break };
+            caller = ip.to_canonical();
+        }
+        caller
+    }
+}
+
+/// Who sent the request; unknown behind a test's direct call.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Peer(Option<SocketAddr>);
+pub struct Peer(Option<IpAddr>);
 
 impl Peer {
     #[must_use]
     pub fn ip(self) -> Option<IpAddr> {
-        self.0.map(|address| address.ip().to_canonical())
+        self.0
+    }
+
+    pub(crate) fn of(request: &Parts) -> Self {
+        request.extensions.get().copied().unwrap_or_default()
+    }
+}
+
+impl From<IpAddr> for Peer {
+    fn from(ip: IpAddr) -> Self {
+        Self(Some(ip))
     }
 }
 
@@ -39,14 +107,16 @@ impl<S: Sync> FromRequestParts<S> for Peer {
     type Rejection = Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Infallible> {
-        Ok(parts.extensions.get().copied().unwrap_or_default())
+        Ok(Self::of(parts))
     }
 }
 
 /// Serves until `shutdown`, then lets running requests finish for up to 10 s.
-pub async fn serve(listener: TcpListener, router: Router, shutdown: CancellationToken) {
-    let graceful = GracefulShutdown::new();
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+pub async fn serve(listener: TcpListener, router: Router, limits: Limits, shutdown: CancellationToken) {
+    let connections = Arc::new(Semaphore::new(limits.connections));
+    let places = Places::new(limits.connections_per_network);
+    let limits = Arc::new(limits);
+    let tracker = TaskTracker::new();
     loop {
         let permit = tokio::select! {
             () = shutdown.cancelled() => break,
@@ -55,7 +125,7 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: Cancellation
         let (stream, peer) = tokio::select! {
             () = shutdown.cancelled() => break,
             accepted = listener.accept() => match accepted {
-                Ok(accepted) => accepted,
+                Ok((stream, peer)) => (stream, peer.ip().to_canonical()),
                 Err(error) => {
                     // out of file descriptors, or the caller went away: neither ends the server
                     tracing::warn!(%error, "a connection could not be accepted");
@@ -64,32 +134,212 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: Cancellation
                 }
             },
         };
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY was refused");
+        let place = places.take(Network::of(peer));
+        if place.is_none() && !limits.trust(peer) {
+            tracing::debug!("a network has too many connections");
+            continue;
         }
-        let service = router.clone().map_request(move |request: http::Request<hyper::body::Incoming>| {
-            let mut request = request.map(axum::body::Body::new);
-            request.extensions_mut().insert(Peer(Some(peer)));
-            request
-        });
-        let mut builder = Builder::new(TokioExecutor::new());
-        builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_headers(100);
-        builder
-            .http2()
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(100)
-            .keep_alive_interval(Duration::from_secs(30));
-        let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)).into_owned();
-        let connection = graceful.watch(connection);
-        tokio::spawn(async move {
-            let _held = permit;
-            if let Err(error) = connection.await {
-                tracing::debug!(error = %error, "a connection ended early");
-            }
+        let (router, limits, shutdown) = (router.clone(), Arc::clone(&limits), shutdown.clone());
+        tracker.spawn(async move {
+            attend(stream, peer, router, limits, shutdown).await;
+            drop((permit, place));
         });
     }
     drop(listener);
-    if tokio::time::timeout(DRAIN, graceful.shutdown()).await.is_err() {
+    tracker.close();
+    if tokio::time::timeout(DRAIN, tracker.wait()).await.is_err() {
         tracing::warn!("some requests were still running after 10 s; they are left to end on their own");
+    }
+}
+
+/// One connection, from its first byte to its end.
+async fn attend(stream: TcpStream, peer: IpAddr, router: Router, limits: Arc<Limits>, shutdown: CancellationToken) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "TCP_NODELAY was refused");
+    }
+    let activity = Arc::new(Activity::new(&limits));
+    let service = {
+        let activity = Arc::clone(&activity);
+        let service = router.map_request(move |request: http::Request<hyper::body::Incoming>| {
+            let mut request = request.map(axum::body::Body::new);
+            let caller = limits.caller(peer, request.headers());
+            request.extensions_mut().insert(Peer::from(caller));
+            request
+        });
+        tower::service_fn(move |request| {
+            let running = Running::begin(&activity);
+            let answer = service.clone().oneshot(request);
+            async move {
+                // it runs until its answer's body is sent
+                answer.await.map(|response| {
+                    response.map(|body| {
+                        body.map_frame(move |frame| {
+                            let _running = &running;
+                            frame
+                        })
+                    })
+                })
+            }
+        })
+    };
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_headers(100);
+    builder.http2().timer(TokioTimer::new()).max_concurrent_streams(100).keep_alive_interval(Duration::from_secs(30));
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)));
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = async { tokio::select! { () = shutdown.cancelled() => {}, () = activity.quiet() => {} } } => {
+            connection.as_mut().graceful_shutdown();
+            // what runs is waited for; who does not even say goodbye is not
+            activity.with(|state| state.quiet_until = Instant::now() + FAREWELL);
+            tokio::select! {
+                ended = connection.as_mut() => ended,
+                () = activity.quiet() => Ok(()),
+            }
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection ended early");
+    }
+}
+
+/// Whether requests run on a connection, and until when it may stay without.
+struct Activity {
+    state: Mutex<State>,
+    changed: Notify,
+    idle: Duration,
+}
+
+/// A request that runs, until this is dropped.
+struct Running(Arc<Activity>);
+
+struct State {
+    running: usize,
+    quiet_until: Instant,
+}
+
+impl Activity {
+    fn new(limits: &Limits) -> Self {
+        let state = State { running: 0, quiet_until: Instant::now() + limits.first_request };
+        Self { state: Mutex::new(state), changed: Notify::new(), idle: limits.idle }
+    }
+
+    fn with<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Returns when the connection has been without a request for too long. Cancel-safe.
+    async fn quiet(&self) {
+        loop {
+            match self.with(|state| (state.running == 0).then_some(state.quiet_until)) {
+                None => self.changed.notified().await,
+                Some(until) if until <= Instant::now() => return,
+                Some(until) => tokio::time::sleep_until(until).await,
+            }
+        }
+    }
+}
+
+impl Running {
+    fn begin(activity: &Arc<Activity>) -> Self {
+        activity.with(|state| state.running += 1);
+        Self(Arc::clone(activity))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.with(|state| {
+            state.running -= 1;
+            state.quiet_until = Instant::now() + self.0.idle;
+        });
+        self.0.changed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::routing::get;
+    use std::net::SocketAddr;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    const SOON: Duration = Duration::from_millis(200);
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    async fn start(change: impl FnOnce(&mut Limits)) -> (SocketAddr, CancellationToken) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut limits = Limits { first_request: SOON, idle: SOON, ..Limits::behind(Vec::new()) };
+        change(&mut limits);
+        let shutdown = CancellationToken::new();
+        let router = Router::new().route("/", get(|peer: Peer| async move { peer.ip().unwrap().to_string() }));
+        tokio::spawn(serve(listener, router, limits, shutdown.clone()));
+        (address, shutdown)
+    }
+
+    /// What the server sends until it closes the connection.
+    async fn until_closed(stream: &mut TcpStream) -> Vec<u8> {
+        let mut all = Vec::new();
+        let read = tokio::time::timeout(DEADLINE, stream.read_to_end(&mut all)).await;
+        // a reset is an end too
+        let _ = read.expect("the connection is still open");
+        all
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_brings_no_request_is_closed_whatever_it_began_with() {
+        let (address, _shutdown) = start(|_| {}).await;
+        let whole_preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+        for beginning in [b"".as_slice(), b"G", b"PRI * HT", &whole_preface[..24], whole_preface] {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(beginning).await.unwrap();
+            until_closed(&mut stream).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_request_is_served_and_the_connection_is_closed_when_no_other_follows() {
+        let (address, _shutdown) = start(|_| {}).await;
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        let text = String::from_utf8(until_closed(&mut stream).await).unwrap();
+        assert!(text.starts_with("HTTP/1.1 200 OK\r\n") && text.ends_with("127.0.0.1"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_network_has_its_share_of_the_connections_and_another_network_the_rest() {
+        let (address, _shutdown) = start(|limits| {
+            limits.connections_per_network = 2;
+            limits.first_request = DEADLINE * 2;
+        })
+        .await;
+        let _held = [TcpStream::connect(address).await.unwrap(), TcpStream::connect(address).await.unwrap()];
+        assert!(until_closed(&mut TcpStream::connect(address).await.unwrap()).await.is_empty());
+        let other = tokio::net::TcpSocket::new_v4().unwrap();
+        other.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+        let mut other = other.connect(address).await.unwrap();
+        other.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await.unwrap();
+        let text = String::from_utf8(until_closed(&mut other).await).unwrap();
+        assert!(text.ends_with("127.0.0.2"), "{text}");
+    }
+
+    #[test]
+    fn only_a_trusted_proxy_says_who_the_caller_is() {
+        let limits = Limits::behind(vec!["127.0.0.0/8".parse().unwrap(), "10.0.0.0/8".parse().unwrap()]);
+        let caller = |peer: &str, forwarded: &[&str]| {
+            let lines =
+                forwarded.iter().map(|line| (http::HeaderName::from_static("x-forwarded-for"), line.parse().unwrap()));
+            let mut headers = HeaderMap::new();
+            for (name, value) in lines {
+                headers.append(name, value);
+            }
+            limits.caller(peer.parse().unwrap(), &headers).to_string()
+        };
+        assert_eq!(caller("127.0.0.1", &[]), "127.0.0.1");
+        assert_eq!(caller("127.0.0.1", &["192.0.2.7"]), "192.0.2.7");
+        assert_eq!(caller("127.0.0.1", &["198.51.100.1, 192.0.2.7", "10.1.1.1"]), "192.0.2.7", "the left is invented");
+        assert_eq!(caller("203.0.113.9", &["192.0.2.7"]), "203.0.113.9");
+        assert_eq!(caller("127.0.0.1", &["nonsense"]), "127.0.0.1");
     }
 }

@@ -35,19 +35,24 @@ pub async fn allocate(tx: &mut TenantTx, pool: PoolId, device: DeviceId) -> Resu
     )
     .fetch_optional(tx.conn())
     .await?;
-    Ok(row.map(|row| addresses(row.ipv4, row.ipv6)))
+    row.map(|row| addresses(row.ipv4, row.ipv6)).transpose()
 }
 
 /// The two columns of a device or peer row.
-pub(crate) fn addresses(ipv4: IpNet, ipv6: IpNet) -> Addresses {
+///
+/// # Errors
+/// When a column holds an address of the other family, which the schema refuses.
+pub(crate) fn addresses(ipv4: IpNet, ipv6: IpNet) -> Result<Addresses, DbError> {
     match (ipv4, ipv6) {
-        (IpNet::V4(v4), IpNet::V6(v6)) => Addresses { ipv4: v4.addr(), ipv6: v6.addr() },
-        (IpNet::V4(_) | IpNet::V6(_), _) => unreachable!("a pool has one prefix of each family, checked by the schema"),
+        (IpNet::V4(v4), IpNet::V6(v6)) => Ok(Addresses { ipv4: v4.addr(), ipv6: v6.addr() }),
+        (IpNet::V4(_) | IpNet::V6(_), _) => {
+            Err(DbError::Other(sqlx::Error::Decode("an address of the wrong family".into())))
+        }
     }
 }
 
-/// Ends the quarantine of every address whose time is over and whose server has acknowledged the removal; returns how
-/// many became free.
+/// Ends the quarantine of every address whose time is over and whose removal every server has acknowledged that ever
+/// ran its device; returns how many became free.
 ///
 /// # Errors
 /// Those of the database.
@@ -58,13 +63,15 @@ pub async fn free_quarantined(sys: &PgPool) -> Result<u64, DbError> {
              select a.pool_id, a.host
              from platform.addresses a
              join platform.address_pools p on p.pool_id = a.pool_id
-             join platform.servers s on s.server_id = a.release_server_id
              where a.state = 'quarantine'
                and a.released_at + make_interval(secs => p.quarantine_seconds) <= now()
-               and (s.acked_revision >= a.release_revision or s.status = 'removed')
+               and not exists (
+                   select from platform.peers r join platform.servers s on s.server_id = r.server_id
+                   where r.device_id = a.released_device_id and s.status <> 'removed'
+                     and coalesce(r.removed_revision > s.acked_revision, true))
              for update of a skip locked
          )
-         update platform.addresses a set state = 'free', release_server_id = null, release_revision = null
+         update platform.addresses a set state = 'free', released_device_id = null
          from rested
          where a.pool_id = rested.pool_id and a.host = rested.host"
     )

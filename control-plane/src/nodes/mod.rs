@@ -10,7 +10,7 @@ mod service;
 mod stream;
 
 pub use hub::Hub;
-pub use listener::serve;
+pub use listener::{ServeError, serve};
 
 #[cfg(test)]
 mod tests;

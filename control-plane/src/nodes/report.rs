@@ -72,7 +72,13 @@ pub(super) async fn enter(app: &App, server: ServerId, request: ReportRequest) -
     Ok(ReportResponse {
         acked: acked.collect(),
         superseded: claim == Claim::Superseded,
-        snapshot_wanted: claim == Claim::Diverged,
+        // an agent that has refused a change has not got it: what came after builds on nothing. Whether a snapshot helps
+        // or not, the agent asks for it at its own back-off's pace.
+        snapshot_wanted: match claim {
+            Claim::Diverged => true,
+            Claim::Accepted { .. } => !request.nacks.is_empty(),
+            Claim::Superseded => false,
+        },
     })
 }
 
@@ -100,7 +106,7 @@ enum Claim {
 /// Last statements of the transaction: they lock the server's row.
 async fn apply_claim(tx: &mut Tx, server: ServerId, request: &ReportRequest) -> Result<Claim, DbError> {
     let row = sqlx::query!(
-        r#"select s.session_epoch, s.revision, s.digest::text as "digest!", i.incarnation
+        r#"select s.session_epoch, s.revision, s.acked_revision, s.acked_session, s.digest::text as "digest!", i.incarnation
            from platform.servers s cross join platform.installation i
            where s.server_id = $1 for no key update of s"#,
         server.uuid()
@@ -118,12 +124,16 @@ async fn apply_claim(tx: &mut Tx, server: ServerId, request: &ReportRequest) -> 
     let diverged = applied.is_some_and(|applied| {
         applied.revision > revision || (applied.revision == revision && Some(applied.digest) != digest)
     });
-    let accepted = applied.filter(|_| !diverged);
+    let known = u64::try_from(row.acked_revision).unwrap_or_default();
+    // a report that was overtaken by a later one of its session says nothing new; a new session begins with what it has
+    let late = |applied: &Position| row.acked_session == Some(row.session_epoch) && applied.revision < known;
+    let accepted = applied.filter(|applied| !diverged && !late(applied));
     sqlx::query!(
         "update platform.servers
          set last_seen_at = now(), health = coalesce($2, health),
              acked_revision = coalesce($3, acked_revision), acked_digest = coalesce($4::text::numeric, acked_digest),
-             acked_at = case when $3 is null then acked_at else now() end
+             acked_session = case when $3::bigint is null then acked_session else session_epoch end,
+             acked_at = case when $3 <> acked_revision then now() else acked_at end
          where server_id = $1",
         server.uuid(),
         request.health.as_ref().map(health),

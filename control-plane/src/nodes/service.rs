@@ -1,9 +1,12 @@
 //! The gRPC service: who calls, whether the call is admitted, and what it is handed to.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use cvault_node_protocol::tls::Pin;
 use cvault_node_protocol::token::EnrolToken;
 use cvault_node_protocol::v1::node_gateway_server::{NodeGateway, NodeGatewayServer};
 use cvault_node_protocol::v1::{
@@ -11,17 +14,22 @@ use cvault_node_protocol::v1::{
 };
 use cvault_node_protocol::{MAX_MESSAGE_BYTES, PROTOCOL};
 use cvault_types::ServerId;
+use futures::future::BoxFuture;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::body::Body;
+use tonic::server::NamedService;
 use tonic::{Request, Response, Status};
+use tower::Service;
 use uuid::Uuid;
 
 use super::listener::Peer;
 use super::{report, stream};
 use crate::app::App;
 use crate::db::DbError;
+use crate::metrics;
 use crate::servers::{self, EnrolError};
 
 /// New watches per second; each costs a snapshot at worst. The others come again after their back-off.
@@ -34,6 +42,9 @@ const MAX_REPORTS: usize = 6;
 const REPORT_TURN: Duration = Duration::from_secs(5);
 /// Messages that wait in a stream; behind that the next delta is simply larger.
 const STREAM_QUEUE: usize = 8;
+
+/// An enrolment needs less than one.
+const MAX_STRANGERS_MESSAGE_BYTES: usize = 16 << 10;
 
 #[derive(Clone)]
 pub(super) struct Gateway {
@@ -57,25 +68,24 @@ impl Gateway {
         }
     }
 
-    pub(super) fn into_service(self) -> NodeGatewayServer<Self> {
-        NodeGatewayServer::new(self)
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES)
+    pub(super) fn into_service(self) -> Gate {
+        let service = |bytes| {
+            NodeGatewayServer::new(self.clone())
+                .max_decoding_message_size(bytes)
+                .max_encoding_message_size(MAX_MESSAGE_BYTES)
+        };
+        Gate { servers: service(MAX_MESSAGE_BYTES), strangers: service(MAX_STRANGERS_MESSAGE_BYTES) }
     }
 
     /// The server whose identity is the key at the other end.
     async fn caller<T>(&self, request: &Request<T>) -> Result<ServerId, Status> {
         let peer = peer(request)?;
-        let server = sqlx::query_scalar!(
-            "select server_id from platform.servers where identity_pin = $1 and status <> 'removed'",
-            peer.pin.as_bytes().as_slice()
-        )
-        .fetch_optional(&self.app.db.sys)
-        .await
-        .map_err(|error| unavailable(&error.into()))?;
-        server.map(ServerId::from_uuid).ok_or_else(|| {
+        let server = server_with(&self.app, peer.pin).await.map_err(|error| unavailable(&error))?;
+        server.ok_or_else(|| {
             tracing::debug!(pin = ?peer.pin, address = %peer.address, "an unknown agent was refused");
-            Status::unauthenticated("this agent is not enrolled, or its server was removed")
+            // its next call costs no query
+            peer.standing.set_server(false);
+            not_enrolled()
         })
     }
 
@@ -90,8 +100,58 @@ impl Gateway {
     }
 }
 
+/// The server whose identity is the key with `pin`.
+pub(super) async fn server_with(app: &App, pin: Pin) -> Result<Option<ServerId>, DbError> {
+    let server = sqlx::query_scalar!(
+        "select server_id from platform.servers where identity_pin = $1 and status <> 'removed'",
+        pin.as_bytes().as_slice()
+    )
+    .fetch_optional(&app.db.sys)
+    .await?;
+    Ok(server.map(ServerId::from_uuid))
+}
+
+fn not_enrolled() -> Status {
+    Status::unauthenticated("this agent is not enrolled, or its server was removed")
+}
+
+/// The service as servers get it, and as strangers get it.
+#[derive(Clone)]
+pub(super) struct Gate {
+    servers: NodeGatewayServer<Gateway>,
+    strangers: NodeGatewayServer<Gateway>,
+}
+
+impl NamedService for Gate {
+    const NAME: &'static str = <NodeGatewayServer<Gateway> as NamedService>::NAME;
+}
+
+impl Service<http::Request<Body>> for Gate {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let standing = request.extensions().get::<Peer>().map(|peer| Arc::clone(&peer.standing));
+        if let Some(standing) = &standing {
+            standing.called();
+        }
+        if standing.is_some_and(|standing| standing.is_server()) {
+            self.servers.call(request)
+        } else if request.uri().path().ends_with("/Enroll") {
+            self.strangers.call(request)
+        } else {
+            Box::pin(std::future::ready(Ok(not_enrolled().into_http())))
+        }
+    }
+}
+
 fn peer<T>(request: &Request<T>) -> Result<Peer, Status> {
-    request.extensions().get::<Peer>().copied().ok_or_else(|| Status::internal("the connection has no peer"))
+    request.extensions().get::<Peer>().cloned().ok_or_else(|| Status::internal("the connection has no peer"))
 }
 
 /// The operator gets the cause, the agent a constant sentence.
@@ -103,7 +163,7 @@ pub(super) fn unavailable(error: &DbError) -> Status {
 #[tonic::async_trait]
 impl NodeGateway for Gateway {
     async fn enroll(&self, request: Request<EnrollRequest>) -> Result<Response<EnrollResponse>, Status> {
-        let pin = peer(&request)?.pin;
+        let Peer { pin, standing, .. } = peer(&request)?;
         let request = request.into_inner();
         let token = EnrolToken::parse(&request.token).map_err(|error| Status::invalid_argument(error.to_string()))?;
         let key: [u8; 32] = request
@@ -113,6 +173,7 @@ impl NodeGateway for Gateway {
             .map_err(|_| Status::invalid_argument("the WireGuard public key must have 32 bytes"))?;
         match servers::consume_token(&self.app.db.sys, &token, pin, &key).await {
             Ok(server) => {
+                standing.set_server(true);
                 tracing::info!(server = %server.id, agent = agent_version(&request.agent_version), "a server has enrolled");
                 Ok(Response::new(EnrollResponse {
                     server_id: server.id.uuid().as_bytes().to_vec().into(),
@@ -142,6 +203,10 @@ impl NodeGateway for Gateway {
             server = %server, session = session.epoch, agent = agent_version(&request.agent_version),
             "an agent watches"
         );
+        if session.has_twin {
+            metrics::node_alarm("two_instances");
+            tracing::error!(%server, %instance, "two live agents share a server's identity: stop one, or enrol it anew");
+        }
         let (events, receiver) = mpsc::channel(STREAM_QUEUE);
         let have = request.have.as_ref().and_then(crate::desired::Position::from_wire);
         self.tracker.spawn(stream::run(

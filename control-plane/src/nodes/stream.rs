@@ -25,7 +25,8 @@ use crate::metrics;
 const POLL: Duration = Duration::from_millis(300);
 /// Lets the agent notice a dead control plane, and us a dead agent.
 const PING: Duration = Duration::from_secs(15);
-/// A reader that takes nothing for this long is gone; it comes back with its cursor.
+/// A reader that has not taken an update after this long is gone; it comes back with its cursor. A snapshot of a full
+/// server is 10 MB.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 /// After a fault of ours, so that it does not spin.
 const FAULT_PAUSE: Duration = Duration::from_secs(1);
@@ -40,6 +41,8 @@ const INTERFACE_MTU: u32 = 1420;
 pub(super) struct Session {
     server: ServerId,
     pub(super) epoch: i64,
+    /// Another live agent has the identity of this server.
+    pub(super) has_twin: bool,
     hello: Hello,
 }
 
@@ -47,10 +50,13 @@ pub(super) struct Session {
 pub(super) async fn open(app: &App, server: ServerId, instance: Uuid) -> Result<Session, DbError> {
     let row = sqlx::query!(
         r#"update platform.servers s
-           set session_epoch = s.session_epoch + 1, instance_id = $2, last_seen_at = now()
-           from platform.address_pools p, platform.installation i
-           where s.server_id = $1 and p.pool_id = s.pool_id
-           returning s.session_epoch, s.digest_key, s.endpoint_port, p.ipv4::inet as "ipv4!: IpNet",
+           set session_epoch = s.session_epoch + 1, instance_id = $2, last_seen_at = now(),
+               replaced_instance_id = case when s.instance_id <> $2 then s.instance_id else s.replaced_instance_id end
+           from platform.address_pools p, platform.installation i, platform.servers old
+           where s.server_id = $1 and p.pool_id = s.pool_id and old.server_id = s.server_id
+           -- an instance id is drawn at each start: one that comes back was never gone
+           returning coalesce(old.instance_id <> $2 and old.replaced_instance_id = $2, false) as "twin!",
+                     s.session_epoch, s.digest_key, s.endpoint_port, p.ipv4::inet as "ipv4!: IpNet",
                      p.ipv6::inet as "ipv6!: IpNet", i.incarnation"#,
         server.uuid(),
         instance
@@ -74,7 +80,7 @@ pub(super) async fn open(app: &App, server: ServerId, instance: Uuid) -> Result<
         }),
         report_interval_ms: REPORT_INTERVAL_MS,
     };
-    Ok(Session { server, epoch: row.session_epoch, hello })
+    Ok(Session { server, epoch: row.session_epoch, has_twin: row.twin, hello })
 }
 
 type Events = mpsc::Sender<Result<StateEvent, Status>>;
@@ -115,7 +121,7 @@ pub(super) async fn run(
 }
 
 async fn feed(app: &App, session: Session, have: Option<Position>, events: &Events, snapshots: &Semaphore) -> End {
-    let Session { server, epoch, hello } = session;
+    let Session { server, epoch, hello, .. } = session;
     // subscribed before the first read: no change falls between
     let mut changes = app.nodes.changes(server);
     let mut poll = interval(POLL);
@@ -196,14 +202,26 @@ async fn bring_up_to_date(
     events: &Events,
     snapshots: &Semaphore,
 ) -> Result<Option<Position>, Fault> {
-    // an agent that has nothing costs a whole snapshot: those take turns
-    let turn = match have {
-        None => Some(snapshots.acquire().await.expect("the semaphore is never closed")),
-        Some(_) => None,
-    };
-    let update = desired::read(&app.db.sys, &app.keys, server, have).await.map_err(Fault::Desired)?;
-    let sent = match update {
-        Update::Nothing => None,
+    let (sys, keys) = (&app.db.sys, &app.keys);
+    if let Some(update) = desired::read_changes(sys, keys, server, have).await.map_err(Fault::Desired)? {
+        return send_update(events, update, SEND_TIMEOUT).await;
+    }
+    // whatever the reason, after a restored database that of every agent at once: snapshots take turns
+    let _turn = snapshots.acquire().await.expect("the semaphore is never closed");
+    let update = desired::read_snapshot(sys, keys, server, have).await.map_err(Fault::Desired)?;
+    send_update(events, update, SEND_TIMEOUT).await
+}
+
+/// Returns the position the agent has after it, `None` when nothing was missing.
+async fn send_update(events: &Events, update: Update, within: Duration) -> Result<Option<Position>, Fault> {
+    let all = send_messages(events, update);
+    // for all of it: a reader that sips must not hold a snapshot, and the turn of the others, for an hour
+    tokio::time::timeout(within, all).await.unwrap_or(Err(Fault::Reader))
+}
+
+async fn send_messages(events: &Events, update: Update) -> Result<Option<Position>, Fault> {
+    match update {
+        Update::Nothing => Ok(None),
         Update::Delta { from_revision, target, peer_count, removed, upserted } => {
             let expected_removed = u32::try_from(removed.len()).unwrap_or(u32::MAX);
             let delta = Delta {
@@ -215,7 +233,7 @@ async fn bring_up_to_date(
                 expected_removed,
             };
             send(events, Event::Delta(delta)).await?;
-            Some(target)
+            Ok(Some(target))
         }
         Update::Snapshot { target, mut peers, expected_removed } => {
             let peer_count = u32::try_from(peers.len()).unwrap_or(u32::MAX);
@@ -227,16 +245,41 @@ async fn bring_up_to_date(
                 peers = rest;
             }
             send(events, Event::SnapshotEnd(SnapshotEnd { expected_removed })).await?;
-            Some(target)
+            Ok(Some(target))
         }
-    };
-    drop(turn);
-    Ok(sent)
+    }
 }
 
 async fn send(events: &Events, event: Event) -> Result<(), Fault> {
     match tokio::time::timeout(SEND_TIMEOUT, events.send(Ok(StateEvent { event: Some(event) }))).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(_)) | Err(_) => Err(Fault::Reader),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cvault_node_protocol::digest::Digest;
+    use cvault_node_protocol::v1::Peer;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_reader_that_sips_has_as_long_for_a_snapshot_as_for_a_message() {
+        let (events, mut reader) = mpsc::channel(1);
+        tokio::spawn(async move {
+            let mut sips = interval(Duration::from_millis(50));
+            loop {
+                sips.tick().await;
+                if reader.recv().await.is_none() {
+                    return;
+                }
+            }
+        });
+        let target = Position { incarnation: Uuid::nil(), revision: 1, digest: Digest::default() };
+        let peers = vec![Peer::default(); 50 * MAX_CHUNK_PEERS];
+        let update = Update::Snapshot { target, peers, expected_removed: 0 };
+        let sent = send_update(&events, update, Duration::from_millis(300)).await;
+        assert!(matches!(sent, Err(Fault::Reader)));
     }
 }

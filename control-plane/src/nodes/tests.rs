@@ -7,7 +7,7 @@ use cvault_node_protocol::tls::{self, Identity};
 use cvault_node_protocol::v1::node_gateway_client::NodeGatewayClient;
 use cvault_node_protocol::v1::state_event::Event;
 use cvault_node_protocol::v1::{
-    Cursor, EnrollRequest, Health, PeerUsage, ReportRequest, StateEvent, UsageWindow, WatchRequest,
+    Cursor, EnrollRequest, Health, Nack, PeerUsage, ReportRequest, StateEvent, UsageWindow, WatchRequest,
 };
 use cvault_types::ServerId;
 use hyper_util::rt::TokioIo;
@@ -23,6 +23,8 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::servers;
 use crate::testing::{Person, World};
+
+mod strangers;
 
 type Client = NodeGatewayClient<Channel>;
 
@@ -255,6 +257,56 @@ async fn a_server_that_runs_something_else_than_its_revision_says_gets_a_snapsho
 }
 
 #[tokio::test]
+async fn a_refused_change_is_followed_by_a_snapshot() {
+    let gateway = Gateway::start().await;
+    let (_, mut agent, _) = gateway.agent().await;
+    let mut stream = agent.watch(watch(None)).await.unwrap().into_inner();
+    let (epoch, target, _) = begin(&mut stream).await;
+    let nack = Nack { target: Some(target.clone()), reason: "no".to_owned() };
+    let refused = ReportRequest { nacks: vec![nack], ..report(epoch, Some(target.clone())) };
+    assert!(agent.report(refused.clone()).await.unwrap().into_inner().snapshot_wanted);
+    assert!(!agent.report(report(epoch, Some(target))).await.unwrap().into_inner().snapshot_wanted);
+    // nothing is asked of a session that is not the newest
+    let mut stream = agent.watch(watch(None)).await.unwrap().into_inner();
+    begin(&mut stream).await;
+    assert!(!agent.report(refused).await.unwrap().into_inner().snapshot_wanted);
+}
+
+#[tokio::test]
+async fn within_a_session_the_acknowledged_revision_only_grows() {
+    let gateway = Gateway::start().await;
+    let (server, mut agent, _) = gateway.agent().await;
+    let person = gateway.world.person().await;
+    let mut stream = agent.watch(watch(None)).await.unwrap().into_inner();
+    let (epoch, empty, _) = begin(&mut stream).await;
+    gateway.world.register(person, "d").await.unwrap();
+    let Event::Delta(delta) = next(&mut stream).await else { panic!("no delta") };
+    agent.report(report(epoch, delta.target.clone())).await.unwrap();
+    let acked_at = acked_at(&gateway.world, server).await;
+    // overtaken on its way, and said again
+    agent.report(report(epoch, Some(empty.clone()))).await.unwrap();
+    assert_eq!(acked_revision(&gateway.world, server).await, 1);
+    agent.report(report(epoch, delta.target)).await.unwrap();
+    assert_eq!(self::acked_at(&gateway.world, server).await, acked_at);
+    // an agent that was restored from a backup begins with what it has
+    let mut stream = agent.watch(watch(Some(empty.clone()))).await.unwrap().into_inner();
+    let Event::Hello(hello) = next(&mut stream).await else { panic!("no hello") };
+    agent.report(report(hello.session_epoch, Some(empty))).await.unwrap();
+    assert_eq!(acked_revision(&gateway.world, server).await, 0);
+}
+
+#[tokio::test]
+async fn two_live_agents_of_one_identity_are_noticed_and_a_restarted_one_is_not() {
+    let (world, server) = World::with_server().await;
+    let mut twins = Vec::new();
+    for instance in [1, 1, 2, 3, 3, 2] {
+        let session = super::stream::open(&world.app, server, uuid::Uuid::from_u128(instance)).await.unwrap();
+        twins.push(session.has_twin);
+    }
+    assert_eq!(twins, [false, false, false, false, false, true]);
+}
+
+#[tokio::test]
 async fn what_no_correct_agent_sends_is_refused() {
     let gateway = Gateway::start().await;
     let (_, mut agent, _) = gateway.agent().await;
@@ -276,13 +328,20 @@ async fn a_removed_server_is_nobody() {
     let (server, mut agent, _) = gateway.agent().await;
     let mut stream = agent.watch(watch(None)).await.unwrap().into_inner();
     begin(&mut stream).await;
-    servers::remove_server(&gateway.world.app.db.sys, server).await.unwrap();
+    servers::remove_server(&gateway.world.app.db.sys, server, servers::Removal::Settled).await.unwrap();
     let Event::GoAway(_) = next(&mut stream).await else { panic!("the stream goes on") };
     assert_eq!(agent.watch(watch(None)).await.unwrap_err().code(), Code::Unauthenticated);
 }
 
 async fn acked_revision(world: &World, server: ServerId) -> i64 {
     sqlx::query_scalar!("select acked_revision from platform.servers where server_id = $1", server.uuid())
+        .fetch_one(&world.app.db.sys)
+        .await
+        .unwrap()
+}
+
+async fn acked_at(world: &World, server: ServerId) -> Option<time::OffsetDateTime> {
+    sqlx::query_scalar!("select acked_at from platform.servers where server_id = $1", server.uuid())
         .fetch_one(&world.app.db.sys)
         .await
         .unwrap()

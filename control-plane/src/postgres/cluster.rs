@@ -22,6 +22,9 @@ use super::settings;
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(20);
+/// Between attempts to start it again; doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// The kernel's limit for a socket's path, less the name PostgreSQL adds (`/.s.PGSQL.5432`).
 const MAX_SOCKET_DIR: usize = 107 - 15;
 /// The server's own log is begun afresh at a start once it is larger.
@@ -62,6 +65,8 @@ pub enum ClusterError {
     InitDb { output: String },
     #[error("PostgreSQL cannot be started")]
     Spawn(#[source] io::Error),
+    #[error("the start was interrupted")]
+    Interrupted,
     #[error("PostgreSQL does not answer; its log is {}: {tail}", log.display())]
     Silent { log: PathBuf, tail: String, source: Box<sqlx::Error> },
     #[error("the cluster in {} is of version {found}, and the programs in {} are of version {wanted}: set CVAULT_PG_BIN", dir.display(), bin.display())]
@@ -85,8 +90,13 @@ impl Cluster {
     /// Starts the cluster under `dir`, makes it first if there is none, or adopts one that is running.
     ///
     /// # Errors
-    /// Each says how to mend it; nothing is left half-made.
-    pub async fn start(dir: &Path, bin: Option<PathBuf>, durability: Durability) -> Result<Self, ClusterError> {
+    /// Each says how to mend it; nothing is left half-made or running, also when `shutdown` came first.
+    pub async fn start(
+        dir: &Path,
+        bin: Option<PathBuf>,
+        durability: Durability,
+        shutdown: &CancellationToken,
+    ) -> Result<Self, ClusterError> {
         let bin = binaries::find(bin)?;
         let us = binaries::current()?;
         let them = binaries::unprivileged(&us)?;
@@ -105,10 +115,19 @@ impl Cluster {
                 tracing::info!(pid = pid.as_raw_pid(), "adopting the running PostgreSQL");
                 cluster.set_postmaster(pid);
             }
-            None => cluster.spawn()?,
+            None => {
+                cluster.forget_stranger()?;
+                cluster.spawn()?;
+            }
         }
-        cluster.answering().await?;
-        Ok(cluster)
+        let answering = tokio::select! {
+            () = shutdown.cancelled() => Err(ClusterError::Interrupted),
+            answering = cluster.answering() => answering,
+        };
+        if answering.is_err() {
+            cluster.stop().await;
+        }
+        answering.map(|()| cluster)
     }
 
     /// Connects as `role` to `database`.
@@ -147,9 +166,7 @@ impl Cluster {
                 () = self.ended() => {}
             }
             tracing::warn!("PostgreSQL ended; starting it again");
-            if let Err(error) = self.restart(&shutdown).await {
-                tracing::error!(error = crate::http::problem::chain(&error), "PostgreSQL cannot be started again yet");
-            }
+            self.restart(&shutdown).await;
         }
     }
 
@@ -201,24 +218,30 @@ impl Cluster {
         }
     }
 
-    /// The backends of a killed postmaster hold its shared memory for a moment; then a start fails and is repeated.
-    async fn restart(&self, shutdown: &CancellationToken) -> Result<(), ClusterError> {
-        let mut pause = Duration::from_millis(50);
+    /// Until PostgreSQL runs, or `shutdown`. The backends of a killed postmaster hold its shared memory for a moment; then
+    /// a start fails and is repeated.
+    async fn restart(&self, shutdown: &CancellationToken) {
+        let mut pause = FIRST_PAUSE;
         loop {
-            self.spawn()?;
-            let result = tokio::select! {
-                () = shutdown.cancelled() => return Ok(()),
-                result = self.answering() => result,
+            let attempt = async {
+                self.spawn()?;
+                self.answering().await
             };
-            match result {
-                Ok(()) => return Ok(()),
-                Err(error) if is_alive(self.postmaster()) => return Err(error),
-                Err(error) => {
-                    tracing::debug!(error = %error, "PostgreSQL ended while starting");
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(Duration::from_secs(2));
-                }
+            let result = tokio::select! {
+                () = shutdown.cancelled() => return,
+                result = attempt => result,
+            };
+            let Err(error) = result else { return };
+            tracing::error!(error = crate::http::problem::chain(&error), "PostgreSQL cannot be started again yet");
+            if is_alive(self.postmaster()) {
+                // it may still come; its end is waited for as before
+                return;
             }
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
@@ -300,14 +323,28 @@ impl Cluster {
         command
     }
 
-    /// The postmaster that `postmaster.pid` names, if it lives and is PostgreSQL.
+    /// The postmaster that `postmaster.pid` names, if it lives and is PostgreSQL at this data.
     fn running(&self) -> Option<Pid> {
-        let text = fs::read_to_string(self.data().join("postmaster.pid")).ok()?;
-        let pid = Pid::from_raw(text.lines().next()?.trim().parse().ok()?)?;
-        // a recycled number may be anything else
+        let pid = self.named()?;
+        // a recycled number may be anything else, and another cluster's PostgreSQL too
         let program = fs::read_link(format!("/proc/{}/exe", pid.as_raw_pid())).ok()?;
-        (program.file_name().is_some_and(|name| name.to_string_lossy().starts_with("postgres")) && is_alive(pid))
-            .then_some(pid)
+        let postgres = program.file_name().is_some_and(|name| name.to_string_lossy().starts_with("postgres"));
+        (postgres && works_in(pid)? == self.data() && is_alive(pid)).then_some(pid)
+    }
+
+    /// PostgreSQL would not start beside a `postmaster.pid` that names a process, although it is a stranger's: then it is
+    /// left from a crash.
+    fn forget_stranger(&self) -> Result<(), ClusterError> {
+        if self.named().and_then(works_in).is_some_and(|folder| folder != self.data()) {
+            let path = self.data().join("postmaster.pid");
+            fs::remove_file(&path).map_err(|source| ClusterError::Files { path, source })?;
+        }
+        Ok(())
+    }
+
+    fn named(&self) -> Option<Pid> {
+        let text = fs::read_to_string(self.data().join("postmaster.pid")).ok()?;
+        Pid::from_raw(text.lines().next()?.trim().parse().ok()?)
     }
 
     fn spawn(&self) -> Result<(), ClusterError> {
@@ -364,6 +401,11 @@ impl Cluster {
     }
 }
 
+/// PostgreSQL works inside its data.
+fn works_in(pid: Pid) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{}/cwd", pid.as_raw_pid())).ok()
+}
+
 fn is_alive(pid: Pid) -> bool {
     test_kill_process(pid).is_ok()
 }
@@ -414,4 +456,117 @@ fn lock(dir: &Path) -> Result<File, ClusterError> {
     rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
         .map_err(|_| ClusterError::InUse { dir: dir.to_owned() })?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    /// A cluster that is made and not started, with programs that a test may replace.
+    struct Stopped {
+        dir: tempfile::TempDir,
+        programs: tempfile::TempDir,
+    }
+
+    impl Stopped {
+        fn new() -> Self {
+            let folder =
+                || tempfile::Builder::new().prefix("cvault-pg").permissions(open()).tempdir_in("/tmp").unwrap();
+            let (dir, programs) = (folder(), folder());
+            let real = binaries::find(std::env::var_os("CVAULT_PG_BIN").map(PathBuf::from)).unwrap();
+            for program in ["initdb", "postgres"] {
+                symlink(real.join(program), programs.path().join(program)).unwrap();
+            }
+            Self { dir, programs }
+        }
+
+        async fn start(&self, shutdown: &CancellationToken) -> Result<Cluster, ClusterError> {
+            let programs = Some(self.programs.path().to_owned());
+            Cluster::start(self.dir.path(), programs, Durability::Scratch, shutdown).await
+        }
+
+        fn postgres(&self) -> PathBuf {
+            self.programs.path().join("postgres")
+        }
+    }
+
+    fn open() -> fs::Permissions {
+        fs::Permissions::from_mode(0o755)
+    }
+
+    async fn eventually(what: &str, check: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !check() {
+            assert!(Instant::now() < deadline, "not in time: {what}");
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_postgresql_that_cannot_be_spawned_is_tried_with_pauses_until_the_shutdown() {
+        let stopped = Stopped::new();
+        let cluster = stopped.start(&CancellationToken::new()).await.unwrap();
+        fs::remove_file(stopped.postgres()).unwrap();
+        cluster.stop().await;
+        fs::remove_file(cluster.log()).unwrap();
+        let shutdown = CancellationToken::new();
+        let watch = cluster.keep_running(shutdown.clone());
+        let look = async {
+            // each attempt opens the log
+            let mut attempts = 0;
+            let until = Instant::now() + Duration::from_millis(500);
+            while Instant::now() < until {
+                attempts += usize::from(fs::remove_file(cluster.log()).is_ok());
+                tokio::task::yield_now().await;
+            }
+            shutdown.cancel();
+            attempts
+        };
+        let ((), attempts) = tokio::join!(watch, look);
+        assert!((1..10).contains(&attempts), "{attempts} attempts in half a second");
+    }
+
+    #[tokio::test]
+    async fn the_postgresql_of_another_folder_is_neither_adopted_nor_in_the_way() {
+        let (one, other) = (Stopped::new(), Stopped::new());
+        let token = CancellationToken::new();
+        let running = one.start(&token).await.unwrap();
+        other.start(&token).await.unwrap().stop().await;
+        // as after a crash, with the number given to another process since
+        let pid_file = |stopped: &Stopped| stopped.dir.path().join("pg/postmaster.pid");
+        let text = fs::read_to_string(pid_file(&one)).unwrap();
+        let stale = text.replace(one.dir.path().to_str().unwrap(), other.dir.path().to_str().unwrap());
+        fs::write(pid_file(&other), stale).unwrap();
+        let started = other.start(&token).await.unwrap();
+        assert_ne!(started.pid(), running.pid());
+        started.stop().await;
+        assert!(is_alive(running.postmaster()), "and is left alone");
+        running.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_start_that_is_interrupted_leaves_no_process_behind() {
+        let stopped = Stopped::new();
+        stopped.start(&CancellationToken::new()).await.unwrap().stop().await;
+        let real = fs::read_link(stopped.postgres()).unwrap();
+        fs::remove_file(stopped.postgres()).unwrap();
+        let seen = stopped.dir.path().join("run/pid");
+        let script = format!(
+            "#!/bin/sh\n[ \"$1\" = --version ] && exec {} --version\necho $$ > {}\nexec sleep 600\n",
+            real.display(),
+            seen.display()
+        );
+        fs::write(stopped.postgres(), script).unwrap();
+        fs::set_permissions(stopped.postgres(), open()).unwrap();
+        let shutdown = CancellationToken::new();
+        let pid = || fs::read_to_string(&seen).ok()?.trim().parse().ok().and_then(Pid::from_raw);
+        let interrupt = async {
+            eventually("PostgreSQL is spawned", || pid().is_some()).await;
+            shutdown.cancel();
+        };
+        let (started, ()) = tokio::join!(stopped.start(&shutdown), interrupt);
+        assert!(matches!(started, Err(ClusterError::Interrupted)));
+        eventually("the process ends", || !is_alive(pid().unwrap())).await;
+    }
 }

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 use tokio::sync::OnceCell;
+use tokio_util::sync::CancellationToken;
 
 use super::{Cluster, ClusterError, Durability};
 use crate::db::{self, DbConfig, MigrateError};
@@ -103,8 +104,8 @@ impl ScratchDatabase {
 impl Server {
     async fn start() -> Result<Self, ScratchError> {
         let dir = PathBuf::from(format!("/tmp/cvault-test-{}-{:08x}", std::process::id(), rand::random::<u32>()));
-        let cluster =
-            Cluster::start(&dir, std::env::var_os("CVAULT_PG_BIN").map(PathBuf::from), Durability::Scratch).await?;
+        let programs = std::env::var_os("CVAULT_PG_BIN").map(PathBuf::from);
+        let cluster = Cluster::start(&dir, programs, Durability::Scratch, &CancellationToken::new()).await?;
         let end = end_with_us(&cluster, &dir)?;
         let mut connection = cluster.superuser("postgres").connect().await?;
         sqlx::raw_sql(AssertSqlSafe(format!("create database {TEMPLATE}"))).execute(&mut connection).await?;

@@ -1,8 +1,8 @@
 //! The cluster's configuration files, written before each start.
 
-use std::fs;
-use std::io;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, fchown};
 use std::path::Path;
 
 use super::Durability;
@@ -49,8 +49,44 @@ fn settings(sockets: &Path, durability: Durability) -> String {
     )
 }
 
+/// The folder is another user's, who may have put links there: written as a new file, given away by its descriptor, and
+/// renamed into its place.
 fn put(path: &Path, text: &str, owner: &Account) -> io::Result<()> {
-    fs::write(path, text)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-    chown(path, Some(owner.uid), Some(owner.gid))
+    let beside = path.with_extension("conf.new");
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    // O_EXCL follows no link
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
+    file.write_all(text.as_bytes())?;
+    fchown(&file, Some(owner.uid), Some(owner.gid))?;
+    file.sync_all()?;
+    fs::rename(&beside, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::binaries;
+    use super::*;
+    use std::os::unix::fs::{MetadataExt, symlink};
+
+    #[test]
+    fn a_link_in_the_data_folder_is_replaced_and_what_it_names_is_left_alone() {
+        let (data, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let victim = elsewhere.path().join("victim");
+        fs::write(&victim, "precious").unwrap();
+        let before = fs::metadata(&victim).unwrap();
+        for name in ["pg_hba.conf", "pg_hba.conf.new"] {
+            symlink(&victim, data.path().join(name)).unwrap();
+        }
+        let us = binaries::current().unwrap();
+        let them = binaries::unprivileged(&us).unwrap();
+        write(data.path(), Path::new("/run"), &us, &them, Durability::Durable).unwrap();
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+        let after = fs::metadata(&victim).unwrap();
+        assert_eq!((after.uid(), after.mode()), (before.uid(), before.mode()));
+        let written = fs::symlink_metadata(data.path().join("pg_hba.conf")).unwrap();
+        assert!(written.is_file() && written.uid() == them.uid && written.mode() & 0o777 == 0o600);
+    }
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use cvault_types::ServerId;
 use ipnet::IpNet;
 use rand::CryptoRng;
-use sqlx::PgPool;
+use sqlx::{PgExecutor, PgPool};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -64,6 +64,12 @@ pub enum RemoveServerError {
     NotFound,
     #[error("{peers} devices are on this server: move or delete them first")]
     InUse { peers: u32 },
+    /// Its agent may hold bytes that it has not told yet; without its identity it cannot.
+    #[error(
+        "the server has not acknowledged the removal of its devices yet, so it may hold bytes that are not billed: wait, \
+         or force the removal of a server that is lost"
+    )]
+    Unsettled,
     #[error(transparent)]
     Db(#[from] DbError),
 }
@@ -73,7 +79,7 @@ pub enum RemoveServerError {
 /// # Errors
 /// By variant; nothing is changed then.
 pub async fn create_server(
-    sys: &PgPool,
+    sys: impl PgExecutor<'_>,
     server: &NewServer,
     rng: &mut (impl CryptoRng + Send),
 ) -> Result<ServerId, CreateServerError> {
@@ -150,22 +156,45 @@ pub async fn list_all(sys: &PgPool) -> Result<Vec<ServerDetails>, DbError> {
         .collect())
 }
 
+/// Whether to wait for what a server still has to tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removal {
+    /// Only when its agent has acknowledged that it has no devices, and has had the time to tell their last bytes.
+    Settled,
+    /// For a server that is lost, with whatever it had not told.
+    Forced,
+}
+
+/// An agent tells the last bytes of removed devices within two reports.
+const SETTLED_AFTER_SECONDS: f64 = 10.0;
+
 /// Removes a server without devices: its identity and its tokens are worth nothing from now on.
 ///
 /// # Errors
 /// By variant; nothing is changed then.
-pub async fn remove_server(sys: &PgPool, id: ServerId) -> Result<(), RemoveServerError> {
+pub async fn remove_server(sys: &PgPool, id: ServerId, removal: Removal) -> Result<(), RemoveServerError> {
     let mut tx = Tx::begin(sys).await?;
-    let peers = sqlx::query_scalar!(
-        "select peer_count from platform.servers where server_id = $1 and status <> 'removed' for no key update",
-        id.uuid()
+    let work = remove_in(&mut tx, id, removal).await;
+    tx.finish(work).await
+}
+
+async fn remove_in(tx: &mut Tx, id: ServerId, removal: Removal) -> Result<(), RemoveServerError> {
+    let server = sqlx::query!(
+        r#"select peer_count,
+                  revision = 0 or (acked_revision >= revision and acked_at < now() - make_interval(secs => $2)) as "settled"
+           from platform.servers where server_id = $1 and status <> 'removed' for no key update"#,
+        id.uuid(),
+        SETTLED_AFTER_SECONDS,
     )
     .fetch_optional(tx.conn())
     .await
     .map_err(DbError::from)?
     .ok_or(RemoveServerError::NotFound)?;
-    if peers > 0 {
-        return Err(RemoveServerError::InUse { peers: u32::try_from(peers).unwrap_or(u32::MAX) });
+    if server.peer_count > 0 {
+        return Err(RemoveServerError::InUse { peers: u32::try_from(server.peer_count).unwrap_or(u32::MAX) });
+    }
+    if removal == Removal::Settled && server.settled != Some(true) {
+        return Err(RemoveServerError::Unsettled);
     }
     sqlx::query!("update platform.servers set status = 'removed', identity_pin = null where server_id = $1", id.uuid())
         .execute(tx.conn())
@@ -175,5 +204,5 @@ pub async fn remove_server(sys: &PgPool, id: ServerId) -> Result<(), RemoveServe
         .execute(tx.conn())
         .await
         .map_err(DbError::from)?;
-    Ok(tx.commit().await?)
+    Ok(())
 }

@@ -5,7 +5,7 @@ use cvault_node_protocol::tls::Pin;
 use cvault_node_protocol::token::EnrolToken;
 use cvault_types::ServerId;
 use rand::CryptoRng;
-use sqlx::PgPool;
+use sqlx::{PgExecutor, PgPool};
 use uuid::Uuid;
 
 use crate::db::DbError;
@@ -36,7 +36,7 @@ pub struct Enrolled {
 /// # Errors
 /// Those of the database.
 pub async fn issue_token(
-    sys: &PgPool,
+    sys: impl PgExecutor<'_>,
     server: ServerId,
     control_plane: Pin,
     rng: &mut (impl CryptoRng + Send),

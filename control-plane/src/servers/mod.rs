@@ -16,7 +16,7 @@ use crate::db::DbError;
 use crate::tenancy::TenantTx;
 
 pub use admin::{
-    CreateServerError, NewServer, RemoveServerError, ServerDetails, create_server, list_all, remove_server,
+    CreateServerError, NewServer, Removal, RemoveServerError, ServerDetails, create_server, list_all, remove_server,
 };
 pub use enrol::{EnrolError, Enrolled, consume_token, issue_token};
 

@@ -26,10 +26,17 @@ async fn victims_rows(world: &World, victim: Person) -> String {
     all
 }
 
+/// Opens a transaction in the tenant's own context.
+async fn enter(conn: &mut PgConnection, key: &ContextKey, tenant: TenantId) {
+    let row = sqlx::raw_sql(BEGIN).fetch_all(&mut *conn).await.unwrap().pop().unwrap();
+    let binding = Binding { backend_pid: row.get("pid"), started_us: row.get("started_us") };
+    let set = format!("set local app.ctx = '{}'", *key.sign(tenant, binding));
+    sqlx::raw_sql(AssertSqlSafe(set)).execute(&mut *conn).await.unwrap();
+}
+
 /// Runs one or more statements in the attacker's own context and returns every text they gave, errors included.
-async fn attack(conn: &mut PgConnection, context: &str, sql: &str) -> String {
-    let begin = format!("begin; set local app.ctx = '{context}'");
-    sqlx::raw_sql(AssertSqlSafe(begin)).execute(&mut *conn).await.unwrap();
+async fn attack(conn: &mut PgConnection, key: &ContextKey, attacker: TenantId, sql: &str) -> String {
+    enter(conn, key, attacker).await;
     let outcome = conn.fetch_all(sqlx::raw_sql(AssertSqlSafe(sql.to_owned()))).await;
     let text = match outcome {
         Ok(rows) => rows
@@ -74,14 +81,15 @@ async fn hostile_sql_reads_and_changes_nothing_of_another_tenant() {
     .unwrap();
     let before = victims_rows(&world, victim).await;
 
-    let far = 9_999_999_999_u64;
     let key = ContextKey::load(&world.app.db.sys).await.unwrap();
-    let own_context = key.sign(attacker.tenant, far);
-    let expired = key.sign(victim.tenant, 1_000_000_000);
-    let forged = format!("{v}.{far}.{}", "ab".repeat(32));
-    let swapped = own_context.replace(&a.to_string(), &v.to_string());
-    let later = expired.replace("1000000000", "9999999999");
     let mut conn = PgConnection::connect_with(&world.database.options("cvault_app")).await.unwrap();
+    let backend_pid = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut conn).await.unwrap();
+    let past = Binding { backend_pid, started_us: 1_000_000_000_000_000 };
+    // of this very session, but of an earlier transaction
+    let expired = key.sign(victim.tenant, past);
+    let forged = format!("{v}.{backend_pid}.1000000000000000.{}", "ab".repeat(32));
+    let swapped = key.sign(attacker.tenant, past).replace(&a.to_string(), &v.to_string());
+    let later = expired.replace("1000000000000000", "9999999999999999");
 
     let mut statements: Vec<String> = vec![
         "select * from cvault.users".into(),
@@ -177,7 +185,7 @@ async fn hostile_sql_reads_and_changes_nothing_of_another_tenant() {
     }
     let canaries = ["canary@example.com", "CANARY-device", "987654321"];
     for statement in &statements {
-        let seen = attack(&mut conn, &own_context, statement).await;
+        let seen = attack(&mut conn, &key, attacker.tenant, statement).await;
         for canary in canaries {
             // an attacker may be told again what they said themselves
             assert!(!seen.contains(canary) || statement.contains(canary), "{statement}\nshowed: {seen}");
@@ -190,8 +198,89 @@ async fn hostile_sql_reads_and_changes_nothing_of_another_tenant() {
     assert!(statements.len() > 150, "{} statements", statements.len());
     // the detector works: without the policies the same statements show everything
     sqlx::raw_sql("alter table cvault.users disable row level security").execute(&mut superuser).await.unwrap();
-    let seen = attack(&mut conn, &own_context, "select * from cvault.users").await;
+    let seen = attack(&mut conn, &key, attacker.tenant, "select * from cvault.users").await;
     assert!(seen.contains("canary@example.com"), "{seen}");
+}
+
+#[tokio::test]
+async fn a_live_transaction_of_the_victim_gives_an_attacker_nothing() {
+    let (world, _) = World::with_server().await;
+    let (victim, attacker) = (world.person().await, world.person().await);
+    world.register(victim, "CANARY-device").await.unwrap();
+    let key = ContextKey::load(&world.app.db.sys).await.unwrap();
+    let mut conn = PgConnection::connect_with(&world.database.options("cvault_app")).await.unwrap();
+    // the victim is in the middle of a request, with a statement that reads and one that locks
+    let mut live = world.app.db.tenancy.begin(victim.tenant).await.unwrap();
+    let context: String = sqlx::query_scalar("select current_setting('app.ctx')").fetch_one(live.conn()).await.unwrap();
+    sqlx::query("update cvault.users set external_user_id = 'CANARY-user'").execute(live.conn()).await.unwrap();
+
+    let mac = context.rsplit('.').next().unwrap();
+    let victim_id = victim.tenant.uuid().to_string();
+    for statement in [
+        "select * from pg_stat_activity",
+        "select * from pg_stat_get_activity(null)",
+        "select * from pg_locks l left join pg_stat_activity a using (pid)",
+        "select * from pg_prepared_statements",
+        "select * from pg_cursors",
+        "select * from pg_stat_statements",
+        "select pg_log_backend_memory_contexts(pid) from pg_stat_activity",
+        "set track_activities = on; select * from pg_stat_activity",
+        "set stats_fetch_consistency = none; select * from pg_stat_activity",
+        "select pg_export_snapshot()",
+        "select * from pg_prepared_xacts",
+    ] {
+        let seen = attack(&mut conn, &key, attacker.tenant, statement).await;
+        for secret in [mac, victim_id.as_str(), "CANARY"] {
+            assert!(!seen.contains(secret), "{statement}\nshowed: {seen}");
+        }
+    }
+    // even when it was overheard somewhere: it is the context of that one transaction of that one session
+    let mut parts: Vec<String> = context.split('.').map(str::to_owned).collect();
+    let pid: i32 = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut conn).await.unwrap();
+    parts[1] = pid.to_string();
+    for stolen in [context.clone(), parts.join(".")] {
+        let steal = format!("set local app.ctx = '{stolen}'; select * from cvault.users; select * from cvault.devices");
+        let seen = attack(&mut conn, &key, attacker.tenant, &steal).await;
+        assert_eq!(seen, "", "{steal}");
+    }
+    live.commit().await.unwrap();
+    let later = format!("set local app.ctx = '{context}'; select * from cvault.users");
+    assert_eq!(attack(&mut conn, &key, attacker.tenant, &later).await, "");
+    // the test can tell: the attacker's own rows are there
+    assert!(
+        attack(&mut conn, &key, attacker.tenant, "select * from cvault.users").await.contains("somebody@example.com")
+    );
+}
+
+#[tokio::test]
+async fn a_context_is_worth_nothing_in_the_next_transaction_of_its_own_session() {
+    let world = World::new().await;
+    let (victim, attacker) = (world.person().await, world.person().await);
+    let key = ContextKey::load(&world.app.db.sys).await.unwrap();
+    let mut conn = PgConnection::connect_with(&world.database.options("cvault_app")).await.unwrap();
+    enter(&mut conn, &key, victim.tenant).await;
+    let context: String = sqlx::query_scalar("select current_setting('app.ctx')").fetch_one(&mut conn).await.unwrap();
+    sqlx::raw_sql("commit").execute(&mut conn).await.unwrap();
+    let steal = format!("set local app.ctx = '{context}'; select * from cvault.users");
+    assert_eq!(attack(&mut conn, &key, attacker.tenant, &steal).await, "");
+}
+
+#[tokio::test]
+async fn an_api_key_cannot_be_claimed_by_another_tenant() {
+    let world = World::new().await;
+    let (victim, attacker) = (world.person().await, world.person().await);
+    let insert = "insert into cvault.api_keys (tenant_id, api_key_id, key_text, secret_hash)
+                  values ($1, gen_random_uuid(), $2, sha256('x'))";
+    let mut outcomes = Vec::new();
+    for (tenant, text) in [(victim.tenant, "cvk_v"), (attacker.tenant, "cvk_a"), (attacker.tenant, "cvk_v")] {
+        let mut tx = world.app.db.tenancy.begin(tenant).await.unwrap();
+        let work = sqlx::query(insert).bind(tenant.uuid()).bind(text).execute(tx.conn()).await.map_err(DbError::from);
+        outcomes.push(tx.finish(work).await.map(drop).map_err(|error| error.constraint().map(str::to_owned)));
+    }
+    assert_eq!(outcomes, [Ok(()), Ok(()), Err(Some("api_keys_key_text".to_owned()))]);
+    let mut tx = world.app.db.tenancy.begin(attacker.tenant).await.unwrap();
+    let renamed = sqlx::query("update cvault.api_keys set key_text = 'cvk_v'").execute(tx.conn()).await;
+    assert!(renamed.is_err());
 }
 
 fn partition_name(world: &World) -> String {

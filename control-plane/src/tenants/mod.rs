@@ -99,9 +99,12 @@ impl Settings {
         .checked()
     }
 
+    /// The name loses the space around it.
+    ///
     /// # Errors
     /// All faults at once.
-    pub fn checked(self) -> Result<Self, Problem> {
+    pub fn checked(mut self) -> Result<Self, Problem> {
+        self.name = self.name.trim().to_owned();
         let mut problem = Problem::validation();
         let mut bounds = |pointer: &str, value: Option<i64>, min: i64, max: i64| {
             if value.is_some_and(|value| !(min..=max).contains(&value)) {
@@ -113,7 +116,7 @@ impl Settings {
         bounds("/user_limit", self.user_limit.map(i64::from), 0, i64::from(i32::MAX));
         bounds("/max_devices_per_user", Some(i64::from(self.max_devices_per_user)), 0, 1_000);
         bounds("/rate_limit_per_minute", self.rate_limit_per_minute.map(i64::from), 1, 1_000_000);
-        if !(1..=255).contains(&self.name.trim().chars().count()) || self.name.contains(char::is_control) {
+        if !(1..=255).contains(&self.name.chars().count()) || self.name.contains(char::is_control) {
             problem =
                 problem.field("/name", "invalid_format", "must have 1 to 255 characters and no control character");
         }

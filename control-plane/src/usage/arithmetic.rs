@@ -9,6 +9,11 @@ pub const MAX_PLAUSIBLE: u64 = 1 << 60;
 /// an agent that was away.
 const MAX_WINDOW: Duration = Duration::DAY;
 
+/// No server's line carries more: 400 Gbit/s.
+const LINE_BYTES_PER_SECOND: u64 = 50_000_000_000;
+/// Ten seconds of that line: for clocks that differ, and time between reading a counter and telling it.
+const GROWTH_SLACK: u64 = 10 * LINE_BYTES_PER_SECOND;
+
 /// Bytes of one hour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HourShare {
@@ -22,6 +27,16 @@ pub struct HourShare {
 #[must_use]
 pub fn growth(known: u64, reported: u64) -> u64 {
     reported.saturating_sub(known)
+}
+
+/// The most a counter can have grown by: a window's length as the agent measured it, or the time since the counter was
+/// last entered if that is longer (windows get lost), at the rate of a line.
+#[must_use]
+pub fn most_bytes(measured_ms: u64, elapsed: Duration) -> u64 {
+    let elapsed_ms = u64::try_from(elapsed.whole_milliseconds()).unwrap_or(0);
+    // a year is as long as any window is believed to be
+    let ms = measured_ms.min(31_536_000_000).max(elapsed_ms);
+    (LINE_BYTES_PER_SECOND / 1_000).saturating_mul(ms).saturating_add(GROWTH_SLACK)
 }
 
 /// When a window was, by the receiver's clock. Ages are the agent's, so no two clocks are compared.

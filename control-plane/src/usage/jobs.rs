@@ -73,35 +73,17 @@ pub async fn trim_windows(sys: &PgPool) -> Result<u64, DbError> {
 /// # Errors
 /// Those of the database.
 pub async fn refresh_daily(sys: &PgPool) -> Result<u64, DbError> {
-    let done = sqlx::query!(
-        "with days as (
-             select d::date as day, d at time zone 'UTC' as begins, (d + interval '1 day') at time zone 'UTC' as ends
-             from generate_series(date_trunc('day', now() at time zone 'UTC') - interval '1 day',
-                                  date_trunc('day', now() at time zone 'UTC'), interval '1 day') as d
-         ), bytes as (
-             select h.tenant_id, d.day, h.user_id, sum(h.rx_bytes) as rx, sum(h.tx_bytes) as tx
-             from days d join cvault.usage_hourly h on h.hour >= d.begins and h.hour < d.ends
-             group by 1, 2, 3
-         ), spans as (
-             select s.tenant_id, d.day, s.user_id,
-                    sum(extract(epoch from least(coalesce(s.disconnected_at, now()), d.ends)
-                                           - greatest(s.connected_at, d.begins))) as seconds
-             from days d
-             join cvault.sessions s on s.connected_at < d.ends and coalesce(s.disconnected_at, now()) >= d.begins
-             group by 1, 2, 3
-         )
-         insert into cvault.usage_daily (tenant_id, day, rx_bytes, tx_bytes, connection_seconds, active_users)
-         select tenant_id, day, coalesce(sum(rx), 0)::bigint, coalesce(sum(tx), 0)::bigint,
-                greatest(coalesce(sum(seconds), 0), 0)::bigint, count(distinct user_id)::integer
-         from bytes full join spans using (tenant_id, day, user_id)
-         group by tenant_id, day
-         -- one order for all replicas
-         order by tenant_id, day
-         on conflict on constraint usage_daily_pkey do update
-         set rx_bytes = excluded.rx_bytes, tx_bytes = excluded.tx_bytes,
-             connection_seconds = excluded.connection_seconds, active_users = excluded.active_users"
-    )
-    .execute(sys)
-    .await?;
-    Ok(done.rows_affected())
+    refresh(sys, 1).await
+}
+
+/// Recomputes all days that a window told late can belong to: agents keep them for 7 days.
+///
+/// # Errors
+/// Those of the database.
+pub async fn refresh_week(sys: &PgPool) -> Result<u64, DbError> {
+    refresh(sys, 8).await
+}
+
+async fn refresh(sys: &PgPool, days: i32) -> Result<u64, DbError> {
+    Ok(sqlx::query_file!("src/usage/refresh_daily.sql", days).execute(sys).await?.rows_affected())
 }

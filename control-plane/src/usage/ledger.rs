@@ -46,11 +46,20 @@ struct Values {
     tx_packets: u64,
 }
 
+/// What is known of a counter.
+#[derive(Clone, Copy, Debug)]
+struct Counter {
+    values: Values,
+    /// When it was last entered, or could first have counted.
+    since: OffsetDateTime,
+}
+
 /// Who pays for a device's bytes.
 #[derive(Clone, Copy, Debug)]
 struct Owner {
     tenant: Uuid,
     user: Uuid,
+    registered_at: OffsetDateTime,
 }
 
 /// Enters a report's windows. The caller commits, and only then acknowledges.
@@ -76,7 +85,7 @@ pub async fn ingest(
     done.new_windows = windows.len();
     let devices = reported_devices(&windows);
     let owners = lock_owners(tx.conn(), server, &devices).await?;
-    let known = known_counters(tx.conn(), server, &devices).await?;
+    let known = known_counters(tx.conn(), server, &windows, &devices).await?;
 
     let mut entries = Entries { owners, counters: known, ..Entries::empty(received_at) };
     for window in windows {
@@ -143,7 +152,7 @@ async fn lock_owners(
     devices: &[Uuid],
 ) -> Result<BTreeMap<Uuid, Owner>, DbError> {
     let rows = sqlx::query!(
-        "select d.device_id, d.tenant_id, d.user_id
+        "select d.device_id, d.tenant_id, d.user_id, d.created_at
          from platform.peers p
          join cvault.devices d on d.tenant_id = p.tenant_id and d.device_id = p.device_id
          where p.server_id = $1 and p.device_id = any($2)
@@ -154,19 +163,28 @@ async fn lock_owners(
     )
     .fetch_all(conn)
     .await?;
-    Ok(rows.into_iter().map(|row| (row.device_id, Owner { tenant: row.tenant_id, user: row.user_id })).collect())
+    Ok(rows
+        .into_iter()
+        .map(|row| (row.device_id, Owner { tenant: row.tenant_id, user: row.user_id, registered_at: row.created_at }))
+        .collect())
 }
 
 async fn known_counters(
     conn: &mut PgConnection,
     server: Uuid,
+    windows: &[&UsageWindow],
     devices: &[Uuid],
-) -> Result<BTreeMap<CounterKey, Values>, DbError> {
+) -> Result<BTreeMap<CounterKey, Counter>, DbError> {
+    // only the epochs reported: a device's earlier ones grow in number for ever
+    let mut epochs: Vec<_> = windows.iter().map(|window| uuid(&window.counter_epoch)).collect();
+    epochs.sort_unstable();
+    epochs.dedup();
     let rows = sqlx::query!(
-        "select counter_epoch, device_id, generation, rx_bytes, tx_bytes, rx_packets, tx_packets
+        "select counter_epoch, device_id, generation, rx_bytes, tx_bytes, rx_packets, tx_packets, updated_at
          from platform.usage_counters
-         where server_id = $1 and device_id = any($2)",
+         where server_id = $1 and counter_epoch = any($2) and device_id = any($3)",
         server,
+        &epochs,
         devices,
     )
     .fetch_all(conn)
@@ -182,7 +200,7 @@ async fn known_counters(
                 rx_packets: value(row.rx_packets),
                 tx_packets: value(row.tx_packets),
             };
-            (key, values)
+            (key, Counter { values, since: row.updated_at })
         })
         .collect())
 }
@@ -191,7 +209,7 @@ async fn known_counters(
 struct Entries {
     received_at: OffsetDateTime,
     owners: BTreeMap<Uuid, Owner>,
-    counters: BTreeMap<CounterKey, Values>,
+    counters: BTreeMap<CounterKey, Counter>,
     touched: BTreeMap<CounterKey, Values>,
     hours: BTreeMap<(Uuid, OffsetDateTime), Values>,
     devices: BTreeMap<Uuid, Values>,
@@ -229,12 +247,12 @@ impl Entries {
                 continue;
             };
             let key = CounterKey { epoch: uuid(&window.counter_epoch), device, generation };
-            let grown = self.grow(key, reported);
-            if self.owners.contains_key(&device) {
-                done.bytes += grown.rx + grown.tx;
-            } else {
-                done.orphan_bytes += grown.rx + grown.tx;
-            }
+            let Some(grown) = self.grow(key, reported, window) else {
+                done.implausible += 1;
+                continue;
+            };
+            let sum = if self.owners.contains_key(&device) { &mut done.bytes } else { &mut done.orphan_bytes };
+            *sum = sum.saturating_add(grown.rx).saturating_add(grown.tx);
             self.attribute(device, grown, start, end);
             if peer.handshake_age_ms != u64::MAX {
                 // ages are taken at the end of the window
@@ -244,21 +262,31 @@ impl Entries {
         }
     }
 
-    fn grow(&mut self, key: CounterKey, reported: Values) -> Values {
-        let known = self.counters.entry(key).or_default();
+    /// `None` when no line could have carried so much in the time.
+    fn grow(&mut self, key: CounterKey, reported: Values, window: &UsageWindow) -> Option<Values> {
+        // of a device nobody knows, nothing is billed: any time will do
+        let begun = self.owners.get(&key.device).map_or(OffsetDateTime::UNIX_EPOCH, |owner| owner.registered_at);
+        let unknown = Counter { values: Values::default(), since: begun };
+        let Counter { values: known, since } = self.counters.get(&key).copied().unwrap_or(unknown);
         let grown = Values {
             rx: arithmetic::growth(known.rx, reported.rx),
             tx: arithmetic::growth(known.tx, reported.tx),
             ..Values::default()
         };
-        *known = Values {
+        let measured_ms = window.age_start_ms.saturating_sub(window.age_end_ms);
+        let limit = arithmetic::most_bytes(measured_ms, self.received_at - since);
+        if grown.rx > limit || grown.tx > limit {
+            return None;
+        }
+        let values = Values {
             rx: known.rx.max(reported.rx),
             tx: known.tx.max(reported.tx),
             rx_packets: known.rx_packets.max(reported.rx_packets),
             tx_packets: known.tx_packets.max(reported.tx_packets),
         };
-        self.touched.insert(key, *known);
-        grown
+        self.counters.insert(key, Counter { values, since });
+        self.touched.insert(key, values);
+        Some(grown)
     }
 
     fn attribute(&mut self, device: Uuid, grown: Values, start: OffsetDateTime, end: OffsetDateTime) {
@@ -266,13 +294,15 @@ impl Entries {
             return;
         }
         let total = self.devices.entry(device).or_default();
-        total.rx += grown.rx;
-        total.tx += grown.tx;
+        total.rx = total.rx.saturating_add(grown.rx);
+        total.tx = total.tx.saturating_add(grown.tx);
         for share in arithmetic::split(grown.rx, start, end) {
-            self.hours.entry((device, share.hour)).or_default().rx += share.bytes;
+            let rx = &mut self.hours.entry((device, share.hour)).or_default().rx;
+            *rx = rx.saturating_add(share.bytes);
         }
         for share in arithmetic::split(grown.tx, start, end) {
-            self.hours.entry((device, share.hour)).or_default().tx += share.bytes;
+            let tx = &mut self.hours.entry((device, share.hour)).or_default().tx;
+            *tx = tx.saturating_add(share.bytes);
         }
     }
 
@@ -362,8 +392,9 @@ async fn write_hours(
          from unnest($2::uuid[], $3::timestamptz[], $4::uuid[], $5::uuid[], $6::bigint[], $7::bigint[])
               as h (tenant_id, hour, device_id, user_id, rx, tx)
          on conflict (tenant_id, hour, device_id, server_id) do update
-         set rx_bytes = usage_hourly.rx_bytes + excluded.rx_bytes,
-             tx_bytes = usage_hourly.tx_bytes + excluded.tx_bytes",
+         -- a damaged counter must not make every later report fail
+         set rx_bytes = least(usage_hourly.rx_bytes::numeric + excluded.rx_bytes, 9223372036854775807)::bigint,
+             tx_bytes = least(usage_hourly.tx_bytes::numeric + excluded.tx_bytes, 9223372036854775807)::bigint",
         server,
         &tenants,
         &times,
@@ -381,8 +412,8 @@ async fn write_hours(
         "insert into platform.usage_orphans (server_id, device_id, hour, rx_bytes, tx_bytes)
          select $1, o.* from unnest($2::uuid[], $3::timestamptz[], $4::bigint[], $5::bigint[]) as o
          on conflict on constraint usage_orphans_pkey do update
-         set rx_bytes = usage_orphans.rx_bytes + excluded.rx_bytes,
-             tx_bytes = usage_orphans.tx_bytes + excluded.tx_bytes",
+         set rx_bytes = least(usage_orphans.rx_bytes::numeric + excluded.rx_bytes, 9223372036854775807)::bigint,
+             tx_bytes = least(usage_orphans.tx_bytes::numeric + excluded.tx_bytes, 9223372036854775807)::bigint",
         server,
         &orphans,
         &orphan_times,
@@ -408,7 +439,8 @@ async fn write_sessions(
     let tx: Vec<_> = owned.iter().map(|(.., values)| signed(values.tx)).collect();
     sqlx::query!(
         "update cvault.sessions s
-         set rx_bytes = s.rx_bytes + b.rx, tx_bytes = s.tx_bytes + b.tx
+         set rx_bytes = least(s.rx_bytes::numeric + b.rx, 9223372036854775807)::bigint,
+             tx_bytes = least(s.tx_bytes::numeric + b.tx, 9223372036854775807)::bigint
          from unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::bigint[]) as b (tenant_id, device_id, rx, tx)
          where s.tenant_id = b.tenant_id and s.device_id = b.device_id and s.status = 'active'",
         &tenants,
@@ -419,4 +451,29 @@ async fn write_sessions(
     .execute(conn)
     .await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use cvault_node_protocol::v1::PeerUsage;
+
+    use super::*;
+    use crate::testing::World;
+
+    #[tokio::test]
+    async fn only_counters_of_the_epochs_reported_are_read() {
+        let (world, server) = World::with_server().await;
+        let device = Uuid::now_v7();
+        let window = |epoch: u128| UsageWindow {
+            counter_epoch: epoch.to_be_bytes().to_vec().into(),
+            peers: vec![PeerUsage { device_id: device.as_bytes().to_vec().into(), ..PeerUsage::default() }],
+            ..UsageWindow::default()
+        };
+        let windows: Vec<_> = (0..50).map(window).collect();
+        let mut tx = Tx::begin(&world.app.db.sys).await.unwrap();
+        ingest(&mut tx, server, &windows, OffsetDateTime::now_utc()).await.unwrap();
+        let known = known_counters(tx.conn(), server.uuid(), &[&windows[7], &windows[8]], &[device]).await.unwrap();
+        assert_eq!(known.len(), 2);
+        tx.rollback().await.unwrap();
+    }
 }

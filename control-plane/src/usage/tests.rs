@@ -200,3 +200,93 @@ async fn the_audit_chain_holds_until_a_row_is_changed() {
     let broken = crate::audit::verify_chain(&world.app.db.sys, tenant).await.unwrap();
     assert_eq!(broken, Some(crate::audit::Broken { sequence: 3 }));
 }
+
+#[tokio::test]
+async fn growth_that_no_line_could_have_carried_is_refused_and_what_follows_is_entered() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let device = world.register(person, "d").await.unwrap();
+    enter(&world, server, &[window(1, device.id, 1, 100, 10)]).await;
+    // a flipped bit: 2^50 bytes within ten seconds
+    let done = enter(&world, server, &[window(2, device.id, 1, 1 << 50, 10)]).await;
+    assert_eq!((done.implausible, done.bytes), (1, 0));
+    let done = enter(&world, server, &[window(3, device.id, 1, 200, 10)]).await;
+    assert_eq!((done.implausible, done.bytes), (0, 100));
+    // as many of the greatest that are believed as a report can hold: the sum is no fault
+    let mut superuser = world.superuser().await;
+    sqlx::query("update cvault.devices set created_at = '1990-01-01'").execute(&mut superuser).await.unwrap();
+    let mut greatest = window(4, device.id, 1, 1 << 60, 1 << 60);
+    greatest.peers = (2..40).map(|generation| PeerUsage { generation, ..greatest.peers[0].clone() }).collect();
+    let mut tx = Tx::begin(&world.app.db.sys).await.unwrap();
+    let done = ingest(&mut tx, server, &[greatest], world.app.clock.now()).await.unwrap();
+    assert_eq!((done.implausible, done.bytes), (0, u64::MAX));
+    drop(tx);
+    // two months of a quick line while the control plane was away
+    sqlx::query("update platform.usage_counters set updated_at = now() - interval '60 days'")
+        .execute(&mut superuser)
+        .await
+        .unwrap();
+    let done = enter(&world, server, &[window(5, device.id, 1, 1 << 50, 10)]).await;
+    assert_eq!(done.implausible, 0);
+}
+
+#[tokio::test]
+async fn the_daily_sums_count_sessions_that_are_open_and_not_those_of_other_days() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let (one, other) = (world.register(person, "a").await.unwrap(), world.register(person, "b").await.unwrap());
+    let mut superuser = world.superuser().await;
+    for (device, connected, disconnected) in [
+        (one.id, "- interval '1 hour'", None),
+        (other.id, "- interval '1 hour'", Some("- interval '10 minutes'")),
+        (other.id, "- interval '40 days'", Some("- interval '39 days'")),
+    ] {
+        let ended = disconnected.map_or("null".to_owned(), |ended| format!("now() {ended}"));
+        let status = if disconnected.is_some() { "disconnected" } else { "active" };
+        let sql = format!(
+            "insert into cvault.sessions (tenant_id, session_id, device_id, user_id, server_id, opened_by, status,
+                                          connected_at, disconnected_at)
+             values ('{}', gen_random_uuid(), '{}', '{}', '{}', 'connect', '{status}', now() {connected}, {ended})",
+            person.tenant.uuid(),
+            device.uuid(),
+            person.user.uuid(),
+            server.uuid()
+        );
+        sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut superuser).await.unwrap();
+    }
+    refresh_week(&world.app.db.sys).await.unwrap();
+    refresh_daily(&world.app.db.sys).await.unwrap();
+    let seconds: i64 = sqlx::query_scalar("select sum(connection_seconds)::bigint from cvault.usage_daily")
+        .fetch_one(&mut superuser)
+        .await
+        .unwrap();
+    assert!((6_590..6_700).contains(&seconds), "{seconds}");
+}
+
+#[tokio::test]
+async fn the_daily_sums_do_not_read_the_whole_past() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let device = world.register(person, "d").await.unwrap().id;
+    let mut superuser = world.superuser().await;
+    let (t, d, u, s) = (person.tenant.uuid(), device.uuid(), person.user.uuid(), server.uuid());
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!(
+        "insert into cvault.sessions (tenant_id, session_id, device_id, user_id, server_id, opened_by, status,
+                                      connected_at, disconnected_at)
+         select '{t}', gen_random_uuid(), '{d}', '{u}', '{s}', 'connect', 'disconnected',
+                now() - interval '1 hour' * n, now() - interval '1 hour' * n
+         from generate_series(100, 20000) as n;
+         insert into cvault.usage_hourly
+         select '{t}', date_trunc('hour', now()) - interval '1 hour' * n, '{d}', '{u}', '{s}', 1, 1
+         from generate_series(100, 20000) as n;
+         analyze cvault.sessions, cvault.usage_hourly"
+    )))
+    .execute(&mut superuser)
+    .await
+    .unwrap();
+    let statement = format!("explain\n{}", include_str!("refresh_daily.sql").replace("$1", "1"));
+    let plan: Vec<String> = sqlx::query_scalar(sqlx::AssertSqlSafe(statement)).fetch_all(&mut superuser).await.unwrap();
+    let plan = plan.join("\n");
+    assert!(plan.contains("sessions_closed_at") && plan.contains("_hour_idx"), "{plan}");
+    assert!(!plan.contains("Seq Scan on sessions") && !plan.contains("Seq Scan on usage_hourly"), "{plan}");
+}

@@ -127,3 +127,11 @@ async fn a_deleted_tenant_is_gone_and_its_data_key_with_it() {
     .unwrap();
     assert_eq!((keys, actions), (0, vec!["tenant.create".to_owned(), "tenant.delete".to_owned()]));
 }
+
+#[tokio::test]
+async fn a_name_is_stored_without_the_space_around_it() {
+    let platform = Platform::start().await;
+    let padded = format!("{}Acme ", " ".repeat(300));
+    let created = platform.admin("POST", "/admin/tenants").json(&json!({"name": padded})).send().await;
+    assert_eq!((created.status.as_u16(), created.text("name").as_str()), (201, "Acme"), "{}", created.text);
+}

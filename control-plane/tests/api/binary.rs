@@ -110,15 +110,17 @@ async fn another_key_encryption_key_than_the_databases_own_is_refused() {
 }
 
 #[tokio::test]
-async fn a_key_file_that_anyone_may_read_is_refused() {
+async fn a_key_file_that_others_may_read_is_refused() {
     let database = ScratchDatabase::create().await.unwrap();
     let mut file = tempfile::NamedTempFile::new().unwrap();
     writeln!(file, "{KEK}").unwrap();
-    fs::set_permissions(file.path(), fs::Permissions::from_mode(0o644)).unwrap();
-    let mut command = serve(&database, KEK);
-    command.env_remove("API_ENCRYPTION_KEY").env("CVAULT_KEK_FILE", file.path());
-    let faults = refused(command);
-    assert!(faults[0].contains("chmod 600"), "{faults:?}");
+    for mode in [0o644, 0o640] {
+        fs::set_permissions(file.path(), fs::Permissions::from_mode(mode)).unwrap();
+        let mut command = serve(&database, KEK);
+        command.env_remove("API_ENCRYPTION_KEY").env("CVAULT_KEK_FILE", file.path());
+        let faults = refused(command);
+        assert!(faults[0].contains("chmod 600"), "{faults:?}");
+    }
 }
 
 #[test]
@@ -234,6 +236,15 @@ fn dev_survives_kills_of_itself_and_of_postgresql_and_stops_cleanly() {
     let postgres = dev.postgres();
     let tenants = |dev: &Dev| dev.admin(&["tenant", "list"])["tenants"].as_array().unwrap().len();
     assert_eq!(tenants(&dev), 1, "the demo tenant");
+
+    let server = ["server", "create", "--name", "s1", "--region", "lab-1", "--public-ip", "203.0.113.1"];
+    let server = dev.admin(&server);
+    let another = dev.admin(&["server", "token", server["server_id"].as_str().unwrap()]);
+    let (token, second) = (server["token"].as_str().unwrap(), another["token"].as_str().unwrap());
+    assert!(second.starts_with("cvj1.") && second != token, "a second token for the same server");
+    assert_eq!(another["server_id"], server["server_id"]);
+    let command = another["command"].as_str().unwrap();
+    assert!(command.ends_with("--token -") && !command.contains("cvj1."), "{command}");
 
     dev.child.kill().unwrap();
     dev.child.wait().unwrap();

@@ -299,3 +299,39 @@ async fn usage_is_the_tenants_own_for_its_backend_and_the_users_own_for_the_user
         call.refused(422, "VALIDATION_FAILED").await;
     }
 }
+
+#[tokio::test]
+async fn a_retried_registration_gets_the_device_and_nothing_of_it_once_it_is_deleted() {
+    let (platform, _) = platform().await;
+    let user = User::new(&platform, &platform.tenant().await, "a@example.com").await;
+    let body = json!({"device_name": "x"});
+    let register = || user.call("POST", "/api/v1/devices").header("idempotency-key", "k").json(&body);
+    let first = register().send().await;
+    let again = register().send().await;
+    assert_eq!((again.status.as_u16(), again.header("idempotency-replayed")), (201, "true"), "{}", again.text);
+    assert_eq!(again.text, first.text, "byte for byte");
+
+    let path = format!("/api/v1/devices/{}", first.text("device_id"));
+    let delete = || user.call("DELETE", &path).header("idempotency-key", "d").send();
+    let (gone, repeated) = (delete().await, delete().await);
+    assert_eq!((gone.status.as_u16(), gone.header("idempotency-replayed")), (204, ""));
+    assert_eq!((repeated.status.as_u16(), repeated.header("idempotency-replayed")), (204, "true"));
+    assert!(repeated.text.is_empty() && !repeated.headers.contains_key("content-type"));
+    register().refused(404, "NOT_FOUND").await;
+}
+
+#[tokio::test]
+async fn a_fault_of_the_query_names_its_field() {
+    let (platform, _) = platform().await;
+    let user = User::new(&platform, &platform.tenant().await, "a@example.com").await;
+    for (query, fault) in [
+        ("limit=many", "?limit invalid_format"),
+        ("limit=-1", "?limit invalid_format"),
+        ("limit=1&limit=2", "?limit duplicate"),
+        ("page=2", "?page unknown"),
+        ("limit=0", "?limit out_of_range"),
+    ] {
+        let answer = user.call("GET", &format!("/api/v1/devices?{query}")).refused(422, "VALIDATION_FAILED").await;
+        assert_eq!(answer.faults(), [fault], "{query}");
+    }
+}

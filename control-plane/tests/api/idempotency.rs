@@ -53,3 +53,46 @@ async fn a_key_with_another_request_or_a_malformed_key_is_refused() {
     call("b@example.com", "k2").header(KEY, "k3").refused(422, "VALIDATION_FAILED").await;
     call("a@example.com", "k4").refused(409, "EMAIL_TAKEN").await;
 }
+
+#[tokio::test]
+async fn a_key_whose_first_request_is_being_served_says_so() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    let body = json!({"email": "a@example.com", "password": PASSWORD});
+    let id: cvault_types::TenantId = tenant.id.parse().unwrap();
+    let key_id: uuid::Uuid =
+        sqlx::query_scalar("select api_key_id from cvault.api_keys").fetch_one(&platform.app.db.sys).await.unwrap();
+    let principal = cvault_types::ApiKeyId::from_uuid(key_id).to_string();
+    let mut first = platform.app.db.tenancy.begin(id).await.unwrap();
+    sqlx::query(
+        "insert into cvault.idempotency_keys (tenant_id, principal, key, fingerprint) values ($1, $2, 'k', '')",
+    )
+    .bind(id.uuid())
+    .bind(principal)
+    .execute(first.conn())
+    .await
+    .unwrap();
+    let call = || platform.post(REGISTER, &body).backend(&tenant).header(KEY, "k");
+    let refused = call().refused(409, "IDEMPOTENCY_KEY_IN_USE").await;
+    assert_eq!(refused.header("retry-after"), "1");
+    first.rollback().await.unwrap();
+    assert_eq!(call().send().await.status, 201);
+}
+
+#[tokio::test]
+async fn a_retried_refresh_gets_the_same_tokens_and_a_refused_one_is_decided_anew() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    let token = platform.register(&tenant, "a@example.com").await.text("refresh_token");
+    let refresh = |token: &str, key: &str| {
+        platform.post("/api/v1/auth/refresh", &json!({"refresh_token": token})).backend(&tenant).header(KEY, key)
+    };
+    let first = refresh(&token, "k").send().await;
+    let again = refresh(&token, "k").send().await;
+    assert_eq!((again.status.as_u16(), again.header("idempotency-replayed")), (200, "true"), "{}", again.text);
+    assert_eq!(again.text, first.text);
+    for _ in 0..2 {
+        refresh("cvr_", "another").refused(401, "INVALID_TOKEN").await;
+    }
+    assert_eq!(refresh(&first.text("refresh_token"), "a third").send().await.status, 200, "nothing was revoked");
+}

@@ -32,9 +32,12 @@ async fn a_tenant_past_its_rate_waits_while_another_is_served() {
 async fn more_logins_than_the_cores_can_check_are_answered_at_once() {
     let platform = Platform::start().await;
     let tenant = platform.tenant().await;
-    let body = json!({"email": "a@example.com", "password": PASSWORD});
+    let login = |number: usize| {
+        let body = json!({"email": format!("a{number}@example.com"), "password": PASSWORD});
+        platform.post("/api/v1/auth/login", &body).backend(&tenant)
+    };
     let cores = std::thread::available_parallelism().unwrap().get();
-    let calls = (0..cores * 21 + 5).map(|_| platform.post("/api/v1/auth/login", &body).backend(&tenant).send());
+    let calls = (0..cores * 21 + 5).map(|number| login(number).send());
     let answers = futures::future::join_all(calls).await;
     let overloaded: Vec<_> = answers.iter().filter(|answer| answer.status == 503).collect();
     assert!(!overloaded.is_empty(), "the queue is bounded");

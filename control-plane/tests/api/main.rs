@@ -10,3 +10,4 @@ mod idempotency;
 mod limits;
 mod platform;
 mod telemetry;
+mod throttle;

@@ -6,6 +6,7 @@ use cvault_control_plane::app::App;
 use cvault_control_plane::auth::tokens;
 use cvault_control_plane::config::{Config, Overrides};
 use cvault_control_plane::http::router;
+use cvault_control_plane::http::serve::Peer;
 use cvault_control_plane::keys::KeyRing;
 use cvault_control_plane::postgres::scratch::ScratchDatabase;
 use cvault_control_plane::serve;
@@ -44,6 +45,7 @@ pub(crate) struct Call<'a> {
     path: String,
     headers: Vec<(String, String)>,
     body: Vec<u8>,
+    peer: Peer,
 }
 
 impl Platform {
@@ -68,7 +70,14 @@ impl Platform {
 
     pub(crate) fn call(&self, method: &str, path: &str) -> Call<'_> {
         let method = method.parse().unwrap();
-        Call { platform: self, method, path: path.to_owned(), headers: Vec::new(), body: Vec::new() }
+        Call {
+            platform: self,
+            method,
+            path: path.to_owned(),
+            headers: Vec::new(),
+            body: Vec::new(),
+            peer: Peer::default(),
+        }
     }
 
     pub(crate) fn post(&self, path: &str, body: &Value) -> Call<'_> {
@@ -101,6 +110,12 @@ impl Call<'_> {
         self
     }
 
+    /// As if it came from this address.
+    pub(crate) fn from(mut self, ip: &str) -> Self {
+        self.peer = ip.parse::<std::net::IpAddr>().unwrap().into();
+        self
+    }
+
     /// Key and secret, as the tenant's backend sends them.
     pub(crate) fn backend(self, tenant: &Tenant) -> Self {
         self.header("x-api-key", &tenant.key).header("x-api-secret", &tenant.secret)
@@ -116,7 +131,7 @@ impl Call<'_> {
     }
 
     pub(crate) async fn send(self) -> Answer {
-        let mut request = Request::builder().method(self.method).uri(&self.path);
+        let mut request = Request::builder().method(self.method).uri(&self.path).extension(self.peer);
         for (name, value) in &self.headers {
             request = request.header(name, value);
         }

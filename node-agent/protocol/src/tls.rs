@@ -9,8 +9,7 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, ServerConfig,
-    SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, ServerConfig, SignatureScheme,
 };
 use zeroize::Zeroizing;
 
@@ -82,8 +81,8 @@ impl Identity {
     /// [`IdentityError::Key`] when the bytes are not such a key.
     pub fn from_pkcs8(der: &[u8]) -> Result<Self, IdentityError> {
         let der = PrivatePkcs8KeyDer::from(der.to_vec());
-        let key = rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&der, &rcgen::PKCS_ED25519)
-            .map_err(IdentityError::Key)?;
+        let key =
+            rcgen::KeyPair::from_pkcs8_der_and_sign_algo(&der, &rcgen::PKCS_ED25519).map_err(IdentityError::Key)?;
         Self::from_key_pair(&key)
     }
 
@@ -242,12 +241,7 @@ fn verify_signature(
     certificate: &CertificateDer<'_>,
     signature: &DigitallySignedStruct,
 ) -> Result<HandshakeSignatureValid, Error> {
-    rustls::crypto::verify_tls13_signature(
-        message,
-        certificate,
-        signature,
-        &provider.signature_verification_algorithms,
-    )
+    rustls::crypto::verify_tls13_signature(message, certificate, signature, &provider.signature_verification_algorithms)
 }
 
 #[cfg(test)]

@@ -78,9 +78,10 @@ pub(super) fn find_logs(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
         let entry = entry?;
         let path = entry.path();
         let kind = entry.file_type()?;
+        let name = entry.file_name().to_string_lossy().into_owned();
         if kind.is_dir() {
             find_logs(&path, found)?;
-        } else if kind.is_file() && path.extension().is_some_and(|extension| extension == "log") {
+        } else if kind.is_file() && (name.ends_with(".log") || name.ends_with(".log.old")) {
             found.push(path);
         }
     }

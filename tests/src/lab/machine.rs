@@ -1,7 +1,7 @@
 //! One machine: its own network, mounts, processes and host name, held by a small `init` process.
 //!
-//! `/run` (WireGuard sockets, PID files), `/etc` (resolv.conf, /etc/wireguard) and `/sys` are private, `/tmp` is shared with
-//! the computer. When `init`'s standard input closes, it exits and the kernel kills whatever still runs in the machine.
+//! `/run` (WireGuard sockets, PID files), `/etc` (resolv.conf, /etc/wireguard), `/dev/shm` and `/sys` are private, `/tmp` is
+//! shared with the computer. Nothing of the caller's environment gets in. When `init`'s standard input closes, it exits and the kernel kills whatever still runs in the machine.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -14,6 +14,13 @@ use anyhow::{Context, Result, bail};
 
 use super::process::Process;
 use super::{expose, interrupt};
+
+/// All the environment that programs of a machine have, besides what they are started with.
+const ENVIRONMENT: [(&str, &str); 3] = [
+    ("PATH", "/run/lab/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+    ("LANG", "C.UTF-8"),
+    ("HOME", "/root"),
+];
 
 /// A machine is on from `boot` until it is dropped.
 pub struct Machine {
@@ -45,6 +52,8 @@ impl Machine {
             ])
             .arg(name)
             .arg(super::binary("cvault-lab")?)
+            .env_clear()
+            .envs(ENVIRONMENT)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -53,9 +62,11 @@ impl Machine {
             .context("run unshare")?;
         interrupt::remember(&init);
         let mut ready = String::new();
-        BufReader::new(init.stdout.take().expect("stdout is piped")).read_line(&mut ready)?;
-        if ready.trim() != "ready" {
+        let read = BufReader::new(init.stdout.take().expect("stdout is piped")).read_line(&mut ready);
+        if read.is_err() || ready.trim() != "ready" {
+            drop(init.stdin.take());
             let _ = init.wait();
+            interrupt::forget(&init);
             let why = std::fs::read_to_string(dir.join("init.log")).unwrap_or_default();
             bail!("machine {name} did not boot: {}", why.trim());
         }
@@ -100,7 +111,8 @@ impl Machine {
             .args(["--", program])
             .stdin(Stdio::null())
             .process_group(0)
-            .env("PATH", "/run/lab/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+            .env_clear()
+            .envs(ENVIRONMENT);
         command
     }
 
@@ -176,17 +188,22 @@ impl Drop for Machine {
 /// Makes the machine private, then becomes its `init`. Arguments: host name, path of cvault-lab.
 ///
 /// `resolvconf` is a stand-in with the two calls that wg-quick makes, so that no resolver package has to be installed on the
-/// computer, where it would take over the real /etc/resolv.conf. The boot id is the machine's own: a machine that boots
+/// computer, where it would take over the real /etc/resolv.conf. `ip` refuses links of type wireguard and the kernel's list of
+/// modules is hidden, so that wg-quick takes a program and not the kernel's WireGuard where the computer has it. wg-quick
+/// searches its own folder first, whatever PATH says: it is copied to where these two are. The boot id is the machine's own: a machine that boots
 /// again is a rebooted one.
 const SETUP: &str = r#"
 echo "$1" > /proc/sys/kernel/hostname
 mount -t sysfs sysfs /sys
+mount -t tmpfs -o mode=555 tmpfs /sys/module
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/lock /run/wireguard /run/etc/upper /run/etc/work /run/lab/bin
 mount -t overlay -o lowerdir=/etc,upperdir=/run/etc/upper,workdir=/run/etc/work overlay /etc
 rm -f /etc/resolv.conf
 echo 'nameserver 198.51.100.53' > /etc/resolv.conf
 echo "127.0.0.1 localhost $1" > /etc/hosts
+real_ip=$(command -v ip)
 cat > /run/lab/bin/resolvconf <<'END'
 #!/bin/sh
 [ -e /run/lab/resolv.conf ] || cp /etc/resolv.conf /run/lab/resolv.conf
@@ -195,10 +212,19 @@ case "$1" in
   -d) cp /run/lab/resolv.conf /etc/resolv.conf ;;
 esac
 END
-chmod 755 /run/lab/bin/resolvconf
+cat > /run/lab/bin/ip <<END
+#!/bin/sh
+case " \$* " in
+  *" type wireguard "*) echo 'Error: Unknown device type.' >&2; exit 2 ;;
+esac
+exec $real_ip "\$@"
+END
+cp "$(command -v wg-quick)" /run/lab/bin/wg-quick
+chmod 755 /run/lab/bin/*
 cat /proc/sys/kernel/random/uuid > /run/lab/boot_id
 mount --bind /run/lab/boot_id /proc/sys/kernel/random/boot_id
 ip link set lo up
+sysctl -qw net.ipv6.conf.all.disable_ipv6=0 net.ipv6.conf.default.disable_ipv6=0 net.ipv6.conf.lo.disable_ipv6=0
 sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0 net.ipv6.conf.all.accept_ra=0 net.ipv6.conf.default.accept_ra=0
 exec "$2" init
 "#;

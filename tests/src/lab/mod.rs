@@ -23,6 +23,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail};
+use base64::Engine as _;
+use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 
 pub use folder::binary;
 pub use interrupt::await_interrupt;
@@ -96,15 +98,16 @@ impl Addresses {
 
 /// The internet and the folder of one lab. Machines belong to whoever asked for them.
 pub struct Lab {
-    folder: folder::Folder,
     internet: Machine,
     ports: AtomicU32,
     secrets: Mutex<Vec<Secret>>,
+    // last: it is removed when no machine writes to it any more
+    folder: folder::Folder,
 }
 
 struct Secret {
     what: String,
-    value: String,
+    forms: Vec<String>,
 }
 
 impl Lab {
@@ -116,11 +119,15 @@ impl Lab {
         let internet = Machine::boot("internet", folder.path())?;
         internet.sh(INTERNET)?;
         let servers = internet.spawn("services", &binary("cvault-lab")?, ["internet"], [])?;
-        let lab = Self { folder, internet, ports: AtomicU32::new(0), secrets: Mutex::new(Vec::new()) };
+        let lab = Self { internet, ports: AtomicU32::new(0), secrets: Mutex::new(Vec::new()), folder };
         eventually("the lab's HTTP server answers", 10, || {
-            servers.check_running()?;
-            lab.internet.sh(&format!("curl -sf -m 2 http://{HTTP_V4}/ip"))
-        })?;
+            if let Err(ended) = servers.check_running() {
+                return Ok(Err(ended));
+            }
+            lab.internet.sh(&format!("curl -sf -m 2 http://{HTTP_V4}/ip")).map(|_| Ok(()))
+        })
+        .and_then(|up| up)
+        .inspect_err(|_| lab.print_logs())?;
         Ok(lab)
     }
 
@@ -176,13 +183,13 @@ impl Lab {
         Ok((machine, addresses))
     }
 
-    /// Remembers a value that must never appear in a log.
+    /// Remembers a value that must never appear in a log, a key in none of its usual forms.
     pub fn secret(&self, what: &str, value: &str) {
         if value.len() >= 8 {
             self.secrets
                 .lock()
                 .expect("no holder of this lock panics")
-                .push(Secret { what: what.to_owned(), value: value.to_owned() });
+                .push(Secret { what: what.to_owned(), forms: forms(value) });
         }
     }
 
@@ -194,7 +201,7 @@ impl Lab {
             let text = std::fs::read(&log).with_context(|| format!("read {}", log.display()))?;
             let text = String::from_utf8_lossy(&text);
             for secret in secrets.iter() {
-                if let Some(line) = text.lines().position(|line| line.contains(&secret.value)) {
+                if let Some(line) = text.lines().position(|line| secret.forms.iter().any(|form| line.contains(form))) {
                     hits.push(format!("{} in {} line {}", secret.what, log.display(), line + 1));
                 }
             }
@@ -237,6 +244,15 @@ impl Drop for Lab {
     }
 }
 
+/// How a value may be written: as it is, and a key of 32 bytes as hex, base64 and base64url, padded or not.
+fn forms(value: &str) -> Vec<String> {
+    let key = hex::decode(value).or_else(|_| STANDARD.decode(value)).unwrap_or_default();
+    if key.len() != 32 {
+        return vec![value.to_owned()];
+    }
+    vec![hex::encode(&key), hex::encode_upper(&key), STANDARD_NO_PAD.encode(&key), URL_SAFE_NO_PAD.encode(&key)]
+}
+
 /// Bridges and addresses of the internet machine; it routes between its three networks.
 const INTERNET: &str = "
 sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
@@ -260,4 +276,19 @@ fn run_ip(arguments: &[&str]) -> Result<()> {
         bail!("ip {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_known_in_each_of_its_forms_and_other_secrets_as_they_are() {
+        let hex = "fb".repeat(32);
+        let base64 = STANDARD.encode([0xfb; 32]);
+        assert_eq!(forms(&hex), forms(&base64));
+        assert!(base64.starts_with(&forms(&hex)[2]) && base64.contains('+'));
+        assert!(forms(&hex)[3].starts_with("-_v7"), "{:?}", forms(&hex));
+        assert_eq!(forms("cvs_something"), ["cvs_something"]);
+    }
 }

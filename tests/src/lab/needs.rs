@@ -25,6 +25,9 @@ pub(super) fn check() -> Result<()> {
     if !Path::new("/dev/net/tun").exists() {
         missing.push("/dev/net/tun: the TUN driver (modprobe tun, or give the container the device)".to_owned());
     }
+    if !Path::new("/proc/sys/net/ipv6").exists() {
+        missing.push("IPv6: the kernel was started with it turned off (ipv6.disable=1)".to_owned());
+    }
     for (tool, package) in TOOLS {
         if !in_path(tool) {
             missing.push(format!("{tool}: apt-get install {package}"));

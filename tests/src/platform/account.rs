@@ -67,6 +67,24 @@ impl Usage {
         }
         Ok(())
     }
+
+    /// Fails unless the bill is to the byte what the server's kernel and the client's kernel counted, each by itself.
+    pub fn equals(self, server: Counters, client: Counters) -> Result<()> {
+        let equal = [server.rx_bytes, client.tx_bytes].iter().all(|counted| *counted == self.rx)
+            && [server.tx_bytes, client.rx_bytes].iter().all(|counted| *counted == self.tx);
+        if !equal {
+            bail!("billed {self:?}, counted by the server's kernel {server:?}, by the client's {client:?}");
+        }
+        Ok(())
+    }
+}
+
+impl std::ops::Sub for Usage {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self { rx: self.rx - before.rx, tx: self.tx - before.tx }
+    }
 }
 
 impl Admin {
@@ -90,11 +108,8 @@ impl Admin {
 impl Tenant {
     pub fn from_answer(lab: &Lab, answer: &Answer) -> Result<Self> {
         let body = answer.expect(201)?;
-        let tenant = Self {
-            id: text_of(&body, &["tenant_id", "id"])?,
-            api_key: text(&body, "api_key")?,
-            api_secret: text(&body, "api_secret")?,
-        };
+        let tenant =
+            Self { id: text(&body, "id")?, api_key: text(&body, "api_key")?, api_secret: text(&body, "api_secret")? };
         lab.secret("API secret", &tenant.api_secret);
         Ok(tenant)
     }
@@ -136,7 +151,7 @@ impl User {
         let body = answer.expect(status)?;
         let user = Self {
             tenant: tenant.clone(),
-            id: text_of(&body, &["user_id", "id"])?,
+            id: text(&body, "user_id")?,
             email: email.to_owned(),
             password: password.to_owned(),
             access_token: text(&body, "access_token")?,
@@ -188,7 +203,7 @@ impl Device {
     pub fn from_answer(lab: &Lab, answer: &Answer) -> Result<Self> {
         let body = answer.expect(201)?;
         let device = Self {
-            id: text_of(&body, &["device_id", "id"])?,
+            id: text(&body, "device_id")?,
             config: text(&body, "config")?,
             assigned_ip: text(&body, "assigned_ip")?.split('/').next().unwrap_or_default().to_owned(),
             body,
@@ -218,24 +233,12 @@ impl Usage {
     /// The bytes of the current period, from the body of `GET /api/v1/usage`.
     pub fn from_body(body: &Value) -> Result<Self> {
         let period = &body["current_period"];
-        let figure = |names: &[&str]| names.iter().find_map(|name| period[*name].as_u64());
-        let rx = figure(&["bytes_rx", "rx_bytes", "bytes_up", "upload_bytes", "bytes_from_devices"]);
-        let tx = figure(&["bytes_tx", "tx_bytes", "bytes_down", "download_bytes", "bytes_to_devices"]);
-        Ok(Self {
-            rx: rx.with_context(|| format!("no received bytes in {period}"))?,
-            tx: tx.with_context(|| format!("no sent bytes in {period}"))?,
-        })
+        let figure =
+            |name: &str| period[name].as_u64().with_context(|| format!("no {name} in the current period {period}"));
+        Ok(Self { rx: figure("rx_bytes")?, tx: figure("tx_bytes")? })
     }
 }
 
 fn text(body: &Value, name: &str) -> Result<String> {
     body[name].as_str().map(str::to_owned).with_context(|| format!("the answer has no {name}"))
-}
-
-fn text_of(body: &Value, names: &[&str]) -> Result<String> {
-    names
-        .iter()
-        .find_map(|name| body[*name].as_str())
-        .map(str::to_owned)
-        .with_context(|| format!("the answer has none of {names:?}"))
 }

@@ -12,6 +12,8 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use crate::lab::{Addresses, HTTP_V4, HTTP_V6, Lab, Machine, Network, Process, Signal, eventually, promptly};
 
 const INTERFACE: &str = "cvault";
+/// Bytes per second, for curl.
+const SLOWLY: &str = "1M";
 
 pub struct Client {
     pub addresses: Addresses,
@@ -107,10 +109,21 @@ impl Client {
             bail!("wg-quick up: {}", String::from_utf8_lossy(&output.stderr));
         }
         let wg_quick = started.elapsed();
+        self.is_wireguard_go()?;
         let shaken = eventually("the first handshake", 15, || {
             self.last_handshake()?.ok_or_else(|| anyhow!("no handshake yet"))
         })?;
         Ok(Up { wg_quick, handshake: shaken.duration_since(without_peer).unwrap_or_default() })
+    }
+
+    /// The tunnel is Debian's program, neither the kernel's WireGuard nor the engine under test.
+    fn is_wireguard_go(&self) -> Result<()> {
+        self.machine
+            .run("pgrep", ["-fx", &format!("wireguard-go {INTERFACE}")])
+            .context("wireguard-go does not run")?;
+        let answer = uapi(&self.machine, INTERFACE, "get=1\n\n")?;
+        ensure!(!answer.contains("\ncvault_"), "the client's tunnel is the engine under test");
+        Ok(())
     }
 
     pub fn down(&self) -> Result<()> {
@@ -153,20 +166,52 @@ impl Client {
         answer.split_whitespace().next().map(str::to_owned).context("getent answered nothing")
     }
 
-    /// Fetches `count` bytes from the internet.
+    /// Fetches `count` bytes from the internet, as fast as it goes.
     pub fn download(&self, count: u64) -> Result<()> {
+        self.download_at(count, "0")
+    }
+
+    /// Sends `count` bytes to the internet, as fast as it goes.
+    pub fn upload(&self, count: u64) -> Result<()> {
+        self.upload_at(count, "0")
+    }
+
+    /// `count` bytes each way, so slowly that no queue overflows and nothing has to be sent twice.
+    pub fn carry_slowly(&self, count: u64) -> Result<()> {
+        self.download_at(count, SLOWLY)?;
+        self.upload_at(count, SLOWLY)
+    }
+
+    /// Datagrams that arrived at the client and were lost because its WireGuard program did not fetch them in time.
+    pub fn datagrams_lost(&self) -> Result<u64> {
+        let text = self.machine.run("cat", ["/proc/net/snmp"])?;
+        let mut lines = text.lines().filter(|line| line.starts_with("Udp:"));
+        let (names, values) = lines.next().zip(lines.next()).context("/proc/net/snmp has no Udp lines")?;
+        let (_, lost) = names
+            .split_whitespace()
+            .zip(values.split_whitespace())
+            .find(|(name, _)| *name == "RcvbufErrors")
+            .context("/proc/net/snmp has no RcvbufErrors")?;
+        Ok(lost.parse()?)
+    }
+
+    fn download_at(&self, count: u64, rate: &str) -> Result<()> {
         let url = format!("http://{HTTP_V4}/bytes/{count}");
-        let got = self.machine.run("curl", ["-sSf", "-m", "120", "-o", "/dev/null", "-w", "%{size_download}", &url])?;
+        let got = self.machine.run(
+            "curl",
+            ["-sSf", "-m", "120", "--limit-rate", rate, "-o", "/dev/null", "-w", "%{size_download}", &url],
+        )?;
         same("downloaded", count, &got)
     }
 
-    /// Sends `count` bytes to the internet.
-    pub fn upload(&self, count: u64) -> Result<()> {
+    fn upload_at(&self, count: u64, rate: &str) -> Result<()> {
         let file = self.machine.dir().join("upload");
         std::fs::File::create(&file)?.set_len(count)?;
         let body = format!("@{}", file.display());
         let url = format!("http://{HTTP_V4}/sink");
-        let got = self.machine.run("curl", ["-sSf", "-m", "120", "-H", "Expect:", "--data-binary", &body, &url])?;
+        let got = self
+            .machine
+            .run("curl", ["-sSf", "-m", "120", "--limit-rate", rate, "-H", "Expect:", "--data-binary", &body, &url])?;
         std::fs::remove_file(&file)?;
         same("uploaded", count, &got)
     }
@@ -258,6 +303,14 @@ fn answered(log: &str) -> impl Iterator<Item = u64> {
     let numbers: std::collections::BTreeSet<u64> =
         log.lines().filter_map(|line| line.split("icmp_seq=").nth(1)?.split(' ').next()?.parse().ok()).collect();
     numbers.into_iter()
+}
+
+/// How many packets the engine behind `interface` has dropped for `reason`.
+pub fn dropped(machine: &Machine, interface: &str, reason: &str) -> Result<u64> {
+    let text = uapi(machine, interface, "get=1\n\n")?;
+    let key = format!("cvault_drop_{reason}=");
+    let value = text.lines().find_map(|line| line.strip_prefix(&key)).with_context(|| format!("no {key}"))?;
+    Ok(value.parse()?)
 }
 
 /// One exchange on a WireGuard program's own socket (https://www.wireguard.com/xplatform/), from outside its machine.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::http::{Http, Request};
@@ -61,6 +61,15 @@ impl Control {
         })?
     }
 
+    /// The key-encryption key must not be in a log either.
+    pub(super) fn remember_key(&self, lab: &Lab) -> Result<()> {
+        let file = self.data_dir.join("kek");
+        let key = std::fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
+        ensure!(key.trim().len() == 64, "{} does not hold 64 hexadecimal digits", file.display());
+        lab.secret("key-encryption key", key.trim());
+        Ok(())
+    }
+
     pub fn machine(&self) -> &Machine {
         &self.machine
     }
@@ -97,7 +106,11 @@ impl Control {
     /// Kills PostgreSQL's first process and everything of the cluster with it, as the kernel would for lack of memory.
     pub fn kill_postgres(&self) -> Result<()> {
         let pid = self.machine.pid_from(&self.data_dir.join("pg/postmaster.pid"))?;
-        self.machine.sh(&format!("kill -KILL {pid} $(pgrep -P {pid})"))?;
+        // some of its children may have ended by themselves in between
+        self.machine.sh(&format!("kill -KILL {pid} $(pgrep -P {pid}) || true"))?;
+        eventually("PostgreSQL has ended", 10, || {
+            self.machine.sh(&format!("case \"$(ps -o stat= -p {pid} || true)\" in ''|Z*) ;; *) exit 1 ;; esac"))
+        })?;
         Ok(())
     }
 

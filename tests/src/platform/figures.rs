@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
-use super::{Counters, Platform, Server, Tenant, Usage, User};
+use super::{Client, Counters, Platform, Server, Tenant, Up, Usage, User};
 use crate::lab::{eventually, quiescent};
 
 /// Several report intervals.
@@ -66,14 +66,43 @@ pub fn registrations(platform: &Platform, count: usize, at_once: usize) -> Resul
     Ok(count / started.elapsed().as_secs_f64())
 }
 
+/// The traffic of a device that carried it as fast as it could, and how its tunnel came up.
+#[derive(Clone, Copy, Debug)]
+pub struct Metering {
+    pub up: Up,
+    pub account: Account,
+}
+
+/// Carries `bytes` each way slowly, so that nothing is lost, and demands that bill, server's kernel and client's kernel agree
+/// to the byte on what that was. Nothing else may use the server, and the tenant has no other client.
+pub fn exact(platform: &Platform, server: &Server, client: &Client, tenant: &Tenant, bytes: u64) -> Result<Account> {
+    client.silence()?;
+    let billed =
+        platform.bill_where(tenant, |billed| billed.check_against(server.counters_on_wire()?, client.counters()?))?;
+    let before = Account { billed, client: client.counters()?, server: server.counters_on_wire()? };
+    client.carry_slowly(bytes)?;
+    let since = |billed: Usage| -> Result<Account> {
+        Ok(Account {
+            billed: billed - before.billed,
+            client: client.counters()? - before.client,
+            server: server.counters_on_wire()? - before.server,
+        })
+    };
+    let billed = platform.bill_where(tenant, |billed| {
+        let account = since(billed)?;
+        account.billed.equals(account.server, account.client)
+    })?;
+    since(billed)
+}
+
 /// Carries `bytes` each way for a tenant of its own, and returns the settled counts. Nothing else may use the server.
-pub fn metering(platform: &Platform, server: &Server, bytes: u64) -> Result<Account> {
+pub fn metering(platform: &Platform, server: &Server, bytes: u64) -> Result<Metering> {
     let tenant = platform.tenant("Metering")?;
     let user = platform.user(&tenant, "meter@example.com")?;
     let device = platform.device(&user, "meter")?;
     let client = platform.client(240)?;
     let before = server.counters_on_wire()?;
-    client.up(&device.config)?;
+    let up = client.up(&device.config)?;
     client.download(bytes)?;
     client.upload(bytes)?;
     client.silence()?;
@@ -81,7 +110,7 @@ pub fn metering(platform: &Platform, server: &Server, bytes: u64) -> Result<Acco
         .bill_where(&tenant, |billed| billed.check_against(server.counters_on_wire()? - before, client.counters()?))?;
     let account = Account { billed, client: client.counters()?, server: server.counters_on_wire()? - before };
     client.down()?;
-    Ok(account)
+    Ok(Metering { up, account })
 }
 
 impl Platform {

@@ -7,15 +7,21 @@ pub mod figures;
 mod http;
 mod server;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::lab::Lab;
 
 pub use account::{Admin, Device, Tenant, Usage, User};
-pub use client::{Client, Counters, PingCount, Pings, Up, uapi};
+pub use client::{Client, Counters, PingCount, Pings, Up, dropped, uapi};
 pub use control::{Control, ControlOptions};
 pub use http::{Answer, Http, Request};
 pub use server::Server;
+
+struct Running {
+    http: Http,
+    admin: Admin,
+    control: Control,
+}
 
 /// A lab with a control plane in it. Servers and clients are added as a test wants them.
 pub struct Platform {
@@ -33,11 +39,38 @@ impl Platform {
     }
 
     pub fn start_in(lab: Lab, options: ControlOptions) -> Result<Self> {
-        let control = Control::start(&lab, options)?;
+        match Self::control_in(&lab, options) {
+            Ok(Running { http, admin, control }) => Ok(Self { http, admin, control, lab }),
+            Err(error) => {
+                lab.print_logs();
+                Err(error)
+            }
+        }
+    }
+
+    fn control_in(lab: &Lab, options: ControlOptions) -> Result<Running> {
+        let control = Control::start(lab, options)?;
         let http = Http::enter(control.machine(), control::url())?;
         control.wait_until_ready(&http)?;
-        let admin = Admin::new(&lab, &control)?;
-        Ok(Self { http, admin, control, lab })
+        control.remember_key(lab)?;
+        let admin = Admin::new(lab, &control)?;
+        Ok(Running { http, admin, control })
+    }
+
+    /// Fails when a log holds a secret, and when one of the logs that must be there is missing or empty. How many secrets there are.
+    pub fn check_logs_hold_no_secret(&self) -> Result<usize> {
+        let mut demanded = vec![self.lab.dir().join("control/control-plane.log")];
+        for entry in std::fs::read_dir(self.lab.dir())? {
+            let machine = entry?;
+            if machine.file_name().to_string_lossy().starts_with("server") {
+                demanded.extend(["node-agent.log", "state/tunnel.log"].map(|log| machine.path().join(log)));
+            }
+        }
+        for log in demanded {
+            let length = std::fs::metadata(&log).map_or(0, |found| found.len());
+            ensure!(length > 0, "{} is missing or empty: nothing is known about it", log.display());
+        }
+        self.lab.check_logs_hold_no_secret()
     }
 
     /// Creates server `number` in the control plane, boots its machine, enrols and starts its agent.

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
-use super::client::{Counters, uapi};
+use super::client::{Counters, dropped, uapi};
 use super::control::{self, Control};
 use crate::lab::{self, Addresses, Lab, Machine, Network, Process, Signal, eventually};
 
@@ -50,6 +50,9 @@ impl Server {
         let agent = start_agent(&machine, &program, &folder)?;
         let server = Self { id, addresses, number, machine, program, state_dir, agent };
         server.wait_until_up()?;
+        let key = server.machine.run("wg", ["show", INTERFACE, "private-key"])?;
+        ensure!(key.trim().len() == 44, "the server's tunnel has no private key");
+        lab.secret("the server's private key", key.trim());
         Ok(server)
     }
 
@@ -91,6 +94,11 @@ impl Server {
             rx_packets,
             tx_packets,
         })
+    }
+
+    /// How many packets the engine has dropped for `reason`.
+    pub fn dropped(&self, reason: &str) -> Result<u64> {
+        dropped(&self.machine, INTERFACE, reason)
     }
 
     /// The peers' public keys, as `wg show` tells.
@@ -135,10 +143,6 @@ fn start_agent(machine: &Machine, program: &str, state_dir: &str) -> Result<Proc
         "node-agent",
         program,
         ["run", "--state-dir", state_dir, "--interface", INTERFACE, "--metrics-listen", "127.0.0.1:9090"],
-        [
-            ("CVAULT_LOG", "trace"),
-            ("CVAULT_LOG_FORMAT", "text"),
-            ("LOG_FILE", &format!("{}/tunnel.log", machine.dir().display())),
-        ],
+        [("CVAULT_LOG", "trace"), ("CVAULT_LOG_FORMAT", "text")],
     )
 }

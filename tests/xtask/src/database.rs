@@ -1,48 +1,82 @@
-//! A private PostgreSQL with the migrations applied, for generating files. It ends with this value.
+//! A private PostgreSQL with the migrations applied, for generating files. It ends with this value, and when this program
+//! is interrupted or killed; the folder that is then left is swept by the next one.
 
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{Gid, Uid};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::host;
 
 const PROGRAMS: &str = "/usr/lib/postgresql/15/bin";
+const PREFIX: &str = "cvault-xtask-";
+const START: Duration = Duration::from_secs(30);
+const PAUSE: Duration = Duration::from_millis(50);
 
 pub(crate) struct Database {
     folder: PathBuf,
+    server: Option<Child>,
 }
 
 impl Database {
     /// Makes a cluster in a temporary folder, reachable by its unix socket only, and migrates it.
     pub(crate) fn migrated() -> Result<Self> {
         host::install_database()?;
-        let folder = std::env::temp_dir().join(format!("cvault-xtask-{}", std::process::id()));
+        sweep();
+        let folder = std::env::temp_dir().join(format!("{PREFIX}{}", std::process::id()));
         std::fs::create_dir_all(&folder)?;
+        let mut database = Self { folder, server: None };
         if host::is_root() {
             let (uid, gid) = postgres_user()?;
-            chown(&folder, Some(uid), Some(gid))?;
+            chown(&database.folder, Some(uid), Some(gid))?;
         }
-        let database = Self { folder };
-        let data = database.data();
         host::read(
             as_server("initdb")
                 .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-D"])
-                .arg(&data),
+                .arg(database.folder("data")),
         )?;
-        let options = format!("-k {} -c listen_addresses= -c fsync=off", database.folder.display());
-        host::read(
-            as_server("pg_ctl")
-                .args(["-w", "-s", "-D"])
-                .arg(&data)
-                .arg("-l")
-                .arg(database.folder.join("log"))
-                .args(["-o", &options, "start"]),
-        )?;
+        database.start()?;
         database.migrate()?;
         Ok(database)
+    }
+
+    /// As a child that the kernel ends with us, however we end.
+    fn start(&mut self) -> Result<()> {
+        let log_path = self.folder("log");
+        let log = std::fs::File::create(&log_path)?;
+        let server = as_server("postgres")
+            .arg("-D")
+            .arg(self.folder("data"))
+            .arg("-k")
+            .arg(&self.folder)
+            .args(["-c", "listen_addresses=", "-c", "fsync=off"])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("start postgres")?;
+        let server = self.server.insert(server);
+        let deadline = Instant::now() + START;
+        let ready = || {
+            let mut asked = Command::new(format!("{PROGRAMS}/pg_isready"));
+            asked.args(["-q", "-h"]).arg(&self.folder).status().is_ok_and(|status| status.success())
+        };
+        while !ready() {
+            if Instant::now() > deadline || server.try_wait()?.is_some() {
+                bail!("PostgreSQL does not start: {}", std::fs::read_to_string(&log_path)?.trim());
+            }
+            std::thread::sleep(PAUSE);
+        }
+        Ok(())
+    }
+
+    /// A path that ends with the database.
+    pub(crate) fn folder(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
     }
 
     /// The address for the role `user`.
@@ -88,27 +122,38 @@ impl Database {
         command.env("PGHOST", &self.folder).env("PGUSER", "postgres");
         command
     }
-
-    fn data(&self) -> PathBuf {
-        self.folder.join("data")
-    }
 }
 
 impl Drop for Database {
     fn drop(&mut self) {
-        let _ = as_server("pg_ctl").args(["-s", "-m", "immediate", "-D"]).arg(self.data()).arg("stop").status();
+        if let Some(server) = &mut self.server {
+            let id = i32::try_from(server.id()).ok().and_then(Pid::from_raw);
+            let _ = id.map(|id| kill_process(id, Signal::QUIT));
+            let _ = server.wait();
+        }
         let _ = std::fs::remove_dir_all(&self.folder);
     }
 }
 
-/// PostgreSQL refuses to run as root.
-fn as_server(program: &str) -> Command {
-    let path = format!("{PROGRAMS}/{program}");
-    if !host::is_root() {
-        return Command::new(path);
+/// Removes what interrupted programs have left.
+fn sweep() {
+    for entry in std::fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
     }
+}
+
+/// A program of PostgreSQL, which refuses to run as root. It is ended (an immediate shutdown, to the server) with us.
+fn as_server(program: &str) -> Command {
     let mut command = Command::new("setpriv");
-    command.args(["--reuid=postgres", "--regid=postgres", "--init-groups", "--", &path]).current_dir("/");
+    command.args(["--pdeathsig", "QUIT"]).current_dir("/");
+    if host::is_root() {
+        command.args(["--reuid=postgres", "--regid=postgres", "--init-groups"]);
+    }
+    command.arg("--").arg(format!("{PROGRAMS}/{program}"));
     command
 }
 

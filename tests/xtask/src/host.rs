@@ -1,9 +1,17 @@
 //! The computer: running programs, the Debian packages that are needed, privileges.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+
+/// How a program is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Profile {
+    Debug,
+    Release,
+}
 
 /// A file whose absence means that a package is not installed.
 struct Package {
@@ -47,6 +55,9 @@ pub(crate) fn prepare_lab() -> Result<()> {
     } else if !succeeds(Command::new("unshare").args(["--net", "--mount", "--pid", "--fork", "--mount-proc", "true"])) {
         missing.push("the right to create namespaces: run it outside a restricted container (or with --privileged)");
     }
+    if !Path::new("/proc/sys/net/ipv6").exists() {
+        missing.push("IPv6: this kernel was started with it turned off (ipv6.disable=1)");
+    }
     if !missing.is_empty() {
         bail!("the lab cannot be built here; missing is {}", missing.join("; "));
     }
@@ -73,11 +84,36 @@ fn install(wanted: &[&Package]) -> Result<()> {
         bail!("missing: {} (this is no Debian, so install them your way)", absent.join(", "));
     }
     println!("xtask: installing {}", absent.join(", "));
-    run(Command::new("apt-get").args(["-qq", "update"]))?;
-    run(Command::new("apt-get")
-        .args(["-qq", "install", "--yes", "--no-install-recommends"])
-        .args(&absent)
-        .env("DEBIAN_FRONTEND", "noninteractive"))
+    run(&mut apt_get(&["update"]))?;
+    if absent.contains(&DATABASE.name) {
+        no_system_cluster()?;
+    }
+    let mut install = apt_get(&INSTALL);
+    run(install.args(&absent))
+}
+
+const INSTALL: [&str; 3] = ["install", "--yes", "--no-install-recommends"];
+
+/// Debian's package would create and start a cluster of the whole computer, which nobody here needs.
+fn no_system_cluster() -> Result<()> {
+    const SETTINGS: &str = "/etc/postgresql-common/createcluster.conf";
+    const SETTING: &str = "create_main_cluster = false";
+    run(apt_get(&INSTALL).arg("postgresql-common"))?;
+    let found = std::fs::read_to_string(SETTINGS).with_context(|| format!("read {SETTINGS}"))?;
+    if found.lines().any(|line| line.trim_start().starts_with("create_main_cluster")) {
+        return Ok(());
+    }
+    std::fs::write(SETTINGS, format!("{found}\n# Written by CVault's `cargo xtask`\n{SETTING}\n"))
+        .with_context(|| format!("write {SETTINGS}"))?;
+    println!("xtask: wrote `{SETTING}` to {SETTINGS}, so that {} starts no database of its own", DATABASE.name);
+    Ok(())
+}
+
+/// Another apt at work is waited for.
+fn apt_get(arguments: &[&str]) -> Command {
+    let mut command = Command::new("apt-get");
+    command.args(["-qq", "-o", "DPkg::Lock::Timeout=300"]).args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
+    command
 }
 
 /// Runs a command with its output shown; fails with its words when it does.
@@ -87,6 +123,12 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
         bail!("{} failed ({status})", words(command));
     }
     Ok(())
+}
+
+/// Becomes the command: signals from the terminal are its own affair. Returns only when it cannot be started.
+pub(crate) fn become_program(command: &mut Command) -> Result<()> {
+    let error = command.exec();
+    Err(error).with_context(|| format!("start {}", words(command)))
 }
 
 /// Runs a command and returns its standard output.
@@ -110,9 +152,13 @@ pub(crate) fn cargo(arguments: &[&str]) -> Command {
 }
 
 /// Where cargo puts the programs it builds.
-pub(crate) fn built(program: &str) -> PathBuf {
+pub(crate) fn built(profile: Profile, program: &str) -> PathBuf {
+    let folder = match profile {
+        Profile::Debug => "debug",
+        Profile::Release => "release",
+    };
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    target.join("debug").join(program)
+    target.join(folder).join(program)
 }
 
 fn words(command: &Command) -> String {

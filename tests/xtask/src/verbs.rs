@@ -1,28 +1,40 @@
 //! What each verb does.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
 use crate::database::Database;
-use crate::host;
+use crate::host::{self, Profile};
 
 const CONTROL_PLANE: &str = "cvault-control-plane";
+/// The checked queries' data.
+const QUERIES: &str = ".sqlx";
+/// Tests that build network namespaces.
+const NEED_ROOT: &str = "cvault-tests/lab,cvault-node-agent/lab";
 
 pub(crate) fn demo(arguments: &[&str]) -> Result<()> {
     host::prepare_lab()?;
-    println!("xtask: building the programs (the first time takes some minutes)");
-    build()?;
-    host::run(Command::new(host::built("cvault-demo")).args(arguments))
+    build(Profile::Debug)?;
+    host::become_program(&mut demonstration(Profile::Debug, arguments))
+}
+
+/// Figures of what would be shipped.
+pub(crate) fn bench() -> Result<()> {
+    host::prepare_lab()?;
+    build(Profile::Release)?;
+    host::become_program(&mut demonstration(Profile::Release, &["--figures", "200"]))
 }
 
 /// All tests; cargo's own summary ends the output.
 pub(crate) fn test() -> Result<()> {
     host::prepare_lab()?;
-    build()?;
-    let tests = ["test", "--workspace", "--features", "cvault-tests/lab", "--no-fail-fast"];
-    host::run(host::cargo(&tests).env("CVAULT_BIN_DIR", host::built("").as_os_str()))
+    build(Profile::Debug)?;
+    let tests = ["test", "--workspace", "--features", NEED_ROOT, "--no-fail-fast"];
+    host::run(host::cargo(&tests).env("CVAULT_BIN_DIR", host::built(Profile::Debug, "")))
 }
 
 pub(crate) fn test_fast() -> Result<()> {
@@ -33,13 +45,14 @@ pub(crate) fn test_fast() -> Result<()> {
 pub(crate) fn check() -> Result<()> {
     lint()?;
     compare("docs/openapi/v1.json", &rendered_openapi()?, "openapi")?;
-    compare("migrations/schema.sql", &Database::migrated()?.schema()?, "schema")
+    let database = Database::migrated()?;
+    compare("migrations/schema.sql", &database.schema()?, "schema")?;
+    compare_queries(&database)
 }
 
 pub(crate) fn lint() -> Result<()> {
     host::run(&mut host::cargo(&["fmt", "--all", "--check"]))?;
-    let clippy =
-        ["clippy", "--quiet", "--workspace", "--all-targets", "--features", "cvault-tests/lab", "--", "-D", "warnings"];
+    let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--features", NEED_ROOT, "--", "-D", "warnings"];
     host::run(&mut host::cargo(&clippy))
 }
 
@@ -51,14 +64,40 @@ pub(crate) fn schema() -> Result<()> {
     write("migrations/schema.sql", &Database::migrated()?.schema()?)
 }
 
-/// The macros write the data of every query they check when they are told a folder and a database.
 pub(crate) fn sqlx_prepare() -> Result<()> {
-    let database = Database::migrated()?;
-    let folder = host::root().join(".sqlx");
+    let folder = host::root().join(QUERIES);
     if folder.exists() {
         std::fs::remove_dir_all(&folder)?;
     }
-    std::fs::create_dir(&folder)?;
+    write_queries(&Database::migrated()?, &folder)?;
+    println!("xtask: {} queries in {QUERIES}/", queries(&folder)?.len());
+    Ok(())
+}
+
+/// The committed data must be what the macros would write now.
+fn compare_queries(database: &Database) -> Result<()> {
+    let fresh = database.folder("queries");
+    write_queries(database, &fresh)?;
+    if queries(&fresh)? != queries(&host::root().join(QUERIES))? {
+        bail!("{QUERIES}/ is out of date: run `cargo xtask sqlx-prepare` and commit what it writes");
+    }
+    println!("xtask: {QUERIES}/ is up to date");
+    Ok(())
+}
+
+/// The text of every query's file by its name.
+fn queries(folder: &Path) -> Result<BTreeMap<OsString, String>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {
+        let entry = entry?;
+        found.insert(entry.file_name(), std::fs::read_to_string(entry.path())?);
+    }
+    Ok(found)
+}
+
+/// The macros write the data of every query they check when they are told a folder and a database.
+fn write_queries(database: &Database, folder: &Path) -> Result<()> {
+    std::fs::create_dir(folder)?;
     // Touching the crate's roots makes cargo run its macros again.
     for file in ["control-plane/src/lib.rs", "control-plane/src/main.rs"] {
         std::fs::File::options()
@@ -69,20 +108,30 @@ pub(crate) fn sqlx_prepare() -> Result<()> {
     host::run(
         host::cargo(&["check", "--quiet", "--package", CONTROL_PLANE, "--all-targets"])
             .env("DATABASE_URL", database.url("postgres"))
-            .env("SQLX_OFFLINE_DIR", &folder)
+            .env("SQLX_OFFLINE_DIR", folder)
             .env("SQLX_OFFLINE", "false"),
-    )?;
-    println!("xtask: {} queries in .sqlx/", std::fs::read_dir(&folder)?.count());
-    Ok(())
+    )
 }
 
-fn build() -> Result<()> {
-    host::run(&mut host::cargo(&["build", "--quiet", "--workspace", "--bins"]))
+fn build(profile: Profile) -> Result<()> {
+    println!("xtask: building the programs (the first time takes some minutes)");
+    let mut build = host::cargo(&["build", "--quiet", "--workspace", "--bins"]);
+    if profile == Profile::Release {
+        build.arg("--release");
+    }
+    host::run(&mut build)
+}
+
+/// The demonstration with the programs of its own profile.
+fn demonstration(profile: Profile, arguments: &[&str]) -> Command {
+    let mut command = Command::new(host::built(profile, "cvault-demo"));
+    command.args(arguments).env("CVAULT_BIN_DIR", host::built(profile, ""));
+    command
 }
 
 fn rendered_openapi() -> Result<String> {
     host::run(&mut host::cargo(&["build", "--quiet", "--package", CONTROL_PLANE, "--bins"]))?;
-    host::read(Command::new(host::built(CONTROL_PLANE)).arg("openapi"))
+    host::read(Command::new(host::built(Profile::Debug, CONTROL_PLANE)).arg("openapi"))
 }
 
 fn write(file: &str, text: &str) -> Result<()> {

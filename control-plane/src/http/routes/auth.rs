@@ -6,7 +6,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use cvault_types::auth::{LoginRequest, RefreshRequest, RegisterRequest, TokenResponse};
 use cvault_types::problem::ProblemBody;
-use cvault_types::{ErrorCode, Secret, UserId};
+use cvault_types::{ErrorCode, Secret, TenantId, UserId};
 use http::StatusCode;
 use rand::SeedableRng;
 use utoipa_axum::router::OpenApiRouter;
@@ -17,6 +17,7 @@ use crate::auth::email::Email;
 use crate::auth::events::{self, AuthEvent, AuthKind, Outcome};
 use crate::auth::passwords::PasswordError;
 use crate::auth::refresh::{self, Family, Taken};
+use crate::auth::throttle::Account;
 use crate::auth::tokens::{self, ClientToken};
 use crate::db::DbError;
 use crate::http::idempotency::{self, Claim};
@@ -46,6 +47,7 @@ async fn register(
 ) -> Result<Response, Problem> {
     let (email, password) = checked(&body)?;
     let event = Attempt { kind: AuthKind::Register, key, client_ip: peer.ip() };
+    event.admitted(&app, app.throttles.before_login(key.tenant, peer.ip())).await?;
     if let Some(replay) = before_hashing(&app, event, &email).await? {
         return Ok(replay);
     }
@@ -53,9 +55,9 @@ async fn register(
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
     let place = match idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await? {
         Claim::Proceed(place) => place,
-        Claim::Replay(response) => {
+        Claim::Replay(replay) => {
             tx.commit().await?;
-            return Ok(response);
+            return Ok(replay.into_response());
         }
     };
     match users::register(&mut tx, &email, &hash, app.clock.now()).await {
@@ -68,6 +70,7 @@ async fn register(
         }
         Err(error) => {
             tx.rollback().await?;
+            app.throttles.login_failed(key.tenant, peer.ip());
             event.note(&app, Outcome::Failure, None).await?;
             Err(error.into())
         }
@@ -82,17 +85,18 @@ async fn before_hashing(app: &App, event: Attempt, email: &Email) -> Result<Opti
     let taken = users::email_exists(&mut tx, email).await?;
     // the claim is given back: hashing takes a fifth of a second, and no transaction waits for it
     tx.rollback().await?;
-    if let Claim::Replay(response) = claim {
-        return Ok(Some(response));
+    if let Claim::Replay(replay) = claim {
+        return Ok(Some(replay.into_response()));
     }
     if taken {
+        app.throttles.login_failed(event.key.tenant, event.client_ip);
         event.note(app, Outcome::Failure, None).await?;
         return Err(email_taken());
     }
     Ok(None)
 }
 
-/// Log a user in.
+/// Log a user in. A retry begins another login; an `Idempotency-Key` is not looked at.
 #[utoipa::path(post, path = "/api/v1/auth/login", tag = "auth", security(("api_key" = [], "api_secret" = [])),
     request_body = LoginRequest,
     responses((status = 200, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
@@ -103,19 +107,16 @@ async fn login(
     Json(body): Json<LoginRequest>,
 ) -> Result<Json<TokenResponse>, Problem> {
     let event = Attempt { kind: AuthKind::Login, key, client_ip: peer.ip() };
-    let found = match Email::parse(&body.email) {
-        Some(email) => {
-            let mut tx = app.db.tenancy.begin(key.tenant).await?;
-            let found = users::find_login(&mut tx, &email).await?;
-            tx.commit().await?;
-            found
-        }
-        None => None,
-    };
-    let (user, hash) = found.map_or((None, None), |login| (login.active.then_some(login.user), login.password_hash));
-    // no transaction is open while this takes its fifth of a second
-    let verified = app.passwords.verify(body.password, hash).await?;
-    let (Some(user), true) = (user, verified) else {
+    let account = Account::of(key.tenant, &body.email);
+    let admitted = app.throttles.before_login(key.tenant, peer.ip()).and_then(|()| app.throttles.guess(account));
+    event.admitted(&app, admitted).await?;
+    let checked = check_password(&app, key.tenant, body).await;
+    if !matches!(checked, Ok(Checked { right: false, .. })) {
+        app.throttles.no_guess(account);
+    }
+    let Checked { user, right } = checked?;
+    let (Some(user), true) = (user, right) else {
+        app.throttles.login_failed(key.tenant, peer.ip());
         event.note(&app, Outcome::Failure, user).await?;
         return Err(Problem::new(ErrorCode::InvalidCredentials));
     };
@@ -126,8 +127,32 @@ async fn login(
     Ok(Json(answer))
 }
 
-/// Exchange a refresh token for a new pair. Each refresh token works once.
+/// Whose password it was, and whether it was right. A disabled user is nobody.
+struct Checked {
+    user: Option<UserId>,
+    right: bool,
+}
+
+async fn check_password(app: &App, tenant: TenantId, body: LoginRequest) -> Result<Checked, Problem> {
+    let found = match Email::parse(&body.email) {
+        Some(email) => {
+            let mut tx = app.db.tenancy.begin(tenant).await?;
+            let found = users::find_login(&mut tx, &email).await?;
+            tx.commit().await?;
+            found
+        }
+        None => None,
+    };
+    let (user, hash) = found.map_or((None, None), |login| (login.active.then_some(login.user), login.password_hash));
+    // no transaction is open while this takes its fifth of a second
+    let right = app.passwords.verify(body.password, hash).await?;
+    Ok(Checked { user, right })
+}
+
+/// Exchange a refresh token for a new pair. Each refresh token works once: send an `Idempotency-Key`, so that a lost
+/// answer can be asked for again.
 #[utoipa::path(post, path = "/api/v1/auth/refresh", tag = "auth", security(("api_key" = [], "api_secret" = [])),
+    params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
     request_body = RefreshRequest,
     responses((status = 200, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn refresh_tokens(
@@ -135,16 +160,24 @@ async fn refresh_tokens(
     key: TenantKey,
     peer: Peer,
     Json(body): Json<RefreshRequest>,
-) -> Result<Json<TokenResponse>, Problem> {
+) -> Result<Response, Problem> {
     let event = Attempt { kind: AuthKind::Refresh, key, client_ip: peer.ip() };
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
+    let place = match idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await? {
+        Claim::Proceed(place) => place,
+        Claim::Replay(replay) => {
+            tx.commit().await?;
+            return Ok(replay.into_response());
+        }
+    };
     let taken = refresh::take(&mut tx, &app.secrets, &body.refresh_token, app.clock.now()).await?;
     let (family, outcome, code) = match taken {
         Taken::Valid(family) if users::is_active(&mut tx, family.user).await? => {
             events::record(&mut tx, event.row(Outcome::Success, Some(family.user))).await?;
             let answer = open_session(&app, &mut tx, family).await?;
+            idempotency::keep(&mut tx, &app.keys, place, StatusCode::OK, &answer).await?;
             tx.commit().await?;
-            return Ok(Json(answer));
+            return Ok(Json(answer).into_response());
         }
         Taken::Reused(family) => (Some(family), Outcome::Reuse, ErrorCode::TokenReused),
         Taken::Expired(family) => (Some(family), Outcome::Failure, ErrorCode::TokenExpired),
@@ -152,6 +185,7 @@ async fn refresh_tokens(
         Taken::Unknown => (None, Outcome::Failure, ErrorCode::InvalidToken),
     };
     events::record(&mut tx, event.row(outcome, family.map(|family| family.user))).await?;
+    idempotency::give_back(&mut tx, place).await?;
     // the revocation of the family has to last
     tx.commit().await?;
     let problem = Problem::new(code);
@@ -159,7 +193,7 @@ async fn refresh_tokens(
     Err(if expired { problem.detail("The refresh token has expired. Log in again.") } else { problem })
 }
 
-/// End a login: its refresh tokens stop working.
+/// End a login: its refresh tokens stop working. May be repeated; an `Idempotency-Key` is not looked at.
 #[utoipa::path(post, path = "/api/v1/auth/logout", tag = "auth", security(("api_key" = [], "api_secret" = [])),
     request_body = RefreshRequest,
     responses((status = 204), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
@@ -197,6 +231,14 @@ struct Attempt {
 impl Attempt {
     fn row(self, outcome: Outcome, user: Option<UserId>) -> AuthEvent {
         AuthEvent { kind: self.kind, outcome, user, client_ip: self.client_ip, request_id: self.key.request_id }
+    }
+
+    /// Notes what a throttle has refused.
+    async fn admitted(self, app: &App, decision: Result<(), Problem>) -> Result<(), Problem> {
+        if decision.is_err() {
+            self.note(app, Outcome::Limited, None).await?;
+        }
+        decision
     }
 
     async fn note(self, app: &App, outcome: Outcome, user: Option<UserId>) -> Result<(), DbError> {

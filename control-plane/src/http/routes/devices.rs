@@ -13,9 +13,8 @@ use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
 use http::{HeaderMap, StatusCode};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
-use tokio::time::Instant;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -24,8 +23,8 @@ use crate::devices::{
     self, ClientDefaults, ConfigError, ConfigKey, DeviceName, Fault, NewDevice, Platform, PublicKey, RegisterError,
     Registered, RevokeError, is_region, render_config,
 };
-use crate::http::idempotency::{self, Claim};
-use crate::http::{Caller, Json, Path, Problem, Query, cursor};
+use crate::http::idempotency::{self, Claim, Replay};
+use crate::http::{Caller, Json, Path, Problem, Query, context, cursor};
 use crate::ipam::Addresses;
 use crate::servers::{self, Server};
 use crate::tenancy::TenantTx;
@@ -81,7 +80,7 @@ async fn register(
     headers: HeaderMap,
     Json(body): Json<RegisterDevice>,
 ) -> Result<Response, Problem> {
-    let arrived = Instant::now();
+    let arrived = context::arrived();
     let new = parse(body)?;
     let wait = preferred_wait(&headers).or(query.wait.map(|Wait::Active| DEFAULT_WAIT));
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
@@ -104,22 +103,52 @@ async fn register(
     Ok((StatusCode::CREATED, Json(registered(&app, &device, activation_ms)?)).into_response())
 }
 
-/// A registration, or the answer of the one that an earlier request with the same `Idempotency-Key` made.
-enum Once {
-    First(Box<Registered>),
+/// What was done, or the answer of an earlier request with the same `Idempotency-Key`.
+enum Once<T> {
+    First(T),
     Replay(Response),
 }
 
-async fn register_once(app: &App, tx: &mut TenantTx, caller: Caller, new: NewDevice) -> Result<Once, Problem> {
+async fn register_once(
+    app: &App,
+    tx: &mut TenantTx,
+    caller: Caller,
+    new: NewDevice,
+) -> Result<Once<Box<Registered>>, Problem> {
     let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
         Claim::Proceed(place) => place,
-        Claim::Replay(response) => return Ok(Once::Replay(response)),
+        Claim::Replay(replay) => return again(app, tx, caller, &replay).await.map(Once::Replay),
     };
     let mut rng = StdRng::from_os_rng();
     let now = app.clock.now();
     let device = devices::register(tx, &app.keys, caller.user, new, now, &mut rng, caller.request_id).await?;
-    idempotency::keep(tx, &app.keys, place, StatusCode::CREATED, &registered(app, &device, None)?).await?;
+    idempotency::keep(tx, &app.keys, place, StatusCode::CREATED, &Kept { device_id: device.id }).await?;
     Ok(Once::First(Box::new(device)))
+}
+
+/// What is kept of a registration. Not its answer: that holds the private key, which is destroyed with the device.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    device_id: DeviceId,
+}
+
+/// The answer of an earlier registration, from the device as it is now.
+async fn again(app: &App, tx: &mut TenantTx, caller: Caller, replay: &Replay) -> Result<Response, Problem> {
+    let Kept { device_id } = replay.kept()?;
+    let device = devices::find(tx, caller.user, device_id).await?.ok_or_else(|| {
+        Problem::new(ErrorCode::NotFound).detail("The device that was registered with this Idempotency-Key is deleted.")
+    })?;
+    let key = devices::config_of(tx, &app.keys, device_id).await?;
+    let server = servers::find(tx, device.server).await?.ok_or_else(|| Problem::new(ErrorCode::ServerUnavailable))?;
+    let device = Registered {
+        id: device_id,
+        public_key: device.public_key,
+        key,
+        addresses: device.addresses,
+        server,
+        revision: device.placed_revision,
+    };
+    replay.with(&registered(app, &device, None)?)
 }
 
 fn registered(app: &App, device: &Registered, activation_ms: Option<u64>) -> Result<RegisteredDevice, Problem> {
@@ -297,16 +326,34 @@ async fn config(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>
 
 /// Delete a device: its keys are destroyed, its server drops it, its address rests before it is used again.
 #[utoipa::path(delete, path = "/api/v1/devices/{device_id}", tag = "devices", security(("api_key" = [], "user_token" = [])),
-    params(("device_id" = DeviceId, Path)),
+    params(("device_id" = DeviceId, Path),
+           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
     responses((status = 204, description = "Deleted."),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn delete(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -> Result<StatusCode, Problem> {
+async fn delete(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -> Result<Response, Problem> {
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
-    let work = devices::revoke(&mut tx, caller.user, id, app.clock.now(), caller.request_id).await;
-    let revoked = tx.finish(work).await?;
-    app.nodes.server_changed(revoked.server);
-    Ok(StatusCode::NO_CONTENT)
+    let work = delete_once(&app, &mut tx, caller, id).await;
+    match tx.finish(work).await? {
+        Once::First(revoked) => app.nodes.server_changed(revoked.server),
+        Once::Replay(response) => return Ok(response),
+    }
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+async fn delete_once(
+    app: &App,
+    tx: &mut TenantTx,
+    caller: Caller,
+    id: DeviceId,
+) -> Result<Once<devices::Revoked>, Problem> {
+    let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
+        Claim::Proceed(place) => place,
+        Claim::Replay(replay) => return Ok(Once::Replay(replay.into_response())),
+    };
+    let revoked = devices::revoke(tx, caller.user, id, app.clock.now(), caller.request_id).await?;
+    idempotency::keep(tx, &app.keys, place, StatusCode::NO_CONTENT, &()).await?;
+    Ok(Once::First(revoked))
 }
 
 impl From<RegisterError> for Problem {
@@ -316,6 +363,7 @@ impl From<RegisterError> for Problem {
                 .detail(format!("This user has {used} of {max} devices. Remove one or raise the limit."))
                 .limit("devices_per_user", max.into(), used),
             RegisterError::UserGone => Self::new(ErrorCode::InvalidToken),
+            RegisterError::TenantClosed => Self::new(ErrorCode::TenantSuspended),
             RegisterError::PublicKeyInUse => {
                 Self::new(ErrorCode::PublicKeyInUse).detail("Another device has this public key. Make a new pair.")
             }

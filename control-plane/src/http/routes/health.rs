@@ -26,7 +26,7 @@ pub fn router() -> OpenApiRouter<App> {
 #[utoipa::path(get, path = "/health", tag = "platform", security(()),
     responses((status = 200, body = Health), (status = 503, body = Health)))]
 async fn health(State(app): State<App>) -> (StatusCode, Json<Health>) {
-    let db = app.db.ping().await.is_ok();
+    let db = app.health.database(&app.db).await;
     answer(&app, db, db)
 }
 
@@ -34,7 +34,7 @@ async fn health(State(app): State<App>) -> (StatusCode, Json<Health>) {
 #[utoipa::path(get, path = "/health/ready", tag = "platform", security(()),
     responses((status = 200, body = Health), (status = 503, body = Health)))]
 async fn ready(State(app): State<App>) -> (StatusCode, Json<Health>) {
-    let db = app.db.ping().await.is_ok();
+    let db = app.health.database(&app.db).await;
     answer(&app, db && !app.draining.is_cancelled(), db)
 }
 

@@ -26,7 +26,7 @@ pub fn router() -> OpenApiRouter<App> {
 
 /// Open a session of a device.
 ///
-/// Repeating it returns the open session. A tunnel brought up from the configuration file alone opens a session when its
+/// Repeating it returns the open session, so that an `Idempotency-Key` is not needed and not looked at. A tunnel brought up from the configuration file alone opens a session when its
 /// handshake is seen.
 #[utoipa::path(post, path = "/api/v1/vpn/connect", tag = "vpn", security(("api_key" = [], "user_token" = [])),
     request_body = ConnectRequest,

@@ -28,7 +28,8 @@ fn measure(show: &mut Show, platform: &Platform, devices: usize) -> Result<()> {
         Ok(())
     })?;
     show.step("Bill 20 MiB each way", |show| {
-        let account = figures::metering(platform, &server, 20 * 1024 * 1024)?;
+        let figures::Metering { up, account } = figures::metering(platform, &server, 20 * 1024 * 1024)?;
+        show.fact("first handshake", &format!("{}  (wg-quick itself {})", took(up.handshake), took(up.wg_quick)));
         show.line(&format!("{:<34}{:>16}{:>16}", "bytes of IP packets", "from device", "to device"));
         show.line(&format!("{:<34}{:>16}{:>16}", "billed", thousands(account.billed.rx), thousands(account.billed.tx)));
         show.line(&format!(

@@ -1,0 +1,101 @@
+//! Throttles of those who have proven nothing yet. Only failures count, so that nobody who knows the right password or
+//! key waits for somebody who does not, except at the account under attack itself.
+//!
+//! By network: attempts with API keys, secrets and user tokens. By account: guesses at one password. By tenant and
+//! network: guesses at many; a tenant's backend usually calls from one address for all of its users, and another tenant
+//! must not feel it. An account is counted whether it exists or not. Each replica counts for itself.
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use cvault_types::{ErrorCode, TenantId};
+use sha2::{Digest, Sha256};
+
+use crate::http::Problem;
+use crate::http::limit::{Allowance, Decision, Limiter};
+use crate::network::Network;
+
+/// Calls with a wrong key, secret or token from one network.
+const CREDENTIALS: Allowance = Allowance::per_minute(100);
+/// Failed logins and registrations at one tenant from one network.
+const LOGINS: Allowance = Allowance::per_minute(100);
+/// Failed logins at one account.
+const ACCOUNT: Allowance = Allowance { count: 20, window: Duration::from_secs(300) };
+
+/// One for the process.
+#[derive(Debug, Default)]
+pub struct Throttles {
+    credentials: Limiter<Network>,
+    logins: Limiter<(TenantId, Network)>,
+    accounts: Limiter<Account>,
+}
+
+/// A digest: the table holds no addresses, and each key has one size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Account([u8; 16]);
+
+impl Account {
+    #[must_use]
+    pub fn of(tenant: TenantId, email: &str) -> Self {
+        let text = email.to_ascii_lowercase();
+        let digest = Sha256::new().chain_update(tenant.uuid().as_bytes()).chain_update(text).finalize();
+        Self(std::array::from_fn(|index| digest[index]))
+    }
+}
+
+impl Throttles {
+    /// Asked before credentials are looked at.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for a network that has failed too often.
+    pub fn before_credentials(&self, ip: Option<IpAddr>) -> Result<(), Problem> {
+        let Some(network) = ip.map(Network::of) else { return Ok(()) };
+        refuse(self.credentials.ask(network, CREDENTIALS, Instant::now()))
+    }
+
+    /// Notes credentials that were wrong.
+    pub fn credentials_failed(&self, ip: Option<IpAddr>) {
+        if let Some(network) = ip.map(Network::of) {
+            self.credentials.charge(network, CREDENTIALS, Instant::now());
+        }
+    }
+
+    /// Asked before a login or a registration.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for a network that has failed too often at this tenant.
+    pub fn before_login(&self, tenant: TenantId, ip: Option<IpAddr>) -> Result<(), Problem> {
+        let Some(network) = ip.map(Network::of) else { return Ok(()) };
+        refuse(self.logins.ask((tenant, network), LOGINS, Instant::now()))
+    }
+
+    /// Notes a login or a registration that was refused.
+    pub fn login_failed(&self, tenant: TenantId, ip: Option<IpAddr>) {
+        if let Some(network) = ip.map(Network::of) {
+            self.logins.charge((tenant, network), LOGINS, Instant::now());
+        }
+    }
+
+    /// Counts a guess at an account's password before it is checked, so that simultaneous guesses count too; see
+    /// [`Throttles::no_guess`].
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for an account that was guessed at too often.
+    pub fn guess(&self, account: Account) -> Result<(), Problem> {
+        refuse(self.accounts.charge(account, ACCOUNT, Instant::now()))
+    }
+
+    /// The password was right, or was not checked.
+    pub fn no_guess(&self, account: Account) {
+        self.accounts.give_back(account, ACCOUNT);
+    }
+}
+
+fn refuse(decision: Decision) -> Result<(), Problem> {
+    if decision.allowed {
+        return Ok(());
+    }
+    Err(Problem::new(ErrorCode::RateLimited)
+        .detail("Too many failed attempts. Wait as long as Retry-After says.")
+        .retry_after(decision.retry_after_seconds))
+}

@@ -1,0 +1,117 @@
+//! What failed attempts cost, and whom.
+
+use serde_json::{Value, json};
+use sqlx::ConnectOptions;
+
+use crate::platform::{Answer, Call, PASSWORD, Platform, Tenant};
+
+const LOGIN: &str = "/api/v1/auth/login";
+const REGISTER: &str = "/api/v1/auth/register";
+const WRONG_SECRET: &str = "cvs_0000000000000000000000000000000000000000000000000000000000000000";
+
+fn wrong_secret(tenant: &Tenant) -> String {
+    // well-formed, so that it is looked up
+    let sum = crc32fast::hash(&WRONG_SECRET.as_bytes()[4..]);
+    let text = format!("{WRONG_SECRET}{sum:08x}");
+    assert_ne!(text, tenant.secret);
+    text
+}
+
+fn login<'a>(platform: &'a Platform, tenant: &Tenant, email: &str, password: &str) -> Call<'a> {
+    platform.post(LOGIN, &json!({"email": email, "password": password})).backend(tenant)
+}
+
+async fn at_once(calls: impl Iterator<Item = Call<'_>>) -> Vec<Answer> {
+    futures::future::join_all(calls.map(Call::send)).await
+}
+
+fn count(answers: &[Answer], status: u16) -> usize {
+    answers.iter().filter(|answer| answer.status == status).count()
+}
+
+#[tokio::test]
+async fn who_knows_the_public_key_alone_cannot_use_up_the_tenants_rate() {
+    let platform = Platform::with(|config| config.rate_limit_per_minute = 5).await;
+    let tenant = platform.tenant().await;
+    let body = json!({"refresh_token": "cvr_"});
+    for _ in 0..10 {
+        let no_secret = platform.post("/api/v1/auth/refresh", &body).header("x-api-key", &tenant.key);
+        no_secret.refused(401, "INVALID_API_KEY").await;
+        let wrong = platform.post("/api/v1/auth/refresh", &body).header("x-api-key", &tenant.key);
+        wrong.header("x-api-secret", &wrong_secret(&tenant)).refused(401, "INVALID_API_KEY").await;
+        let no_token = platform.call("GET", "/api/v1/devices").header("x-api-key", &tenant.key);
+        let refused = no_token.header("authorization", "Bearer a.b.c").refused(401, "INVALID_TOKEN").await;
+        assert!(!refused.headers.contains_key("ratelimit"), "nothing of the tenant is told");
+    }
+    let answer = platform.post("/api/v1/auth/refresh", &body).backend(&tenant).refused(401, "INVALID_TOKEN").await;
+    assert!(answer.header("ratelimit").starts_with("\"tenant\";r=4;"), "{}", answer.header("ratelimit"));
+}
+
+#[tokio::test]
+async fn a_network_that_fails_too_often_waits_while_another_is_served() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    let wrong = |ip: &str| {
+        let call = platform.call("GET", "/api/v1/usage").header("x-api-key", &tenant.key).from(ip);
+        call.header("x-api-secret", &wrong_secret(&tenant))
+    };
+    for host in 0..100 {
+        wrong(&format!("2001:db8::{host:x}")).refused(401, "INVALID_API_KEY").await;
+    }
+    let refused = wrong("2001:db8::1:1").refused(429, "RATE_LIMITED").await;
+    assert_eq!(refused.header("retry-after"), "1");
+    let right = |ip: &str| platform.call("GET", "/api/v1/usage").backend(&tenant).from(ip).send();
+    assert_eq!(right("2001:db8::1").await.status, 429);
+    assert_eq!(right("2001:db8:0:1::1").await.status, 200);
+}
+
+#[tokio::test]
+async fn guesses_at_one_account_are_bounded_whether_it_exists_or_not() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    platform.register(&tenant, "a@example.com").await;
+    platform.register(&tenant, "b@example.com").await;
+    for email in ["a@example.com", "nobody@example.com"] {
+        let answers = at_once((0..30).map(|_| login(&platform, &tenant, email, "wrong"))).await;
+        assert_eq!((count(&answers, 401), count(&answers, 429)), (20, 10), "{email}");
+        let refused = login(&platform, &tenant, &email.to_uppercase(), PASSWORD).refused(429, "RATE_LIMITED").await;
+        assert!((1..=15).contains(&refused.header("retry-after").parse::<u64>().unwrap()));
+    }
+    assert_eq!(login(&platform, &tenant, "b@example.com", PASSWORD).send().await.status, 200);
+    let mut superuser = platform.database.superuser().connect().await.unwrap();
+    let limited: i64 =
+        sqlx::query_scalar("select count(*) from cvault.auth_events where kind = 'login' and outcome = 'limited'")
+            .fetch_one(&mut superuser)
+            .await
+            .unwrap();
+    assert_eq!(limited, 22);
+}
+
+#[tokio::test]
+async fn right_passwords_count_for_nothing() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    platform.register(&tenant, "a@example.com").await;
+    let answers = at_once((0..15).map(|_| login(&platform, &tenant, "a@example.com", PASSWORD))).await;
+    assert_eq!(count(&answers, 200), 15);
+    let answers = at_once((0..15).map(|_| login(&platform, &tenant, "a@example.com", PASSWORD))).await;
+    assert_eq!(count(&answers, 200), 15);
+}
+
+#[tokio::test]
+async fn a_network_that_fails_at_one_tenant_is_served_at_another() {
+    let platform = Platform::start().await;
+    let (tenant, other) = (platform.tenant().await, platform.tenant().await);
+    for tenant in [&tenant, &other] {
+        platform.register(tenant, "a@example.com").await;
+    }
+    let taken: Value = json!({"email": "a@example.com", "password": PASSWORD});
+    let register = |tenant, ip: &str| platform.post(REGISTER, &taken).backend(tenant).from(ip);
+    for _ in 0..100 {
+        register(&tenant, "192.0.2.1").refused(409, "EMAIL_TAKEN").await;
+    }
+    register(&tenant, "192.0.2.1").refused(429, "RATE_LIMITED").await;
+    login(&platform, &tenant, "a@example.com", PASSWORD).from("192.0.2.1").refused(429, "RATE_LIMITED").await;
+    register(&tenant, "192.0.2.2").refused(409, "EMAIL_TAKEN").await;
+    register(&other, "192.0.2.1").refused(409, "EMAIL_TAKEN").await;
+}
