@@ -100,8 +100,11 @@ impl Server {
             }
             let server = Arc::clone(self);
             let client = move || {
-                if let Err(error) = server.serve(&stream) {
-                    tracing::debug!(%error, "a client of the control socket failed");
+                match server.serve(&stream) {
+                    Ok(()) => {}
+                    // it has read as much as it wanted
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+                    Err(error) => tracing::debug!(%error, "a client of the control socket failed"),
                 }
                 server.clients.fetch_sub(1, Ordering::Relaxed);
             };
