@@ -77,15 +77,15 @@ pub struct Metering {
 /// to the byte on what that was. Nothing else may use the server, and the tenant has no other client.
 pub fn exact(platform: &Platform, server: &Server, client: &Client, tenant: &Tenant, bytes: u64) -> Result<Account> {
     client.silence()?;
-    let billed =
+    let billed_before =
         platform.bill_where(tenant, |billed| billed.check_against(server.counters_on_wire()?, client.counters()?))?;
-    let before = Account { billed, client: client.counters()?, server: server.counters_on_wire()? };
+    let (client_before, server_before) = (client.counters()?, server.tally()?);
     client.carry_slowly(bytes)?;
     let since = |billed: Usage| -> Result<Account> {
         Ok(Account {
-            billed: billed - before.billed,
-            client: client.counters()? - before.client,
-            server: server.counters_on_wire()? - before.server,
+            billed: billed - billed_before,
+            client: client.counters()? - client_before,
+            server: server.tally()?.on_wire_since(server_before),
         })
     };
     let billed = platform.bill_where(tenant, |billed| {
@@ -101,14 +101,15 @@ pub fn metering(platform: &Platform, server: &Server, bytes: u64) -> Result<Mete
     let user = platform.user(&tenant, "meter@example.com")?;
     let device = platform.device(&user, "meter")?;
     let client = platform.client(240)?;
-    let before = server.counters_on_wire()?;
+    let before = server.tally()?;
     let up = client.up(&device.config)?;
     client.download(bytes)?;
     client.upload(bytes)?;
     client.silence()?;
-    let billed = platform
-        .bill_where(&tenant, |billed| billed.check_against(server.counters_on_wire()? - before, client.counters()?))?;
-    let account = Account { billed, client: client.counters()?, server: server.counters_on_wire()? - before };
+    let billed = platform.bill_where(&tenant, |billed| {
+        billed.check_against(server.tally()?.on_wire_since(before), client.counters()?)
+    })?;
+    let account = Account { billed, client: client.counters()?, server: server.tally()?.on_wire_since(before) };
     client.down()?;
     Ok(Metering { up, account })
 }

@@ -15,7 +15,7 @@ pub use account::{Admin, Device, Tenant, Usage, User};
 pub use client::{Client, Counters, PingCount, Pings, Up, dropped, uapi};
 pub use control::{Control, ControlOptions};
 pub use http::{Answer, Http, Request};
-pub use server::Server;
+pub use server::{Server, Tally};
 
 struct Running {
     http: Http,

@@ -24,6 +24,32 @@ pub struct Server {
     agent: Process,
 }
 
+/// The kernel's counters, and the engine's count of the packets of peers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    kernel: Counters,
+    rx_packets: u64,
+    tx_packets: u64,
+}
+
+impl Tally {
+    /// What the kernel counted, with the packets that it or the engine aggregates (TSO, GRO) counted as they are on the wire.
+    ///
+    /// An aggregate is one packet with one header to the kernel; the engine tells how many it was. They are taken
+    /// for TCP over IPv4 with timestamps, as the lab's transfers are; two DNS questions in one aggregate make it 24 too many,
+    /// and a packet of the server's own (IPv6 multicast), which is no peer's, hides one header.
+    pub fn on_wire_since(self, before: Self) -> Counters {
+        let kernel = self.kernel - before.kernel;
+        let (rx_packets, tx_packets) = (self.rx_packets - before.rx_packets, self.tx_packets - before.tx_packets);
+        Counters {
+            rx_bytes: kernel.rx_bytes + TCP_HEADERS * rx_packets.saturating_sub(kernel.rx_packets),
+            tx_bytes: kernel.tx_bytes + TCP_HEADERS * tx_packets.saturating_sub(kernel.tx_packets),
+            rx_packets,
+            tx_packets,
+        }
+    }
+}
+
 impl Server {
     pub(super) fn join(lab: &Lab, control: &Control, number: u8) -> Result<Self> {
         let (machine, addresses) = lab.machine(&format!("server{number}"), Network::Servers, 9 + number)?;
@@ -50,8 +76,11 @@ impl Server {
         let agent = start_agent(&machine, &program, &folder)?;
         let server = Self { id, addresses, number, machine, program, state_dir, agent };
         server.wait_until_up()?;
-        let key = server.machine.run("wg", ["show", INTERFACE, "private-key"])?;
-        ensure!(key.trim().len() == 44, "the server's tunnel has no private key");
+        let key = eventually("the server's tunnel has its private key", 10, || {
+            let key = server.machine.run("wg", ["show", INTERFACE, "private-key"])?;
+            ensure!(key.trim().len() == 44, "{INTERFACE} has none");
+            Ok(key)
+        })?;
         lab.secret("the server's private key", key.trim());
         Ok(server)
     }
@@ -77,23 +106,19 @@ impl Server {
         Counters::read(&self.machine, INTERFACE)
     }
 
-    /// What the kernel counted, with the packets that it or the engine aggregates (TSO, GRO) counted as they are on the wire.
-    ///
-    /// An aggregate is one packet with one header to the kernel; the engine tells how many it was. They are taken
-    /// for TCP over IPv4 with timestamps, as the lab's downloads are; two DNS questions in one aggregate make it 24 too many.
-    pub fn counters_on_wire(&self) -> Result<Counters> {
+    /// What kernel and engine have counted on the tunnel's interface.
+    pub fn tally(&self) -> Result<Tally> {
         let kernel = self.counters()?;
         let text = uapi(&self.machine, INTERFACE, "get=1\n\n")?;
         let sum = |name: &str| -> u64 {
             text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('=')?.parse::<u64>().ok()).sum()
         };
-        let (rx_packets, tx_packets) = (sum("cvault_rx_packets"), sum("cvault_tx_packets"));
-        Ok(Counters {
-            rx_bytes: kernel.rx_bytes + TCP_HEADERS * rx_packets.saturating_sub(kernel.rx_packets),
-            tx_bytes: kernel.tx_bytes + TCP_HEADERS * tx_packets.saturating_sub(kernel.tx_packets),
-            rx_packets,
-            tx_packets,
-        })
+        Ok(Tally { kernel, rx_packets: sum("cvault_rx_packets"), tx_packets: sum("cvault_tx_packets") })
+    }
+
+    /// As `Tally::on_wire_since`, from the beginning.
+    pub fn counters_on_wire(&self) -> Result<Counters> {
+        Ok(self.tally()?.on_wire_since(Tally::default()))
     }
 
     /// How many packets the engine has dropped for `reason`.
