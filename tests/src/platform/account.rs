@@ -68,11 +68,21 @@ impl Usage {
         Ok(())
     }
 
-    /// Fails unless the bill is to the byte what the server's kernel and the client's kernel counted, each by itself.
+    /// Fails unless the bill is to the byte what the server's kernel counted, and what the client's kernel counted unless
+    /// packets were lost between the two: then it received less than was sent to it, and sent more than arrived.
     pub fn equals(self, server: Counters, client: Counters) -> Result<()> {
-        let equal = [server.rx_bytes, client.tx_bytes].iter().all(|counted| *counted == self.rx)
-            && [server.tx_bytes, client.rx_bytes].iter().all(|counted| *counted == self.tx);
-        if !equal {
+        let equal = |arrived: u64, arrived_packets: u64, sent: u64, sent_packets: u64| {
+            if arrived_packets == sent_packets {
+                arrived == sent
+            } else {
+                arrived < sent && arrived_packets < sent_packets
+            }
+        };
+        let agrees = server.rx_bytes == self.rx
+            && server.tx_bytes == self.tx
+            && equal(self.rx, server.rx_packets, client.tx_bytes, client.tx_packets)
+            && equal(client.rx_bytes, client.rx_packets, self.tx, server.tx_packets);
+        if !agrees {
             bail!("billed {self:?}, counted by the server's kernel {server:?}, by the client's {client:?}");
         }
         Ok(())

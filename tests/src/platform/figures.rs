@@ -73,8 +73,8 @@ pub struct Metering {
     pub account: Account,
 }
 
-/// Carries `bytes` each way slowly, so that nothing is lost, and demands that bill, server's kernel and client's kernel agree
-/// to the byte on what that was. Nothing else may use the server, and the tenant has no other client.
+/// Carries `bytes` each way slowly, so that hardly anything is lost, and demands that bill, server's kernel and client's kernel
+/// agree to the byte on what that was, but for packets that were lost between the two machines. Nothing else may use the server, and the tenant has no other client.
 pub fn exact(platform: &Platform, server: &Server, client: &Client, tenant: &Tenant, bytes: u64) -> Result<Account> {
     client.silence()?;
     let billed_before =

@@ -139,14 +139,17 @@ fn connect(
 }
 
 fn meter(show: &mut Show, platform: &Platform, server: &Server, client: &Client, tenant: &Tenant) -> Result<()> {
-    show.step("Carry 2 MiB each way slowly: nothing is lost, so the three counts must be the same", |show| {
-        let account = figures::exact(platform, server, client, tenant, SLOW_LOAD)?;
-        header(show);
-        row(show, "billed", account.billed.rx, account.billed.tx);
-        row(show, "server's kernel, TUN device", account.server.rx_bytes, account.server.tx_bytes);
-        row(show, "client's kernel, TUN device", account.client.tx_bytes, account.client.rx_bytes);
-        Ok(())
-    })?;
+    show.step(
+        "Carry 2 MiB each way slowly: the three counts must be the same, but for packets lost on the way",
+        |show| {
+            let account = figures::exact(platform, server, client, tenant, SLOW_LOAD)?;
+            header(show);
+            row(show, "billed", account.billed.rx, account.billed.tx);
+            row(show, "server's kernel, TUN device", account.server.rx_bytes, account.server.tx_bytes);
+            row(show, "client's kernel, TUN device", account.client.tx_bytes, account.client.rx_bytes);
+            Ok(())
+        },
+    )?;
     show.step("Carry 50 MiB each way", |show| {
         let started = Instant::now();
         client.download(LOAD)?;
