@@ -247,8 +247,8 @@ CREATE FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device 
         returning a.host
 $$;
 ALTER FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) OWNER TO cvault_fn;
-CREATE FUNCTION platform.withdraw_peer(p_device uuid) RETURNS bigint
-    LANGUAGE plpgsql SECURITY DEFINER
+CREATE FUNCTION platform.withdraw(p_device uuid, p_tenant uuid) RETURNS bigint
+    LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
@@ -256,7 +256,7 @@ declare
     v_revision bigint;
 begin
     select p.* into v_peer from platform.peers p
-        where p.device_id = p_device and p.tenant_id = cvault.tenant_id() and p.removed_revision is null
+        where p.device_id = p_device and p.tenant_id = p_tenant and p.removed_revision is null
         for update;
     if not found then
         return null;
@@ -276,7 +276,21 @@ begin
     return v_revision;
 end
 $$;
+ALTER FUNCTION platform.withdraw(p_device uuid, p_tenant uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.withdraw_peer(p_device uuid) RETURNS bigint
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    select platform.withdraw(p_device, cvault.tenant_id())
+$$;
 ALTER FUNCTION platform.withdraw_peer(p_device uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.withdraw_unreadable_peer(p_device uuid, p_tenant uuid) RETURNS bigint
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    select platform.withdraw(p_device, p_tenant)
+$$;
+ALTER FUNCTION platform.withdraw_unreadable_peer(p_device uuid, p_tenant uuid) OWNER TO cvault_fn;
 CREATE TABLE cvault.api_keys (
     tenant_id uuid NOT NULL,
     api_key_id uuid NOT NULL,
@@ -345,6 +359,7 @@ CREATE TABLE cvault.devices (
     CONSTRAINT devices_name_length CHECK (((char_length(name) >= 1) AND (char_length(name) <= 255))),
     CONSTRAINT devices_platform_length CHECK (((char_length(platform) >= 1) AND (char_length(platform) <= 32))),
     CONSTRAINT devices_preshared_key_hash_length CHECK ((octet_length(preshared_key_hash) = 32)),
+    CONSTRAINT devices_preshared_key_hashed CHECK (((status <> 'active'::text) OR ((preshared_key_sealed IS NULL) = (preshared_key_hash = decode(repeat('00'::text, 32), 'hex'::text))))),
     CONSTRAINT devices_public_key_length CHECK ((octet_length(public_key) = 32)),
     CONSTRAINT devices_revoked CHECK (((status = 'revoked'::text) = (revoked_at IS NOT NULL))),
     CONSTRAINT devices_status CHECK ((status = ANY (ARRAY['active'::text, 'revoked'::text])))
@@ -903,7 +918,10 @@ REVOKE ALL ON PROCEDURE platform.protect(IN p_table regclass) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.retire_peer(p_device uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.retire_peer(p_device uuid) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) FROM PUBLIC;
+REVOKE ALL ON FUNCTION platform.withdraw(p_device uuid, p_tenant uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.withdraw_peer(p_device uuid) FROM PUBLIC;
+REVOKE ALL ON FUNCTION platform.withdraw_unreadable_peer(p_device uuid, p_tenant uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.withdraw_unreadable_peer(p_device uuid, p_tenant uuid) TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.api_keys TO cvault_app;
 GRANT SELECT ON TABLE cvault.api_keys TO cvault_sys;
 GRANT UPDATE(last_used_at) ON TABLE cvault.api_keys TO cvault_sys;
@@ -922,8 +940,10 @@ GRANT INSERT(user_id) ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT(user_id) ON TABLE cvault.devices TO cvault_sys;
 GRANT INSERT(name),UPDATE(name) ON TABLE cvault.devices TO cvault_app;
 GRANT INSERT(platform) ON TABLE cvault.devices TO cvault_app;
-GRANT INSERT(public_key) ON TABLE cvault.devices TO cvault_app;
+GRANT INSERT(public_key),UPDATE(public_key) ON TABLE cvault.devices TO cvault_app;
 GRANT INSERT(private_key_sealed),UPDATE(private_key_sealed) ON TABLE cvault.devices TO cvault_app;
+GRANT INSERT(preshared_key_sealed),UPDATE(preshared_key_sealed) ON TABLE cvault.devices TO cvault_app;
+GRANT INSERT(preshared_key_hash),UPDATE(preshared_key_hash) ON TABLE cvault.devices TO cvault_app;
 GRANT INSERT(pool_id) ON TABLE cvault.devices TO cvault_app;
 GRANT INSERT(ipv4) ON TABLE cvault.devices TO cvault_app;
 GRANT INSERT(ipv6) ON TABLE cvault.devices TO cvault_app;

@@ -9,7 +9,7 @@ use zeroize::Zeroizing;
 
 use crate::app::App;
 use crate::config::{Config, Overrides};
-use crate::devices::{self, DeviceName, NewDevice, RegisterError, Registered};
+use crate::devices::{self, DeviceName, KeyRequest, NewDevice, RegisterError, Registered};
 use crate::ipam::{self, NewPool};
 use crate::keys::KeyRing;
 use crate::postgres::scratch::ScratchDatabase;
@@ -111,12 +111,41 @@ impl World {
     }
 
     pub(crate) async fn register(&self, person: Person, name: &str) -> Result<Registered, RegisterError> {
-        let new = NewDevice { name: DeviceName::parse(name).unwrap(), platform: None, public_key: None, region: None };
+        let new = NewDevice {
+            name: DeviceName::parse(name).unwrap(),
+            platform: None,
+            keys: KeyRequest { public_key: None, preshared: false },
+            region: None,
+        };
         let mut rng = StdRng::from_os_rng();
         let now = self.app.clock.now();
         let mut tx = self.app.db.tenancy.begin(person.tenant).await?;
         let work = devices::register(&mut tx, &self.app.keys, person.user, new, now, &mut rng, request_id()).await;
         tx.finish(work).await
+    }
+
+    pub(crate) async fn rotate(
+        &self,
+        person: Person,
+        device: cvault_types::DeviceId,
+        preshared: Option<bool>,
+    ) -> Result<devices::Rotated, devices::RotateError> {
+        let new = devices::NewDeviceKeys { device, public_key: None, preshared };
+        let mut rng = StdRng::from_os_rng();
+        let now = self.app.clock.now();
+        let mut tx = self.app.db.tenancy.begin(person.tenant).await.map_err(RegisterError::from)?;
+        let (keys, id) = (&self.app.keys, request_id());
+        let work = devices::rotate(&mut tx, keys, person.user, new, now, &mut rng, id).await;
+        match work {
+            Ok(rotated) => {
+                tx.commit().await.map_err(RegisterError::from)?;
+                Ok(rotated)
+            }
+            Err(error) => {
+                tx.rollback().await.map_err(RegisterError::from)?;
+                Err(error)
+            }
+        }
     }
 
     pub(crate) async fn revoke(&self, person: Person, device: cvault_types::DeviceId) -> devices::Revoked {

@@ -7,15 +7,17 @@
 use cvault_node_protocol::MAX_CHUNK_PEERS;
 use cvault_node_protocol::digest::{Digest, PeerRecord};
 use cvault_node_protocol::v1::{Cursor, Peer};
-use cvault_types::{ServerId, TenantId};
+use cvault_types::{DeviceId, ServerId, TenantId};
 use ipnet::IpNet;
+use sha2::{Digest as _, Sha256};
 use sqlx::PgConnection;
 use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::db::{DbError, Tx};
+use crate::devices;
 use crate::ipam;
-use crate::keys::{Aad, KeyError, KeyRing};
+use crate::keys::{KeyError, KeyRing};
 
 /// A position in a server's history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,10 +75,18 @@ pub enum DesiredError {
     /// An alarm: the rows that can be read are not the state the server's row speaks of.
     #[error("the peers that can be read are not revision {revision}: {what}")]
     Inconsistent { revision: u64, what: String },
-    #[error("a preshared key does not open")]
-    Key(#[from] KeyError),
+    /// Preshared keys that do not open, or are not the ones their hashes tell.
+    #[error("{} devices have no readable preshared key", .0.len())]
+    Unreadable(Vec<Unreadable>),
     #[error(transparent)]
     Db(#[from] DbError),
+}
+
+/// A device that no server can be told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unreadable {
+    device: Uuid,
+    tenant: Uuid,
 }
 
 /// Reads what `server` needs, given what it has. A position of another history, of the future, or with another digest
@@ -109,7 +119,13 @@ pub async fn read_changes(
     let Some(have) = have else { return Ok(None) };
     let mut tx = Tx::snapshot(sys).await?;
     let update = changes(tx.conn(), keys, server.uuid(), have).await;
-    tx.finish(update).await
+    match tx.finish(update).await {
+        Err(DesiredError::Unreadable(devices)) => {
+            withdraw(sys, devices).await?;
+            Ok(None)
+        }
+        other => other,
+    }
 }
 
 /// Everything the server should run: about 10 MB for a full one.
@@ -122,9 +138,30 @@ pub async fn read_snapshot(
     server: ServerId,
     have: Option<Position>,
 ) -> Result<Update, DesiredError> {
-    let mut tx = Tx::snapshot(sys).await?;
-    let update = snapshot(tx.conn(), keys, server.uuid(), have).await;
-    tx.finish(update).await
+    let read = async || {
+        let mut tx = Tx::snapshot(sys).await?;
+        let update = snapshot(tx.conn(), keys, server.uuid(), have).await;
+        tx.finish(update).await
+    };
+    match read().await {
+        Err(DesiredError::Unreadable(devices)) => {
+            withdraw(sys, devices).await?;
+            read().await
+        }
+        other => other,
+    }
+}
+
+/// Takes devices off their servers, so that they do not keep everybody else's changes from them.
+async fn withdraw(sys: &PgPool, devices: Vec<Unreadable>) -> Result<(), DesiredError> {
+    for Unreadable { device, tenant } in devices {
+        tracing::error!(%device, %tenant, "a preshared key does not open: the device is taken off its server");
+        sqlx::query_scalar!("select platform.withdraw_unreadable_peer($1, $2)", device, tenant)
+            .fetch_one(sys)
+            .await
+            .map_err(DbError::from)?;
+    }
+    Ok(())
 }
 
 async fn changes(
@@ -290,41 +327,57 @@ async fn peers(
     .fetch_all(conn)
     .await
     .map_err(DbError::from)?;
-    rows.into_iter()
-        .map(|row| {
-            let addresses = ipam::addresses(row.ipv4, row.ipv6)?;
-            let record = PeerRecord {
-                device_id: row.device_id.into_bytes(),
-                tenant_id: row.tenant_id.into_bytes(),
-                public_key: row.public_key.try_into().expect("peers_public_key_length"),
-                preshared_key_hash: row.preshared_key_hash.try_into().expect("devices_preshared_key_hash_length"),
-                ipv4: addresses.ipv4.octets(),
-                ipv6: addresses.ipv6.octets(),
-                generation: u64::try_from(row.generation).unwrap_or_default(),
-            };
-            let preshared_key = match row.preshared_key_sealed {
-                None => Vec::new(),
-                Some(sealed) => {
-                    let data_key = row.data_key_sealed.ok_or(KeyError::DoesNotOpen)?;
-                    keys.open(&data_key, preshared_key_aad(row.tenant_id, row.device_id), &sealed)?.to_vec()
-                }
-            };
-            let wire = Peer {
-                device_id: record.device_id.to_vec().into(),
-                tenant_id: record.tenant_id.to_vec().into(),
-                public_key: record.public_key.to_vec().into(),
-                preshared_key: preshared_key.into(),
-                ipv4: u32::from(addresses.ipv4),
-                ipv6: record.ipv6.to_vec().into(),
-                generation: record.generation,
-            };
-            Ok(ReadPeer { record, wire })
-        })
-        .collect()
+    let mut unreadable = Vec::new();
+    let mut peers = Vec::with_capacity(rows.len());
+    for row in rows {
+        let addresses = ipam::addresses(row.ipv4, row.ipv6)?;
+        let record = PeerRecord {
+            device_id: row.device_id.into_bytes(),
+            tenant_id: row.tenant_id.into_bytes(),
+            public_key: row.public_key.try_into().expect("peers_public_key_length"),
+            preshared_key_hash: row.preshared_key_hash.try_into().expect("devices_preshared_key_hash_length"),
+            ipv4: addresses.ipv4.octets(),
+            ipv6: addresses.ipv6.octets(),
+            generation: u64::try_from(row.generation).unwrap_or_default(),
+        };
+        let opened = preshared_key(keys, row.data_key_sealed, row.preshared_key_sealed, &record);
+        let Ok(preshared_key) = opened else {
+            unreadable.push(Unreadable { device: row.device_id, tenant: row.tenant_id });
+            continue;
+        };
+        let wire = Peer {
+            device_id: record.device_id.to_vec().into(),
+            tenant_id: record.tenant_id.to_vec().into(),
+            public_key: record.public_key.to_vec().into(),
+            preshared_key: preshared_key.into(),
+            ipv4: u32::from(addresses.ipv4),
+            ipv6: record.ipv6.to_vec().into(),
+            generation: record.generation,
+        };
+        peers.push(ReadPeer { record, wire });
+    }
+    if unreadable.is_empty() { Ok(peers) } else { Err(DesiredError::Unreadable(unreadable)) }
 }
 
-fn preshared_key_aad(tenant: Uuid, device: Uuid) -> Aad {
-    Aad { table: "devices", column: "preshared_key_sealed", tenant: TenantId::from_uuid(tenant), row: device }
+/// The bytes of the preshared key, none without one; they must be the ones the record's hash tells.
+fn preshared_key(
+    keys: &KeyRing,
+    data_key: Option<Vec<u8>>,
+    sealed: Option<Vec<u8>>,
+    record: &PeerRecord,
+) -> Result<Vec<u8>, KeyError> {
+    let Some(sealed) = sealed else {
+        return if record.preshared_key_hash == [0; 32] { Ok(Vec::new()) } else { Err(KeyError::DoesNotOpen) };
+    };
+    let aad = devices::preshared_key_aad(
+        TenantId::from_uuid(Uuid::from_bytes(record.tenant_id)),
+        DeviceId::from_uuid(Uuid::from_bytes(record.device_id)),
+    );
+    let opened = keys.open(&data_key.ok_or(KeyError::DoesNotOpen)?, aad, &sealed)?;
+    if opened.len() != 32 || <[u8; 32]>::from(Sha256::digest(&*opened)) != record.preshared_key_hash {
+        return Err(KeyError::DoesNotOpen);
+    }
+    Ok(opened.to_vec())
 }
 
 #[cfg(test)]

@@ -23,6 +23,14 @@ pub struct ClientDefaults<'a> {
     pub mtu: u16,
 }
 
+/// The keys of a configuration.
+#[derive(Clone)]
+pub struct ConfigKeys {
+    pub private: ConfigKey,
+    /// Mixed into every handshake besides the key pairs (whitepaper §5.2).
+    pub preshared: Option<Zeroizing<[u8; 32]>>,
+}
+
 /// The private key of a configuration.
 #[derive(Clone)]
 pub enum ConfigKey {
@@ -35,15 +43,19 @@ pub enum ConfigKey {
 /// Renders the file. `None` when the server has not enrolled, so that its key is not known.
 #[must_use]
 pub fn render_config(
-    key: &ConfigKey,
+    keys: &ConfigKeys,
     addresses: Addresses,
     server: &Server,
     defaults: ClientDefaults<'_>,
 ) -> Option<Zeroizing<String>> {
-    let private_key = match key {
+    let private_key = match &keys.private {
         ConfigKey::Known(key) => Zeroizing::new(STANDARD.encode(**key)),
         ConfigKey::OnlyAtTheClient => Zeroizing::new(PLACEHOLDER.to_owned()),
     };
+    let preshared_key = Zeroizing::new(match &keys.preshared {
+        Some(key) => format!("PresharedKey = {}\n", *Zeroizing::new(STANDARD.encode(**key))),
+        None => String::new(),
+    });
     let dns: Vec<_> = defaults.dns.iter().map(ToString::to_string).collect();
     // the whole file fits: no reallocation leaves a copy of the key behind
     let mut text = Zeroizing::new(String::with_capacity(1024));
@@ -57,6 +69,7 @@ pub fn render_config(
          \n\
          [Peer]\n\
          PublicKey = {}\n\
+         {}\
          AllowedIPs = 0.0.0.0/0, ::/0\n\
          Endpoint = {}\n\
          PersistentKeepalive = {PERSISTENT_KEEPALIVE_SECONDS}\n",
@@ -66,10 +79,20 @@ pub fn render_config(
         dns.join(", "),
         defaults.mtu,
         STANDARD.encode(server.public_key?),
+        *preshared_key,
         SocketAddr::new(server.public_ip, server.endpoint_port),
     )
     .expect("writing to a string succeeds");
     Some(text)
+}
+
+/// The file as a QR code, an SVG picture.
+///
+/// # Errors
+/// When it is longer than a code can hold (2,331 bytes at this level); files are about 400 bytes.
+pub fn qr(file: &str) -> Result<Zeroizing<String>, qrcode::types::QrError> {
+    let code = qrcode::QrCode::with_error_correction_level(file, qrcode::EcLevel::M)?;
+    Ok(Zeroizing::new(code.render::<qrcode::render::svg::Color<'_>>().min_dimensions(320, 320).build()))
 }
 
 #[cfg(test)]
@@ -99,9 +122,9 @@ mod tests {
     fn the_file_is_exactly_what_wg_quick_reads() {
         let addresses = Addresses { ipv4: "10.8.0.45".parse().unwrap(), ipv6: "fd00:cafe::2d".parse().unwrap() };
         let dns = ["1.1.1.1".parse().unwrap(), "2606:4700:4700::1111".parse().unwrap()];
-        let key = ConfigKey::Known(Zeroizing::new([1; 32]));
+        let mut keys = ConfigKeys { private: ConfigKey::Known(Zeroizing::new([1; 32])), preshared: None };
         let defaults = ClientDefaults { dns: &dns, mtu: 1420 };
-        let text = render_config(&key, addresses, &server("2001:db8::1"), defaults).unwrap();
+        let text = render_config(&keys, addresses, &server("2001:db8::1"), defaults).unwrap();
         assert_eq!(
             *text,
             "[Interface]\nPrivateKey = AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=\nAddress = 10.8.0.45/32, \
@@ -109,5 +132,9 @@ mod tests {
              AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI=\nAllowedIPs = 0.0.0.0/0, ::/0\nEndpoint = \
              [2001:db8::1]:51820\nPersistentKeepalive = 25\n"
         );
+        keys.preshared = Some(Zeroizing::new([3; 32]));
+        let with_preshared = render_config(&keys, addresses, &server("2001:db8::1"), defaults).unwrap();
+        let line = "PresharedKey = AwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwM=\n";
+        assert_eq!(*with_preshared, text.replace("AllowedIPs", &format!("{line}AllowedIPs")));
     }
 }

@@ -1,21 +1,26 @@
-//! Devices: one WireGuard peer of one user. Register, list, read, delete; the configuration file a client gets.
+//! Devices: one WireGuard peer of one user. Register, list, read, give new keys, delete; the configuration file a client gets.
 //!
 //! Operations take a [`TenantTx`](crate::tenancy::TenantTx), so a foreign device is simply not there. What makes a
 //! server serve the device is the last statement of a registration (`platform.place_peer`).
 
 mod activation;
 mod config;
+mod keys;
 mod name;
 mod read;
 mod register;
 mod revoke;
+mod rotate;
 
 pub use activation::wait_until_acked;
-pub use config::{ClientDefaults, ConfigKey, render_config};
+pub use config::{ClientDefaults, ConfigKey, ConfigKeys, qr, render_config};
+pub use keys::KeyRequest;
 pub use name::{DeviceName, Fault, Platform, PublicKey, is_region};
+pub(crate) use read::preshared_key_aad;
 pub use read::{ConfigError, Device, config_of, find, list};
 pub use register::{NewDevice, RegisterError, Registered, register};
 pub use revoke::{RevokeError, Revoked, revoke};
+pub use rotate::{NewDeviceKeys, RotateError, Rotated, rotate};
 
 #[cfg(test)]
 mod tests;

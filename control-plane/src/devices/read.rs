@@ -5,7 +5,7 @@ use ipnet::IpNet;
 use time::OffsetDateTime;
 use zeroize::Zeroizing;
 
-use super::config::ConfigKey;
+use super::config::{ConfigKey, ConfigKeys};
 use super::name::PublicKey;
 use crate::db::DbError;
 use crate::ipam::{self, Addresses};
@@ -120,23 +120,23 @@ pub async fn find(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<Optio
     row.map(Device::try_from).transpose()
 }
 
-/// Why a device's private key could not be read.
+/// Why a device's keys could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    #[error("a device's private key does not open")]
+    #[error("a device's key does not open")]
     Key(#[from] KeyError),
     #[error(transparent)]
     Db(#[from] DbError),
 }
 
-/// The private key for the configuration of an active device.
+/// The keys for the configuration of an active device.
 ///
 /// # Errors
-/// When it cannot be read or opened.
-pub async fn config_of(tx: &mut TenantTx, keys: &KeyRing, id: DeviceId) -> Result<ConfigKey, ConfigError> {
+/// When they cannot be read or opened.
+pub async fn config_of(tx: &mut TenantTx, keys: &KeyRing, id: DeviceId) -> Result<ConfigKeys, ConfigError> {
     let tenant = tx.tenant();
     let row = sqlx::query!(
-        "select d.private_key_sealed, t.data_key_sealed
+        "select d.private_key_sealed, d.preshared_key_sealed, t.data_key_sealed
          from cvault.devices d join cvault.tenants t on t.tenant_id = d.tenant_id
          where d.tenant_id = $1 and d.device_id = $2",
         tenant.uuid(),
@@ -145,13 +145,23 @@ pub async fn config_of(tx: &mut TenantTx, keys: &KeyRing, id: DeviceId) -> Resul
     .fetch_one(tx.conn())
     .await
     .map_err(DbError::from)?;
-    let Some(sealed) = row.private_key_sealed else { return Ok(ConfigKey::OnlyAtTheClient) };
-    let data_key = row.data_key_sealed.ok_or(KeyError::DoesNotOpen)?;
-    let opened = keys.open(&data_key, private_key_aad(tenant, id), &sealed)?;
-    let key: &[u8; 32] = opened.as_slice().try_into().map_err(|_| KeyError::Layout)?;
-    Ok(ConfigKey::Known(Zeroizing::new(*key)))
+    let open = |aad, sealed: Option<Vec<u8>>| -> Result<Option<Zeroizing<[u8; 32]>>, KeyError> {
+        let Some(sealed) = sealed else { return Ok(None) };
+        let opened = keys.open(row.data_key_sealed.as_deref().ok_or(KeyError::DoesNotOpen)?, aad, &sealed)?;
+        let key: &[u8; 32] = opened.as_slice().try_into().map_err(|_| KeyError::Layout)?;
+        Ok(Some(Zeroizing::new(*key)))
+    };
+    let private = open(private_key_aad(tenant, id), row.private_key_sealed)?;
+    Ok(ConfigKeys {
+        private: private.map_or(ConfigKey::OnlyAtTheClient, ConfigKey::Known),
+        preshared: open(preshared_key_aad(tenant, id), row.preshared_key_sealed)?,
+    })
 }
 
 pub(super) fn private_key_aad(tenant: TenantId, device: DeviceId) -> Aad {
     Aad { table: "devices", column: "private_key_sealed", tenant, row: device.uuid() }
+}
+
+pub(crate) fn preshared_key_aad(tenant: TenantId, device: DeviceId) -> Aad {
+    Aad { table: "devices", column: "preshared_key_sealed", tenant, row: device.uuid() }
 }

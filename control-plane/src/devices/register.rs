@@ -5,11 +5,10 @@ use ipnet::IpNet;
 use rand::CryptoRng;
 use time::OffsetDateTime;
 use uuid::Uuid;
-use zeroize::Zeroizing;
 
-use super::config::ConfigKey;
+use super::config::ConfigKeys;
+use super::keys::KeyRequest;
 use super::name::{DeviceName, Platform, PublicKey};
-use super::read::private_key_aad;
 use crate::audit;
 use crate::db::DbError;
 use crate::ipam::{self, Addresses};
@@ -22,8 +21,7 @@ use crate::tenancy::TenantTx;
 pub struct NewDevice {
     pub name: DeviceName,
     pub platform: Option<Platform>,
-    /// Made by the client; otherwise the platform makes the pair.
-    pub public_key: Option<PublicKey>,
+    pub keys: KeyRequest,
     pub region: Option<String>,
 }
 
@@ -31,7 +29,7 @@ pub struct NewDevice {
 pub struct Registered {
     pub id: DeviceId,
     pub public_key: PublicKey,
-    pub key: ConfigKey,
+    pub keys: ConfigKeys,
     pub addresses: Addresses,
     pub server: Server,
     /// When the server has acknowledged this revision, the device works.
@@ -77,28 +75,20 @@ pub async fn register(
     let id = DeviceId::from_uuid(Uuid::now_v7());
     let (server, addresses) = place(tx, id, candidates).await?;
 
-    let (public_key, key, sealed) = match new.public_key {
-        Some(public_key) => (public_key, ConfigKey::OnlyAtTheClient, None),
-        None => {
-            let mut private = Zeroizing::new([0; 32]);
-            rng.fill_bytes(private.as_mut());
-            let secret = x25519_dalek::StaticSecret::from(*private);
-            let sealed = keys.seal(&data_key, private_key_aad(tenant, id), private.as_ref())?;
-            let public_key = PublicKey::from_bytes(x25519_dalek::PublicKey::from(&secret).to_bytes());
-            (public_key, ConfigKey::Known(private), Some(sealed))
-        }
-    };
+    let made = new.keys.make(tx, keys, &data_key, id, rng)?;
     sqlx::query!(
         "insert into cvault.devices (tenant_id, device_id, user_id, name, platform, public_key, private_key_sealed,
-                                     pool_id, ipv4, ipv6, server_id, created_at)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+                                     preshared_key_sealed, preshared_key_hash, pool_id, ipv4, ipv6, server_id, created_at)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
         tenant.uuid(),
         id.uuid(),
         user.uuid(),
         new.name.as_str(),
         new.platform.as_ref().map(Platform::as_str),
-        public_key.as_bytes().as_slice(),
-        sealed,
+        made.public.as_bytes().as_slice(),
+        made.private_sealed,
+        made.preshared_sealed,
+        made.preshared_hash.as_slice(),
         server.pool.uuid(),
         IpNet::from(std::net::IpAddr::V4(addresses.ipv4)),
         IpNet::from(std::net::IpAddr::V6(addresses.ipv6)),
@@ -122,7 +112,7 @@ pub async fn register(
         .await
         .map_err(refused)?;
     let revision = u64::try_from(revision).expect("revisions count from 1");
-    Ok(Registered { id, public_key, key, addresses, server, revision })
+    Ok(Registered { id, public_key: made.public, keys: made.open, addresses, server, revision })
 }
 
 /// Locks the user, so that racing registrations count one after the other, and the tenant against its deletion. Returns the tenant's sealed data key.
@@ -182,7 +172,7 @@ async fn place(
     Err(RegisterError::PoolExhausted)
 }
 
-fn refused(error: sqlx::Error) -> RegisterError {
+pub(super) fn refused(error: sqlx::Error) -> RegisterError {
     let error = DbError::from(error);
     match error.constraint() {
         Some("devices_tenant_public_key" | "peers_public_key_unique" | "peers_public_key_device_unique") => {

@@ -38,7 +38,7 @@ pub async fn revoke(
     let tenant = tx.tenant().uuid();
     let server = sqlx::query_scalar!(
         "update cvault.devices
-         set status = 'revoked', revoked_at = $4, private_key_sealed = null
+         set status = 'revoked', revoked_at = $4, private_key_sealed = null, preshared_key_sealed = null
          where tenant_id = $1 and user_id = $2 and device_id = $3 and status = 'active'
          returning server_id",
         tenant,

@@ -183,13 +183,17 @@ async fn a_public_key_is_one_devices_on_the_whole_platform() {
     let key = PublicKey::parse("xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=").unwrap();
     let mut outcomes = Vec::new();
     for person in [one, one, other] {
-        let new =
-            NewDevice { name: DeviceName::parse("d").unwrap(), platform: None, public_key: Some(key), region: None };
+        let new = NewDevice {
+            name: DeviceName::parse("d").unwrap(),
+            platform: None,
+            keys: KeyRequest { public_key: Some(key), preshared: false },
+            region: None,
+        };
         let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
         let mut rng = <rand::rngs::StdRng as rand::SeedableRng>::from_os_rng();
         let now = world.app.clock.now();
         let work = register(&mut tx, &world.app.keys, person.user, new, now, &mut rng, request_id()).await;
-        outcomes.push(tx.finish(work).await.map(|device| matches!(device.key, ConfigKey::OnlyAtTheClient)));
+        outcomes.push(tx.finish(work).await.map(|device| matches!(device.keys.private, ConfigKey::OnlyAtTheClient)));
     }
     assert!(matches!(
         outcomes.as_slice(),
@@ -351,13 +355,92 @@ async fn a_device_with_addresses_that_were_not_allocated_to_it_is_placed_nowhere
             );
         }
     }
-    // no key that nobody can open gets near a server
-    let mut tx = world.app.db.tenancy.begin(attacker.tenant).await.unwrap();
-    let refused = sqlx::query("update cvault.devices set preshared_key_sealed = sha256('x')").execute(tx.conn()).await;
-    assert!(refused.unwrap_err().to_string().contains("permission denied"));
-    drop(tx);
     world.register(attacker, "honest").await.unwrap();
     assert_eq!(snapshot_count(&world, server).await, 2);
+}
+
+#[tokio::test]
+async fn a_preshared_key_that_does_not_open_costs_its_own_device_and_nobody_else() {
+    let (world, server) = World::with_server().await;
+    let (victim, attacker) = (world.person().await, world.person().await);
+    world.register(victim, "honest").await.unwrap();
+    for sealed in [Some([9_u8; 60].as_slice()), None] {
+        let device = world.register(attacker, "forged").await.unwrap().id;
+        let mut tx = world.app.db.tenancy.begin(attacker.tenant).await.unwrap();
+        let forged = sqlx::query(
+            "update cvault.devices set preshared_key_sealed = $2, preshared_key_hash = sha256('y') where device_id = $1",
+        )
+        .bind(device.uuid())
+        .bind(sealed)
+        .execute(tx.conn())
+        .await;
+        if sealed.is_none() {
+            let name = crate::db::DbError::from(forged.unwrap_err()).constraint().map(str::to_owned);
+            assert_eq!(name.as_deref(), Some("devices_preshared_key_hashed"));
+            continue;
+        }
+        forged.unwrap();
+        sqlx::query("select platform.move_peer($1, $2)")
+            .bind(device.uuid())
+            .bind(server.uuid())
+            .execute(tx.conn())
+            .await
+            .unwrap();
+        tx.commit().await.unwrap();
+        let Update::Snapshot { peers, .. } =
+            desired::read(&world.app.db.sys, &world.app.keys, server, None).await.unwrap()
+        else {
+            panic!("no snapshot")
+        };
+        assert_eq!(peers.len(), 1, "the forged one is taken off");
+    }
+    world.register(victim, "another").await.unwrap();
+    assert_eq!(snapshot_count(&world, server).await, 3);
+}
+
+#[tokio::test]
+async fn new_keys_take_the_place_of_the_old_ones_on_the_same_server_and_addresses() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let device = world.register(person, "d").await.unwrap();
+    let before = position(&world, server).await;
+    let rotated = world.rotate(person, device.id, Some(true)).await.unwrap().device;
+    assert_ne!(rotated.public_key, device.public_key);
+    assert_eq!((rotated.addresses, rotated.server.id), (device.addresses, server));
+    let preshared = rotated.keys.preshared.clone().unwrap();
+    let update = desired::read(&world.app.db.sys, &world.app.keys, server, Some(before)).await.unwrap();
+    let Update::Delta { removed, upserted, .. } = update else { panic!("{update:?}") };
+    assert_eq!(removed, [device.public_key.as_bytes().to_vec()]);
+    assert_eq!(upserted.len(), 1);
+    assert_eq!(upserted[0].public_key, rotated.public_key.as_bytes().to_vec());
+    assert_eq!(upserted[0].preshared_key, preshared.to_vec());
+    assert_eq!(snapshot_count(&world, server).await, 1);
+    let again = world.rotate(person, device.id, None).await.unwrap().device;
+    assert_ne!(again.keys.preshared.unwrap(), preshared, "a device with a preshared key gets a new one");
+    let stranger = world.person().await;
+    assert!(matches!(world.rotate(stranger, device.id, None).await, Err(RotateError::NotFound)));
+    world.revoke(person, device.id).await;
+    assert!(matches!(world.rotate(person, device.id, None).await, Err(RotateError::NotFound)));
+}
+
+#[tokio::test]
+async fn new_keys_bring_a_device_away_from_a_server_that_is_drained() {
+    let (world, first) = World::with_server().await;
+    let person = world.person().await;
+    let device = world.register(person, "d").await.unwrap();
+    sqlx::query("update platform.servers set status = 'draining'").execute(&world.app.db.sys).await.unwrap();
+    let refused = world.rotate(person, device.id, None).await;
+    assert!(matches!(refused, Err(RotateError::Refused(RegisterError::ServerUnavailable))));
+    let second = world.server("s2", "default", "lab-2").await;
+    let rotated = world.rotate(person, device.id, None).await.unwrap();
+    assert_eq!((rotated.moved_from, rotated.device.server.id), (Some(first), second));
+    assert_eq!((snapshot_count(&world, first).await, snapshot_count(&world, second).await), (0, 1));
+}
+
+async fn position(world: &World, server: ServerId) -> desired::Position {
+    let update = desired::read(&world.app.db.sys, &world.app.keys, server, None).await.unwrap();
+    let Update::Snapshot { target, .. } = update else { panic!("{update:?}") };
+    target
 }
 
 #[tokio::test]

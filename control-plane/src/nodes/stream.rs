@@ -172,7 +172,7 @@ enum Fault {
 
 fn alarm(server: ServerId, error: &DesiredError) {
     match error {
-        DesiredError::Inconsistent { .. } | DesiredError::Key(_) | DesiredError::NoSuchServer => {
+        DesiredError::Inconsistent { .. } | DesiredError::Unreadable(_) | DesiredError::NoSuchServer => {
             metrics::node_alarm("desired_inconsistent");
             tracing::error!(%server, error = crate::http::problem::chain(error), "nothing was sent to a server");
         }

@@ -119,7 +119,7 @@ mod tests {
     use rand::rngs::StdRng;
 
     use super::*;
-    use crate::devices::{DeviceName, NewDevice, RegisterError};
+    use crate::devices::{DeviceName, KeyRequest, NewDevice, RegisterError};
     use crate::testing::{World, eventually, request_id};
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -127,7 +127,12 @@ mod tests {
         let (world, _) = World::with_server().await;
         let person = world.person().await;
         let app = &world.app;
-        let new = NewDevice { name: DeviceName::parse("d").unwrap(), platform: None, public_key: None, region: None };
+        let new = NewDevice {
+            name: DeviceName::parse("d").unwrap(),
+            platform: None,
+            keys: KeyRequest { public_key: None, preshared: true },
+            region: None,
+        };
         let mut flying = app.db.tenancy.begin(person.tenant).await.unwrap();
         let (now, mut rng) = (app.clock.now(), StdRng::from_os_rng());
         devices::register(&mut flying, &app.keys, person.user, new, now, &mut rng, request_id()).await.unwrap();

@@ -335,3 +335,60 @@ async fn a_fault_of_the_query_names_its_field() {
         assert_eq!(answer.faults(), [fault], "{query}");
     }
 }
+
+#[tokio::test]
+async fn a_preshared_key_comes_on_request_and_keys_are_renewed() {
+    let (platform, _) = platform().await;
+    let tenant = platform.tenant().await;
+    let user = User::new(&platform, &tenant, "a@example.com").await;
+    let device = user.device(json!({"device_name": "laptop", "preshared_key": true})).await;
+    let line = |config: &Value, key: &str| {
+        let text = config.as_str().unwrap();
+        text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(" = ")).map(str::to_owned)
+    };
+    let preshared = line(&device["config"], "PresharedKey").unwrap();
+    assert_eq!(preshared.len(), 44);
+    let path = format!("/api/v1/devices/{}", device["device_id"].as_str().unwrap());
+    let config = user.call("GET", &format!("{path}/config")).send().await;
+    assert_eq!(Value::String(config.text), device["config"], "kept, and the same as at registration");
+
+    let rotate = format!("{path}/rotate-key");
+    let renewed = user.call("POST", &rotate).header("idempotency-key", "r1").json(&json!({})).send().await;
+    assert_eq!(renewed.status, 200, "{}", renewed.text);
+    assert_eq!(renewed.body["assigned_ip"], device["assigned_ip"]);
+    assert_ne!(renewed.body["public_key"], device["public_key"]);
+    assert_ne!(line(&renewed.body["config"], "PrivateKey"), line(&device["config"], "PrivateKey"));
+    assert_ne!(line(&renewed.body["config"], "PresharedKey").unwrap(), preshared);
+    let replayed = user.call("POST", &rotate).header("idempotency-key", "r1").json(&json!({})).send().await;
+    assert_eq!((replayed.status, &replayed.body["public_key"]), (renewed.status, &renewed.body["public_key"]));
+    assert_eq!(replayed.headers["idempotency-replayed"], "true");
+
+    let own = json!({"public_key": CLIENTS_KEY, "preshared_key": false});
+    let renewed = user.call("POST", &rotate).json(&own).send().await;
+    assert_eq!((renewed.status.as_u16(), &renewed.body["public_key"]), (200, &json!(CLIENTS_KEY)));
+    assert_eq!(line(&renewed.body["config"], "PrivateKey").unwrap(), "REPLACE_WITH_YOUR_PRIVATE_KEY");
+    assert_eq!(line(&renewed.body["config"], "PresharedKey"), None);
+    let same = user.call("POST", &rotate).json(&own).send().await;
+    assert_eq!((same.status.as_u16(), &same.body["code"]), (409, &json!("PUBLIC_KEY_IN_USE")));
+    let bad = user.call("POST", &rotate).json(&json!({"public_key": "short"})).send().await;
+    assert_eq!((bad.status.as_u16(), &bad.body["errors"][0]["pointer"]), (422, &json!("/public_key")));
+
+    let stranger = User::new(&platform, &platform.tenant().await, "a@example.com").await;
+    let foreign = stranger.call("POST", &rotate).json(&json!({})).send().await;
+    assert_eq!((foreign.status.as_u16(), &foreign.body["code"]), (404, &json!("NOT_FOUND")));
+}
+
+#[tokio::test]
+async fn a_configuration_is_also_a_picture() {
+    let (platform, _) = platform().await;
+    let tenant = platform.tenant().await;
+    let user = User::new(&platform, &tenant, "a@example.com").await;
+    let device = user.device(json!({"device_name": "phone"})).await;
+    let path = format!("/api/v1/devices/{}/config", device["device_id"].as_str().unwrap());
+    let picture = user.call("GET", &format!("{path}?format=qr")).send().await;
+    assert_eq!((picture.status.as_u16(), &picture.headers["content-type"]), (200, &"image/svg+xml".parse().unwrap()));
+    assert_eq!(picture.headers["cache-control"], "no-store");
+    assert!(picture.text.contains("<svg") && picture.text.len() > 1000);
+    let unknown = user.call("GET", &format!("{path}?format=png")).send().await;
+    assert_eq!(unknown.status.as_u16(), 422, "{}", unknown.text);
+}

@@ -26,6 +26,22 @@ pub struct RegisterDevice {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "us-east", pattern = "^[a-z0-9][a-z0-9-]{0,49}$")]
     pub server_region: Option<String>,
+    /// With a preshared key, mixed into every handshake: a recorded tunnel stays closed even to whoever breaks X25519.
+    #[serde(default)]
+    pub preshared_key: bool,
+}
+
+/// `POST /api/v1/devices/{device_id}/rotate-key`
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RotateDeviceKey {
+    /// As at registration; never the one the device has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=", min_length = 44, max_length = 44)]
+    pub public_key: Option<String>,
+    /// Without it: a new preshared key if the device has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preshared_key: Option<bool>,
 }
 
 /// `active`: the server has acknowledged the device; `pending`: it has not yet.

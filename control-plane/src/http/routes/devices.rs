@@ -6,7 +6,9 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use cvault_types::device::{Device, DevicePage, DeviceServer, DeviceStatus, RegisterDevice, RegisteredDevice};
+use cvault_types::device::{
+    Device, DevicePage, DeviceServer, DeviceStatus, RegisterDevice, RegisteredDevice, RotateDeviceKey,
+};
 use cvault_types::problem::ProblemBody;
 use cvault_types::{DeviceId, ErrorCode, Secret};
 use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
@@ -15,13 +17,14 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
+use tokio::time::Instant;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
 use crate::devices::{
-    self, ClientDefaults, ConfigError, ConfigKey, DeviceName, Fault, NewDevice, Platform, PublicKey, RegisterError,
-    Registered, RevokeError, is_region, render_config,
+    self, ClientDefaults, ConfigError, ConfigKeys, DeviceName, Fault, KeyRequest, NewDevice, NewDeviceKeys, Platform,
+    PublicKey, RegisterError, Registered, RevokeError, RotateError, is_region, render_config,
 };
 use crate::http::idempotency::{self, Claim, Replay};
 use crate::http::{Caller, Json, Path, Problem, Query, context, cursor};
@@ -35,7 +38,11 @@ const DEFAULT_WAIT: Duration = Duration::from_secs(5);
 const MAX_WAIT: Duration = Duration::from_secs(30);
 
 pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(register, list)).routes(routes!(get, delete)).routes(routes!(config))
+    OpenApiRouter::new()
+        .routes(routes!(register, list))
+        .routes(routes!(get, delete))
+        .routes(routes!(config))
+        .routes(routes!(rotate_key))
 }
 
 #[derive(Debug, Deserialize)]
@@ -48,6 +55,18 @@ struct RegisterQuery {
 #[serde(rename_all = "lowercase")]
 enum Wait {
     Active,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConfigQuery {
+    format: Option<Format>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Format {
+    Qr,
 }
 
 #[derive(Debug, Deserialize)]
@@ -90,17 +109,16 @@ async fn register(
         Once::Replay(response) => return Ok(response),
     };
     app.nodes.server_changed(device.server.id);
-    let active = match wait {
-        Some(wait) => {
-            devices::wait_until_acked(&app.nodes, &app.db.sys, device.server.id, device.revision, arrived + wait)
-                .await
-                // the device exists: the answer is what is known of it
-                .unwrap_or(false)
-        }
-        None => false,
-    };
-    let activation_ms = active.then(|| u64::try_from(arrived.elapsed().as_millis()).unwrap_or(u64::MAX));
+    let activation_ms = activated(&app, &device, arrived, wait).await;
     Ok((StatusCode::CREATED, Json(registered(&app, &device, activation_ms)?)).into_response())
+}
+
+/// Milliseconds until the server had acknowledged the device, if it did in time.
+async fn activated(app: &App, device: &Registered, arrived: Instant, wait: Option<Duration>) -> Option<u64> {
+    let deadline = arrived + wait?;
+    let acked = devices::wait_until_acked(&app.nodes, &app.db.sys, device.server.id, device.revision, deadline).await;
+    // the device exists: the answer is what is known of it
+    acked.unwrap_or(false).then(|| u64::try_from(arrived.elapsed().as_millis()).unwrap_or(u64::MAX))
 }
 
 /// What was done, or the answer of an earlier request with the same `Idempotency-Key`.
@@ -138,12 +156,12 @@ async fn again(app: &App, tx: &mut TenantTx, caller: Caller, replay: &Replay) ->
     let device = devices::find(tx, caller.user, device_id).await?.ok_or_else(|| {
         Problem::new(ErrorCode::NotFound).detail("The device that was registered with this Idempotency-Key is deleted.")
     })?;
-    let key = devices::config_of(tx, &app.keys, device_id).await?;
+    let keys = devices::config_of(tx, &app.keys, device_id).await?;
     let server = servers::find(tx, device.server).await?.ok_or_else(|| Problem::new(ErrorCode::ServerUnavailable))?;
     let device = Registered {
         id: device_id,
         public_key: device.public_key,
-        key,
+        keys,
         addresses: device.addresses,
         server,
         revision: device.placed_revision,
@@ -154,7 +172,7 @@ async fn again(app: &App, tx: &mut TenantTx, caller: Caller, replay: &Replay) ->
 fn registered(app: &App, device: &Registered, activation_ms: Option<u64>) -> Result<RegisteredDevice, Problem> {
     Ok(RegisteredDevice {
         device_id: device.id,
-        config: config_text(app, &device.key, device.addresses, &device.server)?,
+        config: config_text(app, &device.keys, device.addresses, &device.server)?,
         assigned_ip: device.addresses.ipv4.to_string(),
         assigned_ipv6: device.addresses.ipv6.to_string(),
         status: if activation_ms.is_some() { DeviceStatus::Active } else { DeviceStatus::Pending },
@@ -172,12 +190,12 @@ fn registered(app: &App, device: &Registered, activation_ms: Option<u64>) -> Res
 /// The configuration file of a device, with the platform's defaults.
 pub(super) fn config_text(
     app: &App,
-    key: &ConfigKey,
+    keys: &ConfigKeys,
     addresses: Addresses,
     server: &Server,
 ) -> Result<Secret, Problem> {
     let defaults = ClientDefaults { dns: &app.config.client_dns, mtu: app.config.client_mtu };
-    render_config(key, addresses, server, defaults)
+    render_config(keys, addresses, server, defaults)
         .map(|text| Secret::new(text.as_str()))
         .ok_or_else(|| Problem::new(ErrorCode::ServerUnavailable).retry_after(5))
 }
@@ -198,7 +216,10 @@ fn parse(body: RegisterDevice) -> Result<NewDevice, Problem> {
         faults.push(("/server_region", fault));
     }
     match name {
-        Some(name) if faults.is_empty() => Ok(NewDevice { name, platform, public_key, region: body.server_region }),
+        Some(name) if faults.is_empty() => {
+            let keys = KeyRequest { public_key, preshared: body.preshared_key };
+            Ok(NewDevice { name, platform, keys, region: body.server_region })
+        }
         Some(_) | None => Err(faults
             .into_iter()
             .fold(Problem::validation(), |problem, (pointer, fault)| problem.field(pointer, fault.code, fault.detail))),
@@ -298,30 +319,101 @@ async fn get(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -
     Ok(Json(shown(device, server, app.clock.now())))
 }
 
-/// The configuration file of a device, ready for `wg-quick`.
+/// The configuration file of a device, ready for `wg-quick`; or as a QR code, for the camera of a telephone.
 #[utoipa::path(get, path = "/api/v1/devices/{device_id}/config", tag = "devices", security(("api_key" = [], "user_token" = [])),
-    params(("device_id" = DeviceId, Path)),
-    responses((status = 200, body = String, content_type = "text/plain"),
+    params(("device_id" = DeviceId, Path),
+           ("format" = Option<String>, Query, description = "`qr`: an SVG picture instead of the text.")),
+    responses((status = 200, content((String = "text/plain"), (String = "image/svg+xml"))),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
               (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn config(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -> Result<Response, Problem> {
+async fn config(
+    State(app): State<App>,
+    caller: Caller,
+    Path(id): Path<DeviceId>,
+    Query(query): Query<ConfigQuery>,
+) -> Result<Response, Problem> {
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
     let Some(device) = devices::find(&mut tx, caller.user, id).await? else {
         tx.rollback().await?;
         return Err(Problem::new(ErrorCode::NotFound));
     };
-    let key = devices::config_of(&mut tx, &app.keys, id).await?;
+    let keys = devices::config_of(&mut tx, &app.keys, id).await?;
     let server = servers::find(&mut tx, device.server).await?;
     tx.commit().await?;
     let server = server.ok_or_else(|| Problem::new(ErrorCode::ServerUnavailable))?;
-    let text = config_text(&app, &key, device.addresses, &server)?;
+    let text = config_text(&app, &keys, device.addresses, &server)?;
+    if let Some(Format::Qr) = query.format {
+        let picture = devices::qr(text.expose()).map_err(|error| Problem::internal(&error))?;
+        return Ok(([(CONTENT_TYPE, "image/svg+xml")], picture.to_string()).into_response());
+    }
     let headers = [
         (CONTENT_TYPE, "text/plain; charset=utf-8"),
         // a fixed name, short enough for an interface: nothing typed by a user gets into a header
         (CONTENT_DISPOSITION, "attachment; filename=\"cvault.conf\""),
     ];
     Ok((headers, text.expose().to_owned()).into_response())
+}
+
+/// Give a device new keys.
+///
+/// The old ones are of no use from the moment the server has the new ones; addresses stay. With `?wait=active` or
+/// `Prefer: wait=5` the answer waits for that moment, as at registration.
+#[utoipa::path(post, path = "/api/v1/devices/{device_id}/rotate-key", tag = "devices", security(("api_key" = [], "user_token" = [])),
+    params(("device_id" = DeviceId, Path),
+           ("wait" = Option<String>, Query, description = "`active`: answer when the server has acknowledged."),
+           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer."),
+           ("Prefer" = Option<String>, Header, description = "`wait=SECONDS`, at most 30 (RFC 7240).")),
+    request_body = RotateDeviceKey,
+    responses((status = 200, body = RegisteredDevice),
+              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "TENANT_SUSPENDED"),
+              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
+              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "PUBLIC_KEY_IN_USE"),
+              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
+              (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE, DATABASE_UNAVAILABLE"),
+              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+async fn rotate_key(
+    State(app): State<App>,
+    caller: Caller,
+    Path(id): Path<DeviceId>,
+    Query(query): Query<RegisterQuery>,
+    headers: HeaderMap,
+    Json(body): Json<RotateDeviceKey>,
+) -> Result<Response, Problem> {
+    let arrived = context::arrived();
+    let public_key = body.public_key.as_deref().map(PublicKey::parse).transpose();
+    let public_key =
+        public_key.map_err(|fault| Problem::validation().field("/public_key", fault.code, fault.detail))?;
+    let new = NewDeviceKeys { device: id, public_key, preshared: body.preshared_key };
+    let wait = preferred_wait(&headers).or(query.wait.map(|Wait::Active| DEFAULT_WAIT));
+    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
+    let work = rotate_once(&app, &mut tx, caller, new).await;
+    let rotated = match tx.finish(work).await? {
+        Once::First(rotated) => rotated,
+        Once::Replay(response) => return Ok(response),
+    };
+    let device = &rotated.device;
+    rotated.moved_from.into_iter().chain([device.server.id]).for_each(|server| app.nodes.server_changed(server));
+    let activation_ms = activated(&app, device, arrived, wait).await;
+    Ok(Json(registered(&app, device, activation_ms)?).into_response())
+}
+
+async fn rotate_once(
+    app: &App,
+    tx: &mut TenantTx,
+    caller: Caller,
+    new: NewDeviceKeys,
+) -> Result<Once<Box<devices::Rotated>>, Problem> {
+    let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
+        Claim::Proceed(place) => place,
+        Claim::Replay(replay) => return again(app, tx, caller, &replay).await.map(Once::Replay),
+    };
+    let mut rng = StdRng::from_os_rng();
+    let now = app.clock.now();
+    let kept = Kept { device_id: new.device };
+    let rotated = devices::rotate(tx, &app.keys, caller.user, new, now, &mut rng, caller.request_id).await?;
+    idempotency::keep(tx, &app.keys, place, StatusCode::OK, &kept).await?;
+    Ok(Once::First(Box::new(rotated)))
 }
 
 /// Delete a device: its keys are destroyed, its server drops it, its address rests before it is used again.
@@ -371,6 +463,15 @@ impl From<RegisterError> for Problem {
             RegisterError::PoolExhausted => Self::new(ErrorCode::PoolExhausted).retry_after(30),
             RegisterError::Key(error) => Self::internal(&error),
             RegisterError::Db(error) => error.into(),
+        }
+    }
+}
+
+impl From<RotateError> for Problem {
+    fn from(error: RotateError) -> Self {
+        match error {
+            RotateError::NotFound => Self::new(ErrorCode::NotFound),
+            RotateError::Refused(error) => error.into(),
         }
     }
 }

@@ -48,11 +48,11 @@ async fn connect(
     let work = async {
         let connection =
             sessions::connect(&mut tx, caller.user, body.device_id, region, now, caller.request_id).await?;
-        let key = devices::config_of(&mut tx, &app.keys, body.device_id).await?;
-        Ok::<_, Problem>((key, connection))
+        let keys = devices::config_of(&mut tx, &app.keys, body.device_id).await?;
+        Ok::<_, Problem>((keys, connection))
     }
     .await;
-    let (key, connection) = tx.finish(work).await?;
+    let (keys, connection) = tx.finish(work).await?;
     if let Some(left) = connection.moved_from {
         app.nodes.server_changed(left);
         app.nodes.server_changed(connection.server.id);
@@ -62,7 +62,7 @@ async fn connect(
         server_ip: connection.server.public_ip.to_string(),
         server_port: connection.server.endpoint_port,
         status: ConnectionStatus::Connected,
-        config: config_text(&app, &key, connection.device.addresses, &connection.server)?,
+        config: config_text(&app, &keys, connection.device.addresses, &connection.server)?,
         assigned_ip: connection.device.addresses.ipv4.to_string(),
         server_id: connection.server.id,
         server_region: connection.server.region,
