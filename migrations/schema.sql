@@ -156,6 +156,9 @@ begin
     if not found then
         raise no_data_found using message = 'no such active device';
     end if;
+    if not exists (select from cvault.tenants t where t.tenant_id = v_device.tenant_id and t.status in ('active', 'trial')) then
+        raise check_violation using message = 'the tenant is suspended or being deleted', constraint = 'peers_tenant_open';
+    end if;
     select * into v_server from platform.servers s where s.server_id = v_device.server_id
         -- not `for update`: that would wait for every transaction that has inserted a device of this server
         for no key update;
@@ -232,6 +235,14 @@ begin
 end
 $$;
 ALTER FUNCTION platform.retire_peer(p_device uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.suspend_peer(p_device uuid) RETURNS bigint
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    select platform.withdraw(p_device, t.tenant_id) from cvault.tenants t
+    where t.tenant_id = cvault.tenant_id() and t.status = 'suspended'
+$$;
+ALTER FUNCTION platform.suspend_peer(p_device uuid) OWNER TO cvault_fn;
 CREATE FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) RETURNS bigint
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -354,6 +365,7 @@ CREATE TABLE cvault.devices (
     last_handshake_at timestamp with time zone,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     revoked_at timestamp with time zone,
+    suspended boolean DEFAULT false NOT NULL,
     CONSTRAINT devices_families CHECK (((family(ipv4) = 4) AND (family(ipv6) = 6))),
     CONSTRAINT devices_keys_destroyed CHECK (((status = 'active'::text) OR ((private_key_sealed IS NULL) AND (preshared_key_sealed IS NULL)))),
     CONSTRAINT devices_name_length CHECK (((char_length(name) >= 1) AND (char_length(name) <= 255))),
@@ -777,6 +789,7 @@ ALTER TABLE ONLY platform.usage_windows
     ADD CONSTRAINT usage_windows_pkey PRIMARY KEY (server_id, counter_epoch, sequence);
 CREATE UNIQUE INDEX api_keys_key_text ON cvault.api_keys USING btree (key_text);
 CREATE INDEX audit_log_unchained ON cvault.audit_log USING btree (tenant_id, audit_id) WHERE (chain_sequence IS NULL);
+CREATE INDEX devices_suspended ON cvault.devices USING btree (tenant_id) WHERE (suspended AND (status = 'active'::text));
 CREATE UNIQUE INDEX devices_tenant_public_key ON cvault.devices USING btree (tenant_id, public_key) WHERE (status = 'active'::text);
 CREATE INDEX devices_user ON cvault.devices USING btree (tenant_id, user_id, created_at) WHERE (status = 'active'::text);
 CREATE INDEX refresh_tokens_family ON cvault.refresh_tokens USING btree (tenant_id, family_id);
@@ -786,6 +799,7 @@ CREATE INDEX sessions_connected ON cvault.sessions USING btree (tenant_id, conne
 CREATE INDEX sessions_device ON cvault.sessions USING btree (tenant_id, device_id, connected_at);
 CREATE UNIQUE INDEX sessions_one_active ON cvault.sessions USING btree (tenant_id, device_id) WHERE (status = 'active'::text);
 CREATE INDEX sessions_open ON cvault.sessions USING btree (connected_at) WHERE (status = 'active'::text);
+CREATE INDEX tenants_suspended ON cvault.tenants USING btree (tenant_id) WHERE (status = 'suspended'::text);
 CREATE INDEX usage_hourly_hour ON ONLY cvault.usage_hourly USING btree (hour);
 CREATE INDEX usage_hourly_2026_11_hour_idx ON cvault.usage_hourly_2026_11 USING btree (hour);
 CREATE INDEX usage_hourly_2026_12_hour_idx ON cvault.usage_hourly_2026_12 USING btree (hour);
@@ -917,6 +931,8 @@ GRANT ALL ON FUNCTION platform.place_peer(p_device uuid) TO cvault_app;
 REVOKE ALL ON PROCEDURE platform.protect(IN p_table regclass) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.retire_peer(p_device uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.retire_peer(p_device uuid) TO cvault_app;
+REVOKE ALL ON FUNCTION platform.suspend_peer(p_device uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.suspend_peer(p_device uuid) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.withdraw(p_device uuid, p_tenant uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.withdraw_peer(p_device uuid) FROM PUBLIC;
@@ -959,6 +975,8 @@ GRANT SELECT(last_handshake_at),UPDATE(last_handshake_at) ON TABLE cvault.device
 GRANT INSERT(created_at) ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT(created_at) ON TABLE cvault.devices TO cvault_sys;
 GRANT UPDATE(revoked_at) ON TABLE cvault.devices TO cvault_app;
+GRANT UPDATE(suspended) ON TABLE cvault.devices TO cvault_app;
+GRANT SELECT(suspended) ON TABLE cvault.devices TO cvault_sys;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE cvault.idempotency_keys TO cvault_app;
 GRANT DELETE ON TABLE cvault.idempotency_keys TO cvault_sys;
 GRANT SELECT(created_at) ON TABLE cvault.idempotency_keys TO cvault_sys;
@@ -969,6 +987,7 @@ GRANT SELECT,INSERT,UPDATE ON TABLE cvault.sessions TO cvault_app;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.sessions TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.tenants TO cvault_app;
 GRANT SELECT ON TABLE cvault.tenants TO cvault_sys;
+GRANT SELECT ON TABLE cvault.tenants TO cvault_fn;
 GRANT SELECT ON TABLE cvault.usage_daily TO cvault_app;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.usage_daily TO cvault_sys;
 GRANT SELECT ON TABLE cvault.usage_hourly TO cvault_app;

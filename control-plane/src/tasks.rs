@@ -1,4 +1,4 @@
-//! Periodic work: quarantine, sessions, audit chain, usage, trimming. Each task runs by itself, is started again after a
+//! Periodic work: quarantine, suspensions, sessions, audit chain, usage, trimming. Each task runs by itself, is started again after a
 //! fault, and stops cleanly. Any number of replicas may run them at once: every task is one or more statements that
 //! change nothing the second time.
 
@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::app::App;
 use crate::db::DbError;
-use crate::{audit, ipam, metrics, sessions, usage};
+use crate::{audit, ipam, metrics, sessions, tenants, usage};
 
 /// One kind of periodic work; `run` returns how many rows it has dealt with.
 struct Task {
@@ -25,6 +25,11 @@ const TASKS: &[Task] = &[
         name: "free_quarantined",
         every: Duration::from_secs(1),
         run: |app| Box::pin(async move { ipam::free_quarantined(&app.db.sys).await }),
+    },
+    Task {
+        name: "enforce_suspensions",
+        every: Duration::from_secs(1),
+        run: |app| Box::pin(async move { tenants::enforce_suspensions(&app).await }),
     },
     Task {
         name: "close_silent_sessions",

@@ -179,6 +179,7 @@ pub(super) fn refused(error: sqlx::Error) -> RegisterError {
             RegisterError::PublicKeyInUse
         }
         Some("servers_open_for_peers") => RegisterError::ServerUnavailable,
+        Some("peers_tenant_open") => RegisterError::TenantClosed,
         Some(_) | None => RegisterError::Db(error),
     }
 }

@@ -49,6 +49,12 @@ impl Server {
         u8::try_from(percent.min(100)).expect("at most 100")
     }
 
+    /// Millionths of the capacity in use: what placement compares.
+    #[must_use]
+    pub fn load(&self) -> u64 {
+        u64::from(self.peers) * 1_000_000 / u64::from(self.capacity.max(1))
+    }
+
     /// Whether a new device may be placed here.
     #[must_use]
     pub fn takes_devices(&self, now: OffsetDateTime) -> bool {
@@ -105,6 +111,6 @@ pub async fn find(tx: &mut TenantTx, id: ServerId) -> Result<Option<Server>, DbE
 pub async fn candidates(tx: &mut TenantTx, region: Option<&str>, now: OffsetDateTime) -> Result<Vec<Server>, DbError> {
     let mut servers = list(tx).await?;
     servers.retain(|server| server.takes_devices(now) && region.is_none_or(|region| server.region == region));
-    servers.sort_by_key(|server| (u64::from(server.peers) * 1_000_000 / u64::from(server.capacity.max(1)), server.id));
+    servers.sort_by_key(|server| (server.load(), server.id));
     Ok(servers)
 }

@@ -4,6 +4,7 @@
 //! tenants, with role `cvault_sys`.
 
 mod delete;
+mod suspension;
 
 use cvault_types::tenant::{CreateTenantRequest, Tenant, TenantStatus, UpdateTenantRequest};
 use cvault_types::{RequestId, TenantId};
@@ -21,6 +22,7 @@ use crate::http::Problem;
 use crate::tenancy::TenantTx;
 
 pub use delete::delete;
+pub use suspension::enforce as enforce_suspensions;
 
 /// Decimal, as bandwidth is sold: 1 GB = 10⁹ bytes.
 const GB: i64 = 1_000_000_000;
