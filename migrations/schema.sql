@@ -156,8 +156,8 @@ begin
     if not found then
         raise no_data_found using message = 'no such active device';
     end if;
-    if not exists (select from cvault.tenants t where t.tenant_id = v_device.tenant_id and t.status in ('active', 'trial')) then
-        raise check_violation using message = 'the tenant is suspended or being deleted', constraint = 'peers_tenant_open';
+    if not exists (select from cvault.tenants t where t.tenant_id = v_device.tenant_id and t.status in ('active', 'trial') and t.over_limit_since is null) then
+        raise check_violation using message = 'the tenant is suspended, over its limit or being deleted', constraint = 'peers_tenant_open';
     end if;
     select * into v_server from platform.servers s where s.server_id = v_device.server_id
         -- not `for update`: that would wait for every transaction that has inserted a device of this server
@@ -219,19 +219,17 @@ CREATE FUNCTION platform.retire_peer(p_device uuid) RETURNS bigint
     AS $$
 declare
     v_device cvault.devices;
-    v_revision bigint;
 begin
     select * into v_device from cvault.devices d
         where d.tenant_id = cvault.tenant_id() and d.device_id = p_device and d.status = 'revoked';
     if not found then
         raise no_data_found using message = 'no such revoked device';
     end if;
-    v_revision := platform.withdraw_peer(p_device);
     update platform.addresses a
         set state = 'quarantine', tenant_id = null, device_id = null, released_device_id = p_device,
             released_at = now()
         where a.device_id = p_device and a.tenant_id = v_device.tenant_id;
-    return v_revision;
+    return platform.withdraw_peer(p_device);
 end
 $$;
 ALTER FUNCTION platform.retire_peer(p_device uuid) OWNER TO cvault_fn;
@@ -240,7 +238,7 @@ CREATE FUNCTION platform.suspend_peer(p_device uuid) RETURNS bigint
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
     select platform.withdraw(p_device, t.tenant_id) from cvault.tenants t
-    where t.tenant_id = cvault.tenant_id() and t.status = 'suspended'
+    where t.tenant_id = cvault.tenant_id() and (t.status = 'suspended' or t.over_limit_since is not null)
 $$;
 ALTER FUNCTION platform.suspend_peer(p_device uuid) OWNER TO cvault_fn;
 CREATE FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) RETURNS bigint
@@ -438,6 +436,7 @@ CREATE TABLE cvault.tenants (
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     updated_at timestamp with time zone DEFAULT now() NOT NULL,
     deleted_at timestamp with time zone,
+    over_limit_since timestamp with time zone,
     CONSTRAINT tenants_bandwidth_limit CHECK ((bandwidth_limit_bytes >= 0)),
     CONSTRAINT tenants_data_key CHECK (((data_key_sealed IS NULL) = (status = 'deleted'::text))),
     CONSTRAINT tenants_max_devices CHECK (((max_devices_per_user >= 0) AND (max_devices_per_user <= 1000))),
@@ -799,7 +798,8 @@ CREATE INDEX sessions_connected ON cvault.sessions USING btree (tenant_id, conne
 CREATE INDEX sessions_device ON cvault.sessions USING btree (tenant_id, device_id, connected_at);
 CREATE UNIQUE INDEX sessions_one_active ON cvault.sessions USING btree (tenant_id, device_id) WHERE (status = 'active'::text);
 CREATE INDEX sessions_open ON cvault.sessions USING btree (connected_at) WHERE (status = 'active'::text);
-CREATE INDEX tenants_suspended ON cvault.tenants USING btree (tenant_id) WHERE (status = 'suspended'::text);
+CREATE INDEX tenants_closed ON cvault.tenants USING btree (tenant_id) WHERE ((status = 'suspended'::text) OR (over_limit_since IS NOT NULL));
+CREATE INDEX tenants_limited ON cvault.tenants USING btree (tenant_id) WHERE ((bandwidth_limit_bytes IS NOT NULL) OR (over_limit_since IS NOT NULL));
 CREATE INDEX usage_hourly_hour ON ONLY cvault.usage_hourly USING btree (hour);
 CREATE INDEX usage_hourly_2026_11_hour_idx ON cvault.usage_hourly_2026_11 USING btree (hour);
 CREATE INDEX usage_hourly_2026_12_hour_idx ON cvault.usage_hourly_2026_12 USING btree (hour);
@@ -877,6 +877,7 @@ CREATE POLICY platform_access ON cvault.sessions TO cvault_sys USING (true) WITH
 CREATE POLICY platform_access ON cvault.tenants FOR SELECT TO cvault_sys USING (true);
 CREATE POLICY platform_access ON cvault.usage_daily TO cvault_sys USING (true) WITH CHECK (true);
 CREATE POLICY platform_access ON cvault.usage_hourly TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_limits ON cvault.tenants FOR UPDATE TO cvault_sys USING (true) WITH CHECK (true);
 ALTER TABLE cvault.refresh_tokens ENABLE ROW LEVEL SECURITY;
 ALTER TABLE cvault.sessions ENABLE ROW LEVEL SECURITY;
 CREATE POLICY tenant_isolation ON cvault.api_keys TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
@@ -985,9 +986,23 @@ GRANT DELETE ON TABLE cvault.refresh_tokens TO cvault_sys;
 GRANT SELECT(expires_at) ON TABLE cvault.refresh_tokens TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.sessions TO cvault_app;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.sessions TO cvault_sys;
-GRANT SELECT,INSERT,UPDATE ON TABLE cvault.tenants TO cvault_app;
+GRANT SELECT ON TABLE cvault.tenants TO cvault_app;
 GRANT SELECT ON TABLE cvault.tenants TO cvault_sys;
 GRANT SELECT ON TABLE cvault.tenants TO cvault_fn;
+GRANT INSERT(tenant_id) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(name),UPDATE(name) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(status),UPDATE(status) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(bandwidth_limit_bytes),UPDATE(bandwidth_limit_bytes) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(user_limit),UPDATE(user_limit) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(max_devices_per_user),UPDATE(max_devices_per_user) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(whitelabel_config),UPDATE(whitelabel_config) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(rate_limit_per_minute),UPDATE(rate_limit_per_minute) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(data_key_version),UPDATE(data_key_version) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(data_key_sealed),UPDATE(data_key_sealed) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(created_at) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(updated_at),UPDATE(updated_at) ON TABLE cvault.tenants TO cvault_app;
+GRANT UPDATE(deleted_at) ON TABLE cvault.tenants TO cvault_app;
+GRANT UPDATE(over_limit_since) ON TABLE cvault.tenants TO cvault_sys;
 GRANT SELECT ON TABLE cvault.usage_daily TO cvault_app;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.usage_daily TO cvault_sys;
 GRANT SELECT ON TABLE cvault.usage_hourly TO cvault_app;

@@ -66,7 +66,7 @@ impl Worker {
         match tx.finish(work).await {
             Ok(_) => Ok(()),
             Err(ConnectError::Db(error)) => Err(error),
-            Err(other @ (ConnectError::NotFound | ConnectError::ServerUnavailable)) => panic!("{other}"),
+            Err(other) => panic!("{other}"),
         }
     }
 

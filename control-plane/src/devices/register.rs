@@ -44,6 +44,8 @@ pub enum RegisterError {
     UserGone,
     #[error("the tenant is suspended or being deleted")]
     TenantClosed,
+    #[error("the tenant has carried {used} of {max} bytes this month")]
+    BandwidthLimit { max: i64, used: i64 },
     #[error("the public key belongs to another device")]
     PublicKeyInUse,
     #[error("no server takes a device now")]
@@ -119,7 +121,8 @@ pub async fn register(
 async fn check_limit(tx: &mut TenantTx, user: UserId) -> Result<Vec<u8>, RegisterError> {
     let tenant = tx.tenant().uuid();
     let row = sqlx::query!(
-        r#"select t.max_devices_per_user, t.data_key_sealed, t.status in ('active', 'trial') as "open!"
+        r#"select t.max_devices_per_user, t.data_key_sealed, t.status in ('active', 'trial') as "open!",
+                  t.over_limit_since is not null as "over_limit!"
          from cvault.users u join cvault.tenants t on t.tenant_id = u.tenant_id
          where u.tenant_id = $1 and u.user_id = $2 and u.status = 'active'
          for no key update of u for share of t"#,
@@ -132,6 +135,10 @@ async fn check_limit(tx: &mut TenantTx, user: UserId) -> Result<Vec<u8>, Registe
     .ok_or(RegisterError::UserGone)?;
     if !row.open {
         return Err(RegisterError::TenantClosed);
+    }
+    if row.over_limit {
+        let Carried { max, used } = carried(tx).await?;
+        return Err(RegisterError::BandwidthLimit { max, used });
     }
     // a statement of its own: it sees what was committed while the first one waited for the lock
     let used = sqlx::query_scalar!(
@@ -148,6 +155,31 @@ async fn check_limit(tx: &mut TenantTx, user: UserId) -> Result<Vec<u8>, Registe
         return Err(RegisterError::DeviceLimit { max, used });
     }
     row.data_key_sealed.ok_or(RegisterError::Key(KeyError::DoesNotOpen))
+}
+
+/// What a tenant may carry in a month, and has carried in this one, in bytes.
+pub struct Carried {
+    pub max: i64,
+    pub used: i64,
+}
+
+/// The current tenant's month, known to the minute.
+///
+/// # Errors
+/// Those of the database.
+pub async fn carried(tx: &mut TenantTx) -> Result<Carried, DbError> {
+    let tenant = tx.tenant().uuid();
+    let row = sqlx::query!(
+        r#"select coalesce(t.bandwidth_limit_bytes, 0) as "max!", (
+               select coalesce(sum(u.rx_bytes + u.tx_bytes), 0)::bigint from cvault.usage_daily u
+               where u.tenant_id = t.tenant_id
+                 and u.day >= date_trunc('month', now(), 'UTC')::date) as "used!"
+           from cvault.tenants t where t.tenant_id = $1"#,
+        tenant
+    )
+    .fetch_one(tx.conn())
+    .await?;
+    Ok(Carried { max: row.max, used: row.used })
 }
 
 /// The least loaded server whose pool has an address left.

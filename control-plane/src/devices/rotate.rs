@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 use super::keys::KeyRequest;
 use super::name::PublicKey;
 use super::read;
-use super::register::{RegisterError, Registered, refused};
+use super::register::{Carried, RegisterError, Registered, carried, refused};
 use crate::audit;
 use crate::db::DbError;
 use crate::keys::{KeyError, KeyRing};
@@ -56,7 +56,7 @@ pub async fn rotate(
     let (tenant, id) = (tx.tenant().uuid(), new.device);
     let row = sqlx::query!(
         r#"select d.preshared_key_sealed is not null as "has_preshared!", t.data_key_sealed,
-                  t.status in ('active', 'trial') as "open!"
+                  t.status in ('active', 'trial') as "open!", t.over_limit_since is not null as "over_limit!"
            from cvault.devices d join cvault.tenants t on t.tenant_id = d.tenant_id
            where d.tenant_id = $1 and d.user_id = $2 and d.device_id = $3 and d.status = 'active'
            for no key update of d for share of t"#,
@@ -70,6 +70,10 @@ pub async fn rotate(
     .ok_or(RotateError::NotFound)?;
     if !row.open {
         return Err(RegisterError::TenantClosed.into());
+    }
+    if row.over_limit {
+        let Carried { max, used } = carried(tx).await.map_err(RegisterError::from)?;
+        return Err(RegisterError::BandwidthLimit { max, used }.into());
     }
     let device = read::find(tx, user, id).await.map_err(RegisterError::from)?.ok_or(RotateError::NotFound)?;
     let server = servers::find(tx, device.server).await.map_err(RegisterError::from)?;

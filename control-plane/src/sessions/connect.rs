@@ -16,6 +16,8 @@ pub enum ConnectError {
     NotFound,
     #[error("no server can take this device now")]
     ServerUnavailable,
+    #[error("the tenant has carried {used} of {max} bytes this month")]
+    BandwidthLimit { max: i64, used: i64 },
     #[error(transparent)]
     Db(#[from] DbError),
 }
@@ -42,7 +44,10 @@ pub async fn connect(
     now: OffsetDateTime,
     request_id: RequestId,
 ) -> Result<Connection, ConnectError> {
-    lock_device(tx, user, id).await?;
+    if lock_device(tx, user, id).await? == Month::UsedUp {
+        let devices::Carried { max, used } = devices::carried(tx).await?;
+        return Err(ConnectError::BandwidthLimit { max, used });
+    }
     let device = devices::find(tx, user, id).await?.ok_or(ConnectError::NotFound)?;
     let current = servers::find(tx, device.server).await?;
     let target = match (current, region) {
@@ -73,11 +78,20 @@ pub async fn connect(
     Ok(Connection { session, device, server: target, moved_from })
 }
 
-async fn lock_device(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<(), ConnectError> {
+/// What is left of the tenant's month.
+#[derive(PartialEq, Eq)]
+enum Month {
+    Open,
+    UsedUp,
+}
+
+async fn lock_device(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<Month, ConnectError> {
     let tenant = tx.tenant().uuid();
-    sqlx::query_scalar!(
-        "select device_id from cvault.devices
-         where tenant_id = $1 and user_id = $2 and device_id = $3 and status = 'active' for no key update",
+    let over_limit = sqlx::query_scalar!(
+        r#"select t.over_limit_since is not null as "over_limit!"
+           from cvault.devices d join cvault.tenants t on t.tenant_id = d.tenant_id
+           where d.tenant_id = $1 and d.user_id = $2 and d.device_id = $3 and d.status = 'active'
+           for no key update of d"#,
         tenant,
         user.uuid(),
         id.uuid()
@@ -85,8 +99,8 @@ async fn lock_device(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<()
     .fetch_optional(tx.conn())
     .await
     .map_err(DbError::from)?
-    .map(drop)
-    .ok_or(ConnectError::NotFound)
+    .ok_or(ConnectError::NotFound)?;
+    Ok(if over_limit { Month::UsedUp } else { Month::Open })
 }
 
 async fn open(tx: &mut TenantTx, device: &Device, server: ServerId, now: OffsetDateTime) -> Result<SessionId, DbError> {

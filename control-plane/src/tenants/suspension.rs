@@ -1,9 +1,11 @@
-//! A suspended tenant's devices leave their servers, and come back when the suspension is lifted.
+//! The devices of a tenant that is suspended, or has used up what it may carry in a month, leave their servers; they come
+//! back when that is over.
 //!
-//! The tenant's status is what counts; this work follows it, a chunk at a time, so that neither a large tenant nor a
+//! The tenant's status and limit are what counts; this work follows it, a chunk at a time, so that neither a large tenant nor a
 //! fault in between holds anything up: what is left is found by the next run, on whatever replica.
 
 use cvault_types::{DeviceId, ServerId, TenantId};
+use sqlx::PgPool;
 use time::OffsetDateTime;
 
 use crate::app::App;
@@ -23,11 +25,14 @@ const TENANTS: i64 = 100;
 /// Those of the database.
 pub async fn enforce(app: &App) -> Result<u64, DbError> {
     let tenants = sqlx::query!(
-        r#"select t.tenant_id, t.status = 'suspended' as "suspended!" from cvault.tenants t
-           where t.status = 'suspended' and exists (select from cvault.devices d
-                   where d.tenant_id = t.tenant_id and d.status = 'active' and not d.suspended)
-              or t.status in ('active', 'trial') and exists (select from cvault.devices d
-                   where d.tenant_id = t.tenant_id and d.status = 'active' and d.suspended)
+        r#"select t.tenant_id, t.status = 'suspended' or t.over_limit_since is not null as "closed!"
+           from cvault.tenants t
+           where (t.status = 'suspended' or t.over_limit_since is not null and t.status in ('active', 'trial'))
+                   and exists (select from cvault.devices d
+                       where d.tenant_id = t.tenant_id and d.status = 'active' and not d.suspended)
+              or t.status in ('active', 'trial') and t.over_limit_since is null
+                   and exists (select from cvault.devices d
+                       where d.tenant_id = t.tenant_id and d.status = 'active' and d.suspended)
            limit $1"#,
         TENANTS
     )
@@ -39,7 +44,7 @@ pub async fn enforce(app: &App) -> Result<u64, DbError> {
         loop {
             let now = app.clock.now();
             let mut tx = app.db.tenancy.begin(tenant).await?;
-            let work = if row.suspended { take_off(&mut tx, now).await } else { put_back(&mut tx, now).await };
+            let work = if row.closed { take_off(&mut tx, now).await } else { put_back(&mut tx, now).await };
             let chunk = tx.finish(work).await?;
             chunk.servers.iter().for_each(|server| app.nodes.server_changed(*server));
             done += chunk.moved;
@@ -50,6 +55,31 @@ pub async fn enforce(app: &App) -> Result<u64, DbError> {
         }
     }
     Ok(done)
+}
+
+/// Marks the tenants that have reached their limit of this month, UTC, and those that are below it again. Returns how many
+/// changed. What they have used is known to the minute (`usage_daily`).
+///
+/// # Errors
+/// Those of the database.
+pub async fn mark_over_limit(sys: &PgPool, now: OffsetDateTime) -> Result<u64, DbError> {
+    let changed = sqlx::query!(
+        "with used as (
+             select t.tenant_id, t.bandwidth_limit_bytes <= (
+                 select coalesce(sum(u.rx_bytes + u.tx_bytes), 0) from cvault.usage_daily u
+                 where u.tenant_id = t.tenant_id
+                   and u.day >= date_trunc('month', $1::timestamptz, 'UTC')::date) as over
+             from cvault.tenants t
+             where t.bandwidth_limit_bytes is not null or t.over_limit_since is not null
+         )
+         update cvault.tenants t set over_limit_since = case when used.over then $1::timestamptz end
+         from used
+         where t.tenant_id = used.tenant_id and coalesce(used.over, false) <> (t.over_limit_since is not null)",
+        now
+    )
+    .execute(sys)
+    .await?;
+    Ok(changed.rows_affected())
 }
 
 /// What a transaction did, and the servers that are to be told.
@@ -131,6 +161,7 @@ mod tests {
 
     use super::*;
     use crate::desired::{self, Update};
+    use crate::devices::RegisterError;
     use crate::tenants::{self, Actor};
     use crate::testing::{Person, World};
 
@@ -138,6 +169,48 @@ mod tests {
         let request = UpdateTenantRequest { status: Some(status), ..UpdateTenantRequest::default() };
         let actor = Actor { name: "test".to_owned(), request_id: None };
         tenants::update(&world.app, person.tenant, request, &actor).await.map_err(|_| "refused").unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_tenant_that_has_used_up_its_month_is_off_until_its_limit_is_raised() {
+        let (world, server) = World::with_server().await;
+        let person = world.person().await;
+        let device = world.register(person, "d").await.unwrap();
+        let limit = async |gb: Option<i64>| {
+            let request = UpdateTenantRequest { bandwidth_limit_gb: Some(gb), ..UpdateTenantRequest::default() };
+            let actor = Actor { name: "test".to_owned(), request_id: None };
+            tenants::update(&world.app, person.tenant, request, &actor).await.map_err(|_| "refused").unwrap();
+        };
+        let mark = async || tenants::mark_over_limit(&world.app.db.sys, world.app.clock.now()).await.unwrap();
+        limit(Some(2)).await;
+        let used = |bytes: i64| {
+            sqlx::query(
+                "insert into cvault.usage_daily (tenant_id, day, rx_bytes, tx_bytes) values ($1, $2, $3, 1)
+                 on conflict (tenant_id, day) do update set rx_bytes = excluded.rx_bytes",
+            )
+            .bind(person.tenant.uuid())
+            .bind(world.app.clock.now().date())
+            .bind(bytes)
+            .execute(&world.app.db.sys)
+        };
+        used(2_000_000_000 - 2).await.unwrap();
+        assert_eq!((mark().await, enforce(&world.app).await.unwrap()), (0, 0), "one byte is left");
+        used(2_000_000_000 - 1).await.unwrap();
+        assert_eq!((mark().await, enforce(&world.app).await.unwrap()), (1, 1));
+        assert_eq!((mark().await, peers(&world, server).await), (0, 0));
+        let refused = world.register(person, "another").await.map(drop).unwrap_err();
+        let exceeded = RegisterError::BandwidthLimit { max: 2_000_000_000, used: 2_000_000_000 };
+        assert_eq!(refused.to_string(), exceeded.to_string());
+        assert!(world.rotate(person, device.id, None).await.is_err());
+
+        limit(Some(3)).await;
+        assert_eq!((mark().await, enforce(&world.app).await.unwrap()), (1, 1));
+        assert_eq!(peers(&world, server).await, 1);
+        used(3_000_000_000).await.unwrap();
+        assert_eq!((mark().await, enforce(&world.app).await.unwrap()), (1, 1));
+        limit(None).await;
+        assert_eq!((mark().await, enforce(&world.app).await.unwrap()), (1, 1));
+        assert_eq!(peers(&world, server).await, 1);
     }
 
     async fn peers(world: &World, server: ServerId) -> usize {

@@ -87,7 +87,7 @@ struct ListQuery {
            ("Prefer" = Option<String>, Header, description = "`wait=SECONDS`, at most 30 (RFC 7240).")),
     request_body = RegisterDevice,
     responses((status = 201, body = RegisteredDevice),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "DEVICE_LIMIT_EXCEEDED, TENANT_SUSPENDED"),
+              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "DEVICE_LIMIT_EXCEEDED, BANDWIDTH_LIMIT_EXCEEDED, TENANT_SUSPENDED"),
               (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "PUBLIC_KEY_IN_USE"),
               (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
               (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE, POOL_EXHAUSTED, DATABASE_UNAVAILABLE"),
@@ -366,7 +366,7 @@ async fn config(
            ("Prefer" = Option<String>, Header, description = "`wait=SECONDS`, at most 30 (RFC 7240).")),
     request_body = RotateDeviceKey,
     responses((status = 200, body = RegisteredDevice),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "TENANT_SUSPENDED"),
+              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "TENANT_SUSPENDED, BANDWIDTH_LIMIT_EXCEEDED"),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
               (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "PUBLIC_KEY_IN_USE"),
               (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
@@ -448,6 +448,12 @@ async fn delete_once(
     Ok(Once::First(revoked))
 }
 
+pub(super) fn bandwidth_exceeded(max: i64, used: i64) -> Problem {
+    Problem::new(ErrorCode::BandwidthLimitExceeded)
+        .detail("The tenant has used up what it may carry this month (UTC).")
+        .limit("bandwidth_bytes", max, used)
+}
+
 impl From<RegisterError> for Problem {
     fn from(error: RegisterError) -> Self {
         match error {
@@ -456,6 +462,7 @@ impl From<RegisterError> for Problem {
                 .limit("devices_per_user", max.into(), used),
             RegisterError::UserGone => Self::new(ErrorCode::InvalidToken),
             RegisterError::TenantClosed => Self::new(ErrorCode::TenantSuspended),
+            RegisterError::BandwidthLimit { max, used } => bandwidth_exceeded(max, used),
             RegisterError::PublicKeyInUse => {
                 Self::new(ErrorCode::PublicKeyInUse).detail("Another device has this public key. Make a new pair.")
             }

@@ -9,7 +9,7 @@ use cvault_types::vpn::{
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::devices::{check_region, config_text};
+use super::devices::{bandwidth_exceeded, check_region, config_text};
 use crate::app::App;
 use crate::audit;
 use crate::devices;
@@ -31,6 +31,7 @@ pub fn router() -> OpenApiRouter<App> {
 #[utoipa::path(post, path = "/api/v1/vpn/connect", tag = "vpn", security(("api_key" = [], "user_token" = [])),
     request_body = ConnectRequest,
     responses((status = 200, body = Connected),
+              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "BANDWIDTH_LIMIT_EXCEEDED, TENANT_SUSPENDED"),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
               (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE, DATABASE_UNAVAILABLE"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
@@ -153,6 +154,7 @@ impl From<ConnectError> for Problem {
         match error {
             ConnectError::NotFound => Self::new(ErrorCode::NotFound),
             ConnectError::ServerUnavailable => Self::new(ErrorCode::ServerUnavailable).retry_after(5),
+            ConnectError::BandwidthLimit { max, used } => bandwidth_exceeded(max, used),
             ConnectError::Db(error) => error.into(),
         }
     }
