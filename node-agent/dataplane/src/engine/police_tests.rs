@@ -410,10 +410,10 @@ fn a_lease_ends_to_the_byte_in_both_directions_and_renewing_it_goes_on() {
             net.server.delivered();
             net.down(&packet("2001:db8::9", &own(key, "::"), 17, 53, 700));
         }
-        let rest = 10_000 - 14 * 700;
-        assert_eq!(net.total(key) - before, 10_000 - rest);
-        net.up(key, &udp(key, "192.0.2.9", rest as usize + 1));
-        net.up(key, &udp(key, "192.0.2.9", rest as usize));
+        let rest: u16 = 10_000 - 14 * 700;
+        assert_eq!(net.total(key) - before, 10_000 - u64::from(rest));
+        net.up(key, &udp(key, "192.0.2.9", usize::from(rest) + 1));
+        net.up(key, &udp(key, "192.0.2.9", usize::from(rest)));
         net.down(&packet("192.0.2.9", &own(key, "192.0.2.9"), 17, 53, 60));
         net.server.delivered();
         assert_eq!(net.total(key) - before, 10_000, "to the byte");

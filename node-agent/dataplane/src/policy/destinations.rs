@@ -550,7 +550,7 @@ mod tests {
         ) {
             // Few first bytes, so that prefixes, ranges and addresses meet.
             let squeeze = |bits: u32| if near {
-                u32::from_be_bytes([[0, 10, 100, 169, 172, 192, 224, 255][bits as usize >> 29], (bits >> 16) as u8, 0, 1])
+                u32::from_be_bytes([[0, 10, 100, 169, 172, 192, 224, 255][bits as usize >> 29], bits.to_be_bytes()[1], 0, 1])
             } else { bits };
             let nets = |list: Vec<(u32, u8)>| -> Vec<IpNet> {
                 let net = |(bits, length)| IpNet::new(Ipv4Addr::from_bits(squeeze(bits)).into(), length).unwrap().trunc();

@@ -53,7 +53,7 @@ pub struct PeerPolicy {
     drops: Option<Box<PeerDrops>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Limits {
     set: PeerLimits,
     rates: [Option<Rate>; 2],
@@ -168,12 +168,6 @@ impl PeerPolicy {
     #[must_use]
     pub fn drops(&self) -> Option<&PeerDrops> {
         self.drops.as_deref()
-    }
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self { set: PeerLimits::default(), rates: [None; 2], buckets: [Bucket::default(); 2], lease: None }
     }
 }
 
