@@ -136,6 +136,7 @@ impl Destinations {
     ///
     /// # Errors
     /// What is forbidden about it.
+    #[inline]
     pub fn check(&self, hosts: &Hosts, packet: &[u8], destination: IpAddr) -> Result<(), Forbidden> {
         let open = match destination {
             IpAddr::V4(addr) => self.open4(hosts, addr.to_bits()),
@@ -150,6 +151,7 @@ impl Destinations {
         self.check_port(transport(packet), destination)
     }
 
+    #[inline]
     fn open4(&self, hosts: &Hosts, addr: u32) -> bool {
         if self.closed.v4.contain(addr) || hosts.ranges.v4.contain(addr) {
             return false;
@@ -157,6 +159,7 @@ impl Destinations {
         not_internet4(addr).is_none() || self.opened.v4.contain(addr)
     }
 
+    #[inline]
     fn open6(&self, hosts: &Hosts, addr: u128) -> bool {
         if self.closed.v6.contain(addr) || hosts.ranges.v6.contain(addr) {
             return false;
@@ -170,6 +173,7 @@ impl Destinations {
         }
     }
 
+    #[inline]
     fn check_port(&self, transport: Transport, destination: IpAddr) -> Result<(), Forbidden> {
         let forbidden = match transport {
             Transport::Hidden => true,
@@ -204,6 +208,7 @@ impl DenyRule {
 }
 
 /// The length of the prefix that keeps the address out of the internet.
+#[inline]
 fn not_internet4(addr: u32) -> Option<u8> {
     let [a, b, c, _] = addr.to_be_bytes();
     match a {
@@ -218,6 +223,7 @@ fn not_internet4(addr: u32) -> Option<u8> {
     }
 }
 
+#[derive(Clone, Copy)]
 enum Kind6 {
     Internet,
     /// Kept out of it by a prefix of this length.
@@ -226,9 +232,22 @@ enum Kind6 {
     Embedding(u8, [u32; 2]),
 }
 
+#[inline]
 fn kind6(addr: u128) -> Kind6 {
+    let head = word(addr, 96);
+    if head >> 29 == 1 && head != 0x2001_0000 && head >> 16 != 0x2002 {
+        return Kind6::Internet;
+    }
+    special6(addr)
+}
+
+fn word(addr: u128, shift: u32) -> u32 {
+    u32::try_from((addr >> shift) & u128::from(u32::MAX)).expect("masked to 32 bits")
+}
+
+fn special6(addr: u128) -> Kind6 {
     const NAT64: u128 = 0x0064_ff9b_0000_0000_0000_0000;
-    let word = |shift: u32| u32::try_from((addr >> shift) & u128::from(u32::MAX)).expect("masked to 32 bits");
+    let word = |shift| word(addr, shift);
     let head = word(96);
     match head >> 16 {
         0x2001 if head == 0x2001_0000 => Kind6::Embedding(32, [word(64), !word(0)]),
@@ -286,23 +305,58 @@ fn ends6(net: Ipv6Net) -> (u128, u128) {
 
 /// Disjoint ranges in order, first and last included.
 #[derive(Clone, Debug, Default)]
-struct Sorted<T>(Box<[(T, T)]>);
+struct Sorted<T> {
+    ranges: Box<[(T, T)]>,
+    /// One bit for each block of addresses that a range touches: most others are told apart by one look.
+    blocks: Box<[u64]>,
+}
 
-impl<T: Ord + Copy> Sorted<T> {
+const BLOCKS: u32 = 4096;
+
+trait Address: Ord + Copy {
+    /// The /12 of an IPv4 address; of an IPv6 address its /32, modulo [`BLOCKS`].
+    fn block(self) -> u32;
+}
+
+impl Address for u32 {
+    fn block(self) -> u32 {
+        self >> 20
+    }
+}
+
+impl Address for u128 {
+    fn block(self) -> u32 {
+        word(self, 96)
+    }
+}
+
+impl<T: Address> Sorted<T> {
     /// Prefixes nest or are disjoint: only those inside another are left out.
     fn of(mut ranges: Vec<(T, T)>) -> Self {
         ranges.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(b.1.cmp(&a.1)));
         ranges.dedup_by(|inner, outer| inner.1 <= outer.1);
-        Self(ranges.into())
+        let mut blocks = vec![0_u64; if ranges.is_empty() { 0 } else { BLOCKS as usize / 64 }];
+        for (first, last) in &ranges {
+            let (first, last) = (first.block(), last.block());
+            for block in first..=last.min(first.saturating_add(BLOCKS - 1)) {
+                blocks[(block % BLOCKS) as usize / 64] |= 1 << (block % 64);
+            }
+        }
+        Self { ranges: ranges.into(), blocks: blocks.into() }
     }
 
     #[inline]
     fn contain(&self, value: T) -> bool {
-        if self.0.is_empty() {
-            return false;
+        let block = value.block() % BLOCKS;
+        match self.blocks.get(block as usize / 64) {
+            Some(bits) if bits >> (block % 64) & 1 != 0 => self.search(value),
+            Some(_) | None => false,
         }
-        let after = self.0.partition_point(|(first, _)| *first <= value);
-        after > 0 && value <= self.0[after - 1].1
+    }
+
+    fn search(&self, value: T) -> bool {
+        let after = self.ranges.partition_point(|(first, _)| *first <= value);
+        after > 0 && value <= self.ranges[after - 1].1
     }
 }
 
@@ -562,6 +616,28 @@ mod tests {
             for bits in addrs {
                 let addr = Ipv4Addr::from_bits(squeeze(bits));
                 prop_assert_eq!(rules.open4(&Hosts::default(), addr.to_bits()), naive(&allowed, &denied, addr), "{}", addr);
+            }
+        }
+
+        #[test]
+        fn ranges_of_ipv6_agree_with_their_prefixes(
+            nets in proptest::collection::vec((any::<u64>(), 0_u8..=128), 0..30),
+            addrs in proptest::collection::vec(any::<u64>(), 1..50),
+        ) {
+            // Few values in every part of the address.
+            let squeeze = |bits: u64| {
+                let spread = u128::from(bits & 3) << 126 | u128::from(bits >> 2 & 7) << 107 | u128::from(bits >> 5 & 3) << 94;
+                spread | u128::from(bits >> 7 & 3)
+            };
+            let nets: Vec<_> = nets
+                .into_iter()
+                .map(|(bits, length)| IpNet::new(std::net::Ipv6Addr::from_bits(squeeze(bits)).into(), length).unwrap())
+                .collect();
+            let ranges = Ranges::of(nets.iter().copied());
+            for bits in addrs {
+                let addr = std::net::Ipv6Addr::from_bits(squeeze(bits));
+                let expected = nets.iter().any(|net| net.contains(&IpAddr::from(addr)));
+                prop_assert_eq!(ranges.v6.contain(addr.to_bits()), expected, "{}", addr);
             }
         }
     }

@@ -66,6 +66,7 @@ impl Lease {
 
     /// Whether a packet may pass. `total` reads the peer's counters.
     #[must_use]
+    #[inline]
     pub fn check(
         &mut self,
         now: Clock,
@@ -76,6 +77,17 @@ impl Lease {
         if self.covers(bytes) {
             return Some(Covered::Within);
         }
+        self.beyond(now, direction, bytes, total)
+    }
+
+    #[cold]
+    fn beyond(
+        &mut self,
+        now: Clock,
+        direction: Direction,
+        bytes: usize,
+        total: impl FnOnce() -> u64,
+    ) -> Option<Covered> {
         if now.0.saturating_sub(self.last_ns) >= UNDER_WAY_NS {
             self.used = total();
             if self.covers(bytes) {
@@ -92,6 +104,7 @@ impl Lease {
     }
 
     /// Charges a packet that was checked.
+    #[inline]
     pub fn charge(&mut self, now: Clock, direction: Direction, bytes: usize, covered: Covered) {
         self.used = self.used.saturating_add(bytes as u64);
         self.last_ns = now.0;

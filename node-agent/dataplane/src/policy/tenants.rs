@@ -191,10 +191,19 @@ impl Tenants {
 
     /// Charges the tenant's limit; false when it is reached.
     #[must_use]
+    #[inline]
     pub fn take(&self, tenant: &TenantRef, now: Clock, direction: Direction, bytes: usize) -> bool {
         let tenant = self.entry(tenant.index);
         match (tenant.rates[direction as usize], &tenant.buckets) {
-            (Some(rate), Some(buckets)) => buckets[direction as usize].take(rate, now.0, bytes),
+            (Some(rate), Some(buckets)) => {
+                let bucket = &buckets[direction as usize];
+                // One reference is ours and one the registry's: no other worker has this tenant.
+                if Arc::strong_count(buckets) == 2 {
+                    bucket.take_alone(rate, now.0, bytes)
+                } else {
+                    bucket.take(rate, now.0, bytes)
+                }
+            }
             (None, _) | (_, None) => true,
         }
     }

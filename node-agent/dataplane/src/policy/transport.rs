@@ -38,7 +38,34 @@ pub(crate) fn has_ports(protocol: u8) -> bool {
 }
 
 /// Reads a packet whose header and total length were checked.
+#[inline]
 pub(crate) fn transport(packet: &[u8]) -> Transport {
+    // Nearly all: TCP or UDP in one piece, right behind a header without options.
+    let word = |high: u8, low: u8| u16::from_be_bytes([high, low]);
+    match packet.first() {
+        Some(0x45) => {
+            if let Some(head) = packet.first_chunk::<24>()
+                && word(head[6], head[7]) & 0x3fff == 0
+                && matches!(head[9], TCP | UDP)
+                && word(head[2], head[3]) >= 24
+            {
+                return Transport::Port { protocol: head[9], port: word(head[22], head[23]) };
+            }
+        }
+        Some(0x60..=0x6f) => {
+            if let Some(head) = packet.first_chunk::<44>()
+                && matches!(head[6], TCP | UDP)
+                && word(head[4], head[5]) >= 4
+            {
+                return Transport::Port { protocol: head[6], port: word(head[42], head[43]) };
+            }
+        }
+        Some(_) | None => {}
+    }
+    any_transport(packet)
+}
+
+fn any_transport(packet: &[u8]) -> Transport {
     match packet.first().map(|byte| byte >> 4) {
         Some(4) => transport4(packet),
         Some(6) => transport6(packet),
@@ -186,8 +213,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_read_without_panic(packet in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = transport(&packet);
+        fn any_bytes_are_read_without_panic(mut packet in proptest::collection::vec(any::<u8>(), 1..200), plain: bool) {
+            if plain {
+                packet[0] = if packet[0] & 1 == 0 { 0x45 } else { 0x60 };
+                packet.iter_mut().take(9).skip(2).for_each(|byte| *byte &= 6);
+            }
+            prop_assert_eq!(transport(&packet), any_transport(&packet), "the short way and the long one");
         }
 
         #[test]
