@@ -92,8 +92,7 @@ impl EnginePeer {
 
     /// Whether the engine already runs exactly this peer.
     pub(crate) fn is(&self, peer: &Peer) -> bool {
-        let wanted: [IpNet; 2] =
-            [IpNet::from(IpAddr::from(peer.ipv4)), IpNet::from(IpAddr::from(peer.ipv6))];
+        let wanted: [IpNet; 2] = [IpNet::from(IpAddr::from(peer.ipv4)), IpNet::from(IpAddr::from(peer.ipv6))];
         self.public_key == peer.public_key
             && self.generation == peer.generation
             && self.tenant == Some(peer.tenant_id)
