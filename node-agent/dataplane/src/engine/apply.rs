@@ -236,7 +236,9 @@ impl Engine {
             peer.via = None;
             self.counters.set_endpoint(slot, endpoint);
         }
-        if let Some(tenant) = change.tenant {
+        if let Some(tenant) = change.tenant
+            && (peer.tenant != Some(tenant) || peer.policy.tenant().is_none())
+        {
             peer.tenant = Some(tenant);
             peer.policy.belong_to(self.policy.tenants.hold(tenant));
         }
