@@ -4,12 +4,14 @@ use std::collections::VecDeque;
 
 use ipnet::IpNet;
 
+use super::police::total;
 use super::{Closing, Engine, Now, Parked, Peer};
 use crate::allowed::is_host;
 use crate::change::{PeerChange, Refused, Secret};
 use crate::drops::Drop;
 use crate::journal::ClosedPeer;
 use crate::out::Out;
+use crate::policy::PeerPolicy;
 use crate::tunnel::Identity;
 
 /// After a restart, peers whose last handshake is younger than this still believe in their session.
@@ -170,6 +172,7 @@ impl Engine {
                 // As good as new, but for the session, if the pre-shared key is still the same.
                 peer.persistent_keepalive = 0;
                 peer.tenant = None;
+                peer.policy.clear();
                 if change.preshared_key.is_none() && peer.preshared_key.take().is_some() {
                     peer.tunnel = None;
                 }
@@ -197,6 +200,7 @@ impl Engine {
                     last_attempt_ms: now.mono_ms,
                     last_init_ms: None,
                     last_ephemeral: [0; 32],
+                    policy: PeerPolicy::default(),
                 })
             }
         };
@@ -232,9 +236,13 @@ impl Engine {
             peer.via = None;
             self.counters.set_endpoint(slot, endpoint);
         }
-        if change.tenant.is_some() {
-            peer.tenant = change.tenant;
+        if let Some(tenant) = change.tenant
+            && (peer.tenant != Some(tenant) || peer.policy.tenant().is_none())
+        {
+            peer.tenant = Some(tenant);
+            peer.policy.belong_to(self.policy.tenants.hold(tenant));
         }
+        peer.policy.limit(now.clock(), change.limits, || total(&self.counters, slot));
         if change.replace_allowed_ips {
             for net in std::mem::take(&mut peer.allowed_ips) {
                 self.routes.remove(net, slot);
