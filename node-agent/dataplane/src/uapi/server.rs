@@ -1,7 +1,8 @@
 //! Serving the socket.
 
 use std::fs::{DirBuilder, File, Permissions};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -19,9 +20,11 @@ use crate::io::mailbox::{Controller, Reply, Request, WorkerGone};
 /// Clients served at the same time; more are turned away.
 const MAX_CLIENTS: usize = 8;
 /// The longest line is a key of 64 digits and its name.
-const MAX_LINE: u64 = 256;
+const MAX_LINE: usize = 256;
 /// 65,000 peers take about 26 MB.
-const MAX_REQUEST: u64 = 64 * 1024 * 1024;
+const MAX_REQUEST: usize = 64 * 1024 * 1024;
+/// What one `read` may bring: a large request takes hundreds of them instead of thousands.
+const READ_BYTES: usize = 64 * 1024;
 /// Peers handed to the worker, or asked of it, at a time: less than a millisecond of its attention.
 const CHUNK: usize = 256;
 /// How long a client may be silent, or leave an answer unread.
@@ -119,13 +122,13 @@ impl Server {
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(CLIENT_SILENCE))?;
         stream.set_write_timeout(Some(CLIENT_SILENCE))?;
-        let mut reader = BufReader::new(stream);
+        let mut lines = Lines::new(stream);
         loop {
-            let mut lines = Lines::new(&mut reader);
-            let errno = match text(&lines.next()?) {
-                None => return Ok(()),
-                Some("get=1") if text(&lines.next()?) == Some("") => errno(self.get(stream)?),
-                Some("set=1") => match read_set(&mut lines) {
+            lines.begin_request();
+            let errno = match operation(&mut lines)? {
+                Operation::End => return Ok(()),
+                Operation::Get => errno(self.get(stream)?),
+                Operation::Set => match read_set(&mut lines) {
                     Ok(request) => errno(self.set(request)),
                     Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                         answer(stream, libc::EINVAL)?;
@@ -133,7 +136,7 @@ impl Server {
                     }
                     Err(error) => return Err(error),
                 },
-                Some(_) => {
+                Operation::Unknown => {
                     answer(stream, libc::EPROTO)?;
                     return Ok(());
                 }
@@ -213,10 +216,32 @@ fn answer(mut stream: &UnixStream, errno: i32) -> io::Result<()> {
     stream.write_all(format!("errno={}\n\n", -errno).as_bytes())
 }
 
-fn read_set<R: BufRead>(lines: &mut Lines<'_, R>) -> io::Result<SetRequest> {
+/// The first line of a request.
+enum Operation {
+    Get,
+    Set,
+    Unknown,
+    /// The client is done.
+    End,
+}
+
+fn operation<R: Read>(lines: &mut Lines<R>) -> io::Result<Operation> {
+    let operation = match lines.next() {
+        Ok(None) => Operation::End,
+        Ok(Some("get=1")) => Operation::Get,
+        Ok(Some("set=1")) => Operation::Set,
+        Ok(Some(_)) => Operation::Unknown,
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => Operation::Unknown,
+        Err(error) => return Err(error),
+    };
+    let is_whole = !matches!(operation, Operation::Get) || lines.next()? == Some("");
+    Ok(if is_whole { operation } else { Operation::Unknown })
+}
+
+fn read_set<R: Read>(lines: &mut Lines<R>) -> io::Result<SetRequest> {
     let mut parser = SetParser::default();
     loop {
-        match text(&lines.next()?) {
+        match lines.next()? {
             None => return Err(io::ErrorKind::UnexpectedEof.into()),
             Some("") => return Ok(parser.finish()),
             Some(line) => parser.line(line).map_err(|Invalid| io::Error::from(io::ErrorKind::InvalidData))?,
@@ -224,38 +249,67 @@ fn read_set<R: BufRead>(lines: &mut Lines<'_, R>) -> io::Result<SetRequest> {
     }
 }
 
-fn text(line: &Option<Zeroizing<String>>) -> Option<&str> {
-    line.as_ref().map(|line| line.as_str())
-}
-
-/// The lines of one request, bounded in length, number and time.
-struct Lines<'a, R> {
-    reader: &'a mut R,
-    bytes_left: u64,
+/// The lines of one client's requests, bounded in length, number and time.
+struct Lines<R> {
+    reader: R,
+    /// Holds keys, among others.
+    buffer: Zeroizing<Vec<u8>>,
+    /// What was read and not yet returned.
+    unread: Range<usize>,
+    bytes_left: usize,
     started: Option<Instant>,
 }
 
-impl<'a, R: BufRead> Lines<'a, R> {
-    fn new(reader: &'a mut R) -> Self {
-        Self { reader, bytes_left: MAX_REQUEST, started: None }
+impl<R: Read> Lines<R> {
+    fn new(reader: R) -> Self {
+        let buffer = Zeroizing::new(vec![0; READ_BYTES]);
+        Self { reader, buffer, unread: 0..0, bytes_left: MAX_REQUEST, started: None }
     }
 
-    /// The next line without its end; `None` when the client hung up between lines. Lines may hold keys.
-    fn next(&mut self) -> io::Result<Option<Zeroizing<String>>> {
-        let mut line = Zeroizing::new(String::with_capacity(128));
-        let read = self.reader.by_ref().take(MAX_LINE).read_line(&mut line)? as u64;
-        let started = *self.started.get_or_insert_with(Instant::now);
-        if read == 0 {
-            return Ok(None);
-        }
-        self.bytes_left = self.bytes_left.saturating_sub(read);
-        if started.elapsed() > CLIENT_PATIENCE {
+    /// Each request has its own bounds.
+    fn begin_request(&mut self) {
+        self.bytes_left = MAX_REQUEST;
+        self.started = None;
+    }
+
+    /// The next line without its end; `None` when the client hung up between lines.
+    fn next(&mut self) -> io::Result<Option<&str>> {
+        let len = loop {
+            let unread = &self.buffer[self.unread.clone()];
+            let longest = &unread[..unread.len().min(MAX_LINE)];
+            match longest.iter().position(|byte| *byte == b'\n') {
+                Some(len) => break len,
+                None if unread.len() >= MAX_LINE => return Err(io::ErrorKind::InvalidData.into()),
+                None => {}
+            }
+            if self.fill()? == 0 {
+                let torn = !self.unread.is_empty();
+                return if torn { Err(io::ErrorKind::InvalidData.into()) } else { Ok(None) };
+            }
+        };
+        let start = self.unread.start;
+        self.unread.start += len + 1;
+        self.bytes_left = self.bytes_left.checked_sub(len + 1).ok_or(io::ErrorKind::InvalidData)?;
+        let line = str::from_utf8(&self.buffer[start..start + len]).map_err(|_| io::ErrorKind::InvalidData)?;
+        Ok(Some(line))
+    }
+
+    /// Reads more behind the unread bytes, which are less than a line.
+    fn fill(&mut self) -> io::Result<usize> {
+        self.buffer.copy_within(self.unread.clone(), 0);
+        self.unread = 0..self.unread.len();
+        let read = loop {
+            match self.reader.read(&mut self.buffer[self.unread.end..]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                done => break done?,
+            }
+        };
+        self.unread.end += read;
+        // From the first bytes on: between requests a client may be silent for as long as its socket allows.
+        if self.started.get_or_insert_with(Instant::now).elapsed() > CLIENT_PATIENCE {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        if line.pop() != Some('\n') || self.bytes_left == 0 {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        Ok(Some(line))
+        Ok(read)
     }
 }
 
@@ -403,8 +457,7 @@ mod tests {
     }
 
     fn read(bytes: &[u8]) -> io::Result<SetRequest> {
-        let mut reader = bytes;
-        read_set(&mut Lines::new(&mut reader))
+        read_set(&mut Lines::new(bytes))
     }
 
     #[test]
