@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -208,20 +208,23 @@ impl Journal {
         Ok(Self { dir: dir.to_owned(), file, len, last_crc })
     }
 
-    /// Appends one record. It is in the page cache, so it survives this process; syncing [`Self::path`] makes it survive
-    /// the host.
+    /// Appends one record for each, in one write. They are in the page cache, so they survive this process; syncing
+    /// [`Self::path`] makes them survive the host.
     ///
     /// # Errors
-    /// When it could not be written completely; the journal is then as before.
-    pub fn append(&mut self, peer: &ClosedPeer) -> io::Result<()> {
-        self.file.seek(SeekFrom::Start(self.len))?;
-        let record = peer.encode(rand::random());
-        if let Err(error) = self.file.write_all(&record) {
+    /// When they could not be written completely; the journal is then as before.
+    pub fn append(&mut self, peers: &[ClosedPeer]) -> io::Result<()> {
+        let records: Vec<_> = peers.iter().map(|peer| peer.encode(rand::random())).collect();
+        let Some(last) = records.last() else {
+            return Ok(());
+        };
+        let bytes = records.as_flattened();
+        if let Err(error) = self.file.write_all_at(bytes, self.len) {
             self.file.set_len(self.len)?;
             return Err(error);
         }
-        self.len += RECORD_BYTES as u64;
-        self.last_crc = Some(crc32fast::hash(&record));
+        self.len += bytes.len() as u64;
+        self.last_crc = Some(crc32fast::hash(last));
         Ok(())
     }
 
@@ -293,8 +296,8 @@ mod tests {
         let reader = JournalReader::new(path.clone());
         assert_eq!(reader.read().unwrap(), Closed::default());
         let mut journal = Journal::open(dir.path()).unwrap();
-        journal.append(&closed(1)).unwrap();
-        journal.append(&closed(2)).unwrap();
+        journal.append(&[closed(1)]).unwrap();
+        journal.append(&[closed(2)]).unwrap();
         drop(journal);
         let whole = reader.read().unwrap();
         assert_eq!((&whole.peers[..], whole.damaged, whole.len), (&[closed(1), closed(2)][..], 0, 256));
@@ -304,7 +307,7 @@ mod tests {
         assert_eq!(reader.read().unwrap(), whole);
 
         let mut journal = Journal::open(dir.path()).unwrap();
-        journal.append(&closed(4)).unwrap();
+        journal.append(&[closed(4)]).unwrap();
         assert_eq!(reader.read().unwrap().peers, [closed(1), closed(2), closed(4)]);
     }
 
@@ -313,7 +316,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = Journal::open(dir.path()).unwrap();
         for generation in 1..=3 {
-            journal.append(&closed(generation)).unwrap();
+            journal.append(&[closed(generation)]).unwrap();
         }
         drop(journal);
         let path = dir.path().join(FILE_NAME);
@@ -334,14 +337,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let reader = JournalReader::new(dir.path().join(FILE_NAME));
         let mut journal = Journal::open(dir.path()).unwrap();
-        journal.append(&closed(1)).unwrap();
+        journal.append(&[closed(1)]).unwrap();
         let seen = reader.read().unwrap().ack().unwrap();
-        journal.append(&closed(2)).unwrap();
+        journal.append(&[closed(2)]).unwrap();
         journal.acknowledge(seen).unwrap();
         assert_eq!(reader.read().unwrap().peers.len(), 2, "one came in between");
         journal.acknowledge(reader.read().unwrap().ack().unwrap()).unwrap();
         assert_eq!(reader.read().unwrap(), Closed::default());
-        journal.append(&closed(3)).unwrap();
+        journal.append(&[closed(3)]).unwrap();
         assert_eq!(reader.read().unwrap().peers, [closed(3)]);
     }
 
@@ -350,10 +353,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let reader = JournalReader::new(dir.path().join(FILE_NAME));
         let mut journal = Journal::open(dir.path()).unwrap();
-        journal.append(&closed(1)).unwrap();
+        journal.append(&[closed(1)]).unwrap();
         let old = reader.read().unwrap().ack().unwrap();
         journal.acknowledge(old).unwrap();
-        journal.append(&closed(1)).unwrap();
+        journal.append(&[closed(1)]).unwrap();
         let refilled = reader.read().unwrap();
         assert_eq!(refilled.len, old.len, "and even the peer is the same");
         assert_eq!(reader.read_after(Some(old)).unwrap(), refilled);
@@ -373,10 +376,10 @@ mod tests {
         let mut journal = Journal::open(dir.path()).unwrap();
         let records = LONG_BYTES / RECORD_BYTES as u64;
         for generation in 1..=records {
-            journal.append(&closed(generation)).unwrap();
+            journal.append(&[closed(generation)]).unwrap();
         }
         let ack = reader.read().unwrap().ack().unwrap();
-        journal.append(&closed(records + 1)).unwrap();
+        journal.append(&[closed(records + 1)]).unwrap();
         let other = JournalAck { last_crc: !ack.last_crc, ..ack };
         let whole = reader.read().unwrap();
         for wrong in [other, JournalAck { len: ack.len + 1, ..ack }] {
@@ -384,7 +387,7 @@ mod tests {
             assert_eq!(reader.read().unwrap(), whole);
         }
         journal.acknowledge(ack).unwrap();
-        journal.append(&closed(records + 2)).unwrap();
+        journal.append(&[closed(records + 2)]).unwrap();
         let rest = reader.read_after(Some(ack)).unwrap();
         assert_eq!(rest.peers, [closed(records + 1), closed(records + 2)]);
         assert_eq!(rest.len, 256);
@@ -397,9 +400,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let reader = JournalReader::new(dir.path().join(FILE_NAME));
         let mut journal = Journal::open(dir.path()).unwrap();
-        journal.append(&closed(1)).unwrap();
+        journal.append(&[closed(1)]).unwrap();
         let first = reader.read().unwrap().ack();
-        journal.append(&closed(2)).unwrap();
+        journal.append(&[closed(2)]).unwrap();
         let second = reader.read_after(first).unwrap();
         assert_eq!((&second.peers[..], second.len), (&[closed(2)][..], 256));
         assert_eq!(second.ack(), reader.read().unwrap().ack());

@@ -90,8 +90,8 @@ impl Host {
 /// Takes the final counters as if the journal had them.
 fn closed(host: &mut Host) -> Vec<ClosedPeer> {
     let mut closed = Vec::new();
-    let take = |peer: &ClosedPeer| {
-        closed.push(*peer);
+    let take = |peers: &[ClosedPeer]| {
+        closed.extend_from_slice(peers);
         Ok::<(), ()>(())
     };
     host.engine.settle(100, take).unwrap();

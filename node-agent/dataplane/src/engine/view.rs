@@ -91,7 +91,7 @@ impl Engine {
             preshared_key: peer.preshared_key.clone(),
             endpoint: peer.endpoint,
             persistent_keepalive: peer.persistent_keepalive,
-            allowed_ips: peer.allowed_ips.clone(),
+            allowed_ips: peer.allowed_ips.to_vec(),
             tenant: peer.tenant,
             generation: peer.generation,
             counts: self.counters.peer(slot).map(|line| line.counts).unwrap_or_default(),

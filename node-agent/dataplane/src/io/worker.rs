@@ -285,18 +285,20 @@ impl Worker {
 
     fn change_peers(&mut self, now: Now, changes: Vec<PeerChange>) -> i32 {
         for change in changes {
+            if self.engine.waits_for_settling(&change) {
+                self.settle();
+            }
             match self.engine.apply_peer(now, change, &mut self.out) {
                 Ok(()) => {}
                 Err(Refused::Full) => return libc::ENOSPC,
                 Err(Refused::Closing) => return libc::EBUSY,
                 Err(Refused::TenantPrefix) => return libc::EINVAL,
             }
-            // A slot that was just left may be needed by the next peer.
-            self.settle();
             if self.out.wants_flush() {
                 self.flush();
             }
         }
+        self.settle();
         0
     }
 
