@@ -213,21 +213,17 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
         let _ = rustix::io::write(&ended_by_worker, &1_u64.to_ne_bytes());
         end
     })?;
+    server.start(listener)?;
     tracing::info!(interface = options.interface, "the tunnel is ready");
 
     let stopping = loop {
-        let mut fds = [termination.as_fd(), ended.as_fd(), listener.as_fd()]
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let mut fds = [termination.as_fd(), ended.as_fd()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         match poll(&mut fds, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => break Err(io::Error::from(error)),
         }
-        let [terminated, worker_ended, client] = fds.map(|fd| !fd.revents().is_empty());
-        if terminated || worker_ended {
+        if fds.iter().any(|fd| !fd.revents().is_empty()) {
             break Ok(());
-        }
-        if client && let Err(error) = server.accept(&listener) {
-            tracing::warn!(%error, "a client of the control socket could not be accepted");
         }
     };
     if let Err(error) = std::fs::remove_file(path) {

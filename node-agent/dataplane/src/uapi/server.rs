@@ -5,9 +5,9 @@ use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
@@ -17,8 +17,12 @@ use super::{SOCKET_DIR, format};
 use crate::change::PeerChange;
 use crate::io::mailbox::{Controller, Reply, Request, WorkerGone};
 
-/// Clients served at the same time; more are turned away.
+/// Clients served at the same time; more wait for the end of one, which is bounded in time.
 const MAX_CLIENTS: usize = 8;
+/// Threads that wait for clients, so that a request needs no new thread.
+const IDLE_THREADS: usize = 2;
+/// When there is no descriptor for another client.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// The longest line is a key of 64 digits and its name.
 const MAX_LINE: usize = 256;
 /// 65,000 peers take about 26 MB.
@@ -29,7 +33,7 @@ const READ_BYTES: usize = 64 * 1024;
 const CHUNK: usize = 256;
 /// How long a client may be silent, or leave an answer unread.
 const CLIENT_SILENCE: Duration = Duration::from_secs(5);
-/// How long a client may take for one request.
+/// How long a client may take to send one request, or to read one answer.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where the socket of an interface is.
@@ -69,57 +73,100 @@ pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
-    listener.set_nonblocking(true)?;
     Ok(listener)
+}
+
+#[derive(Default)]
+struct Threads {
+    all: usize,
+    idle: usize,
+}
+
+impl Threads {
+    /// One has a client; says whether another thread must wait in its place.
+    fn client(&mut self) -> bool {
+        self.idle -= 1;
+        self.idle == 0 && self.all < MAX_CLIENTS
+    }
+
+    /// One has no client any more; says whether it is of no use.
+    fn ends(&mut self) -> bool {
+        let ends = self.idle >= IDLE_THREADS;
+        if ends {
+            self.all -= 1;
+        } else {
+            self.idle += 1;
+        }
+        ends
+    }
 }
 
 /// What every client thread shares.
 pub(crate) struct Server {
     controller: Controller,
     journal: Option<PathBuf>,
-    clients: AtomicUsize,
+    threads: Mutex<Threads>,
     /// One `set` at a time: a replacement of all peers spans several letters to the worker.
     setting: Mutex<()>,
 }
 
 impl Server {
     pub(crate) fn new(controller: Controller, journal: Option<PathBuf>) -> Arc<Self> {
-        Arc::new(Self { controller, journal, clients: AtomicUsize::new(0), setting: Mutex::new(()) })
+        Arc::new(Self { controller, journal, threads: Mutex::default(), setting: Mutex::new(()) })
     }
 
-    /// Accepts whoever waits and serves each on a thread of its own.
-    pub(crate) fn accept(self: &Arc<Self>, listener: &UnixListener) -> io::Result<()> {
+    /// Serves clients from now on, on threads of its own, until the process ends.
+    ///
+    /// # Errors
+    /// When there is no thread to be had.
+    pub(crate) fn start(self: &Arc<Self>, listener: UnixListener) -> io::Result<()> {
+        self.add_thread(&Arc::new(listener))
+    }
+
+    fn add_thread(self: &Arc<Self>, listener: &Arc<UnixListener>) -> io::Result<()> {
+        let (server, listener) = (Arc::clone(self), Arc::clone(listener));
+        let mut threads = self.threads();
+        std::thread::Builder::new().name("uapi-client".into()).spawn(move || server.accept(&listener))?;
+        threads.all += 1;
+        threads.idle += 1;
+        Ok(())
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Threads> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One thread: a client after the other, until enough others wait.
+    fn accept(self: &Arc<Self>, listener: &Arc<UnixListener>) {
         loop {
             let stream = match listener.accept() {
                 Ok((stream, _)) => stream,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-            };
-            if self.clients.fetch_add(1, Ordering::Relaxed) >= MAX_CLIENTS {
-                self.clients.fetch_sub(1, Ordering::Relaxed);
-                tracing::debug!("too many clients on the control socket");
-                continue;
-            }
-            let server = Arc::clone(self);
-            let client = move || {
-                match server.serve(&stream) {
-                    Ok(()) => {}
-                    // it has read as much as it wanted
-                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-                    Err(error) => tracing::debug!(%error, "a client of the control socket failed"),
+                Err(error) => {
+                    tracing::warn!(%error, "a client of the control socket could not be accepted");
+                    std::thread::sleep(ACCEPT_PAUSE);
+                    continue;
                 }
-                server.clients.fetch_sub(1, Ordering::Relaxed);
             };
-            if let Err(error) = std::thread::Builder::new().name("uapi-client".into()).spawn(client) {
-                self.clients.fetch_sub(1, Ordering::Relaxed);
-                return Err(error);
+            let wants_another = self.threads().client();
+            if wants_another && let Err(error) = self.add_thread(listener) {
+                tracing::warn!(%error, "no thread for another client of the control socket");
+            }
+            match catch_unwind(AssertUnwindSafe(|| self.serve(&stream))) {
+                Ok(Ok(())) => {}
+                // it has read as much as it wanted
+                Ok(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe => {}
+                Ok(Err(error)) => tracing::debug!(%error, "a client of the control socket failed"),
+                Err(_) => tracing::error!("a request on the control socket panicked"),
+            }
+            drop(stream);
+            if self.threads().ends() {
+                return;
             }
         }
     }
 
     fn serve(&self, stream: &UnixStream) -> io::Result<()> {
-        stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(CLIENT_SILENCE))?;
         stream.set_write_timeout(Some(CLIENT_SILENCE))?;
         let mut lines = Lines::new(stream);
@@ -145,11 +192,12 @@ impl Server {
         }
     }
 
-    fn get(&self, mut stream: &UnixStream) -> io::Result<Result<i32, WorkerGone>> {
+    fn get(&self, stream: &UnixStream) -> io::Result<Result<i32, WorkerGone>> {
+        let until = Instant::now() + CLIENT_PATIENCE;
         let Ok(Reply::Device(state)) = self.controller.ask(Request::Describe) else {
             return Ok(Err(WorkerGone));
         };
-        stream.write_all(Zeroizing::new(format::device(&state)).as_bytes())?;
+        write_until(stream, Zeroizing::new(format::device(&state)).as_bytes(), until)?;
         let mut next = Some(0);
         let mut text = Zeroizing::new(String::with_capacity(CHUNK * 600));
         while let Some(from) = next {
@@ -161,7 +209,7 @@ impl Server {
             for peer in &peers {
                 format::peer(&mut text, peer);
             }
-            stream.write_all(text.as_bytes())?;
+            write_until(stream, text.as_bytes(), until)?;
             next = more;
         }
         Ok(Ok(0))
@@ -205,6 +253,22 @@ impl Server {
             Reply::Device(_) | Reply::Peers { .. } => Ok(libc::EPROTO),
         }
     }
+}
+
+/// A client that reads a little now and then is not silent, but it must come to an end.
+fn write_until(mut stream: &UnixStream, mut bytes: &[u8], until: Instant) -> io::Result<()> {
+    while !bytes.is_empty() {
+        if Instant::now() > until {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        match stream.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 fn errno(result: Result<i32, WorkerGone>) -> i32 {
