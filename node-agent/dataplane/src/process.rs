@@ -14,6 +14,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior,
 use crate::counters::{CounterTable, MAX_PEERS};
 use crate::engine::{Engine, EngineConfig};
 use crate::io::mailbox::{Request, mailbox};
+use crate::io::memory::give_back_soon;
 use crate::io::signals;
 use crate::io::tun::{Tun, TunConfig};
 use crate::io::worker::{End, Worker};
@@ -186,6 +187,7 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
 
 fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     let termination = signals::termination()?;
+    give_back_soon();
     harden()?;
     let (counters, journal) = open_state(options)?;
     let tun = Tun::open(TunConfig { name: &options.interface, offload: options.offload })
