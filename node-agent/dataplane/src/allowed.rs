@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use foldhash::HashMap;
+use foldhash::{HashMap, HashMapExt};
 use ipnet::IpNet;
 
 /// Who owns a prefix. A prefix has one owner; adding it for another peer moves it, as in every WireGuard.
@@ -17,6 +17,13 @@ pub(crate) struct AllowedIps {
 }
 
 impl AllowedIps {
+    /// With room for so many addresses of each family. A table of 65,000 that has to grow stops everything for
+    /// milliseconds; room that is not used takes no memory.
+    pub(crate) fn with_room(hosts: usize) -> Self {
+        let (hosts4, hosts6) = (HashMap::with_capacity(hosts), HashMap::with_capacity(hosts));
+        Self { hosts4, hosts6, ..Self::default() }
+    }
+
     /// Gives the prefix to `slot` and returns its former owner, which may be the same.
     pub(crate) fn insert(&mut self, net: IpNet, slot: u16) -> Option<u16> {
         let net = net.trunc();

@@ -17,7 +17,7 @@ mod view;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 
-use foldhash::HashMap;
+use foldhash::{HashMap, HashMapExt};
 use ipnet::IpNet;
 use smallvec::SmallVec;
 
@@ -159,8 +159,8 @@ impl Engine {
             closing_lives: HashSet::default(),
             replace: Replace::new(capacity),
             ending: false,
-            by_key: HashMap::default(),
-            routes: AllowedIps::default(),
+            by_key: HashMap::with_capacity(capacity),
+            routes: AllowedIps::with_room(capacity),
             overlay: Vec::new(),
             scramble: Scramble::new(seed),
             counters,
