@@ -1,9 +1,11 @@
 //! `set=1` requests, line by line.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::str::FromStr;
 
 use ipnet::IpNet;
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, SocketType, socket};
 
 use crate::change::{DeviceChange, PeerChange, Secret, canonical};
 
@@ -92,7 +94,7 @@ fn peer_line(peer: &mut PeerChange, key: &str, value: &str) -> Result<(), Invali
         "remove" => peer.remove = truth(value)?,
         "update_only" => peer.update_only = truth(value)?,
         "preshared_key" => peer.preshared_key = Some(Secret::new(hex_bytes(value)?)),
-        "endpoint" => peer.endpoint = Some(canonical(number(value)?)),
+        "endpoint" => peer.endpoint = Some(canonical(endpoint(value)?)),
         "persistent_keepalive_interval" => peer.persistent_keepalive = Some(number(value)?),
         "replace_allowed_ips" => peer.replace_allowed_ips = truth(value)?,
         "allowed_ip" => match value.strip_prefix('-') {
@@ -113,6 +115,18 @@ fn number<T: FromStr>(value: &str) -> Result<T, Invalid> {
         return Err(Invalid);
     }
     value.parse().map_err(|_| Invalid)
+}
+
+/// `wg` writes the zone of a link-local address as the name of an interface; the standard library reads its number.
+fn endpoint(value: &str) -> Result<SocketAddr, Invalid> {
+    let named = || {
+        let (addr, rest) = value.strip_prefix('[')?.split_once('%')?;
+        let (zone, port) = rest.split_once("]:")?;
+        let any = socket(AddressFamily::UNIX, SocketType::DGRAM, None).ok()?;
+        let scope = name_to_index(any, zone).ok()?;
+        Some(SocketAddrV6::new(number(addr).ok()?, number(port).ok()?, 0, scope).into())
+    };
+    number(value).or_else(|Invalid| named().ok_or(Invalid))
 }
 
 fn prefix(value: &str) -> Result<IpNet, Invalid> {
@@ -214,6 +228,7 @@ mod tests {
             "listen_port",
             "listen_port=65536",
             "listen_port=-1",
+            "listen_port=+1",
             "private_key=00",
             "private_key=zz5996fecc9c7f1fc6d2572a76eda11d59bcd20be8e543b15ce4bd85a8e75a33",
             "replace_peers=yes",
@@ -229,6 +244,10 @@ mod tests {
             "endpoint=192.0.2.1",
             "allowed_ip=10.0.0.0",
             "allowed_ip=10.0.0.0/33",
+            "allowed_ip=10.0.0.0/+8",
+            "allowed_ip=10.0.0.0/",
+            "allowed_ip=10.0.0.0/255.0.0.0",
+            "allowed_ip=fd00::/129",
             "persistent_keepalive_interval=off",
             "preshared_key=",
             "protocol_version=2",
@@ -238,6 +257,18 @@ mod tests {
             "private_key=00",
         ] {
             assert_eq!(parse(&format!("public_key={KEY}\n{line}")).err(), Some(Invalid), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn the_zone_of_an_endpoint_is_a_number_or_the_name_of_an_interface() {
+        let endpoint = |text: &str| parse(&format!("public_key={KEY}\nendpoint={text}")).map(|r| r.peers[0].endpoint);
+        let on = |scope| Some(SocketAddrV6::new("fe80::1".parse().unwrap(), 51820, 0, scope).into());
+        assert_eq!(endpoint("[fe80::1]:51820"), Ok(on(0)));
+        assert_eq!(endpoint("[fe80::1%7]:51820"), Ok(on(7)));
+        assert_eq!(endpoint("[fe80::1%lo]:51820"), Ok(on(1)), "the loopback is the first interface everywhere");
+        for wrong in ["[fe80::1%no-such-one]:1", "[fe80::1%lo]", "[fe80::1%lo]:+1", "[%lo]:1", "fe80::1%lo:1"] {
+            assert_eq!(endpoint(wrong), Err(Invalid), "{wrong}");
         }
     }
 

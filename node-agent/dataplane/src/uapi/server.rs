@@ -520,6 +520,76 @@ mod tests {
         assert!(talk(&format!("set=1\n{}\n", peers(1..700))).starts_with("errno=-28"), "more peers than slots");
     }
 
+    /// A server on a path of its own, as in the process.
+    fn listening(dir: &Path) -> PathBuf {
+        let (controller, mailbox) = mailbox().unwrap();
+        thread::spawn(move || worker(&mailbox));
+        let path = dir.join("wg0.sock");
+        Server::new(controller, None).start(UnixListener::bind(&path).unwrap()).unwrap();
+        path
+    }
+
+    /// What a client that behaves is told within its patience.
+    fn told(path: &Path, request: &str) -> String {
+        let mut client = UnixStream::connect(path).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        client.write_all(request.as_bytes()).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    #[test]
+    fn silent_clients_hold_up_nobody_while_one_place_is_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = listening(dir.path());
+        let mut silent: Vec<_> = (0..MAX_CLIENTS - 1).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        for (number, client) in silent.iter_mut().enumerate() {
+            // nothing at all, half a line, half a request
+            client.write_all(["", "set=", "set=1\nreplace_peers=true\n"][number % 3].as_bytes()).unwrap();
+        }
+        assert_eq!(told(&path, &format!("set=1\n{}\n", peers(1..9))), "errno=0\n\n");
+        assert_eq!(told(&path, "get=1\n\n").matches("public_key=").count(), 8);
+    }
+
+    #[test]
+    fn a_client_too_many_waits_for_the_end_of_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = listening(dir.path());
+        let mut silent: Vec<_> = (0..MAX_CLIENTS).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        let waiting = thread::spawn(move || told(&path, "get=1\n\n"));
+        silent.pop();
+        assert!(waiting.join().unwrap().ends_with("errno=0\n\n"));
+    }
+
+    #[test]
+    fn a_client_that_hangs_up_changes_nothing_and_disturbs_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = listening(dir.path());
+        assert_eq!(told(&path, &format!("set=1\n{}\n", peers(1..500))), "errno=0\n\n");
+        for request in ["set=1\nreplace_peers=true\n", "set=1\nlisten_port=1", "get=1\n\n", "g", ""] {
+            for _ in 0..2 * MAX_CLIENTS {
+                // In the middle of the request, or with the answer unread.
+                UnixStream::connect(&path).unwrap().write_all(request.as_bytes()).unwrap();
+            }
+        }
+        assert_eq!(told(&path, "get=1\n\n").matches("public_key=").count(), 499);
+    }
+
+    #[test]
+    fn an_endless_line_is_refused_without_being_read_to_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = listening(dir.path());
+        for (begin, errno) in [("", libc::EPROTO), ("set=1\n", libc::EINVAL)] {
+            let mut client = UnixStream::connect(&path).unwrap();
+            client.write_all(format!("{begin}{}", "a".repeat(MAX_LINE)).as_bytes()).unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            assert_eq!(answer, format!("errno=-{errno}\n\n"));
+        }
+    }
+
     fn read(bytes: &[u8]) -> io::Result<SetRequest> {
         read_set(&mut Lines::new(bytes))
     }
@@ -529,6 +599,30 @@ mod tests {
         assert_eq!(read(b"listen_port=1\n\n").unwrap().device.listen_port, Some(1));
         assert_eq!(read(b"listen_port=1\n").unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(read(b"listen_port=1").unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[test]
+    fn lines_are_the_same_however_they_arrive() {
+        /// Gives as much at a time as it is told to.
+        struct Pieces<'a>(&'a [u8], usize);
+        impl Read for Pieces<'_> {
+            fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+                let len = self.0.len().min(self.1).min(room.len());
+                let (piece, rest) = self.0.split_at(len);
+                room[..len].copy_from_slice(piece);
+                self.0 = rest;
+                Ok(len)
+            }
+        }
+        let text = format!("set=1\n{}\n", peers(1..2000));
+        for piece in [1, 7, READ_BYTES - 1, READ_BYTES, usize::MAX] {
+            let mut lines = Lines::new(Pieces(text.as_bytes(), piece));
+            let mut seen = String::new();
+            while let Some(line) = lines.next().unwrap() {
+                seen.extend([line, "\n"]);
+            }
+            assert!(seen == text, "in pieces of {piece}");
+        }
     }
 
     #[test]
