@@ -35,10 +35,9 @@ fn main() {
     let text = request(peers);
     println!("{peers} peers, {} bytes", text.len());
 
-    let mut longest = Duration::ZERO;
     for what in ["add", "same", "same"] {
         let changes = timed("parse", || parse(&text));
-        longest = timed(what, || bench.apply(changes));
+        let longest = timed(what, || bench.apply(changes));
         println!("{:>24} {:9.3} ms", "longest chunk", millis(longest));
     }
     let changes = parse(&text);

@@ -1,7 +1,5 @@
 //! Changes while traffic runs: each is O(1) in the number of peers.
 
-use std::collections::VecDeque;
-
 use ipnet::IpNet;
 use smallvec::SmallVec;
 
@@ -219,7 +217,7 @@ impl Engine {
             endpoint: before.and_then(|peer| peer.endpoint),
             via: None,
             tunnel: None,
-            queue: VecDeque::new(),
+            queue: Vec::new(),
             live_at: None,
             last_traffic_ms: None,
             last_attempt_ms: now.mono_ms,
@@ -282,10 +280,10 @@ impl Engine {
             return;
         };
         let psk = (!psk.is_zero()).then_some(psk);
-        if peer.preshared_key == psk {
+        if peer.preshared_key.as_deref() == psk.as_ref() {
             return;
         }
-        peer.preshared_key = psk;
+        peer.preshared_key = psk.map(Box::new);
         if peer.tunnel.is_some() {
             // The session was made with the old key: end it, and offer a new one if we know where the peer is.
             self.drop_tunnel(slot);

@@ -71,7 +71,8 @@ pub struct EngineConfig {
 struct Peer {
     public_key: [u8; 32],
     generation: u64,
-    preshared_key: Option<Secret>,
+    /// Apart, because few have one.
+    preshared_key: Option<Box<Secret>>,
     tenant: Option<[u8; 16]>,
     /// A peer of a tenant has one address of each family.
     allowed_ips: SmallVec<[IpNet; 2]>,
@@ -80,9 +81,9 @@ struct Peer {
     /// The local address the peer talks to.
     via: Option<IpAddr>,
     tunnel: Option<Box<Tunnel>>,
-    queue: VecDeque<Vec<u8>>,
+    queue: Vec<Vec<u8>>,
     /// Position in `Engine::live`.
-    live_at: Option<usize>,
+    live_at: Option<u32>,
     /// Last authenticated message in either direction.
     last_traffic_ms: Option<u64>,
     /// Last handshake message in either direction, or creation of the tunnel.
@@ -226,7 +227,7 @@ impl Engine {
     fn make_live(&mut self, slot: u16) {
         let peer = self.peers[usize::from(slot)].as_mut().expect("the callers hold an occupied slot");
         if peer.live_at.is_none() {
-            peer.live_at = Some(self.live.len());
+            peer.live_at = u32::try_from(self.live.len()).ok();
             self.live.push(slot);
         }
     }
@@ -235,8 +236,8 @@ impl Engine {
         let Some(at) = self.peers[usize::from(slot)].as_mut().and_then(|peer| peer.live_at.take()) else {
             return;
         };
-        self.live.swap_remove(at);
-        if let Some(moved) = self.live.get(at)
+        self.live.swap_remove(at as usize);
+        if let Some(moved) = self.live.get(at as usize)
             && let Some(peer) = self.peers[usize::from(*moved)].as_mut()
         {
             peer.live_at = Some(at);
@@ -300,7 +301,7 @@ impl Engine {
         }
         let tunnel = peer.tunnel.get_or_insert_with(|| {
             peer.last_attempt_ms = now.mono_ms;
-            let psk = peer.preshared_key.as_ref();
+            let psk = peer.preshared_key.as_deref();
             Box::new(Tunnel::new(identity, &peer.public_key, psk, index, now.mono_ms))
         });
         if let Some(len) = tunnel.initiate(room) {

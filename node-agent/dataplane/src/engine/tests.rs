@@ -440,12 +440,68 @@ fn replacing_all_peers_keeps_the_sessions_of_those_that_stay() {
             p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()];
         })
         .unwrap();
+    let down = packet("192.0.2.99", "10.8.0.3", 100);
+    let unroutable = server.drops(Drop::TxNoRoute);
+    server.tun(&down);
+    assert_eq!(server.drops(Drop::TxNoRoute), unroutable, "until the end peer 3 goes on");
     server.engine.end_replace();
     assert_eq!(closed(&mut server).len(), 1, "only peer 3 is closed");
+    server.tun(&down);
+    assert_eq!(server.drops(Drop::TxNoRoute), unroutable + 1);
     assert_eq!(server.view(2).allowed_ips.len(), 1);
     client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
     settle(&mut server, &mut client);
     assert_eq!((server.delivered().len(), server.view(2).counts.rx_inner), (1, 200));
+}
+
+#[test]
+fn a_peer_named_in_a_replacement_is_as_new_but_for_session_endpoint_and_counters() {
+    let (mut server, mut client) = connected();
+    server.peer(2, |p| p.persistent_keepalive = Some(25)).unwrap();
+    let (endpoint, before) = (server.view(2).endpoint, server.view(2).counts);
+    server.engine.begin_replace();
+    server.peer(2, |p| p.update_only = true).unwrap();
+    assert_eq!(server.view(2).tenant, Some(TENANT), "an update names nobody new");
+    // What a tenant's peer may not have is no matter any more.
+    server.peer(2, |p| p.allowed_ips = vec!["10.0.0.0/8".parse().unwrap()]).unwrap();
+    server.peer(2, |p| p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()]).unwrap();
+    server.engine.end_replace();
+    assert_eq!(closed(&mut server), []);
+    let view = server.view(2);
+    assert_eq!((view.tenant, view.persistent_keepalive, view.allowed_ips.len()), (None, 0, 2));
+    assert_eq!((view.endpoint, view.counts), (endpoint, before));
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    assert_eq!(server.delivered().len(), 1, "in the same session");
+    assert_eq!(server.sent(), []);
+}
+
+#[test]
+fn the_end_of_a_replacement_is_swept_in_slices_and_waits_for_the_journal() {
+    let mut server = Host::new(1, SERVER);
+    for key in 2..14 {
+        server.peer(key, |_| {}).unwrap();
+    }
+    server.engine.begin_replace();
+    server.peer(7, |_| {}).unwrap();
+    server.engine.end_replace();
+    assert!(server.engine.settle(4, |_| Err("disk full")).is_err());
+    assert!(server.engine.settle(4, |_| Err("disk full")).is_err());
+    assert_eq!(server.engine.device().peers, 8, "the others go on while nobody can say what they used");
+    let mut slices = Vec::new();
+    let mut settled = Settled::More;
+    while settled == Settled::More {
+        settled = server
+            .engine
+            .settle(4, |peers| {
+                slices.push(peers.len());
+                Ok::<(), ()>(())
+            })
+            .unwrap();
+    }
+    assert_eq!(slices, [4, 4, 3]);
+    assert_eq!((server.engine.device().peers, server.view(7).generation), (1, 0));
+    server.peer(3, |_| {}).unwrap();
 }
 
 #[test]
@@ -683,7 +739,7 @@ fn consistent(engine: &Engine) -> Result<(), TestCaseError> {
         prop_assert_eq!(engine.by_key.get(&peer.public_key), Some(&slot));
         prop_assert_eq!(engine.slot_of(engine.index_of(slot) << 8), Some(slot));
         prop_assert!(peer.allowed_ips.iter().all(|net| engine.routes.host(net.addr()) == Some(slot)));
-        prop_assert!(peer.live_at.is_none_or(|at| engine.live[at] == slot));
+        prop_assert!(peer.live_at.is_none_or(|at| engine.live[at as usize] == slot));
         prop_assert!(peer.tunnel.is_none() || peer.live_at.is_some());
         prop_assert!(!engine.free.contains(&slot));
     }
