@@ -99,7 +99,13 @@ fn peer_line(peer: &mut PeerChange, key: &str, value: &str) -> Result<(), Invali
         "replace_allowed_ips" => peer.replace_allowed_ips = truth(value)?,
         "allowed_ip" => match value.strip_prefix('-') {
             Some(value) => peer.removed_ips.push(prefix(value)?),
-            None => peer.allowed_ips.push(prefix(value.strip_prefix('+').unwrap_or(value))?),
+            None => {
+                if peer.allowed_ips.is_empty() {
+                    // Most have one; by itself the list would begin with room for four.
+                    peer.allowed_ips.reserve_exact(1);
+                }
+                peer.allowed_ips.push(prefix(value.strip_prefix('+').unwrap_or(value))?);
+            }
         },
         "protocol_version" if value == "1" => {}
         "cvault_tenant" => peer.tenant = Some(tenant(value)?),
