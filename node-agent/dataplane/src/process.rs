@@ -207,7 +207,7 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     let (controller, mailbox) = mailbox()?;
     let engine = Engine::new(EngineConfig { counters, seed: rand::random() });
     let worker = Worker::new(engine, tun, journal, mailbox);
-    let server = Server::new(controller.clone(), worker.journal_path());
+    let server = Server::new(controller.clone(), worker.journal_sync());
     let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from)?;
     let ended_by_worker = ended.try_clone()?;
     let thread = std::thread::Builder::new().name("tunnel-worker".into()).spawn(move || {

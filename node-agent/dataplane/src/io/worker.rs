@@ -2,7 +2,6 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -13,7 +12,7 @@ use super::tun::{Read, Tun};
 use super::udp::{BATCH, BUFFER_BYTES, Sockets};
 use crate::change::{DeviceChange, PeerChange, Refused, canonical};
 use crate::engine::{Engine, Now, Origin, Settled, TICK_MS};
-use crate::journal::Journal;
+use crate::journal::{Journal, JournalSync};
 use crate::out::Out;
 
 /// Letters, receive calls and TUN reads in one pass, so that none starves the others.
@@ -316,9 +315,9 @@ impl Worker {
         }
     }
 
-    /// What the control side syncs to make removals durable without holding up packets.
-    pub(crate) fn journal_path(&self) -> Option<PathBuf> {
-        self.journal.as_ref().map(Journal::path)
+    /// Makes removals durable on the control side, without holding up packets.
+    pub(crate) fn journal_sync(&self) -> Option<JournalSync> {
+        self.journal.as_ref().map(Journal::syncer)
     }
 }
 

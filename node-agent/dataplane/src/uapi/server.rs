@@ -1,6 +1,6 @@
 //! Serving the socket.
 
-use std::fs::{DirBuilder, File, Permissions};
+use std::fs::{DirBuilder, Permissions};
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -16,6 +16,7 @@ use super::parse::{Invalid, SetParser, SetRequest};
 use super::{SOCKET_DIR, format};
 use crate::change::PeerChange;
 use crate::io::mailbox::{Controller, Reply, Request, WorkerGone};
+use crate::journal::JournalSync;
 
 /// Clients served at the same time; more wait for the end of one, which is bounded in time.
 const MAX_CLIENTS: usize = 8;
@@ -30,7 +31,9 @@ const MAX_REQUEST: usize = 64 * 1024 * 1024;
 /// What one `read` may bring: a large request takes hundreds of them instead of thousands.
 const READ_BYTES: usize = 64 * 1024;
 /// Peers handed to the worker, or asked of it, at a time: less than a millisecond of its attention.
-const CHUNK: usize = 256;
+const CHUNK: usize = 512;
+/// Prefixes handed to the worker at a time, unless one peer has more.
+const CHUNK_PREFIXES: usize = 2 * CHUNK;
 /// How long a client may be silent, or leave an answer unread.
 const CLIENT_SILENCE: Duration = Duration::from_secs(5);
 /// How long a client may take to send one request, or to read one answer.
@@ -104,15 +107,14 @@ impl Threads {
 /// What every client thread shares.
 pub(crate) struct Server {
     controller: Controller,
-    journal: Option<PathBuf>,
     threads: Mutex<Threads>,
     /// One `set` at a time: a replacement of all peers spans several letters to the worker.
-    setting: Mutex<()>,
+    setting: Mutex<Option<JournalSync>>,
 }
 
 impl Server {
-    pub(crate) fn new(controller: Controller, journal: Option<PathBuf>) -> Arc<Self> {
-        Arc::new(Self { controller, journal, threads: Mutex::default(), setting: Mutex::new(()) })
+    pub(crate) fn new(controller: Controller, journal: Option<JournalSync>) -> Arc<Self> {
+        Arc::new(Self { controller, threads: Mutex::default(), setting: Mutex::new(journal) })
     }
 
     /// Serves clients from now on, on threads of its own, until the process ends.
@@ -216,9 +218,8 @@ impl Server {
     }
 
     fn set(&self, request: SetRequest) -> Result<i32, WorkerGone> {
-        let _one_at_a_time = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut journal = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
         let SetRequest { device, replace_peers, end_replace, peers } = request;
-        let removes = replace_peers || end_replace || peers.iter().any(|peer| peer.remove || peer.generation.is_some());
         let mut errno = self.done(Request::Device(device))?;
         if errno != 0 {
             return Ok(errno);
@@ -228,8 +229,7 @@ impl Server {
         }
         let mut peers = peers.into_iter().peekable();
         while errno == 0 && peers.peek().is_some() {
-            let chunk: Vec<PeerChange> = peers.by_ref().take(CHUNK).collect();
-            errno = self.done(Request::Peers(chunk))?;
+            errno = self.done(Request::Peers(chunk(&mut peers)))?;
         }
         // What was begun is ended, even when a peer was refused; but that peer may be one of an earlier process.
         if replace_peers || (end_replace && errno == 0) {
@@ -239,9 +239,7 @@ impl Server {
             }
             errno = if errno == 0 { settled } else { errno };
         }
-        if let (true, Some(journal)) = (removes, &self.journal)
-            && let Err(error) = File::open(journal).and_then(|file| file.sync_data())
-        {
+        if let Some(Err(error)) = journal.as_mut().map(JournalSync::sync) {
             tracing::warn!(%error, "the journal of closed peers may not survive a crash of the host");
         }
         Ok(errno)
@@ -253,6 +251,19 @@ impl Server {
             Reply::Device(_) | Reply::Peers { .. } => Ok(libc::EPROTO),
         }
     }
+}
+
+fn chunk(peers: &mut impl Iterator<Item = PeerChange>) -> Vec<PeerChange> {
+    let mut chunk = Vec::with_capacity(CHUNK);
+    let mut prefixes = 0;
+    while chunk.len() < CHUNK
+        && prefixes < CHUNK_PREFIXES
+        && let Some(peer) = peers.next()
+    {
+        prefixes += peer.allowed_ips.len() + peer.removed_ips.len();
+        chunk.push(peer);
+    }
+    chunk
 }
 
 /// A client that reads a little now and then is not silent, but it must come to an end.
