@@ -237,12 +237,20 @@ impl Journal {
         Ok(Self { dir: dir.to_owned(), file, len, last_crc, appended })
     }
 
+    /// Appends one record, as [`Self::append_all`] does.
+    ///
+    /// # Errors
+    /// When it could not be written completely; the journal is then as before.
+    pub fn append(&mut self, peer: &ClosedPeer) -> io::Result<()> {
+        self.append_all(std::slice::from_ref(peer))
+    }
+
     /// Appends one record for each, in one write. They are in the page cache, so they survive this process; with
     /// [`JournalSync::sync`] they survive the host.
     ///
     /// # Errors
     /// When they could not be written completely; the journal is then as before.
-    pub fn append(&mut self, peers: &[ClosedPeer]) -> io::Result<()> {
+    pub fn append_all(&mut self, peers: &[ClosedPeer]) -> io::Result<()> {
         let records: Vec<_> = peers.iter().map(|peer| peer.encode(rand::random())).collect();
         let Some(last) = records.last() else {
             return Ok(());
@@ -330,8 +338,8 @@ mod tests {
         let reader = JournalReader::new(path.clone());
         assert_eq!(reader.read().unwrap(), Closed::default());
         let mut journal = Journal::open(dir.path()).unwrap();
-        journal.append(&[closed(1)]).unwrap();
-        journal.append(&[closed(2)]).unwrap();
+        journal.append(&closed(1)).unwrap();
+        journal.append(&closed(2)).unwrap();
         drop(journal);
         let whole = reader.read().unwrap();
         assert_eq!((&whole.peers[..], whole.damaged, whole.len), (&[closed(1), closed(2)][..], 0, 256));
@@ -341,8 +349,10 @@ mod tests {
         assert_eq!(reader.read().unwrap(), whole);
 
         let mut journal = Journal::open(dir.path()).unwrap();
-        journal.append(&[closed(4)]).unwrap();
-        assert_eq!(reader.read().unwrap().peers, [closed(1), closed(2), closed(4)]);
+        journal.append(&closed(4)).unwrap();
+        journal.append_all(&[closed(5), closed(6)]).unwrap();
+        assert_eq!(reader.read().unwrap().peers, [1, 2, 4, 5, 6].map(closed));
+        assert_eq!(reader.read().unwrap().last_crc, journal.last_crc);
     }
 
     #[test]
@@ -350,7 +360,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = Journal::open(dir.path()).unwrap();
         for generation in 1..=3 {
-            journal.append(&[closed(generation)]).unwrap();
+            journal.append(&closed(generation)).unwrap();
         }
         drop(journal);
         let path = dir.path().join(FILE_NAME);
@@ -371,14 +381,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let reader = JournalReader::new(dir.path().join(FILE_NAME));
         let mut journal = Journal::open(dir.path()).unwrap();
-        journal.append(&[closed(1)]).unwrap();
+        journal.append(&closed(1)).unwrap();
         let seen = reader.read().unwrap().ack().unwrap();
-        journal.append(&[closed(2)]).unwrap();
+        journal.append(&closed(2)).unwrap();
         journal.acknowledge(seen).unwrap();
         assert_eq!(reader.read().unwrap().peers.len(), 2, "one came in between");
         journal.acknowledge(reader.read().unwrap().ack().unwrap()).unwrap();
         assert_eq!(reader.read().unwrap(), Closed::default());
-        journal.append(&[closed(3)]).unwrap();
+        journal.append(&closed(3)).unwrap();
         assert_eq!(reader.read().unwrap().peers, [closed(3)]);
     }
 
@@ -387,10 +397,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let reader = JournalReader::new(dir.path().join(FILE_NAME));
         let mut journal = Journal::open(dir.path()).unwrap();
-        journal.append(&[closed(1)]).unwrap();
+        journal.append(&closed(1)).unwrap();
         let old = reader.read().unwrap().ack().unwrap();
         journal.acknowledge(old).unwrap();
-        journal.append(&[closed(1)]).unwrap();
+        journal.append(&closed(1)).unwrap();
         let refilled = reader.read().unwrap();
         assert_eq!(refilled.len, old.len, "and even the peer is the same");
         assert_eq!(reader.read_after(Some(old)).unwrap(), refilled);
@@ -410,10 +420,10 @@ mod tests {
         let mut journal = Journal::open(dir.path()).unwrap();
         let records = LONG_BYTES / RECORD_BYTES as u64;
         for generation in 1..=records {
-            journal.append(&[closed(generation)]).unwrap();
+            journal.append(&closed(generation)).unwrap();
         }
         let ack = reader.read().unwrap().ack().unwrap();
-        journal.append(&[closed(records + 1)]).unwrap();
+        journal.append(&closed(records + 1)).unwrap();
         let other = JournalAck { last_crc: !ack.last_crc, ..ack };
         let whole = reader.read().unwrap();
         for wrong in [other, JournalAck { len: ack.len + 1, ..ack }] {
@@ -421,7 +431,7 @@ mod tests {
             assert_eq!(reader.read().unwrap(), whole);
         }
         journal.acknowledge(ack).unwrap();
-        journal.append(&[closed(records + 2)]).unwrap();
+        journal.append(&closed(records + 2)).unwrap();
         let rest = reader.read_after(Some(ack)).unwrap();
         assert_eq!(rest.peers, [closed(records + 1), closed(records + 2)]);
         assert_eq!(rest.len, 256);
@@ -434,9 +444,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let reader = JournalReader::new(dir.path().join(FILE_NAME));
         let mut journal = Journal::open(dir.path()).unwrap();
-        journal.append(&[closed(1)]).unwrap();
+        journal.append(&closed(1)).unwrap();
         let first = reader.read().unwrap().ack();
-        journal.append(&[closed(2)]).unwrap();
+        journal.append(&closed(2)).unwrap();
         let second = reader.read_after(first).unwrap();
         assert_eq!((&second.peers[..], second.len), (&[closed(2)][..], 256));
         assert_eq!(second.ack(), reader.read().unwrap().ack());
@@ -451,7 +461,7 @@ mod tests {
         let mut syncer = journal.syncer();
         std::fs::remove_file(dir.path().join(FILE_NAME)).unwrap();
         syncer.sync().unwrap();
-        journal.append(&[closed(1)]).unwrap();
+        journal.append(&closed(1)).unwrap();
         assert!(syncer.sync().is_err(), "now there is something to sync");
         assert!(syncer.sync().is_err(), "and still");
         std::fs::write(dir.path().join(FILE_NAME), []).unwrap();

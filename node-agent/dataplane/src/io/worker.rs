@@ -201,7 +201,7 @@ impl Worker {
     fn settle(&mut self) -> i32 {
         let journal = &mut self.journal;
         let settled = self.engine.settle(MAX_SETTLED, |closed| match journal {
-            Some(journal) => journal.append(closed),
+            Some(journal) => journal.append_all(closed),
             None => Ok(()),
         });
         match settled {
