@@ -78,7 +78,7 @@ impl Bench {
 
     fn end_replace(&mut self) {
         self.engine.end_replace();
-        while self.engine.settle(CHUNK, |closed| take(closed)) != Ok(Settled::All) {}
+        while self.engine.settle(CHUNK, take) != Ok(Settled::All) {}
     }
 }
 

@@ -531,6 +531,18 @@ mod tests {
         assert!(talk(&format!("set=1\n{}\n", peers(1..700))).starts_with("errno=-28"), "more peers than slots");
     }
 
+    #[test]
+    fn letters_are_bounded_in_peers_and_in_prefixes() {
+        let sizes = |prefixes: &[usize]| {
+            let peer = |len: &usize| PeerChange { removed_ips: vec![Default::default(); *len], ..Default::default() };
+            let mut peers = prefixes.iter().map(peer);
+            std::iter::from_fn(|| Some(chunk(&mut peers).len()).filter(|len| *len > 0)).collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(&[1; CHUNK + 1]), [CHUNK, 1]);
+        assert_eq!(sizes(&[CHUNK_PREFIXES - 1, 1, 5]), [2, 1]);
+        assert_eq!(sizes(&[9 * CHUNK_PREFIXES, 1]), [1, 1]);
+    }
+
     /// A server on a path of its own, as in the process.
     fn listening(dir: &Path) -> PathBuf {
         let (controller, mailbox) = mailbox().unwrap();
