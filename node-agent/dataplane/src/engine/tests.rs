@@ -505,6 +505,30 @@ fn the_end_of_a_replacement_is_swept_in_slices_and_waits_for_the_journal() {
 }
 
 #[test]
+fn a_change_waits_for_the_journal_only_if_it_needs_what_a_removed_peer_holds() {
+    let mut server = Host::new(1, SERVER);
+    let all = 2..18;
+    for key in all.clone() {
+        server.peer(key, |_| {}).unwrap();
+    }
+    let change = |key: u8| PeerChange { public_key: public(key), ..PeerChange::default() };
+    for key in all.clone() {
+        server.peer(key, |p| p.remove = true).unwrap();
+    }
+    assert!(server.engine.waits_for_settling(&change(99)), "there is no free slot");
+    server.engine.settle(4, |_| Ok::<(), ()>(())).unwrap();
+    assert!(!server.engine.waits_for_settling(&change(99)));
+    assert_eq!(server.peer(2, |_| {}), Err(Refused::Closing));
+    for key in all {
+        while server.engine.waits_for_settling(&change(key)) {
+            server.engine.settle(4, |_| Ok::<(), ()>(())).unwrap();
+        }
+        server.peer(key, |_| {}).unwrap();
+    }
+    assert_eq!(server.engine.device().peers, 16);
+}
+
+#[test]
 fn after_a_restart_counters_go_on_and_recent_peers_are_called_back() {
     let dir = tempfile::tempdir().unwrap();
     let open = || CounterTable::open(dir.path(), 16, [3; 16], [1; 16]).unwrap();

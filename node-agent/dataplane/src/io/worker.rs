@@ -283,10 +283,9 @@ impl Worker {
     }
 
     fn change_peers(&mut self, now: Now, changes: Vec<PeerChange>) -> i32 {
+        let slices = changes.len().div_ceil(MAX_SETTLED);
         for change in changes {
-            if self.engine.waits_for_settling(&change) {
-                self.settle();
-            }
+            while self.engine.waits_for_settling(&change) && self.settle() == libc::EAGAIN {}
             match self.engine.apply_peer(now, change, &mut self.out) {
                 Ok(()) => {}
                 Err(Refused::Full) => return libc::ENOSPC,
@@ -297,7 +296,12 @@ impl Worker {
                 self.flush();
             }
         }
-        self.settle();
+        // Removed means journaled, if the disk lets us; those that waited since before are left to later passes.
+        for _ in 0..slices {
+            if self.settle() != libc::EAGAIN {
+                break;
+            }
+        }
         0
     }
 
