@@ -16,7 +16,7 @@ use cvault_dataplane::uapi::SetParser;
 use rustix::time::{ClockId, clock_gettime};
 
 /// As the control socket hands them over.
-const CHUNK: usize = 512;
+const CHUNK: usize = 256;
 /// Long after any handshake: nobody is called back.
 const NOW: Now = Now { mono_ms: 1000, unix_ms: 1_800_000_000_000 };
 

@@ -31,7 +31,7 @@ const MAX_REQUEST: usize = 64 * 1024 * 1024;
 /// What one `read` may bring: a large request takes hundreds of them instead of thousands.
 const READ_BYTES: usize = 64 * 1024;
 /// Peers handed to the worker, or asked of it, at a time: less than a millisecond of its attention.
-const CHUNK: usize = 512;
+const CHUNK: usize = 256;
 /// Prefixes handed to the worker at a time, unless one peer has more.
 const CHUNK_PREFIXES: usize = 2 * CHUNK;
 /// How long a client may be silent, or leave an answer unread.
