@@ -89,7 +89,11 @@ impl Engine {
 
     /// Repairs what somebody changed on the host.
     pub(crate) async fn repair_host(&self, interface: &Interface) -> anyhow::Result<()> {
-        if self.is_up() { host::repair(&self.launch.interface, interface).await } else { Ok(()) }
+        if !self.is_up() {
+            return Ok(());
+        }
+        self.protect_host().await;
+        host::repair(&self.launch.interface, interface).await
     }
 
     /// Sets the device and the host around it; changes nothing that is right already.
@@ -104,7 +108,19 @@ impl Engine {
                 anyhow::Error::new(error).context("the tunnel cannot be configured")
             }
         })?;
+        self.protect_host().await;
         host::set_up(&self.launch.interface, interface).await
+    }
+
+    /// Tells the engine which addresses are the server's own. Without that the firewall still keeps peers from them.
+    async fn protect_host(&self) {
+        let told = async {
+            let addresses = host::own_addresses(&self.launch.interface).await?;
+            self.uapi.set_hosts(&addresses).await.context("the tunnel did not take the server's addresses")
+        };
+        if let Err(error) = told.await {
+            tracing::warn!(error = format!("{error:#}"), "the engine does not know this server's own addresses");
+        }
     }
 
     /// Makes the engine hold exactly the committed peers, by difference. An adopted engine loses no tunnel that stays;

@@ -5,11 +5,13 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use cvault_dataplane::counters::Epoch;
 use cvault_dataplane::journal::JournalAck;
+use cvault_dataplane::policy::MAX_RULES;
 use ipnet::IpNet;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
@@ -84,14 +86,13 @@ impl EnginePeer {
     }
 
     /// The addresses it may use, if they are whole ones.
-    pub(crate) fn addresses(&self) -> impl Iterator<Item = std::net::IpAddr> {
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.allowed_ips.iter().filter(|net| net.prefix_len() == net.max_prefix_len()).map(IpNet::addr)
     }
 
     /// Whether the engine already runs exactly this peer.
     pub(crate) fn is(&self, peer: &Peer) -> bool {
-        let wanted: [IpNet; 2] =
-            [IpNet::from(std::net::IpAddr::from(peer.ipv4)), IpNet::from(std::net::IpAddr::from(peer.ipv6))];
+        let wanted: [IpNet; 2] = [IpNet::from(IpAddr::from(peer.ipv4)), IpNet::from(IpAddr::from(peer.ipv6))];
         self.public_key == peer.public_key
             && self.generation == peer.generation
             && self.tenant == Some(peer.tenant_id)
@@ -125,6 +126,11 @@ impl Uapi {
 
     pub(crate) async fn configure(&self, private_key: &[u8; 32], interface: &Interface) -> Result<(), UapiError> {
         self.set(&device_text(private_key, interface)).await
+    }
+
+    /// Peers of tenants reach none of these; the first 256 are told.
+    pub(crate) async fn set_hosts(&self, addresses: &[IpAddr]) -> Result<(), UapiError> {
+        self.set(&hosts_text(addresses)).await
     }
 
     /// In batches: after an error a part of them may be gone.
@@ -241,6 +247,15 @@ fn device_text(private_key: &[u8; 32], interface: &Interface) -> Zeroizing<Strin
     text
 }
 
+fn hosts_text(addresses: &[IpAddr]) -> String {
+    let mut text = String::from("set=1\ncvault_replace_hosts=true\n");
+    for address in addresses.iter().take(MAX_RULES) {
+        writeln!(text, "cvault_host={address}").expect(TO_STRING);
+    }
+    text.push('\n');
+    text
+}
+
 fn removal_text(keys: &[PublicKey]) -> String {
     let mut text = String::from("set=1\n");
     for key in keys {
@@ -345,6 +360,15 @@ mod tests {
             removal_text(&[PublicKey([1; 32])]),
             format!("set=1\npublic_key={}\nremove=true\n\n", "01".repeat(32))
         );
+    }
+
+    #[test]
+    fn the_text_of_the_servers_addresses_is_literally_this() {
+        let addresses = ["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
+        let expected = "set=1\ncvault_replace_hosts=true\ncvault_host=192.0.2.1\ncvault_host=2001:db8::1\n\n";
+        assert_eq!(hosts_text(&addresses), expected);
+        let many = vec![addresses[0]; 300];
+        assert_eq!(hosts_text(&many).matches("cvault_host=").count(), 256, "more would be refused as a whole");
     }
 
     /// A tunnel that answers one connection with fixed text.

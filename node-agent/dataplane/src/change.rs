@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use zeroize::Zeroizing;
 
 use crate::journal::JournalAck;
+use crate::policy::{PeerLimitsChange, PolicyChange};
 
 /// A secret of 32 bytes, wiped when dropped and never printed.
 #[derive(Clone, PartialEq, Eq)]
@@ -46,6 +47,8 @@ pub struct DeviceChange {
     pub overlay: Vec<IpNet>,
     /// This much of the journal has been taken over.
     pub journal_ack: Option<JournalAck>,
+    /// The server's own addresses, and settings of tenants.
+    pub policy: PolicyChange,
 }
 
 /// Adds, changes or removes one peer. `None` leaves a field as it is (or at its default for a new peer).
@@ -73,6 +76,8 @@ pub struct PeerChange {
     pub tenant: Option<[u8; 16]>,
     /// Which life of the key this is: another generation starts its counters at 0.
     pub generation: Option<u64>,
+    /// Rates and lease.
+    pub limits: PeerLimitsChange,
 }
 
 /// A peer's address as the sockets want it: an IPv4-mapped IPv6 address is IPv4. The scope of others is kept.

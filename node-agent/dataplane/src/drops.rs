@@ -49,11 +49,23 @@ pub enum Drop {
     TxNoRoom,
     /// The UDP socket refused the datagram.
     TxSend,
+    /// Authenticated, but the destination is the server itself, not on the internet, or denied to the tenant.
+    Destination,
+    /// Authenticated, but to SMTP or a port denied to the tenant, or hiding its port.
+    Port,
+    /// Authenticated, but more than the peer or its tenant may send.
+    RateLimited,
+    /// Authenticated, but beyond the peer's lease.
+    LeaseEnded,
+    /// More than the peer or its tenant may receive.
+    TxRateLimited,
+    /// To the peer, and beyond its lease.
+    TxLeaseEnded,
 }
 
 impl Drop {
     /// Every reason, in the order of the counters.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 27] = [
         Self::Garbage,
         Self::BadMac,
         Self::SourceLimited,
@@ -75,6 +87,12 @@ impl Drop {
         Self::TxNoSession,
         Self::TxNoRoom,
         Self::TxSend,
+        Self::Destination,
+        Self::Port,
+        Self::RateLimited,
+        Self::LeaseEnded,
+        Self::TxRateLimited,
+        Self::TxLeaseEnded,
     ];
 
     /// The name in UAPI and metrics.
@@ -102,6 +120,12 @@ impl Drop {
             Self::TxNoSession => "tx_no_session",
             Self::TxNoRoom => "tx_no_room",
             Self::TxSend => "tx_send",
+            Self::Destination => "destination",
+            Self::Port => "port",
+            Self::RateLimited => "rate_limited",
+            Self::LeaseEnded => "lease_ended",
+            Self::TxRateLimited => "tx_rate_limited",
+            Self::TxLeaseEnded => "tx_lease_ended",
         }
     }
 }

@@ -12,6 +12,7 @@ pub mod counters;
 pub mod drops;
 pub mod engine;
 pub mod journal;
+pub mod policy;
 pub mod process;
 pub mod uapi;
 

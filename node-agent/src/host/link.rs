@@ -38,6 +38,19 @@ pub(crate) async fn delete(name: &str) -> anyhow::Result<()> {
     .with_context(|| format!("cannot remove the interface {name}"))
 }
 
+/// The addresses that the server has elsewhere than on the tunnel, loopback and link-local ones left out.
+pub(crate) async fn own_addresses(tunnel: &str) -> anyhow::Result<Vec<IpAddr>> {
+    with_netlink(async |handle| {
+        let tunnel = index_of(&handle, tunnel).await?;
+        let messages: Vec<AddressMessage> = handle.address().get().execute().try_collect().await?;
+        let elsewhere = messages.iter().filter(|message| Some(message.header.index) != tunnel);
+        let reachable = elsewhere.filter(|message| message.header.scope == AddressScope::Universe);
+        Ok(reachable.filter_map(address_of).map(|address| address.addr()).collect())
+    })
+    .await
+    .context("the server's addresses cannot be listed")
+}
+
 async fn with_netlink<T>(work: impl AsyncFnOnce(Handle) -> anyhow::Result<T>) -> anyhow::Result<T> {
     let (connection, handle, _) = rtnetlink::new_connection().context("netlink does not answer")?;
     let connection = tokio::spawn(connection);

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::interface::Interface;
 
 pub(crate) use conntrack::Forget;
-pub(crate) use link::delete as delete_link;
+pub(crate) use link::{delete as delete_link, own_addresses};
 
 /// A table of a million connections is read in about a second.
 const CONNTRACK_TIMEOUT: Duration = Duration::from_secs(10);

@@ -11,7 +11,7 @@ use crate::eventually;
 use crate::gateway::{Gateway, Serving};
 use crate::namespaces::{
     CLIENT_KEY, Killed, SECONDS, ask, engine_count, enrol, in_namespaces, inside, peer, ping, public, sh, start_client,
-    start_run,
+    start_run, uapi,
 };
 
 const NEXT_KEY: [u8; 32] = [0x78; 32];
@@ -139,6 +139,23 @@ async fn segments_of_no_connection_neither_reach_a_peer_nor_are_billed() {
         assert_eq!((after.0 - before.0, after.1 - before.1), (84, 84), "only the echo and its answer");
         let heard = rustix::net::recv(&client, &mut [0; 128], RecvFlags::DONTWAIT);
         assert_eq!(heard.map(|(bytes, _)| bytes), Err(rustix::io::Errno::AGAIN));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_engine_keeps_peers_from_the_servers_own_addresses() {
+    in_namespaces("isolation::the_engine_keeps_peers_from_the_servers_own_addresses", async || {
+        let _world = world().await;
+        for own in ["203.0.113.254", "2001:db8:9::fe", "192.0.2.1"] {
+            assert!(uapi("get=1\n\n").unwrap().contains(&format!("\ncvault_host={own}\n")), "{own}");
+        }
+        assert!(!uapi("get=1\n\n").unwrap().contains("cvault_host=10.8.0.1"), "the tunnel's own is in the overlay");
+        assert!(!ping("203.0.113.254", 1) && !ping("2001:db8:9::fe", 1));
+        // The firewall would keep the client from them too: the engine was first.
+        let drops = uapi("get=1\n\n").unwrap();
+        assert!(drops.contains("\ncvault_peer_drop_destination="), "{drops}");
+        assert!(ping("203.0.113.1", 1) && ping("2001:db8:9::1", 1));
     })
     .await;
 }

@@ -3,12 +3,14 @@
 use ipnet::IpNet;
 use smallvec::SmallVec;
 
+use super::police::total;
 use super::{Closing, Engine, Life, Now, Peer};
 use crate::allowed::is_host;
 use crate::change::{PeerChange, Refused, Secret};
 use crate::drops::Drop;
 use crate::journal::ClosedPeer;
 use crate::out::Out;
+use crate::policy::PeerPolicy;
 use crate::tunnel::Identity;
 
 /// After a restart, peers whose last handshake is younger than this still believe in their session.
@@ -126,6 +128,7 @@ impl Engine {
             return;
         };
         peer.tenant = None;
+        peer.policy.clear();
         if change.preshared_key.is_none() && peer.preshared_key.take().is_some() {
             self.drop_tunnel(slot);
         }
@@ -223,6 +226,7 @@ impl Engine {
             last_attempt_ms: now.mono_ms,
             last_init_ms: None,
             last_ephemeral: [0; 32],
+            policy: PeerPolicy::default(),
         }));
         self.by_key.insert(id.0, slot);
         Ok(slot)
@@ -251,9 +255,11 @@ impl Engine {
             peer.via = None;
             self.counters.set_endpoint(slot, endpoint);
         }
-        if change.tenant.is_some() {
-            peer.tenant = change.tenant;
+        if let Some(tenant) = change.tenant {
+            peer.tenant = Some(tenant);
+            peer.policy.belong_to(self.policy.tenants.hold(tenant));
         }
+        peer.policy.limit(now.clock(), change.limits, || total(&self.counters, slot));
         let same = change.removed_ips.is_empty() && peer.allowed_ips[..] == change.allowed_ips[..];
         if change.replace_allowed_ips && !same {
             for net in std::mem::take(&mut peer.allowed_ips) {

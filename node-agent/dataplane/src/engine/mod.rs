@@ -6,6 +6,9 @@
 //! endpoints change only after authentication; nothing is encrypted without a known session.
 
 mod apply;
+mod police;
+#[cfg(test)]
+mod police_tests;
 mod receive;
 mod replace;
 mod send;
@@ -29,6 +32,7 @@ use crate::index::{Place, Scramble};
 use crate::journal::ClosedPeer;
 use crate::limit::SourceLimit;
 use crate::out::{Datagram, NO_SLOT, Out};
+use crate::policy::{PeerPolicy, Policy};
 use crate::tunnel::{Identity, MIN_ROOM, Timers, Tunnel};
 
 pub use apply::Settled;
@@ -91,6 +95,7 @@ struct Peer {
     /// Last accepted initiation, and its ephemeral key: boringtun forgets its replay guard with the tunnel (trap 15).
     last_init_ms: Option<u64>,
     last_ephemeral: [u8; 32],
+    policy: PeerPolicy,
 }
 
 /// A removed peer whose final counters are not in the journal yet.
@@ -134,6 +139,8 @@ pub struct Engine {
     /// Peers that were active before a restart, to be called back.
     callbacks: VecDeque<u16>,
     queued: usize,
+    policy: Policy,
+    hairpin: police::Hairpin,
 }
 
 impl Engine {
@@ -173,6 +180,8 @@ impl Engine {
             next_second_ms: 0,
             callbacks: VecDeque::new(),
             queued: 0,
+            policy: Policy::default(),
+            hairpin: police::Hairpin::default(),
         }
     }
 

@@ -1,12 +1,11 @@
 //! Datagrams from the network: handshakes, and data on its way to the TUN.
 
-use std::net::IpAddr;
-
-use super::{Engine, Now, Origin, Peer, push};
+use super::police::Way;
+use super::{Engine, Now, Origin, push};
 use crate::counters::Field;
 use crate::drops::Drop;
 use crate::out::{Datagram, NO_SLOT, Out};
-use crate::packet::{self, Addresses};
+use crate::policy::Direction;
 use crate::tunnel::{Admission, MIN_ROOM, OVERHEAD, REJECT_AFTER_MESSAGES, Received, Tunnel};
 
 /// The least time between two initiations of one peer, as in the kernel.
@@ -52,7 +51,10 @@ impl Engine {
             Some(Message::Initiation) => self.on_initiation(now, datagram, origin, out),
             Some(Message::Response { index }) => self.on_response(now, datagram, index, origin, out),
             Some(Message::Cookie { index }) => self.on_cookie(now, datagram, index, origin, out),
-            Some(Message::Data { index, counter }) => self.on_data(now, datagram, index, counter, origin, out),
+            Some(Message::Data { index, counter }) => {
+                let result = self.on_data(now, datagram, index, counter, origin, out);
+                result.inspect_err(|reason| self.blame_index(index, *reason))
+            }
             None => Err(Drop::Garbage),
         };
         if let Err(reason) = result {
@@ -184,9 +186,12 @@ impl Engine {
         if packet_len == 0 {
             return Ok(());
         }
-        let addresses = packet::addresses(out.tun_written(packet_len)).ok_or(Drop::Malformed)?;
-        self.allow(slot, addresses)?;
-        out.push_tun(packet_len, slot);
+        let way = self.way(slot, out.tun_written(packet_len))?;
+        self.charge(now, slot, Direction::Up, packet_len)?;
+        match way {
+            Way::Tun => out.push_tun(packet_len, slot),
+            Way::Peer(other) => self.hairpin(now, slot, other, packet_len, out),
+        }
         Ok(())
     }
 
@@ -202,26 +207,6 @@ impl Engine {
             peer.endpoint = Some(origin.from);
             self.counters.set_endpoint(slot, origin.from);
         }
-    }
-
-    /// Exact source; and, for a tenant's peer, nothing inside the overlay.
-    fn allow(&self, slot: u16, addresses: Addresses) -> Result<(), Drop> {
-        let peer = self.peers[usize::from(slot)].as_deref().ok_or(Drop::Spoofed)?;
-        if peer.tenant.is_none() {
-            let owner = self.routes.find(addresses.source);
-            return if owner == Some(slot) { Ok(()) } else { Err(Drop::Spoofed) };
-        }
-        if !peer.owns(addresses.source) {
-            return Err(Drop::Spoofed);
-        }
-        if self.in_overlay(addresses.destination) || self.routes.host(addresses.destination).is_some() {
-            return Err(Drop::Isolation);
-        }
-        Ok(())
-    }
-
-    pub(super) fn in_overlay(&self, addr: IpAddr) -> bool {
-        self.overlay.iter().any(|net| net.contains(&addr))
     }
 
     /// The gate in front of all public-key work.
@@ -241,12 +226,5 @@ impl Engine {
             }
             Admission::Refused(reason) => Err(reason),
         }
-    }
-}
-
-impl Peer {
-    /// Whether this is one of the peer's single addresses.
-    pub(super) fn owns(&self, addr: IpAddr) -> bool {
-        self.allowed_ips.iter().any(|net| net.addr() == addr && net.prefix_len() == net.max_prefix_len())
     }
 }

@@ -4,6 +4,7 @@ use super::{Engine, Now, QUEUE_PER_PEER, QUEUE_TOTAL, push};
 use crate::drops::Drop;
 use crate::out::Out;
 use crate::packet;
+use crate::policy::Direction;
 use crate::tunnel::{MIN_ROOM, OVERHEAD};
 
 impl Engine {
@@ -18,10 +19,14 @@ impl Engine {
         let addresses = packet::addresses(packet).ok_or(Drop::TxMalformed)?;
         let slot = self.routes.find(addresses.destination).ok_or(Drop::TxNoRoute)?;
         let peer = self.peers[usize::from(slot)].as_deref().ok_or(Drop::TxNoRoute)?;
-        // Peer to peer is refused where it comes in; should the host forward such a packet all the same, it ends here.
-        if peer.tenant.is_some() && self.routes.host(addresses.source).is_some() {
-            return Err(Drop::TxIsolation);
-        }
+        // Peer to peer ends where it comes in, in a refusal or a hairpin; should the host forward it all the same, here.
+        let isolated = peer.tenant.is_some() && self.routes.host(addresses.source).is_some();
+        let sent = if isolated { Err(Drop::TxIsolation) } else { self.send_to(now, slot, packet, out) };
+        sent.inspect_err(|reason| self.blame(slot, *reason))
+    }
+
+    /// Sends to a peer that may have the packet.
+    pub(super) fn send_to(&mut self, now: Now, slot: u16, packet: &[u8], out: &mut Out) -> Result<(), Drop> {
         self.freshen(now, slot, out);
         if self.encrypt(now, slot, packet, out)? {
             return Ok(());
@@ -32,13 +37,16 @@ impl Engine {
     /// Encrypts if there is a session; says whether it did.
     fn encrypt(&mut self, now: Now, slot: u16, packet: &[u8], out: &mut Out) -> Result<bool, Drop> {
         let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::TxNoRoute)?;
-        let Some(tunnel) = peer.tunnel.as_mut().filter(|tunnel| tunnel.has_session()) else {
+        if !peer.tunnel.as_ref().is_some_and(|tunnel| tunnel.has_session()) {
             return Ok(false);
-        };
+        }
         if peer.endpoint.is_none() {
             return Err(Drop::TxNoEndpoint);
         }
         let room = out.net_room(MIN_ROOM.max(packet.len() + OVERHEAD)).ok_or(Drop::TxNoRoom)?;
+        self.charge(now, slot, Direction::Down, packet.len())?;
+        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::TxNoRoute)?;
+        let tunnel = peer.tunnel.as_mut().ok_or(Drop::TxNoSession)?;
         let len = tunnel.encrypt(packet, room).ok_or(Drop::TxNoSession)?;
         let rekey = tunnel.take_wants_rekey();
         peer.last_traffic_ms = Some(now.mono_ms);
@@ -82,11 +90,13 @@ impl Engine {
         let queue = std::mem::take(&mut peer.queue);
         self.queued -= queue.len();
         for packet in queue {
-            match self.encrypt(now, slot, &packet, out) {
-                Ok(true) => {}
-                Ok(false) => self.drops.one(Drop::TxNoSession, packet.len()),
-                Err(reason) => self.drops.one(reason, packet.len()),
-            }
+            let reason = match self.encrypt(now, slot, &packet, out) {
+                Ok(true) => continue,
+                Ok(false) => Drop::TxNoSession,
+                Err(reason) => reason,
+            };
+            self.drops.one(reason, packet.len());
+            self.blame(slot, reason);
         }
     }
 }

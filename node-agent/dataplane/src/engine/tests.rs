@@ -119,6 +119,7 @@ fn packet(source: &str, destination: &str, len: usize) -> Vec<u8> {
         (IpAddr::V6(source), IpAddr::V6(destination)) => {
             packet[0] = 0x60;
             packet[4..6].copy_from_slice(&u16::try_from(len - 40).unwrap().to_be_bytes());
+            packet[6] = 59; // no next header
             packet[8..24].copy_from_slice(&source.octets());
             packet[24..40].copy_from_slice(&destination.octets());
         }
@@ -718,8 +719,10 @@ proptest! {
         client.tun(&packet("10.8.0.2", &destination.to_string(), len));
         settle(&mut server, &mut client);
         let overlay: IpNet = "10.8.0.0/16".parse().unwrap();
-        let allowed = !overlay.contains(&IpAddr::V4(destination));
-        prop_assert_eq!(server.delivered().len(), usize::from(allowed));
+        let outside = !overlay.contains(&IpAddr::V4(destination));
+        let passed = server.delivered().len() as u64;
+        prop_assert_eq!(passed + server.drops(Drop::Destination), u64::from(outside));
+        prop_assert_eq!(server.drops(Drop::Spoofed) + server.drops(Drop::Isolation), 2 - u64::from(outside));
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! What the engine shows: device and peers as they are, for the control socket.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
 use super::Engine;
 use crate::change::Secret;
 use crate::counters::{Counts, Epoch};
-use crate::drops::Drops;
+use crate::drops::{Dropped, Drops};
+use crate::policy::{PeerDrops, PeerLimits, TenantId, TenantSettings};
 use crate::tunnel::Identity;
 
 /// The device.
@@ -29,6 +30,12 @@ pub struct DeviceView {
     pub peers: usize,
     /// How many of them have a tunnel in memory.
     pub live_peers: usize,
+    /// The server's own addresses.
+    pub hosts: Vec<IpAddr>,
+    /// Tenants with settings of their own.
+    pub tenants: Vec<(TenantId, TenantSettings)>,
+    /// What went from peer to peer without the TUN.
+    pub hairpin: Dropped,
 }
 
 /// One peer.
@@ -50,6 +57,10 @@ pub struct PeerView {
     pub generation: u64,
     /// Its counters.
     pub counts: Counts,
+    /// Its rates and its lease.
+    pub limits: PeerLimits,
+    /// What was dropped of it, if anything was.
+    pub drops: Option<PeerDrops>,
 }
 
 impl Engine {
@@ -65,6 +76,9 @@ impl Engine {
             overlay: self.overlay.clone(),
             peers: self.by_key.len(),
             live_peers: self.live.len(),
+            hosts: self.policy.hosts.listed().to_vec(),
+            tenants: self.policy.tenants.configured(),
+            hairpin: self.hairpin.passed(),
         }
     }
 
@@ -95,6 +109,8 @@ impl Engine {
             tenant: peer.tenant,
             generation: peer.generation,
             counts: self.counters.peer(slot).map(|line| line.counts).unwrap_or_default(),
+            limits: peer.policy.limits(),
+            drops: peer.policy.drops().cloned(),
         })
     }
 }

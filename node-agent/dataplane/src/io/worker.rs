@@ -14,6 +14,7 @@ use crate::change::{DeviceChange, PeerChange, Refused, canonical};
 use crate::engine::{Engine, Now, Origin, Settled, TICK_MS};
 use crate::journal::{Journal, JournalSync};
 use crate::out::Out;
+use crate::policy::TooMany;
 
 /// Letters, receive calls and TUN reads in one pass, so that none starves the others.
 const MAX_LETTERS: usize = 4;
@@ -234,7 +235,7 @@ impl Worker {
                 let (peers, next) = self.engine.peers(from, limit);
                 return Reply::Peers { peers, next };
             }
-            Request::Device(change) => self.change_device(&change).map_or_else(|error| errno_of(&error), |()| 0),
+            Request::Device(change) => self.change_device(now, change).map_or_else(|error| errno_of(&error), |()| 0),
             Request::Peers(changes) => self.change_peers(now, changes),
             Request::BeginReplace => {
                 self.engine.begin_replace();
@@ -254,7 +255,9 @@ impl Worker {
         Reply::Done(errno)
     }
 
-    fn change_device(&mut self, change: &DeviceChange) -> io::Result<()> {
+    fn change_device(&mut self, now: Now, change: DeviceChange) -> io::Result<()> {
+        let policy = self.engine.change_policy(now, change.policy);
+        policy.map_err(|TooMany| io::Error::from_raw_os_error(libc::ENOSPC))?;
         if let Some(fwmark) = change.fwmark {
             if let Some(sockets) = &self.net.sockets {
                 sockets.set_fwmark(fwmark)?;

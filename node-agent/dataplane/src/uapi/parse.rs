@@ -8,6 +8,8 @@ use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketType, socket};
 
 use crate::change::{DeviceChange, PeerChange, Secret, canonical};
+use crate::policy::lease::Then;
+use crate::policy::{MAX_TENANTS, TenantChange};
 
 /// More peers than this are no sensible request: twice the capacity.
 const MAX_PEERS: usize = 131_072;
@@ -54,7 +56,7 @@ impl SetParser {
             self.request.peers.push(PeerChange { public_key, ..PeerChange::default() });
             return Ok(());
         }
-        if key == "allowed_ip" || key == "cvault_overlay" {
+        if matches!(key, "allowed_ip" | "cvault_overlay" | "cvault_host" | "cvault_allow_to" | "cvault_deny_to") {
             self.prefixes += 1;
             if self.prefixes > MAX_PREFIXES {
                 return Err(Invalid);
@@ -84,6 +86,29 @@ fn device_line(request: &mut SetRequest, key: &str, value: &str) -> Result<(), I
         "cvault_overlay" => device.overlay.push(number(value)?),
         "cvault_replace_overlay" => device.replace_overlay = truth(value)?,
         "cvault_journal_ack" => device.journal_ack = Some(number(value)?),
+        "cvault_host" => device.policy.hosts.push(number(value)?),
+        "cvault_replace_hosts" => device.policy.replace_hosts = truth(value)?,
+        "cvault_tenant_settings" => {
+            if device.policy.tenants.len() == MAX_TENANTS {
+                return Err(Invalid);
+            }
+            device.policy.tenants.push(TenantChange { tenant: tenant(value)?, ..TenantChange::default() });
+        }
+        _ => return device.policy.tenants.last_mut().map_or(Err(Invalid), |tenant| tenant_line(tenant, key, value)),
+    }
+    Ok(())
+}
+
+fn tenant_line(tenant: &mut TenantChange, key: &str, value: &str) -> Result<(), Invalid> {
+    match key {
+        "cvault_tenant_remove" => tenant.remove = truth(value)?,
+        "cvault_tenant_replace" => tenant.replace = truth(value)?,
+        "cvault_allow_intra" => tenant.allow_intra = Some(truth(value)?),
+        "cvault_tenant_rate_up" => tenant.rate_up = Some(number(value)?),
+        "cvault_tenant_rate_down" => tenant.rate_down = Some(number(value)?),
+        "cvault_smtp" => tenant.smtp = Some(choice(value, "allow", "deny")?),
+        "cvault_allow_to" => tenant.allow_to.push(prefix(value)?),
+        "cvault_deny_to" => tenant.deny_to.push(number(value)?),
         _ => return Err(Invalid),
     }
     Ok(())
@@ -110,6 +135,10 @@ fn peer_line(peer: &mut PeerChange, key: &str, value: &str) -> Result<(), Invali
         "protocol_version" if value == "1" => {}
         "cvault_tenant" => peer.tenant = Some(tenant(value)?),
         "cvault_generation" => peer.generation = Some(number(value)?),
+        "cvault_rate_up" => peer.limits.rate_up = Some(number(value)?),
+        "cvault_rate_down" => peer.limits.rate_down = Some(number(value)?),
+        "cvault_lease" => peer.limits.lease = Some(if value == "none" { None } else { Some(number(value)?) }),
+        "cvault_lease_then" => peer.limits.then = Some(then(value)?),
         _ => return Err(Invalid),
     }
     Ok(())
@@ -142,10 +171,22 @@ fn prefix(value: &str) -> Result<IpNet, Invalid> {
 }
 
 fn truth(value: &str) -> Result<bool, Invalid> {
-    match value {
-        "true" => Ok(true),
-        "false" => Ok(false),
-        _ => Err(Invalid),
+    choice(value, "true", "false")
+}
+
+fn choice(value: &str, yes: &str, no: &str) -> Result<bool, Invalid> {
+    if value != yes && value != no {
+        return Err(Invalid);
+    }
+    Ok(value == yes)
+}
+
+/// A throttle to nothing is a block, and has that name.
+fn then(value: &str) -> Result<Then, Invalid> {
+    match value.strip_prefix("throttle:").map(number) {
+        Some(Ok(bits)) if bits > 0 => Ok(Then::Throttle(bits)),
+        None if value == "block" => Ok(Then::Block),
+        Some(_) | None => Err(Invalid),
     }
 }
 
@@ -228,6 +269,34 @@ mod tests {
     }
 
     #[test]
+    fn settings_of_tenants_are_sections_before_the_peers() {
+        let (one, other) = ("01".repeat(16), "02".repeat(16));
+        let request = parse(&format!(
+            "cvault_replace_hosts=true\ncvault_host=192.0.2.1\ncvault_host=2001:db8::1\n\
+             cvault_tenant_settings={one}\ncvault_tenant_replace=true\ncvault_allow_intra=true\n\
+             cvault_tenant_rate_up=1000\ncvault_tenant_rate_down=0\ncvault_smtp=allow\ncvault_allow_to=10.0.0.1/8\n\
+             cvault_deny_to=::/0 tcp 465-587\ncvault_deny_to=192.0.2.0/24\n\
+             cvault_tenant_settings={other}\ncvault_tenant_remove=true\nlisten_port=7\n\
+             public_key={KEY}\ncvault_rate_up=1\ncvault_rate_down=0\ncvault_lease=18446744073709551615\n\
+             cvault_lease_then=throttle:64000\npublic_key={KEY}\ncvault_lease=none\ncvault_lease_then=block"
+        ))
+        .unwrap();
+        let policy = request.device.policy;
+        assert!(policy.replace_hosts && policy.hosts.len() == 2 && request.device.listen_port == Some(7));
+        let [first, second] = &policy.tenants[..] else { panic!("two tenants") };
+        assert_eq!((first.tenant, first.replace, first.allow_intra), ([1; 16], true, Some(true)));
+        assert_eq!((first.rate_up, first.rate_down, first.smtp), (Some(1000), Some(0), Some(true)));
+        assert_eq!(first.allow_to, ["10.0.0.0/8".parse().unwrap()]);
+        assert_eq!(first.deny_to, ["::/0 tcp 465-587".parse().unwrap(), "192.0.2.0/24".parse().unwrap()]);
+        let removed = TenantChange { tenant: [2; 16], remove: true, ..TenantChange::default() };
+        assert_eq!(*second, removed);
+        let [first, second] = &request.peers[..] else { panic!("two peers") };
+        assert_eq!((first.limits.rate_up, first.limits.rate_down), (Some(1), Some(0)));
+        assert_eq!((first.limits.lease, first.limits.then), (Some(Some(u64::MAX)), Some(Then::Throttle(64_000))));
+        assert_eq!((second.limits.lease, second.limits.then), (Some(None), Some(Then::Block)));
+    }
+
+    #[test]
     fn malformed_lines_are_refused() {
         for line in [
             "=",
@@ -242,6 +311,10 @@ mod tests {
             "unknown=1",
             "cvault_overlay=10.0.0.0/33",
             "cvault_journal_ack=256",
+            "cvault_host=192.0.2.1/32",
+            "cvault_tenant_settings=00000000000000000000000000000000",
+            "cvault_allow_intra=true",
+            "cvault_rate_up=1",
         ] {
             assert_eq!(parse(line).err(), Some(Invalid), "{line:?}");
         }
@@ -261,8 +334,27 @@ mod tests {
             "cvault_tenant=00000000000000000000000000000000",
             "cvault_generation=18446744073709551616",
             "private_key=00",
+            "cvault_tenant_settings=01010101010101010101010101010101",
+            "cvault_allow_intra=true",
+            "cvault_rate_up=-1",
+            "cvault_lease=",
+            "cvault_lease_then=throttle",
+            "cvault_lease_then=throttle:0",
         ] {
             assert_eq!(parse(&format!("public_key={KEY}\n{line}")).err(), Some(Invalid), "{line:?}");
+        }
+        let section = format!("cvault_tenant_settings={}", "01".repeat(16));
+        for line in [
+            "cvault_allow_intra=1",
+            "cvault_tenant_rate_up=",
+            "cvault_tenant_rate_down=1.5",
+            "cvault_smtp=true",
+            "cvault_allow_to=10.0.0.1",
+            "cvault_deny_to=0.0.0.0/0 icmp 7",
+            "cvault_tenant_remove=1",
+            "cvault_lease=1",
+        ] {
+            assert_eq!(parse(&format!("{section}\n{line}")).err(), Some(Invalid), "{line:?}");
         }
     }
 
@@ -294,6 +386,7 @@ mod tests {
         fn any_line_is_read_without_panic(key in "[a-z_]{0,30}", value in ".{0,100}") {
             let _ = parse(&format!("{key}={value}"));
             let _ = parse(&format!("public_key={KEY}\n{key}={value}"));
+            let _ = parse(&format!("cvault_tenant_settings={}\n{key}={value}", "01".repeat(16)));
         }
     }
 }
