@@ -1,41 +1,54 @@
 //! Allowed-ips of all peers: a hash map for single addresses, and longest-prefix match over the few lengths in use.
 
-use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use foldhash::{HashMap, HashMapExt};
 use ipnet::IpNet;
 
 /// Who owns a prefix. A prefix has one owner; adding it for another peer moves it, as in every WireGuard.
 #[derive(Debug, Default)]
 pub(crate) struct AllowedIps {
-    hosts: HashMap<IpAddr, u16>,
+    /// Apart, because the small entries of the first are what every packet's cache misses are made of.
+    hosts4: HashMap<Ipv4Addr, u16>,
+    hosts6: HashMap<Ipv6Addr, u16>,
     nets: HashMap<IpNet, u16>,
     lengths4: Lengths,
     lengths6: Lengths,
 }
 
 impl AllowedIps {
-    /// Gives the prefix to `slot` and returns its former owner if that was another one.
+    /// With room for so many addresses of each family. A table of 65,000 that has to grow stops everything for
+    /// milliseconds; room that is not used takes no memory.
+    pub(crate) fn with_room(hosts: usize) -> Self {
+        let (hosts4, hosts6) = (HashMap::with_capacity(hosts), HashMap::with_capacity(hosts));
+        Self { hosts4, hosts6, ..Self::default() }
+    }
+
+    /// Gives the prefix to `slot` and returns its former owner, which may be the same.
     pub(crate) fn insert(&mut self, net: IpNet, slot: u16) -> Option<u16> {
         let net = net.trunc();
-        let former = if is_host(net) {
-            self.hosts.insert(net.addr(), slot)
-        } else {
-            let former = self.nets.insert(net, slot);
-            if former.is_none() {
-                self.lengths(net).add(net.prefix_len());
+        match net.addr() {
+            IpAddr::V4(addr) if is_host(net) => self.hosts4.insert(addr, slot),
+            IpAddr::V6(addr) if is_host(net) => self.hosts6.insert(addr, slot),
+            IpAddr::V4(_) | IpAddr::V6(_) => {
+                let former = self.nets.insert(net, slot);
+                if former.is_none() {
+                    self.lengths(net).add(net.prefix_len());
+                }
+                former
             }
-            former
-        };
-        former.filter(|f| *f != slot)
+        }
     }
 
     /// Takes the prefix away if `slot` owns it.
     pub(crate) fn remove(&mut self, net: IpNet, slot: u16) {
         let net = net.trunc();
         if is_host(net) {
-            if self.hosts.get(&net.addr()) == Some(&slot) {
-                self.hosts.remove(&net.addr());
+            if self.host(net.addr()) == Some(slot) {
+                match net.addr() {
+                    IpAddr::V4(addr) => self.hosts4.remove(&addr),
+                    IpAddr::V6(addr) => self.hosts6.remove(&addr),
+                };
             }
         } else if self.nets.get(&net) == Some(&slot) {
             self.nets.remove(&net);
@@ -45,13 +58,16 @@ impl AllowedIps {
 
     /// The owner of exactly this address.
     pub(crate) fn host(&self, addr: IpAddr) -> Option<u16> {
-        self.hosts.get(&addr).copied()
+        match addr {
+            IpAddr::V4(addr) => self.hosts4.get(&addr).copied(),
+            IpAddr::V6(addr) => self.hosts6.get(&addr).copied(),
+        }
     }
 
     /// The owner of the longest prefix that contains the address.
     pub(crate) fn find(&self, addr: IpAddr) -> Option<u16> {
-        if let Some(slot) = self.hosts.get(&addr) {
-            return Some(*slot);
+        if let Some(slot) = self.host(addr) {
+            return Some(slot);
         }
         let lengths = if addr.is_ipv4() { &self.lengths4 } else { &self.lengths6 };
         lengths.0.iter().find_map(|(length, _)| {
@@ -96,7 +112,7 @@ pub(crate) fn is_host(net: IpNet) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::collections::HashMap;
 
     use proptest::prelude::*;
 

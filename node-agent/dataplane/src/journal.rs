@@ -6,10 +6,12 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::counters::{Counts, Epoch};
 
@@ -191,6 +193,31 @@ pub struct Journal {
     file: File,
     len: u64,
     last_crc: Option<u32>,
+    appended: Arc<AtomicU64>,
+}
+
+/// Makes removals survive the host, from another thread than the one that appends: a disk may take its time.
+#[derive(Debug)]
+pub struct JournalSync {
+    path: PathBuf,
+    appended: Arc<AtomicU64>,
+    synced: u64,
+}
+
+impl JournalSync {
+    /// Syncs what was appended before this call, if there is anything.
+    ///
+    /// # Errors
+    /// When the file cannot be synced; the next call tries again.
+    pub fn sync(&mut self) -> io::Result<()> {
+        let appended = self.appended.load(Ordering::Acquire);
+        if appended != self.synced {
+            // Anew each time: another file may have the name by now.
+            File::open(&self.path)?.sync_data()?;
+            self.synced = appended;
+        }
+        Ok(())
+    }
 }
 
 impl Journal {
@@ -205,23 +232,37 @@ impl Journal {
             tracing::error!(damaged, "records in the journal of closed peers are damaged");
         }
         file.set_len(len)?;
-        Ok(Self { dir: dir.to_owned(), file, len, last_crc })
+        // What an earlier process left may not be on the disk yet.
+        let appended = Arc::new(AtomicU64::new(u64::from(len > 0)));
+        Ok(Self { dir: dir.to_owned(), file, len, last_crc, appended })
     }
 
-    /// Appends one record. It is in the page cache, so it survives this process; syncing [`Self::path`] makes it survive
-    /// the host.
+    /// Appends one record, as [`Self::append_all`] does.
     ///
     /// # Errors
     /// When it could not be written completely; the journal is then as before.
     pub fn append(&mut self, peer: &ClosedPeer) -> io::Result<()> {
-        self.file.seek(SeekFrom::Start(self.len))?;
-        let record = peer.encode(rand::random());
-        if let Err(error) = self.file.write_all(&record) {
+        self.append_all(std::slice::from_ref(peer))
+    }
+
+    /// Appends one record for each, in one write. They are in the page cache, so they survive this process; with
+    /// [`JournalSync::sync`] they survive the host.
+    ///
+    /// # Errors
+    /// When they could not be written completely; the journal is then as before.
+    pub fn append_all(&mut self, peers: &[ClosedPeer]) -> io::Result<()> {
+        let records: Vec<_> = peers.iter().map(|peer| peer.encode(rand::random())).collect();
+        let Some(last) = records.last() else {
+            return Ok(());
+        };
+        let bytes = records.as_flattened();
+        if let Err(error) = self.file.write_all_at(bytes, self.len) {
             self.file.set_len(self.len)?;
             return Err(error);
         }
-        self.len += RECORD_BYTES as u64;
-        self.last_crc = Some(crc32fast::hash(&record));
+        self.len += bytes.len() as u64;
+        self.last_crc = Some(crc32fast::hash(last));
+        self.appended.fetch_add(1, Ordering::Release);
         Ok(())
     }
 
@@ -241,9 +282,13 @@ impl Journal {
         Ok(())
     }
 
-    /// The file, for another thread to sync without holding up the worker. To be opened anew each time.
+    /// For the thread that answers for removals.
     #[must_use]
-    pub fn path(&self) -> PathBuf {
+    pub fn syncer(&self) -> JournalSync {
+        JournalSync { path: self.path(), appended: Arc::clone(&self.appended), synced: 0 }
+    }
+
+    fn path(&self) -> PathBuf {
         self.dir.join(FILE_NAME)
     }
 
@@ -305,7 +350,9 @@ mod tests {
 
         let mut journal = Journal::open(dir.path()).unwrap();
         journal.append(&closed(4)).unwrap();
-        assert_eq!(reader.read().unwrap().peers, [closed(1), closed(2), closed(4)]);
+        journal.append_all(&[closed(5), closed(6)]).unwrap();
+        assert_eq!(reader.read().unwrap().peers, [1, 2, 4, 5, 6].map(closed));
+        assert_eq!(reader.read().unwrap().last_crc, journal.last_crc);
     }
 
     #[test]
@@ -405,6 +452,22 @@ mod tests {
         assert_eq!(second.ack(), reader.read().unwrap().ack());
         let nothing = reader.read_after(second.ack()).unwrap();
         assert_eq!((&nothing.peers[..], nothing.ack()), (&[][..], second.ack()));
+    }
+
+    #[test]
+    fn only_what_was_appended_is_synced() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(dir.path()).unwrap();
+        let mut syncer = journal.syncer();
+        std::fs::remove_file(dir.path().join(FILE_NAME)).unwrap();
+        syncer.sync().unwrap();
+        journal.append(&closed(1)).unwrap();
+        assert!(syncer.sync().is_err(), "now there is something to sync");
+        assert!(syncer.sync().is_err(), "and still");
+        std::fs::write(dir.path().join(FILE_NAME), []).unwrap();
+        syncer.sync().unwrap();
+        std::fs::remove_file(dir.path().join(FILE_NAME)).unwrap();
+        syncer.sync().unwrap();
     }
 
     #[test]

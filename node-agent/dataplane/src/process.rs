@@ -14,6 +14,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior,
 use crate::counters::{CounterTable, MAX_PEERS};
 use crate::engine::{Engine, EngineConfig};
 use crate::io::mailbox::{Request, mailbox};
+use crate::io::memory::give_back_soon;
 use crate::io::signals;
 use crate::io::tun::{Tun, TunConfig};
 use crate::io::worker::{End, Worker};
@@ -186,6 +187,7 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
 
 fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     let termination = signals::termination()?;
+    give_back_soon();
     harden()?;
     let (counters, journal) = open_state(options)?;
     let tun = Tun::open(TunConfig { name: &options.interface, offload: options.offload })
@@ -205,7 +207,7 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     let (controller, mailbox) = mailbox()?;
     let engine = Engine::new(EngineConfig { counters, seed: rand::random() });
     let worker = Worker::new(engine, tun, journal, mailbox);
-    let server = Server::new(controller.clone(), worker.journal_path());
+    let server = Server::new(controller.clone(), worker.journal_sync());
     let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from)?;
     let ended_by_worker = ended.try_clone()?;
     let thread = std::thread::Builder::new().name("tunnel-worker".into()).spawn(move || {
@@ -213,21 +215,17 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
         let _ = rustix::io::write(&ended_by_worker, &1_u64.to_ne_bytes());
         end
     })?;
+    server.start(listener)?;
     tracing::info!(interface = options.interface, "the tunnel is ready");
 
     let stopping = loop {
-        let mut fds = [termination.as_fd(), ended.as_fd(), listener.as_fd()]
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let mut fds = [termination.as_fd(), ended.as_fd()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         match poll(&mut fds, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => break Err(io::Error::from(error)),
         }
-        let [terminated, worker_ended, client] = fds.map(|fd| !fd.revents().is_empty());
-        if terminated || worker_ended {
+        if fds.iter().any(|fd| !fd.revents().is_empty()) {
             break Ok(());
-        }
-        if client && let Err(error) = server.accept(&listener) {
-            tracing::warn!(%error, "a client of the control socket could not be accepted");
         }
     };
     if let Err(error) = std::fs::remove_file(path) {

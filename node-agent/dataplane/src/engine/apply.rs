@@ -1,11 +1,10 @@
 //! Changes while traffic runs: each is O(1) in the number of peers.
 
-use std::collections::VecDeque;
-
 use ipnet::IpNet;
+use smallvec::SmallVec;
 
 use super::police::total;
-use super::{Closing, Engine, Now, Parked, Peer};
+use super::{Closing, Engine, Life, Now, Peer};
 use crate::allowed::is_host;
 use crate::change::{PeerChange, Refused, Secret};
 use crate::drops::Drop;
@@ -61,31 +60,23 @@ impl Engine {
         }
     }
 
-    /// `replace_peers`: takes all peers away until [`Self::end_replace`]. Those added again in between keep their
-    /// counters, endpoint and session.
+    /// `replace_peers`: peers that are not added again until [`Self::end_replace`] go then. Those that are keep their
+    /// counters, endpoint and session; the rest is as for a new peer.
     pub fn begin_replace(&mut self) {
-        let slots: Vec<u16> = self.by_key.values().copied().collect();
-        for slot in slots {
-            if let Some(mut peer) = self.detach(slot) {
-                peer.allowed_ips.clear();
-                let id = (peer.public_key, peer.generation);
-                self.parked.insert(id, Parked { slot, peer: Some(peer) });
-            }
-        }
+        self.replace.begin();
     }
 
-    /// Closes every peer that was taken away and not added again, those of an earlier process included.
+    /// Closes every peer that was not added again, those of an earlier process included: [`Self::settle`] does it.
     pub fn end_replace(&mut self) {
-        for (_, parked) in std::mem::take(&mut self.parked) {
-            self.close(parked.slot);
-        }
+        self.replace.end();
+        self.ending = true;
     }
 
     /// Adds, changes or removes one peer.
     ///
     /// # Errors
     /// Nothing was changed then.
-    pub fn apply_peer(&mut self, now: Now, change: PeerChange, out: &mut Out) -> Result<(), Refused> {
+    pub fn apply_peer(&mut self, now: Now, mut change: PeerChange, out: &mut Out) -> Result<(), Refused> {
         let is_self = self.identity.as_ref().is_some_and(|identity| identity.public_key() == change.public_key);
         let existing = self.by_key.get(&change.public_key).copied();
         if change.remove {
@@ -95,16 +86,18 @@ impl Engine {
             self.remove_parked(&change.public_key);
             return Ok(());
         }
-        if is_self || (existing.is_none() && change.update_only) {
+        let known = existing.filter(|slot| !self.replace.is_unnamed(*slot));
+        if is_self || (known.is_none() && change.update_only) {
             return Ok(());
         }
-        self.check_tenant(existing, &change)?;
-        let same_life = |slot: &u16| {
-            let generation = self.peers[usize::from(*slot)].as_ref().map(|peer| peer.generation);
-            change.generation.is_none() || change.generation == generation
-        };
+        self.check_tenant(known, &change)?;
         let slot = match existing {
-            Some(slot) if same_life(&slot) => slot,
+            Some(slot) if self.is_life(slot, known.is_some(), change.generation) => {
+                if known.is_none() {
+                    self.renew(slot, &mut change);
+                }
+                slot
+            }
             Some(slot) => {
                 let new = self.insert(now, &change)?;
                 self.remove(slot);
@@ -113,31 +106,77 @@ impl Engine {
             }
             None => self.insert(now, &change)?,
         };
+        self.replace.name(slot);
         self.update(now, slot, change, out);
         Ok(())
+    }
+
+    /// A new peer has a generation even if none is given.
+    fn is_life(&self, slot: u16, known: bool, generation: Option<u64>) -> bool {
+        let peer = self.peers[usize::from(slot)].as_deref();
+        match generation {
+            None if known => true,
+            given => peer.is_some_and(|peer| peer.generation == given.unwrap_or(0)),
+        }
+    }
+
+    /// Named for the first time in a replacement: as good as new but for the session, if the pre-shared key is the same.
+    fn renew(&mut self, slot: u16, change: &mut PeerChange) {
+        change.replace_allowed_ips = true;
+        change.persistent_keepalive.get_or_insert(0);
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
+            return;
+        };
+        peer.tenant = None;
+        peer.policy.clear();
+        if change.preshared_key.is_none() && peer.preshared_key.take().is_some() {
+            self.drop_tunnel(slot);
+        }
+    }
+
+    /// Whether [`Self::settle`] must come first, because the change needs what a removed peer still holds.
+    #[must_use]
+    pub fn waits_for_settling(&self, change: &PeerChange) -> bool {
+        let full = self.free.is_empty() && self.unused >= self.counters.capacity();
+        !self.closing.is_empty() && (full || self.closing_lives.contains(&life_of(change)))
     }
 
     /// Hands the final counters of up to `limit` removed peers to `journal`; only then can their slots be used again.
     ///
     /// # Errors
-    /// The first error of `journal`. What it did not take stays.
+    /// The error of `journal`: it took none of them, and they stay.
     pub fn settle<E>(
         &mut self,
         limit: usize,
-        mut journal: impl FnMut(&ClosedPeer) -> Result<(), E>,
+        journal: impl FnOnce(&[ClosedPeer]) -> Result<(), E>,
     ) -> Result<Settled, E> {
-        for _ in 0..limit {
-            let Some(closing) = self.closing.last() else {
-                break;
-            };
-            journal(&closing.peer)?;
-            let slot = closing.slot;
+        self.sweep(limit);
+        let kept = self.closing.len().saturating_sub(limit);
+        let closed: Vec<ClosedPeer> = self.closing[kept..].iter().map(|closing| closing.peer).collect();
+        if !closed.is_empty() {
+            journal(&closed)?;
+        }
+        for Closing { slot, peer } in self.closing.drain(kept..) {
+            self.closing_lives.remove(&(peer.public_key, peer.generation));
             self.counters.vacate(slot);
             self.lives[usize::from(slot)] = self.lives[usize::from(slot)].wrapping_add(1);
             self.free.push(slot);
-            self.closing.pop();
         }
-        Ok(if self.closing.is_empty() { Settled::All } else { Settled::More })
+        Ok(if self.closing.is_empty() && !self.ending { Settled::All } else { Settled::More })
+    }
+
+    /// After [`Self::end_replace`]: closes peers until `limit` wait for the journal. While that cannot be written the
+    /// rest goes on.
+    fn sweep(&mut self, limit: usize) {
+        while self.ending && self.closing.len() < limit {
+            if let Some((_, slot)) = self.parked.pop_first() {
+                self.close(slot);
+            } else if let Some(slot) = self.replace.next_unnamed(self.unused) {
+                self.remove(slot);
+            } else {
+                self.ending = false;
+            }
+        }
     }
 
     fn check_tenant(&self, existing: Option<u16>, change: &PeerChange) -> Result<(), Refused> {
@@ -153,63 +192,43 @@ impl Engine {
 
     /// A slot for a new peer: its own from before, or a free one.
     fn insert(&mut self, now: Now, change: &PeerChange) -> Result<u16, Refused> {
-        let id = (change.public_key, change.generation.unwrap_or(0));
-        if self.closing.iter().any(|closing| closing.life() == id) {
+        let id = life_of(change);
+        if self.closing_lives.contains(&id) {
             // Its line is still occupied; a second one of the same life would be taken for it after a restart.
             return Err(Refused::Closing);
         }
-        let parked = self.parked.remove(&id);
-        let (slot, peer) = match parked {
-            Some(Parked { slot, peer }) => (slot, peer),
+        let slot = match self.parked.remove(&id) {
+            Some(slot) => slot,
             None => {
                 let slot = self.take_free_slot().ok_or(Refused::Full)?;
                 self.counters.occupy(slot, &id.0, id.1);
-                (slot, None)
+                slot
             }
         };
-        let peer = match peer {
-            Some(mut peer) => {
-                // As good as new, but for the session, if the pre-shared key is still the same.
-                peer.persistent_keepalive = 0;
-                peer.tenant = None;
-                peer.policy.clear();
-                if change.preshared_key.is_none() && peer.preshared_key.take().is_some() {
-                    peer.tunnel = None;
-                }
-                peer
-            }
-            None => {
-                let before = self.counters.peer(slot);
-                let last_handshake_ms = before.map_or(0, |peer| peer.counts.last_handshake_ms);
-                if now.unix_ms.saturating_sub(last_handshake_ms) < CALLBACK_AGE_MS {
-                    self.callbacks.push_back(slot);
-                }
-                Box::new(Peer {
-                    public_key: id.0,
-                    generation: id.1,
-                    preshared_key: None,
-                    tenant: None,
-                    allowed_ips: Vec::new(),
-                    persistent_keepalive: 0,
-                    endpoint: before.and_then(|peer| peer.endpoint),
-                    via: None,
-                    tunnel: None,
-                    queue: VecDeque::new(),
-                    live_at: None,
-                    last_traffic_ms: None,
-                    last_attempt_ms: now.mono_ms,
-                    last_init_ms: None,
-                    last_ephemeral: [0; 32],
-                    policy: PeerPolicy::default(),
-                })
-            }
-        };
-        let has_tunnel = peer.tunnel.is_some();
-        self.peers[usize::from(slot)] = Some(peer);
-        self.by_key.insert(id.0, slot);
-        if has_tunnel {
-            self.make_live(slot);
+        let before = self.counters.peer(slot);
+        let last_handshake_ms = before.map_or(0, |peer| peer.counts.last_handshake_ms);
+        if now.unix_ms.saturating_sub(last_handshake_ms) < CALLBACK_AGE_MS {
+            self.callbacks.push_back(slot);
         }
+        self.peers[usize::from(slot)] = Some(Box::new(Peer {
+            public_key: id.0,
+            generation: id.1,
+            preshared_key: None,
+            tenant: None,
+            allowed_ips: SmallVec::new(),
+            persistent_keepalive: 0,
+            endpoint: before.and_then(|peer| peer.endpoint),
+            via: None,
+            tunnel: None,
+            queue: Vec::new(),
+            live_at: None,
+            last_traffic_ms: None,
+            last_attempt_ms: now.mono_ms,
+            last_init_ms: None,
+            last_ephemeral: [0; 32],
+            policy: PeerPolicy::default(),
+        }));
+        self.by_key.insert(id.0, slot);
         Ok(slot)
     }
 
@@ -243,7 +262,8 @@ impl Engine {
             peer.policy.belong_to(self.policy.tenants.hold(tenant));
         }
         peer.policy.limit(now.clock(), change.limits, || total(&self.counters, slot));
-        if change.replace_allowed_ips {
+        let same = change.removed_ips.is_empty() && peer.allowed_ips[..] == change.allowed_ips[..];
+        if change.replace_allowed_ips && !same {
             for net in std::mem::take(&mut peer.allowed_ips) {
                 self.routes.remove(net, slot);
             }
@@ -253,8 +273,10 @@ impl Engine {
             peer.allowed_ips.retain(|have| *have != net);
             self.routes.remove(net, slot);
         }
-        for net in change.allowed_ips {
-            self.add_allowed_ip(slot, net.trunc());
+        if !same {
+            for net in change.allowed_ips {
+                self.add_allowed_ip(slot, net.trunc());
+            }
         }
         if let Some(seconds) = change.persistent_keepalive {
             self.set_keepalive(slot, seconds);
@@ -266,10 +288,10 @@ impl Engine {
             return;
         };
         let psk = (!psk.is_zero()).then_some(psk);
-        if peer.preshared_key == psk {
+        if peer.preshared_key.as_deref() == psk.as_ref() {
             return;
         }
-        peer.preshared_key = psk;
+        peer.preshared_key = psk.map(Box::new);
         if peer.tunnel.is_some() {
             // The session was made with the old key: end it, and offer a new one if we know where the peer is.
             self.drop_tunnel(slot);
@@ -279,12 +301,13 @@ impl Engine {
 
     fn add_allowed_ip(&mut self, slot: u16, net: IpNet) {
         let former = self.routes.insert(net, slot);
+        if former == Some(slot) {
+            return;
+        }
         if let Some(peer) = former.and_then(|former| self.peers[usize::from(former)].as_deref_mut()) {
             peer.allowed_ips.retain(|have| *have != net);
         }
-        if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut()
-            && !peer.allowed_ips.contains(&net)
-        {
+        if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
             peer.allowed_ips.push(net);
         }
     }
@@ -311,9 +334,11 @@ impl Engine {
 
     /// Closes what an earlier process left behind of this key.
     fn remove_parked(&mut self, public_key: &[u8; 32]) {
-        let of_key = self.parked.extract_if(|id, _| id.0 == *public_key);
-        for (_, parked) in of_key.collect::<Vec<_>>() {
-            self.close(parked.slot);
+        while let Some((life, _)) = self.parked.range((*public_key, 0)..=(*public_key, u64::MAX)).next() {
+            let life = *life;
+            if let Some(slot) = self.parked.remove(&life) {
+                self.close(slot);
+            }
         }
     }
 
@@ -342,7 +367,12 @@ impl Engine {
                 generation: last.generation,
                 counts: last.counts,
             };
+            self.closing_lives.insert((peer.public_key, peer.generation));
             self.closing.push(Closing { slot, peer });
         }
     }
+}
+
+fn life_of(change: &PeerChange) -> Life {
+    (change.public_key, change.generation.unwrap_or(0))
 }

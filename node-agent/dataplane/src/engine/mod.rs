@@ -10,16 +10,19 @@ mod police;
 #[cfg(test)]
 mod police_tests;
 mod receive;
+mod replace;
 mod send;
 #[cfg(test)]
 mod tests;
 mod tick;
 mod view;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 
+use foldhash::{HashMap, HashMapExt};
 use ipnet::IpNet;
+use smallvec::SmallVec;
 
 use crate::allowed::AllowedIps;
 use crate::change::Secret;
@@ -33,6 +36,7 @@ use crate::policy::{PeerPolicy, Policy};
 use crate::tunnel::{Identity, MIN_ROOM, Timers, Tunnel};
 
 pub use apply::Settled;
+use replace::Replace;
 pub(crate) use tick::TICK_MS;
 pub use view::{DeviceView, PeerView};
 
@@ -67,21 +71,23 @@ pub struct EngineConfig {
     pub seed: u64,
 }
 
-/// One peer. About 400 bytes while it is cold.
+/// One peer. Less than 300 bytes while it is cold.
 struct Peer {
     public_key: [u8; 32],
     generation: u64,
-    preshared_key: Option<Secret>,
+    /// Apart, because few have one.
+    preshared_key: Option<Box<Secret>>,
     tenant: Option<[u8; 16]>,
-    allowed_ips: Vec<IpNet>,
+    /// A peer of a tenant has one address of each family.
+    allowed_ips: SmallVec<[IpNet; 2]>,
     persistent_keepalive: u16,
     endpoint: Option<SocketAddr>,
     /// The local address the peer talks to.
     via: Option<IpAddr>,
     tunnel: Option<Box<Tunnel>>,
-    queue: VecDeque<Vec<u8>>,
+    queue: Vec<Vec<u8>>,
     /// Position in `Engine::live`.
-    live_at: Option<usize>,
+    live_at: Option<u32>,
     /// Last authenticated message in either direction.
     last_traffic_ms: Option<u64>,
     /// Last handshake message in either direction, or creation of the tunnel.
@@ -98,17 +104,8 @@ struct Closing {
     peer: ClosedPeer,
 }
 
-impl Closing {
-    fn life(&self) -> ([u8; 32], u64) {
-        (self.peer.public_key, self.peer.generation)
-    }
-}
-
-/// A peer taken away by `replace_peers`, or found in the counter file: added again, it goes on in its slot.
-struct Parked {
-    slot: u16,
-    peer: Option<Box<Peer>>,
-}
+/// A public key and which life of it.
+type Life = ([u8; 32], u64);
 
 /// See the module.
 pub struct Engine {
@@ -119,8 +116,14 @@ pub struct Engine {
     /// Slots given back, and the first one that was never used.
     free: Vec<u16>,
     unused: u32,
-    parked: HashMap<([u8; 32], u64), Parked>,
+    /// Found in the counter file: added again, they go on in their slots.
+    parked: BTreeMap<Life, u16>,
+    /// Apart from the order also by life, to be found among many when the journal cannot be written.
     closing: Vec<Closing>,
+    closing_lives: HashSet<Life, foldhash::fast::RandomState>,
+    replace: Replace,
+    /// Peers that were not added again are being closed.
+    ending: bool,
     by_key: HashMap<[u8; 32], u16>,
     routes: AllowedIps,
     overlay: Vec<IpNet>,
@@ -145,12 +148,11 @@ impl Engine {
     #[must_use]
     pub fn new(config: EngineConfig) -> Self {
         let EngineConfig { counters, seed } = config;
-        let parked: HashMap<_, _> =
-            counters.occupied().into_iter().map(|(id, slot)| (id, Parked { slot, peer: None })).collect();
-        let unused = parked.values().map(|p| u32::from(p.slot) + 1).max().unwrap_or(0);
+        let parked: BTreeMap<_, _> = counters.occupied().into_iter().collect();
+        let unused = parked.values().map(|slot| u32::from(*slot) + 1).max().unwrap_or(0);
         let mut taken = vec![false; unused as usize];
-        for parked in parked.values() {
-            taken[usize::from(parked.slot)] = true;
+        for slot in parked.values() {
+            taken[usize::from(*slot)] = true;
         }
         let free = (0..unused).filter_map(|s| u16::try_from(s).ok()).filter(|s| !taken[usize::from(*s)]).collect();
         let capacity = counters.capacity() as usize;
@@ -162,8 +164,11 @@ impl Engine {
             unused,
             parked,
             closing: Vec::new(),
-            by_key: HashMap::new(),
-            routes: AllowedIps::default(),
+            closing_lives: HashSet::default(),
+            replace: Replace::new(capacity),
+            ending: false,
+            by_key: HashMap::with_capacity(capacity),
+            routes: AllowedIps::with_room(capacity),
             overlay: Vec::new(),
             scramble: Scramble::new(seed),
             counters,
@@ -231,7 +236,7 @@ impl Engine {
     fn make_live(&mut self, slot: u16) {
         let peer = self.peers[usize::from(slot)].as_mut().expect("the callers hold an occupied slot");
         if peer.live_at.is_none() {
-            peer.live_at = Some(self.live.len());
+            peer.live_at = u32::try_from(self.live.len()).ok();
             self.live.push(slot);
         }
     }
@@ -240,8 +245,8 @@ impl Engine {
         let Some(at) = self.peers[usize::from(slot)].as_mut().and_then(|peer| peer.live_at.take()) else {
             return;
         };
-        self.live.swap_remove(at);
-        if let Some(moved) = self.live.get(at)
+        self.live.swap_remove(at as usize);
+        if let Some(moved) = self.live.get(at as usize)
             && let Some(peer) = self.peers[usize::from(*moved)].as_mut()
         {
             peer.live_at = Some(at);
@@ -305,7 +310,7 @@ impl Engine {
         }
         let tunnel = peer.tunnel.get_or_insert_with(|| {
             peer.last_attempt_ms = now.mono_ms;
-            let psk = peer.preshared_key.as_ref();
+            let psk = peer.preshared_key.as_deref();
             Box::new(Tunnel::new(identity, &peer.public_key, psk, index, now.mono_ms))
         });
         if let Some(len) = tunnel.initiate(room) {

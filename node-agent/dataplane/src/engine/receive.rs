@@ -81,7 +81,7 @@ impl Engine {
         }
         let room = out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
         let mut tunnel = peer.tunnel.take().unwrap_or_else(|| {
-            let psk = peer.preshared_key.as_ref();
+            let psk = peer.preshared_key.as_deref();
             Box::new(Tunnel::new(identity, &peer.public_key, psk, index, now.mono_ms))
         });
         let was_live = peer.live_at.is_some();

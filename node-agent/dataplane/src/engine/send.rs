@@ -68,7 +68,7 @@ impl Engine {
         }
         let full = peer.queue.len() >= QUEUE_PER_PEER || self.queued >= QUEUE_TOTAL;
         if !full {
-            peer.queue.push_back(packet.to_vec());
+            peer.queue.push(packet.to_vec());
             self.queued += 1;
         }
         self.initiate(now, slot, out);

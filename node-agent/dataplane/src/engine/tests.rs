@@ -90,8 +90,8 @@ impl Host {
 /// Takes the final counters as if the journal had them.
 fn closed(host: &mut Host) -> Vec<ClosedPeer> {
     let mut closed = Vec::new();
-    let take = |peer: &ClosedPeer| {
-        closed.push(*peer);
+    let take = |peers: &[ClosedPeer]| {
+        closed.extend_from_slice(peers);
         Ok::<(), ()>(())
     };
     host.engine.settle(100, take).unwrap();
@@ -441,12 +441,92 @@ fn replacing_all_peers_keeps_the_sessions_of_those_that_stay() {
             p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()];
         })
         .unwrap();
+    let down = packet("192.0.2.99", "10.8.0.3", 100);
+    let unroutable = server.drops(Drop::TxNoRoute);
+    server.tun(&down);
+    assert_eq!(server.drops(Drop::TxNoRoute), unroutable, "until the end peer 3 goes on");
     server.engine.end_replace();
     assert_eq!(closed(&mut server).len(), 1, "only peer 3 is closed");
+    server.tun(&down);
+    assert_eq!(server.drops(Drop::TxNoRoute), unroutable + 1);
     assert_eq!(server.view(2).allowed_ips.len(), 1);
     client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
     settle(&mut server, &mut client);
     assert_eq!((server.delivered().len(), server.view(2).counts.rx_inner), (1, 200));
+}
+
+#[test]
+fn a_peer_named_in_a_replacement_is_as_new_but_for_session_endpoint_and_counters() {
+    let (mut server, mut client) = connected();
+    server.peer(2, |p| p.persistent_keepalive = Some(25)).unwrap();
+    let (endpoint, before) = (server.view(2).endpoint, server.view(2).counts);
+    server.engine.begin_replace();
+    server.peer(2, |p| p.update_only = true).unwrap();
+    assert_eq!(server.view(2).tenant, Some(TENANT), "an update names nobody new");
+    // What a tenant's peer may not have is no matter any more.
+    server.peer(2, |p| p.allowed_ips = vec!["10.0.0.0/8".parse().unwrap()]).unwrap();
+    server.peer(2, |p| p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()]).unwrap();
+    server.engine.end_replace();
+    assert_eq!(closed(&mut server), []);
+    let view = server.view(2);
+    assert_eq!((view.tenant, view.persistent_keepalive, view.allowed_ips.len()), (None, 0, 2));
+    assert_eq!((view.endpoint, view.counts), (endpoint, before));
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    assert_eq!(server.delivered().len(), 1, "in the same session");
+    assert_eq!(server.sent(), []);
+}
+
+#[test]
+fn the_end_of_a_replacement_is_swept_in_slices_and_waits_for_the_journal() {
+    let mut server = Host::new(1, SERVER);
+    for key in 2..14 {
+        server.peer(key, |_| {}).unwrap();
+    }
+    server.engine.begin_replace();
+    server.peer(7, |_| {}).unwrap();
+    server.engine.end_replace();
+    assert!(server.engine.settle(4, |_| Err("disk full")).is_err());
+    assert!(server.engine.settle(4, |_| Err("disk full")).is_err());
+    assert_eq!(server.engine.device().peers, 8, "the others go on while nobody can say what they used");
+    let mut slices = Vec::new();
+    let mut settled = Settled::More;
+    while settled == Settled::More {
+        settled = server
+            .engine
+            .settle(4, |peers| {
+                slices.push(peers.len());
+                Ok::<(), ()>(())
+            })
+            .unwrap();
+    }
+    assert_eq!(slices, [4, 4, 3]);
+    assert_eq!((server.engine.device().peers, server.view(7).generation), (1, 0));
+    server.peer(3, |_| {}).unwrap();
+}
+
+#[test]
+fn a_change_waits_for_the_journal_only_if_it_needs_what_a_removed_peer_holds() {
+    let mut server = Host::new(1, SERVER);
+    let all = 2..18;
+    for key in all.clone() {
+        server.peer(key, |_| {}).unwrap();
+    }
+    let change = |key: u8| PeerChange { public_key: public(key), ..PeerChange::default() };
+    for key in all.clone() {
+        server.peer(key, |p| p.remove = true).unwrap();
+    }
+    assert!(server.engine.waits_for_settling(&change(99)), "there is no free slot");
+    server.engine.settle(4, |_| Ok::<(), ()>(())).unwrap();
+    assert!(!server.engine.waits_for_settling(&change(99)));
+    assert_eq!(server.peer(2, |_| {}), Err(Refused::Closing));
+    for key in all {
+        while server.engine.waits_for_settling(&change(key)) {
+            server.engine.settle(4, |_| Ok::<(), ()>(())).unwrap();
+        }
+        server.peer(key, |_| {}).unwrap();
+    }
+    assert_eq!(server.engine.device().peers, 16);
 }
 
 #[test]
@@ -686,7 +766,7 @@ fn consistent(engine: &Engine) -> Result<(), TestCaseError> {
         prop_assert_eq!(engine.by_key.get(&peer.public_key), Some(&slot));
         prop_assert_eq!(engine.slot_of(engine.index_of(slot) << 8), Some(slot));
         prop_assert!(peer.allowed_ips.iter().all(|net| engine.routes.host(net.addr()) == Some(slot)));
-        prop_assert!(peer.live_at.is_none_or(|at| engine.live[at] == slot));
+        prop_assert!(peer.live_at.is_none_or(|at| engine.live[at as usize] == slot));
         prop_assert!(peer.tunnel.is_none() || peer.live_at.is_some());
         prop_assert!(!engine.free.contains(&slot));
     }

@@ -102,10 +102,10 @@ impl Engine {
         let peer = self.peers[usize::from(slot)].as_deref()?;
         Some(PeerView {
             public_key: peer.public_key,
-            preshared_key: peer.preshared_key.clone(),
+            preshared_key: peer.preshared_key.as_deref().cloned(),
             endpoint: peer.endpoint,
             persistent_keepalive: peer.persistent_keepalive,
-            allowed_ips: peer.allowed_ips.clone(),
+            allowed_ips: peer.allowed_ips.to_vec(),
             tenant: peer.tenant,
             generation: peer.generation,
             counts: self.counters.peer(slot).map(|line| line.counts).unwrap_or_default(),

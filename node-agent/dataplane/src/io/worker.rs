@@ -2,7 +2,6 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -13,7 +12,7 @@ use super::tun::{Read, Tun};
 use super::udp::{BATCH, BUFFER_BYTES, Sockets};
 use crate::change::{DeviceChange, PeerChange, Refused, canonical};
 use crate::engine::{Engine, Now, Origin, Settled, TICK_MS};
-use crate::journal::Journal;
+use crate::journal::{Journal, JournalSync};
 use crate::out::Out;
 use crate::policy::TooMany;
 
@@ -203,7 +202,7 @@ impl Worker {
     fn settle(&mut self) -> i32 {
         let journal = &mut self.journal;
         let settled = self.engine.settle(MAX_SETTLED, |closed| match journal {
-            Some(journal) => journal.append(closed),
+            Some(journal) => journal.append_all(closed),
             None => Ok(()),
         });
         match settled {
@@ -287,17 +286,23 @@ impl Worker {
     }
 
     fn change_peers(&mut self, now: Now, changes: Vec<PeerChange>) -> i32 {
+        let slices = changes.len().div_ceil(MAX_SETTLED);
         for change in changes {
+            while self.engine.waits_for_settling(&change) && self.settle() == libc::EAGAIN {}
             match self.engine.apply_peer(now, change, &mut self.out) {
                 Ok(()) => {}
                 Err(Refused::Full) => return libc::ENOSPC,
                 Err(Refused::Closing) => return libc::EBUSY,
                 Err(Refused::TenantPrefix) => return libc::EINVAL,
             }
-            // A slot that was just left may be needed by the next peer.
-            self.settle();
             if self.out.wants_flush() {
                 self.flush();
+            }
+        }
+        // Removed means journaled, if the disk lets us; those that waited since before are left to later passes.
+        for _ in 0..slices {
+            if self.settle() != libc::EAGAIN {
+                break;
             }
         }
         0
@@ -317,9 +322,9 @@ impl Worker {
         }
     }
 
-    /// What the control side syncs to make removals durable without holding up packets.
-    pub(crate) fn journal_path(&self) -> Option<PathBuf> {
-        self.journal.as_ref().map(Journal::path)
+    /// Makes removals durable on the control side, without holding up packets.
+    pub(crate) fn journal_sync(&self) -> Option<JournalSync> {
+        self.journal.as_ref().map(Journal::syncer)
     }
 }
 

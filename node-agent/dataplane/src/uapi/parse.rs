@@ -1,8 +1,11 @@
 //! `set=1` requests, line by line.
 
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::str::FromStr;
 
 use ipnet::IpNet;
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, SocketType, socket};
 
 use crate::change::{DeviceChange, PeerChange, Secret, canonical};
 use crate::policy::lease::Then;
@@ -116,12 +119,18 @@ fn peer_line(peer: &mut PeerChange, key: &str, value: &str) -> Result<(), Invali
         "remove" => peer.remove = truth(value)?,
         "update_only" => peer.update_only = truth(value)?,
         "preshared_key" => peer.preshared_key = Some(Secret::new(hex_bytes(value)?)),
-        "endpoint" => peer.endpoint = Some(canonical(number(value)?)),
+        "endpoint" => peer.endpoint = Some(canonical(endpoint(value)?)),
         "persistent_keepalive_interval" => peer.persistent_keepalive = Some(number(value)?),
         "replace_allowed_ips" => peer.replace_allowed_ips = truth(value)?,
         "allowed_ip" => match value.strip_prefix('-') {
             Some(value) => peer.removed_ips.push(prefix(value)?),
-            None => peer.allowed_ips.push(prefix(value.strip_prefix('+').unwrap_or(value))?),
+            None => {
+                if peer.allowed_ips.is_empty() {
+                    // Most have one; by itself the list would begin with room for four.
+                    peer.allowed_ips.reserve_exact(1);
+                }
+                peer.allowed_ips.push(prefix(value.strip_prefix('+').unwrap_or(value))?);
+            }
         },
         "protocol_version" if value == "1" => {}
         "cvault_tenant" => peer.tenant = Some(tenant(value)?),
@@ -136,11 +145,29 @@ fn peer_line(peer: &mut PeerChange, key: &str, value: &str) -> Result<(), Invali
 }
 
 fn number<T: FromStr>(value: &str) -> Result<T, Invalid> {
+    // The standard library would take it.
+    if value.starts_with('+') {
+        return Err(Invalid);
+    }
     value.parse().map_err(|_| Invalid)
 }
 
+/// `wg` writes the zone of a link-local address as the name of an interface; the standard library reads its number.
+fn endpoint(value: &str) -> Result<SocketAddr, Invalid> {
+    let named = || {
+        let (addr, rest) = value.strip_prefix('[')?.split_once('%')?;
+        let (zone, port) = rest.split_once("]:")?;
+        let any = socket(AddressFamily::UNIX, SocketType::DGRAM, None).ok()?;
+        let scope = name_to_index(any, zone).ok()?;
+        Some(SocketAddrV6::new(number(addr).ok()?, number(port).ok()?, 0, scope).into())
+    };
+    number(value).or_else(|Invalid| named().ok_or(Invalid))
+}
+
 fn prefix(value: &str) -> Result<IpNet, Invalid> {
-    Ok(number::<IpNet>(value)?.trunc())
+    let (addr, length) = value.split_once('/').ok_or(Invalid)?;
+    let net = IpNet::new(number::<IpAddr>(addr)?, number(length)?).map_err(|_| Invalid)?;
+    Ok(net.trunc())
 }
 
 fn truth(value: &str) -> Result<bool, Invalid> {
@@ -173,10 +200,33 @@ fn tenant(value: &str) -> Result<[u8; 16], Invalid> {
 }
 
 fn hex_bytes<const N: usize>(value: &str) -> Result<[u8; N], Invalid> {
+    let (digits, rest) = value.as_bytes().as_chunks::<2>();
+    if digits.len() != N || !rest.is_empty() {
+        return Err(Invalid);
+    }
+    // All digits first, the verdict last: keys are half of a large request, and a branch for each digit is most of it.
     let mut bytes = [0; N];
-    hex::decode_to_slice(value, &mut bytes).map_err(|_| Invalid)?;
-    Ok(bytes)
+    let mut seen = 0;
+    for (byte, [high, low]) in bytes.iter_mut().zip(digits) {
+        let (high, low) = (DIGITS[usize::from(*high)], DIGITS[usize::from(*low)]);
+        seen |= high | low;
+        *byte = high << 4 | low & 0xf;
+    }
+    if seen & NO_DIGIT == 0 { Ok(bytes) } else { Err(Invalid) }
 }
+
+const NO_DIGIT: u8 = 0x80;
+/// The value of each hexadecimal digit.
+const DIGITS: [u8; 256] = {
+    let mut digits = [NO_DIGIT; 256];
+    let mut value = 0;
+    while value < 16 {
+        digits[b"0123456789abcdef"[value as usize] as usize] = value;
+        digits[b"0123456789ABCDEF"[value as usize] as usize] = value;
+        value += 1;
+    }
+    digits
+};
 
 #[cfg(test)]
 mod tests {
@@ -253,6 +303,7 @@ mod tests {
             "listen_port",
             "listen_port=65536",
             "listen_port=-1",
+            "listen_port=+1",
             "private_key=00",
             "private_key=zz5996fecc9c7f1fc6d2572a76eda11d59bcd20be8e543b15ce4bd85a8e75a33",
             "replace_peers=yes",
@@ -272,6 +323,10 @@ mod tests {
             "endpoint=192.0.2.1",
             "allowed_ip=10.0.0.0",
             "allowed_ip=10.0.0.0/33",
+            "allowed_ip=10.0.0.0/+8",
+            "allowed_ip=10.0.0.0/",
+            "allowed_ip=10.0.0.0/255.0.0.0",
+            "allowed_ip=fd00::/129",
             "persistent_keepalive_interval=off",
             "preshared_key=",
             "protocol_version=2",
@@ -300,6 +355,18 @@ mod tests {
             "cvault_lease=1",
         ] {
             assert_eq!(parse(&format!("{section}\n{line}")).err(), Some(Invalid), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn the_zone_of_an_endpoint_is_a_number_or_the_name_of_an_interface() {
+        let endpoint = |text: &str| parse(&format!("public_key={KEY}\nendpoint={text}")).map(|r| r.peers[0].endpoint);
+        let on = |scope| Some(SocketAddrV6::new("fe80::1".parse().unwrap(), 51820, 0, scope).into());
+        assert_eq!(endpoint("[fe80::1]:51820"), Ok(on(0)));
+        assert_eq!(endpoint("[fe80::1%7]:51820"), Ok(on(7)));
+        assert_eq!(endpoint("[fe80::1%lo]:51820"), Ok(on(1)), "the loopback is the first interface everywhere");
+        for wrong in ["[fe80::1%no-such-one]:1", "[fe80::1%lo]", "[fe80::1%lo]:+1", "[%lo]:1", "fe80::1%lo:1"] {
+            assert_eq!(endpoint(wrong), Err(Invalid), "{wrong}");
         }
     }
 

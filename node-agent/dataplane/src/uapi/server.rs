@@ -1,12 +1,13 @@
 //! Serving the socket.
 
-use std::fs::{DirBuilder, File, Permissions};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::fs::{DirBuilder, Permissions};
+use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
@@ -15,18 +16,27 @@ use super::parse::{Invalid, SetParser, SetRequest};
 use super::{SOCKET_DIR, format};
 use crate::change::PeerChange;
 use crate::io::mailbox::{Controller, Reply, Request, WorkerGone};
+use crate::journal::JournalSync;
 
-/// Clients served at the same time; more are turned away.
+/// Clients served at the same time; more wait for the end of one, which is bounded in time.
 const MAX_CLIENTS: usize = 8;
+/// Threads that wait for clients, so that a request needs no new thread.
+const IDLE_THREADS: usize = 2;
+/// When there is no descriptor for another client.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// The longest line is a key of 64 digits and its name.
-const MAX_LINE: u64 = 256;
+const MAX_LINE: usize = 256;
 /// 65,000 peers take about 26 MB.
-const MAX_REQUEST: u64 = 64 * 1024 * 1024;
+const MAX_REQUEST: usize = 64 * 1024 * 1024;
+/// What one `read` may bring: a large request takes hundreds of them instead of thousands.
+const READ_BYTES: usize = 64 * 1024;
 /// Peers handed to the worker, or asked of it, at a time: less than a millisecond of its attention.
 const CHUNK: usize = 256;
+/// Prefixes handed to the worker at a time, unless one peer has more.
+const CHUNK_PREFIXES: usize = 2 * CHUNK;
 /// How long a client may be silent, or leave an answer unread.
 const CLIENT_SILENCE: Duration = Duration::from_secs(5);
-/// How long a client may take for one request.
+/// How long a client may take to send one request, or to read one answer.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where the socket of an interface is.
@@ -66,66 +76,108 @@ pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
-    listener.set_nonblocking(true)?;
     Ok(listener)
+}
+
+#[derive(Default)]
+struct Threads {
+    all: usize,
+    idle: usize,
+}
+
+impl Threads {
+    /// One has a client; says whether another thread must wait in its place.
+    fn client(&mut self) -> bool {
+        self.idle -= 1;
+        self.idle == 0 && self.all < MAX_CLIENTS
+    }
+
+    /// One has no client any more; says whether it is of no use.
+    fn ends(&mut self) -> bool {
+        let ends = self.idle >= IDLE_THREADS;
+        if ends {
+            self.all -= 1;
+        } else {
+            self.idle += 1;
+        }
+        ends
+    }
 }
 
 /// What every client thread shares.
 pub(crate) struct Server {
     controller: Controller,
-    journal: Option<PathBuf>,
-    clients: AtomicUsize,
+    threads: Mutex<Threads>,
     /// One `set` at a time: a replacement of all peers spans several letters to the worker.
-    setting: Mutex<()>,
+    setting: Mutex<Option<JournalSync>>,
 }
 
 impl Server {
-    pub(crate) fn new(controller: Controller, journal: Option<PathBuf>) -> Arc<Self> {
-        Arc::new(Self { controller, journal, clients: AtomicUsize::new(0), setting: Mutex::new(()) })
+    pub(crate) fn new(controller: Controller, journal: Option<JournalSync>) -> Arc<Self> {
+        Arc::new(Self { controller, threads: Mutex::default(), setting: Mutex::new(journal) })
     }
 
-    /// Accepts whoever waits and serves each on a thread of its own.
-    pub(crate) fn accept(self: &Arc<Self>, listener: &UnixListener) -> io::Result<()> {
+    /// Serves clients from now on, on threads of its own, until the process ends.
+    ///
+    /// # Errors
+    /// When there is no thread to be had.
+    pub(crate) fn start(self: &Arc<Self>, listener: UnixListener) -> io::Result<()> {
+        self.add_thread(&Arc::new(listener))
+    }
+
+    fn add_thread(self: &Arc<Self>, listener: &Arc<UnixListener>) -> io::Result<()> {
+        let (server, listener) = (Arc::clone(self), Arc::clone(listener));
+        let mut threads = self.threads();
+        std::thread::Builder::new().name("uapi-client".into()).spawn(move || server.accept(&listener))?;
+        threads.all += 1;
+        threads.idle += 1;
+        Ok(())
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Threads> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One thread: a client after the other, until enough others wait.
+    fn accept(self: &Arc<Self>, listener: &Arc<UnixListener>) {
         loop {
             let stream = match listener.accept() {
                 Ok((stream, _)) => stream,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-            };
-            if self.clients.fetch_add(1, Ordering::Relaxed) >= MAX_CLIENTS {
-                self.clients.fetch_sub(1, Ordering::Relaxed);
-                tracing::debug!("too many clients on the control socket");
-                continue;
-            }
-            let server = Arc::clone(self);
-            let client = move || {
-                match server.serve(&stream) {
-                    Ok(()) => {}
-                    // it has read as much as it wanted
-                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-                    Err(error) => tracing::debug!(%error, "a client of the control socket failed"),
+                Err(error) => {
+                    tracing::warn!(%error, "a client of the control socket could not be accepted");
+                    std::thread::sleep(ACCEPT_PAUSE);
+                    continue;
                 }
-                server.clients.fetch_sub(1, Ordering::Relaxed);
             };
-            if let Err(error) = std::thread::Builder::new().name("uapi-client".into()).spawn(client) {
-                self.clients.fetch_sub(1, Ordering::Relaxed);
-                return Err(error);
+            let wants_another = self.threads().client();
+            if wants_another && let Err(error) = self.add_thread(listener) {
+                tracing::warn!(%error, "no thread for another client of the control socket");
+            }
+            match catch_unwind(AssertUnwindSafe(|| self.serve(&stream))) {
+                Ok(Ok(())) => {}
+                // it has read as much as it wanted
+                Ok(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe => {}
+                Ok(Err(error)) => tracing::debug!(%error, "a client of the control socket failed"),
+                Err(_) => tracing::error!("a request on the control socket panicked"),
+            }
+            drop(stream);
+            if self.threads().ends() {
+                return;
             }
         }
     }
 
     fn serve(&self, stream: &UnixStream) -> io::Result<()> {
-        stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(CLIENT_SILENCE))?;
         stream.set_write_timeout(Some(CLIENT_SILENCE))?;
-        let mut reader = BufReader::new(stream);
+        let mut lines = Lines::new(stream);
         loop {
-            let mut lines = Lines::new(&mut reader);
-            let errno = match text(&lines.next()?) {
-                None => return Ok(()),
-                Some("get=1") if text(&lines.next()?) == Some("") => errno(self.get(stream)?),
-                Some("set=1") => match read_set(&mut lines) {
+            lines.begin_request();
+            let errno = match operation(&mut lines)? {
+                Operation::End => return Ok(()),
+                Operation::Get => errno(self.get(stream)?),
+                Operation::Set => match read_set(&mut lines) {
                     Ok(request) => errno(self.set(request)),
                     Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                         answer(stream, libc::EINVAL)?;
@@ -133,7 +185,7 @@ impl Server {
                     }
                     Err(error) => return Err(error),
                 },
-                Some(_) => {
+                Operation::Unknown => {
                     answer(stream, libc::EPROTO)?;
                     return Ok(());
                 }
@@ -142,11 +194,12 @@ impl Server {
         }
     }
 
-    fn get(&self, mut stream: &UnixStream) -> io::Result<Result<i32, WorkerGone>> {
+    fn get(&self, stream: &UnixStream) -> io::Result<Result<i32, WorkerGone>> {
+        let until = Instant::now() + CLIENT_PATIENCE;
         let Ok(Reply::Device(state)) = self.controller.ask(Request::Describe) else {
             return Ok(Err(WorkerGone));
         };
-        stream.write_all(Zeroizing::new(format::device(&state)).as_bytes())?;
+        write_until(stream, Zeroizing::new(format::device(&state)).as_bytes(), until)?;
         let mut next = Some(0);
         let mut text = Zeroizing::new(String::with_capacity(CHUNK * 600));
         while let Some(from) = next {
@@ -158,16 +211,15 @@ impl Server {
             for peer in &peers {
                 format::peer(&mut text, peer);
             }
-            stream.write_all(text.as_bytes())?;
+            write_until(stream, text.as_bytes(), until)?;
             next = more;
         }
         Ok(Ok(0))
     }
 
     fn set(&self, request: SetRequest) -> Result<i32, WorkerGone> {
-        let _one_at_a_time = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut journal = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
         let SetRequest { device, replace_peers, end_replace, peers } = request;
-        let removes = replace_peers || end_replace || peers.iter().any(|peer| peer.remove || peer.generation.is_some());
         let mut errno = self.done(Request::Device(device))?;
         if errno != 0 {
             return Ok(errno);
@@ -177,8 +229,7 @@ impl Server {
         }
         let mut peers = peers.into_iter().peekable();
         while errno == 0 && peers.peek().is_some() {
-            let chunk: Vec<PeerChange> = peers.by_ref().take(CHUNK).collect();
-            errno = self.done(Request::Peers(chunk))?;
+            errno = self.done(Request::Peers(chunk(&mut peers)))?;
         }
         // What was begun is ended, even when a peer was refused; but that peer may be one of an earlier process.
         if replace_peers || (end_replace && errno == 0) {
@@ -188,9 +239,7 @@ impl Server {
             }
             errno = if errno == 0 { settled } else { errno };
         }
-        if let (true, Some(journal)) = (removes, &self.journal)
-            && let Err(error) = File::open(journal).and_then(|file| file.sync_data())
-        {
+        if let Some(Err(error)) = journal.as_mut().map(JournalSync::sync) {
             tracing::warn!(%error, "the journal of closed peers may not survive a crash of the host");
         }
         Ok(errno)
@@ -204,6 +253,35 @@ impl Server {
     }
 }
 
+fn chunk(peers: &mut impl Iterator<Item = PeerChange>) -> Vec<PeerChange> {
+    let mut chunk = Vec::with_capacity(CHUNK);
+    let mut prefixes = 0;
+    while chunk.len() < CHUNK
+        && prefixes < CHUNK_PREFIXES
+        && let Some(peer) = peers.next()
+    {
+        prefixes += peer.allowed_ips.len() + peer.removed_ips.len();
+        chunk.push(peer);
+    }
+    chunk
+}
+
+/// A client that reads a little now and then is not silent, but it must come to an end.
+fn write_until(mut stream: &UnixStream, mut bytes: &[u8], until: Instant) -> io::Result<()> {
+    while !bytes.is_empty() {
+        if Instant::now() > until {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        match stream.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 fn errno(result: Result<i32, WorkerGone>) -> i32 {
     result.unwrap_or(libc::EIO)
 }
@@ -213,10 +291,32 @@ fn answer(mut stream: &UnixStream, errno: i32) -> io::Result<()> {
     stream.write_all(format!("errno={}\n\n", -errno).as_bytes())
 }
 
-fn read_set<R: BufRead>(lines: &mut Lines<'_, R>) -> io::Result<SetRequest> {
+/// The first line of a request.
+enum Operation {
+    Get,
+    Set,
+    Unknown,
+    /// The client is done.
+    End,
+}
+
+fn operation<R: Read>(lines: &mut Lines<R>) -> io::Result<Operation> {
+    let operation = match lines.next() {
+        Ok(None) => Operation::End,
+        Ok(Some("get=1")) => Operation::Get,
+        Ok(Some("set=1")) => Operation::Set,
+        Ok(Some(_)) => Operation::Unknown,
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => Operation::Unknown,
+        Err(error) => return Err(error),
+    };
+    let is_whole = !matches!(operation, Operation::Get) || lines.next()? == Some("");
+    Ok(if is_whole { operation } else { Operation::Unknown })
+}
+
+fn read_set<R: Read>(lines: &mut Lines<R>) -> io::Result<SetRequest> {
     let mut parser = SetParser::default();
     loop {
-        match text(&lines.next()?) {
+        match lines.next()? {
             None => return Err(io::ErrorKind::UnexpectedEof.into()),
             Some("") => return Ok(parser.finish()),
             Some(line) => parser.line(line).map_err(|Invalid| io::Error::from(io::ErrorKind::InvalidData))?,
@@ -224,38 +324,67 @@ fn read_set<R: BufRead>(lines: &mut Lines<'_, R>) -> io::Result<SetRequest> {
     }
 }
 
-fn text(line: &Option<Zeroizing<String>>) -> Option<&str> {
-    line.as_ref().map(|line| line.as_str())
-}
-
-/// The lines of one request, bounded in length, number and time.
-struct Lines<'a, R> {
-    reader: &'a mut R,
-    bytes_left: u64,
+/// The lines of one client's requests, bounded in length, number and time.
+struct Lines<R> {
+    reader: R,
+    /// Holds keys, among others.
+    buffer: Zeroizing<Vec<u8>>,
+    /// What was read and not yet returned.
+    unread: Range<usize>,
+    bytes_left: usize,
     started: Option<Instant>,
 }
 
-impl<'a, R: BufRead> Lines<'a, R> {
-    fn new(reader: &'a mut R) -> Self {
-        Self { reader, bytes_left: MAX_REQUEST, started: None }
+impl<R: Read> Lines<R> {
+    fn new(reader: R) -> Self {
+        let buffer = Zeroizing::new(vec![0; READ_BYTES]);
+        Self { reader, buffer, unread: 0..0, bytes_left: MAX_REQUEST, started: None }
     }
 
-    /// The next line without its end; `None` when the client hung up between lines. Lines may hold keys.
-    fn next(&mut self) -> io::Result<Option<Zeroizing<String>>> {
-        let mut line = Zeroizing::new(String::with_capacity(128));
-        let read = self.reader.by_ref().take(MAX_LINE).read_line(&mut line)? as u64;
-        let started = *self.started.get_or_insert_with(Instant::now);
-        if read == 0 {
-            return Ok(None);
-        }
-        self.bytes_left = self.bytes_left.saturating_sub(read);
-        if started.elapsed() > CLIENT_PATIENCE {
+    /// Each request has its own bounds.
+    fn begin_request(&mut self) {
+        self.bytes_left = MAX_REQUEST;
+        self.started = None;
+    }
+
+    /// The next line without its end; `None` when the client hung up between lines.
+    fn next(&mut self) -> io::Result<Option<&str>> {
+        let len = loop {
+            let unread = &self.buffer[self.unread.clone()];
+            let longest = &unread[..unread.len().min(MAX_LINE)];
+            match longest.iter().position(|byte| *byte == b'\n') {
+                Some(len) => break len,
+                None if unread.len() >= MAX_LINE => return Err(io::ErrorKind::InvalidData.into()),
+                None => {}
+            }
+            if self.fill()? == 0 {
+                let torn = !self.unread.is_empty();
+                return if torn { Err(io::ErrorKind::InvalidData.into()) } else { Ok(None) };
+            }
+        };
+        let start = self.unread.start;
+        self.unread.start += len + 1;
+        self.bytes_left = self.bytes_left.checked_sub(len + 1).ok_or(io::ErrorKind::InvalidData)?;
+        let line = str::from_utf8(&self.buffer[start..start + len]).map_err(|_| io::ErrorKind::InvalidData)?;
+        Ok(Some(line))
+    }
+
+    /// Reads more behind the unread bytes, which are less than a line.
+    fn fill(&mut self) -> io::Result<usize> {
+        self.buffer.copy_within(self.unread.clone(), 0);
+        self.unread = 0..self.unread.len();
+        let read = loop {
+            match self.reader.read(&mut self.buffer[self.unread.end..]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                done => break done?,
+            }
+        };
+        self.unread.end += read;
+        // From the first bytes on: between requests a client may be silent for as long as its socket allows.
+        if self.started.get_or_insert_with(Instant::now).elapsed() > CLIENT_PATIENCE {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        if line.pop() != Some('\n') || self.bytes_left == 0 {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        Ok(Some(line))
+        Ok(read)
     }
 }
 
@@ -402,9 +531,90 @@ mod tests {
         assert!(talk(&format!("set=1\n{}\n", peers(1..700))).starts_with("errno=-28"), "more peers than slots");
     }
 
+    #[test]
+    fn letters_are_bounded_in_peers_and_in_prefixes() {
+        let sizes = |prefixes: &[usize]| {
+            let peer = |len: &usize| PeerChange { removed_ips: vec![Default::default(); *len], ..Default::default() };
+            let mut peers = prefixes.iter().map(peer);
+            std::iter::from_fn(|| Some(chunk(&mut peers).len()).filter(|len| *len > 0)).collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(&[1; CHUNK + 1]), [CHUNK, 1]);
+        assert_eq!(sizes(&[CHUNK_PREFIXES - 1, 1, 5]), [2, 1]);
+        assert_eq!(sizes(&[9 * CHUNK_PREFIXES, 1]), [1, 1]);
+    }
+
+    /// A server on a path of its own, as in the process.
+    fn listening(dir: &Path) -> PathBuf {
+        let (controller, mailbox) = mailbox().unwrap();
+        thread::spawn(move || worker(&mailbox));
+        let path = dir.join("wg0.sock");
+        Server::new(controller, None).start(UnixListener::bind(&path).unwrap()).unwrap();
+        path
+    }
+
+    /// What a client that behaves is told within its patience.
+    fn told(path: &Path, request: &str) -> String {
+        let mut client = UnixStream::connect(path).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        client.write_all(request.as_bytes()).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    #[test]
+    fn silent_clients_hold_up_nobody_while_one_place_is_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = listening(dir.path());
+        let mut silent: Vec<_> = (0..MAX_CLIENTS - 1).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        for (number, client) in silent.iter_mut().enumerate() {
+            // nothing at all, half a line, half a request
+            client.write_all(["", "set=", "set=1\nreplace_peers=true\n"][number % 3].as_bytes()).unwrap();
+        }
+        assert_eq!(told(&path, &format!("set=1\n{}\n", peers(1..9))), "errno=0\n\n");
+        assert_eq!(told(&path, "get=1\n\n").matches("public_key=").count(), 8);
+    }
+
+    #[test]
+    fn a_client_too_many_waits_for_the_end_of_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = listening(dir.path());
+        let mut silent: Vec<_> = (0..MAX_CLIENTS).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        let waiting = thread::spawn(move || told(&path, "get=1\n\n"));
+        silent.pop();
+        assert!(waiting.join().unwrap().ends_with("errno=0\n\n"));
+    }
+
+    #[test]
+    fn a_client_that_hangs_up_changes_nothing_and_disturbs_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = listening(dir.path());
+        assert_eq!(told(&path, &format!("set=1\n{}\n", peers(1..500))), "errno=0\n\n");
+        for request in ["set=1\nreplace_peers=true\n", "set=1\nlisten_port=1", "get=1\n\n", "g", ""] {
+            for _ in 0..2 * MAX_CLIENTS {
+                // In the middle of the request, or with the answer unread.
+                UnixStream::connect(&path).unwrap().write_all(request.as_bytes()).unwrap();
+            }
+        }
+        assert_eq!(told(&path, "get=1\n\n").matches("public_key=").count(), 499);
+    }
+
+    #[test]
+    fn an_endless_line_is_refused_without_being_read_to_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = listening(dir.path());
+        for (begin, errno) in [("", libc::EPROTO), ("set=1\n", libc::EINVAL)] {
+            let mut client = UnixStream::connect(&path).unwrap();
+            client.write_all(format!("{begin}{}", "a".repeat(MAX_LINE)).as_bytes()).unwrap();
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            assert_eq!(answer, format!("errno=-{errno}\n\n"));
+        }
+    }
+
     fn read(bytes: &[u8]) -> io::Result<SetRequest> {
-        let mut reader = bytes;
-        read_set(&mut Lines::new(&mut reader))
+        read_set(&mut Lines::new(bytes))
     }
 
     #[test]
@@ -412,6 +622,30 @@ mod tests {
         assert_eq!(read(b"listen_port=1\n\n").unwrap().device.listen_port, Some(1));
         assert_eq!(read(b"listen_port=1\n").unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(read(b"listen_port=1").unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[test]
+    fn lines_are_the_same_however_they_arrive() {
+        /// Gives as much at a time as it is told to.
+        struct Pieces<'a>(&'a [u8], usize);
+        impl Read for Pieces<'_> {
+            fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+                let len = self.0.len().min(self.1).min(room.len());
+                let (piece, rest) = self.0.split_at(len);
+                room[..len].copy_from_slice(piece);
+                self.0 = rest;
+                Ok(len)
+            }
+        }
+        let text = format!("set=1\n{}\n", peers(1..2000));
+        for piece in [1, 7, READ_BYTES - 1, READ_BYTES, usize::MAX] {
+            let mut lines = Lines::new(Pieces(text.as_bytes(), piece));
+            let mut seen = String::new();
+            while let Some(line) = lines.next().unwrap() {
+                seen.extend([line, "\n"]);
+            }
+            assert!(seen == text, "in pieces of {piece}");
+        }
     }
 
     #[test]
