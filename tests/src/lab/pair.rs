@@ -24,7 +24,9 @@ impl Pair {
         let server = Machine::boot("server", folder.path())?;
         let client = Machine::boot("client", folder.path())?;
         let (at_server, at_client) = (server.holder(), client.holder());
-        run_ip(&["link", "add", "up0", "netns", &at_server, "type", "veth", "peer", "name", "up0", "netns", &at_client])?;
+        run_ip(&[
+            "link", "add", "up0", "netns", &at_server, "type", "veth", "peer", "name", "up0", "netns", &at_client,
+        ])?;
         for (machine, address) in [(&server, SERVER_V4), (&client, CLIENT_V4)] {
             machine.sh(&format!("ip addr add {address}/24 dev up0\nip link set up0 up"))?;
         }

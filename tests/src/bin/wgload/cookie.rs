@@ -1,8 +1,8 @@
 //! The second MAC of an initiation, from the cookie a loaded server asks for (WireGuard paper, section 5.4.7). It is put
 //! into the message that was sent, so that asking for cookies costs the initiator next to nothing.
 
-use blake2::digest::consts::U16;
 use blake2::digest::Mac;
+use blake2::digest::consts::U16;
 use blake2::{Blake2s256, Blake2sMac, Digest as _};
 use chacha20poly1305::aead::AeadInPlace as _;
 use chacha20poly1305::{Key, KeyInit as _, Tag, XChaCha20Poly1305, XNonce};

@@ -33,7 +33,12 @@ pub(crate) fn run(initiators: &mut [Initiator], window: usize, limit: Duration) 
     let mut state = State {
         sent_at: Vec::with_capacity(initiators.len()),
         heard_at: started,
-        flood: Flood { elapsed: Duration::ZERO, latencies: Vec::with_capacity(initiators.len()), cookies: 0, resent: 0 },
+        flood: Flood {
+            elapsed: Duration::ZERO,
+            latencies: Vec::with_capacity(initiators.len()),
+            cookies: 0,
+            resent: 0,
+        },
     };
     let mut events = Vec::with_capacity(EVENTS);
     while state.flood.latencies.len() < initiators.len() && started.elapsed() < limit {
@@ -69,7 +74,9 @@ impl State {
             let length = match initiator.socket.recv(&mut datagram) {
                 Ok(length) => length,
                 // A server that is just starting refuses.
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::ConnectionRefused) => return Ok(()),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::ConnectionRefused) => {
+                    return Ok(());
+                }
                 Err(error) => return Err(error.into()),
             };
             let datagram = &datagram[..length];

@@ -11,8 +11,8 @@ const RESPONSE: (u8, usize) = (2, 92);
 pub(crate) const COOKIE_REPLY: (u8, usize) = (3, 64);
 const INITIATION_BYTES: usize = 148;
 const INDEX: std::ops::Range<usize> = 4..8;
-const RECEIVER: std::ops::Range<usize> = 4..8;
-const SENDER_OF_RESPONSE: std::ops::Range<usize> = 8..12;
+const RECEIVER_OF_RESPONSE: std::ops::Range<usize> = 8..12;
+const RECEIVER_OF_COOKIE_REPLY: std::ops::Range<usize> = 4..8;
 
 pub(crate) struct Initiator {
     tunnel: Tunn,
@@ -51,14 +51,12 @@ impl Initiator {
 
     /// A datagram of the server's that is meant for the handshake under way.
     pub(crate) fn kind(&self, datagram: &[u8]) -> Kind {
-        if datagram.get(RECEIVER) != self.initiation.get(INDEX) {
-            return Kind::Other;
-        }
-        match (datagram.first().copied().unwrap_or_default(), datagram.len()) {
-            RESPONSE => Kind::Response,
-            COOKIE_REPLY => Kind::CookieReply,
-            _ => Kind::Other,
-        }
+        let (kind, receiver) = match (datagram.first().copied().unwrap_or_default(), datagram.len()) {
+            RESPONSE => (Kind::Response, RECEIVER_OF_RESPONSE),
+            COOKIE_REPLY => (Kind::CookieReply, RECEIVER_OF_COOKIE_REPLY),
+            _ => return Kind::Other,
+        };
+        if datagram.get(receiver) == self.initiation.get(INDEX) { kind } else { Kind::Other }
     }
 
     pub(crate) fn is_answered(&self) -> bool {
@@ -82,7 +80,7 @@ impl Initiator {
             | TunnResult::Err(_)
             | TunnResult::WriteToTunnelV4(..)
             | TunnResult::WriteToTunnelV6(..) => {
-                bail!("a response that is none, from index {:02x?}", response.get(SENDER_OF_RESPONSE))
+                bail!("a response with which no session can be made")
             }
         }
     }
@@ -123,7 +121,7 @@ mod tests {
         let mut response = response.to_vec();
         assert_eq!(initiator.kind(&response), Kind::Response);
         assert_eq!(initiator.kind(&response[..91]), Kind::Other);
-        response[4] ^= 1;
+        response[8] ^= 1;
         assert_eq!(initiator.kind(&response), Kind::Other);
     }
 }
