@@ -1,11 +1,11 @@
 //! One engine that runs on a machine: its control socket, its CPU time, its memory.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use cvault_tests::lab::{Machine, Process, Signal, eventually};
 
 use crate::engine::Engine;
@@ -67,27 +67,35 @@ impl<'m> Daemon<'m> {
         let path = self.machine.path(&format!("/run/wireguard/{INTERFACE}.sock"));
         let started = Instant::now();
         let mut socket = UnixStream::connect(path).context("connect to the control socket")?;
-        let wait = || -> Result<Duration> {
-            match limit.checked_sub(started.elapsed()) {
-                Some(left) if !left.is_zero() => Ok(left),
-                _ => bail!("no answer within {} s", limit.as_secs()),
-            }
+        let left = || {
+            let left = limit.saturating_sub(started.elapsed());
+            if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(Some(left)) }
         };
-        let late = || format!("no answer within {} s", limit.as_secs());
-        for chunk in request.chunks(CHUNK) {
-            socket.set_write_timeout(Some(wait()?))?;
-            socket.write_all(chunk).with_context(late)?;
-        }
-        let mut answer = Vec::new();
-        let mut block = vec![0; CHUNK];
-        while !is_complete(&answer) {
-            socket.set_read_timeout(Some(wait()?))?;
-            let length = socket.read(&mut block).with_context(late)?;
-            if length == 0 {
-                bail!("the control socket was closed before the answer was complete");
+        let mut talk = || -> std::io::Result<Vec<u8>> {
+            for chunk in request.chunks(CHUNK) {
+                socket.set_write_timeout(left()?)?;
+                match socket.write_all(chunk) {
+                    // It has heard enough: the answer says why.
+                    Err(error) if error.kind() == ErrorKind::BrokenPipe => break,
+                    written => written?,
+                }
             }
-            answer.extend_from_slice(&block[..length]);
-        }
+            let mut answer = Vec::new();
+            let mut block = vec![0; CHUNK];
+            while !is_complete(&answer) {
+                socket.set_read_timeout(left()?)?;
+                match socket.read(&mut block)? {
+                    0 => return Err(ErrorKind::UnexpectedEof.into()),
+                    length => answer.extend_from_slice(&block[..length]),
+                }
+            }
+            Ok(answer)
+        };
+        let answer = talk().map_err(|error| match error.kind() {
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => anyhow!("no answer within {} s", limit.as_secs()),
+            ErrorKind::UnexpectedEof => anyhow!("the engine closed its control socket without an answer"),
+            _ => anyhow!("the control socket failed: {error}"),
+        })?;
         Ok((started.elapsed(), answer))
     }
 

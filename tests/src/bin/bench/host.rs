@@ -2,6 +2,15 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+/// The kernel counts the time of all processors in these.
+const TICKS_PER_SECOND: f64 = 100.0;
+const LOOK: Duration = Duration::from_millis(500);
+/// Of one processor: less than this is no disturbance.
+const QUIET: f64 = 0.2;
 
 pub(crate) struct Host {
     pub(crate) commit: String,
@@ -27,6 +36,33 @@ impl Host {
     }
 }
 
+/// Waits, at most `limit`, until the computer does little; whether it does.
+pub(crate) fn quiet(limit: Duration) -> Result<bool> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let before = busy_seconds()?;
+        std::thread::sleep(LOOK);
+        if busy_seconds()? - before < QUIET * LOOK.as_secs_f64() {
+            return Ok(true);
+        }
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+    }
+}
+
+fn busy_seconds() -> Result<f64> {
+    busy(&std::fs::read_to_string("/proc/stat")?).context("/proc/stat has no processor time")
+}
+
+/// All but idle and waiting for a disk, of the line of all processors.
+fn busy(stat: &str) -> Option<f64> {
+    let fields = stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace();
+    let ticks: Vec<f64> = fields.map(|field| field.parse().ok()).collect::<Option<_>>()?;
+    let [user, nice, system, _idle, _iowait, irq, softirq, steal, ..] = ticks[..] else { return None };
+    Some((user + nice + system + irq + softirq + steal) / TICKS_PER_SECOND)
+}
+
 fn machine(cpuinfo: &str, meminfo: &str, release: &str) -> String {
     let value = |text: &str, name: &str| {
         text.lines()
@@ -44,6 +80,13 @@ fn machine(cpuinfo: &str, meminfo: &str, release: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn time_that_somebody_used_is_busy() {
+        let stat = "cpu  100 10 50 90000 400 0 20 20 0 0\ncpu0 1 1 1 1\n";
+        assert_eq!(busy(stat), Some(2.0));
+        assert_eq!(busy("cpu  1 2 3\n"), None);
+    }
 
     #[test]
     fn a_machine_is_described_by_cores_model_memory_and_kernel() {

@@ -18,6 +18,7 @@ mod stages;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
@@ -59,6 +60,9 @@ pub(crate) struct Options {
     /// Peers that shake hands
     #[arg(long)]
     handshakes: Option<u32>,
+    /// Wait up to this long, each time, until the computer does nothing else
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    quiet: u64,
     /// The repository, for peers built from crates and for records
     #[arg(long, env = "CVAULT_BENCH_ROOT", default_value = ".", hide = true)]
     root: PathBuf,
@@ -92,10 +96,13 @@ fn dataplane(options: &Options) -> Result<bool> {
         eprintln!("bench: {remark}");
     }
     let mut results = Results::default();
+    let (mut runs, mut disturbed) = (0, 0);
     for stage in STAGES.into_iter().filter(|stage| plan.wants_stage(*stage)) {
         for repetition in 1..=plan.repetitions {
             for (place, engine) in engines.iter().enumerate() {
                 eprintln!("bench: {stage:?} {repetition}/{}: {}", plan.repetitions, engine.name);
+                runs += 1;
+                disturbed += u32::from(!host::quiet(Duration::from_secs(options.quiet))?);
                 let mut sheet = Sheet::default();
                 let done = stage.run(engine, &plan, &mut sheet);
                 results.add(place, &sheet);
@@ -107,6 +114,9 @@ fn dataplane(options: &Options) -> Result<bool> {
                 }
             }
         }
+    }
+    if disturbed > 0 {
+        remarks.push(format!("the computer was busy with something else at the start of {disturbed} of {runs} runs"));
     }
     let rows: Vec<Row> = plan.measures().iter().map(|measure| results.row(measure, &engines, &plan)).collect();
     let report = Report { plan: &plan, engines: &engines, results: &results, rows: &rows, remarks: &remarks };

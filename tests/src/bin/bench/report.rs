@@ -24,7 +24,7 @@ impl Report<'_> {
     }
 
     pub(crate) fn text(&self) -> String {
-        let mut text = aligned(&self.table());
+        let mut text = format!("{}\n{}", aligned(&self.table()), aligned(&self.every_engine()));
         for remark in self.remarks {
             text.push_str(&format!("\n  {remark}"));
         }
