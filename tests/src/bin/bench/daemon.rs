@@ -69,7 +69,7 @@ impl<'m> Daemon<'m> {
         let mut socket = UnixStream::connect(path).context("connect to the control socket")?;
         let left = || {
             let left = limit.saturating_sub(started.elapsed());
-            if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(Some(left)) }
+            if left.is_zero() { Err(std::io::Error::from(ErrorKind::TimedOut)) } else { Ok(Some(left)) }
         };
         let mut talk = || -> std::io::Result<Vec<u8>> {
             for chunk in request.chunks(CHUNK) {
