@@ -85,16 +85,19 @@ impl<'m> Daemon<'m> {
             while !is_complete(&answer) {
                 socket.set_read_timeout(left()?)?;
                 match socket.read(&mut block)? {
-                    0 => return Err(ErrorKind::UnexpectedEof.into()),
+                    0 => return Err(std::io::Error::other("closed without an answer")),
                     length => answer.extend_from_slice(&block[..length]),
                 }
             }
             Ok(answer)
         };
-        let answer = talk().map_err(|error| match error.kind() {
-            ErrorKind::WouldBlock | ErrorKind::TimedOut => anyhow!("no answer within {} s", limit.as_secs()),
-            ErrorKind::UnexpectedEof => anyhow!("the engine closed its control socket without an answer"),
-            _ => anyhow!("the control socket failed: {error}"),
+        let answer = talk().map_err(|error| {
+            let is_late = matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut);
+            if is_late {
+                anyhow!("no answer within {} s", limit.as_secs())
+            } else {
+                anyhow!("the control socket: {error}")
+            }
         })?;
         Ok((started.elapsed(), answer))
     }
