@@ -110,9 +110,13 @@ fn scale(engine: &Engine, plan: &Plan, sheet: &mut Sheet) -> Result<()> {
 fn live(engine: &Engine, plan: &Plan, sheet: &mut Sheet) -> Result<()> {
     let pair = Pair::build()?;
     let (server, _client) = tunnel(engine, &pair)?;
-    let iperf = Iperf::start(&pair.server, &pair.client)?;
-    let wants_throughput = plan.wants(&["live_peer_throughput"]);
-    let alone = if wants_throughput { Some(iperf.tcp(plan.seconds, &[])?) } else { None };
+    let traffic = if plan.wants(&["live_peer_throughput"]) {
+        let iperf = Iperf::start(&pair.server, &pair.client)?;
+        let alone = iperf.tcp(plan.seconds, &[])?;
+        Some((iperf, alone))
+    } else {
+        None
+    };
     if plan.wants(&["peers_add_stall"]) {
         let undisturbed = longest_ping(&pair.client, "ping-undisturbed", sheet, || {
             pause(SETTLE);
@@ -122,7 +126,7 @@ fn live(engine: &Engine, plan: &Plan, sheet: &mut Sheet) -> Result<()> {
         let disturbed = longest_ping(&pair.client, "ping-disturbed", sheet, || server.set(&added, MANY).map(drop))?;
         sheet.put("peers_add_stall", (disturbed - undisturbed).max(0.0));
     }
-    if let Some(alone) = alone {
+    if let Some((iperf, alone)) = traffic {
         // Keys that are new to every engine: some refuse to be told of a peer twice.
         let first = if plan.wants(&["peers_add_stall"]) { plan.added } else { 0 };
         if first < plan.peers {
