@@ -92,6 +92,12 @@ impl Engines {
                 found.add(peer, &given)?;
             }
         }
+        if std::env::var_os(PEERS[0].variable).is_none() {
+            found.remarks.push(format!(
+                "wireguard-go is Debian's alone, older than its offloads of 2023: name a newer build in {}",
+                PEERS[0].variable
+            ));
+        }
         Ok(found)
     }
 
