@@ -23,7 +23,7 @@ fn every_measure_has_a_line_with_our_figure_and_the_best_peers() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
     let lines: Vec<Value> =
-        output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(line).collect();
+        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let measured: BTreeSet<&str> = lines.iter().filter_map(|line| line["measure"].as_str()).collect();
     assert_eq!(measured, BTreeSet::from(MEASURES), "{said}");
     for line in &lines {
@@ -33,8 +33,4 @@ fn every_measure_has_a_line_with_our_figure_and_the_best_peers() {
         assert!(line["peer"].as_str().is_some_and(|peer| peer.starts_with("wireguard-go ")), "{line}");
         assert_eq!(line["met"], Value::Null, "nothing is claimed of a run of this size: {line}");
     }
-}
-
-fn line(text: &[u8]) -> Value {
-    serde_json::from_slice(text).unwrap()
 }
