@@ -34,9 +34,10 @@ impl Report<'_> {
     /// The file's text. `command` is what was typed.
     pub(crate) fn markdown(&self, host: &Host, command: &str) -> String {
         let plan = self.plan;
+        let build = if cfg!(debug_assertions) { "debug" } else { "release" };
         let mut text = format!(
-            "# The data plane beside its peers\n\n`{command}`, commit `{}`, release build. Machine: {}.\n\n\
-             {} interleaved repetitions, medians; {} s for each run of traffic, the same engine at both ends of a tunnel between two\n\
+            "# The data plane beside its peers\n\n`{command}`, commit `{}`, {build} build. Machine: {}.\n\n\
+             Repetitions: {}, interleaved; medians; {} s for each run of traffic, the same engine at both ends of a tunnel between two\n\
              namespaces joined by a veth; {} idle peers, {} added while one is watched, {} handshakes. Compare within this file only.\n\n",
             host.commit, host.machine, plan.repetitions, plan.seconds, plan.peers, plan.added, plan.handshakes,
         );
