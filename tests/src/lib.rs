@@ -2,10 +2,12 @@
 //!
 //! `lab` knows machines, links and processes and nothing of CVault. `internet` is what a client reaches through its
 //! tunnel. `platform` starts control plane, server agents and clients in a lab and speaks the HTTP API.
+//! `bench` is what the measuring programs share.
 //! The end-to-end tests are in `e2e/`; the demonstration is `src/bin/demo/main.rs`.
 
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod internet;
 pub mod lab;
 pub mod platform;

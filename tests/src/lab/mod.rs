@@ -15,6 +15,7 @@ mod folder;
 mod interrupt;
 mod machine;
 mod needs;
+mod pair;
 mod process;
 mod wait;
 
@@ -29,6 +30,7 @@ use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE_NO_PAD
 pub use folder::binary;
 pub use interrupt::await_interrupt;
 pub use machine::Machine;
+pub use pair::{CLIENT_V4, Pair, SERVER_V4};
 pub use process::{Process, Signal};
 pub use wait::{eventually, eventually_some, promptly, quiescent};
 

@@ -31,6 +31,8 @@ const LAB: [Package; 7] = [
     Package { name: "curl", file: "/usr/bin/curl" },
 ];
 
+const BENCH: Package = Package { name: "iperf3", file: "/usr/bin/iperf3" };
+
 /// The workspace's root.
 pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -47,6 +49,15 @@ pub(crate) fn install_database() -> Result<()> {
 
 /// Installs what the Lab needs, and refuses where it cannot be built.
 pub(crate) fn prepare_lab() -> Result<()> {
+    prepare_lab_and(&[])
+}
+
+/// The Lab and what the bench measures with.
+pub(crate) fn prepare_bench() -> Result<()> {
+    prepare_lab_and(&[&BENCH])
+}
+
+fn prepare_lab_and(others: &[&Package]) -> Result<()> {
     let mut missing = Vec::new();
     if !is_root() {
         missing.push("root, for network namespaces and TUN devices: run it with sudo or as root");
@@ -63,6 +74,7 @@ pub(crate) fn prepare_lab() -> Result<()> {
     }
     let mut wanted: Vec<&Package> = LAB.iter().collect();
     wanted.push(&DATABASE);
+    wanted.extend(others);
     install(&wanted)
 }
 
@@ -83,7 +95,7 @@ fn install(wanted: &[&Package]) -> Result<()> {
     if !Path::new("/usr/bin/apt-get").exists() {
         bail!("missing: {} (this is no Debian, so install them your way)", absent.join(", "));
     }
-    println!("xtask: installing {}", absent.join(", "));
+    eprintln!("xtask: installing {}", absent.join(", "));
     run(&mut apt_get(&["update"]))?;
     if absent.contains(&DATABASE.name) {
         no_system_cluster()?;
@@ -105,13 +117,14 @@ fn no_system_cluster() -> Result<()> {
     }
     std::fs::write(SETTINGS, format!("{found}\n# Written by CVault's `cargo xtask`\n{SETTING}\n"))
         .with_context(|| format!("write {SETTINGS}"))?;
-    println!("xtask: wrote `{SETTING}` to {SETTINGS}, so that {} starts no database of its own", DATABASE.name);
+    eprintln!("xtask: wrote `{SETTING}` to {SETTINGS}, so that {} starts no database of its own", DATABASE.name);
     Ok(())
 }
 
-/// Another apt at work is waited for.
+/// Another apt at work is waited for. What it says is no result of ours.
 fn apt_get(arguments: &[&str]) -> Command {
     let mut command = Command::new("apt-get");
+    command.stdout(std::io::stderr());
     command.args(["-qq", "-o", "DPkg::Lock::Timeout=300"]).args(arguments).env("DEBIAN_FRONTEND", "noninteractive");
     command
 }
@@ -148,6 +161,24 @@ fn succeeds(command: &mut Command) -> bool {
 pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root()).args(arguments);
+    command
+}
+
+/// Builds the programs of these packages.
+pub(crate) fn build(profile: Profile, packages: &[&str]) -> Result<()> {
+    eprintln!("xtask: building the programs (the first time takes some minutes)");
+    let mut build = cargo(&["build", "--quiet", "--bins"]);
+    build.args(packages);
+    if profile == Profile::Release {
+        build.arg("--release");
+    }
+    run(&mut build)
+}
+
+/// The demonstration with the programs of its own profile.
+pub(crate) fn demonstration(profile: Profile, arguments: &[&str]) -> Command {
+    let mut command = Command::new(built(profile, "cvault-demo"));
+    command.args(arguments).env("CVAULT_BIN_DIR", built(profile, ""));
     command
 }
 

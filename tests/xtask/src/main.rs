@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "a command-line tool")]
 
+mod bench;
 mod database;
 mod host;
 mod verbs;
@@ -18,7 +19,10 @@ const USAGE: &str = "usage: cargo xtask <verb>
   openapi         write docs/openapi/v1.json from the control plane's router
   schema          write migrations/schema.sql from the migrations
   sqlx-prepare    write .sqlx/, the checked queries' data, so that building needs no database
-  bench           figures of a release build: activation, registrations, first handshake, metering (root)";
+  bench           figures of a release build (root): every suite, or one of
+    spine         activation, registrations, first handshake, metering
+    dataplane     the engine beside other userspace WireGuards; --help lists its options, --install-peers builds peers
+                  both take --json (one object a line) and --quick";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -33,7 +37,7 @@ fn main() -> ExitCode {
         ["openapi"] => verbs::openapi(),
         ["schema"] => verbs::schema(),
         ["sqlx-prepare"] => verbs::sqlx_prepare(),
-        ["bench"] => verbs::bench(),
+        ["bench", words @ ..] => bench::run(words),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);

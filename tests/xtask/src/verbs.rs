@@ -18,21 +18,14 @@ const NEED_ROOT: &str = "cvault-tests/lab,cvault-node-agent/lab";
 
 pub(crate) fn demo(arguments: &[&str]) -> Result<()> {
     host::prepare_lab()?;
-    build(Profile::Debug)?;
-    host::become_program(&mut demonstration(Profile::Debug, arguments))
-}
-
-/// Figures of what would be shipped.
-pub(crate) fn bench() -> Result<()> {
-    host::prepare_lab()?;
-    build(Profile::Release)?;
-    host::become_program(&mut demonstration(Profile::Release, &["--figures", "200"]))
+    host::build(Profile::Debug, &["--workspace"])?;
+    host::become_program(&mut host::demonstration(Profile::Debug, arguments))
 }
 
 /// All tests; cargo's own summary ends the output.
 pub(crate) fn test() -> Result<()> {
     host::prepare_lab()?;
-    build(Profile::Debug)?;
+    host::build(Profile::Debug, &["--workspace"])?;
     let tests = ["test", "--workspace", "--features", NEED_ROOT, "--no-fail-fast"];
     host::run(host::cargo(&tests).env("CVAULT_BIN_DIR", host::built(Profile::Debug, "")))
 }
@@ -111,22 +104,6 @@ fn write_queries(database: &Database, folder: &Path) -> Result<()> {
             .env("SQLX_OFFLINE_DIR", folder)
             .env("SQLX_OFFLINE", "false"),
     )
-}
-
-fn build(profile: Profile) -> Result<()> {
-    println!("xtask: building the programs (the first time takes some minutes)");
-    let mut build = host::cargo(&["build", "--quiet", "--workspace", "--bins"]);
-    if profile == Profile::Release {
-        build.arg("--release");
-    }
-    host::run(&mut build)
-}
-
-/// The demonstration with the programs of its own profile.
-fn demonstration(profile: Profile, arguments: &[&str]) -> Command {
-    let mut command = Command::new(host::built(profile, "cvault-demo"));
-    command.args(arguments).env("CVAULT_BIN_DIR", host::built(profile, ""));
-    command
 }
 
 fn rendered_openapi() -> Result<String> {

@@ -21,10 +21,25 @@ struct Options {
     /// Measure instead: activation over this many devices, registrations per second
     #[arg(long, value_name = "DEVICES")]
     figures: Option<usize>,
+    /// With --figures: one JSON object a line
+    #[arg(long, requires = "figures")]
+    json: bool,
 }
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    if let (Some(devices), true) = (options.figures, options.json) {
+        return match figures::lines(devices) {
+            Ok(lines) => {
+                print!("{lines}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("{error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let mut show = show::Show::new();
     let done = match options.figures {
         Some(devices) => figures::run(&mut show, devices),

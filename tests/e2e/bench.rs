@@ -1,0 +1,36 @@
+//! The bench measures and says so in the agreed form. What it measures is not looked at.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use cvault_tests::lab::binary;
+use serde_json::Value;
+
+const FIELDS: [&str; 8] = ["measure", "met", "must", "ours", "peer", "peer_figure", "ratio", "unit"];
+/// One or more of each stage, but none that takes iperf3.
+const MEASURES: [&str; 4] = ["peers_set", "counters_read", "peers_add_stall", "handshakes_end_to_end"];
+
+#[test]
+fn every_measure_has_a_line_with_our_figure_and_the_best_peers() {
+    let mut bench = Command::new(binary("cvault-bench").unwrap());
+    bench.args(["dataplane", "--json", "--quick", "--quiet", "0", "--peers", "300", "--handshakes", "50"]);
+    bench.args(MEASURES.iter().flat_map(|measure| ["--only", measure]));
+    // Debian's wireguard-go alone, whatever this computer has been told for other runs.
+    for variable in ["CVAULT_BENCH_WIREGUARD_GO", "CVAULT_BENCH_BORINGTUN_CLI", "CVAULT_BENCH_GOTATUN_CLI"] {
+        bench.env_remove(variable);
+    }
+    let output = bench.env("CVAULT_BENCH_ROOT", "/nonexistent").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let lines: Vec<Value> =
+        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let measured: BTreeSet<&str> = lines.iter().filter_map(|line| line["measure"].as_str()).collect();
+    assert_eq!(measured, BTreeSet::from(MEASURES), "{said}");
+    for line in &lines {
+        let fields: Vec<&str> = line.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(fields, FIELDS);
+        assert!(line["ours"].as_f64().is_some_and(|figure| figure >= 0.0), "{line}");
+        assert!(line["peer"].as_str().is_some_and(|peer| peer.starts_with("wireguard-go ")), "{line}");
+        assert_eq!(line["met"], Value::Null, "nothing is claimed of a run of this size: {line}");
+    }
+}
