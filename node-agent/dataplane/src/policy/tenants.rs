@@ -377,6 +377,18 @@ mod tests {
     }
 
     #[test]
+    fn a_faster_rate_holds_at_once() {
+        let mut tenants = Tenants::default();
+        let rate = |bits| vec![change(A, |c| c.rate_up = Some(bits))];
+        tenants.change(NOW, rate(1)).unwrap();
+        let held = tenants.hold(A);
+        while tenants.take(&held, NOW, Direction::Up, 1000) {}
+        tenants.change(NOW, rate(8_000_000)).unwrap();
+        assert!(!tenants.take(&held, NOW, Direction::Up, 1000));
+        assert!(tenants.take(&held, Clock(NOW.0 + 1_000_000), Direction::Up, 1000));
+    }
+
+    #[test]
     fn entries_of_tenants_without_peers_are_used_again() {
         let mut tenants = Tenants::default();
         let kept = tenants.hold(A);
