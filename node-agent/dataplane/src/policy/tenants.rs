@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ipnet::IpNet;
 
-use super::destinations::{DenyRule, Destinations, MAX_RULES};
+use super::destinations::{Destinations, MAX_RULES};
 use super::gcra::{Rate, SharedBucket};
+use super::rule::DenyRule;
 use super::{Clock, Direction};
 
 /// As many as there can be peers.
