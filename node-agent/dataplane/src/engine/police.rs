@@ -31,7 +31,7 @@ impl Hairpin {
 }
 
 impl Now {
-    /// The clock of the rate limits. Milliseconds are fine enough: their bursts are a hundred times longer.
+    /// The clock of the rate limits. Milliseconds are fine enough: their bursts are hundreds of times longer.
     pub(super) fn clock(self) -> Clock {
         Clock(self.mono_ms.saturating_mul(1_000_000))
     }

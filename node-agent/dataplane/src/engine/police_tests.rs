@@ -402,7 +402,9 @@ fn a_tenants_rate_holds_for_all_its_peers_together() {
 fn a_lease_ends_to_the_byte_in_both_directions_and_renewing_it_goes_on() {
     for key in [2, 5] {
         let mut net = Net::new();
+        net.down(&packet("192.0.2.9", &own(key, "192.0.2.9"), 17, 53, 500));
         let before = net.total(key);
+        assert_eq!(before, 600, "both directions");
         let lease = |until| PeerLimitsChange { lease: Some(Some(until)), ..Default::default() };
         net.limit(key, lease(before + 10_000));
         for _ in 0..20 {
@@ -433,6 +435,7 @@ fn a_lease_ends_to_the_byte_in_both_directions_and_renewing_it_goes_on() {
 #[test]
 fn what_the_host_did_not_take_of_a_lease_is_given_back() {
     let mut net = Net::new();
+    net.down(&packet("192.0.2.9", "10.8.0.2", 17, 53, 500));
     let before = net.total(2);
     net.limit(2, PeerLimitsChange { lease: Some(Some(before + 1000)), ..Default::default() });
     net.up(2, &udp(2, "192.0.2.9", 1000));
@@ -440,6 +443,7 @@ fn what_the_host_did_not_take_of_a_lease_is_given_back() {
     net.up(2, &udp(2, "192.0.2.9", 1000));
     assert!(net.server.delivered().is_empty(), "it might have");
     net.later(1000);
+    net.up(2, &udp(2, "192.0.2.9", 1001));
     net.up(2, &udp(2, "192.0.2.9", 1000));
     net.server.delivered();
     assert_eq!(net.total(2) - before, 1000);

@@ -5,76 +5,17 @@
 //! NAT64) is judged as both. Then ports: SMTP, and what the tenant denies. Documentation and benchmarking ranges are
 //! routed like any other: private internets use them. Prefixes are compiled into sorted ranges when they are set.
 
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
-use std::ops::RangeInclusive;
-use std::str::FromStr;
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::IpNet;
 
+use super::ranges::Ranges;
+use super::rule::DenyRule;
 use super::transport::{self, Transport, transport};
 
 /// Prefixes and rules of one tenant, and addresses of one server.
 pub const MAX_RULES: usize = 256;
 const SMTP_PORT: u16 = 25;
-
-/// A destination that a tenant denies.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DenyRule {
-    /// The addresses.
-    pub net: IpNet,
-    /// Only this protocol.
-    pub protocol: Option<u8>,
-    /// Only these ports of it; never without a protocol that has ports.
-    pub ports: Option<RangeInclusive<u16>>,
-}
-
-/// The text is no rule. `192.0.2.0/24`, `192.0.2.0/24 icmp` and `::/0 tcp 465-587` are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a rule: <prefix>[ <protocol>[ <port>[-<port>]]]")]
-pub struct NotARule;
-
-const PROTOCOLS: [(&str, u8); 5] =
-    [("icmp", 1), ("tcp", transport::TCP), ("udp", transport::UDP), ("icmpv6", 58), ("sctp", transport::SCTP)];
-
-impl FromStr for DenyRule {
-    type Err = NotARule;
-
-    fn from_str(text: &str) -> Result<Self, NotARule> {
-        let mut words = text.split(' ');
-        let net = words.next().and_then(|word| word.parse::<IpNet>().ok()).ok_or(NotARule)?.trunc();
-        let named = |word: &str| PROTOCOLS.iter().find(|(name, _)| *name == word).map(|(_, number)| *number);
-        let protocol =
-            words.next().map(|word| named(word).or_else(|| word.parse().ok()).ok_or(NotARule)).transpose()?;
-        let ports = words.next().map(ports).transpose()?;
-        if words.next().is_some() || (ports.is_some() && !protocol.is_some_and(transport::has_ports)) {
-            return Err(NotARule);
-        }
-        Ok(Self { net, protocol, ports })
-    }
-}
-
-fn ports(text: &str) -> Result<RangeInclusive<u16>, NotARule> {
-    let (low, high) = text.split_once('-').unwrap_or((text, text));
-    let (low, high): (u16, u16) = (low.parse().map_err(|_| NotARule)?, high.parse().map_err(|_| NotARule)?);
-    if low <= high { Ok(low..=high) } else { Err(NotARule) }
-}
-
-impl fmt::Display for DenyRule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.net)?;
-        let Some(protocol) = self.protocol else { return Ok(()) };
-        match PROTOCOLS.iter().find(|(_, number)| *number == protocol) {
-            Some((name, _)) => write!(f, " {name}")?,
-            None => write!(f, " {protocol}")?,
-        }
-        match self.ports.as_ref().map(|ports| (ports.start(), ports.end())) {
-            Some((low, high)) if low == high => write!(f, " {low}"),
-            Some((low, high)) => write!(f, " {low}-{high}"),
-            None => Ok(()),
-        }
-    }
-}
 
 /// Why a packet may not go where it wants to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -274,90 +215,6 @@ fn opens(net: &IpNet) -> bool {
         },
     };
     range.is_some_and(|length| net.prefix_len() >= length)
-}
-
-#[derive(Clone, Debug, Default)]
-struct Ranges {
-    v4: Sorted<u32>,
-    v6: Sorted<u128>,
-}
-
-impl Ranges {
-    fn of(nets: impl Iterator<Item = IpNet>) -> Self {
-        let (mut v4, mut v6) = (Vec::new(), Vec::new());
-        for net in nets {
-            match net {
-                IpNet::V4(net) => v4.push(ends4(net)),
-                IpNet::V6(net) => v6.push(ends6(net)),
-            }
-        }
-        Self { v4: Sorted::of(v4), v6: Sorted::of(v6) }
-    }
-}
-
-fn ends4(net: Ipv4Net) -> (u32, u32) {
-    (net.network().to_bits(), net.broadcast().to_bits())
-}
-
-fn ends6(net: Ipv6Net) -> (u128, u128) {
-    (net.network().to_bits(), net.broadcast().to_bits())
-}
-
-/// Disjoint ranges in order, first and last included.
-#[derive(Clone, Debug, Default)]
-struct Sorted<T> {
-    ranges: Box<[(T, T)]>,
-    /// One bit for each block of addresses that a range touches: most others are told apart by one look.
-    blocks: Box<[u64]>,
-}
-
-const BLOCKS: u32 = 4096;
-
-trait Address: Ord + Copy {
-    /// The /12 of an IPv4 address; of an IPv6 address its /32, modulo [`BLOCKS`].
-    fn block(self) -> u32;
-}
-
-impl Address for u32 {
-    fn block(self) -> u32 {
-        self >> 20
-    }
-}
-
-impl Address for u128 {
-    fn block(self) -> u32 {
-        word(self, 96)
-    }
-}
-
-impl<T: Address> Sorted<T> {
-    /// Prefixes nest or are disjoint: only those inside another are left out.
-    fn of(mut ranges: Vec<(T, T)>) -> Self {
-        ranges.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(b.1.cmp(&a.1)));
-        ranges.dedup_by(|inner, outer| inner.1 <= outer.1);
-        let mut blocks = vec![0_u64; if ranges.is_empty() { 0 } else { BLOCKS as usize / 64 }];
-        for (first, last) in &ranges {
-            let (first, last) = (first.block(), last.block());
-            for block in first..=last.min(first.saturating_add(BLOCKS - 1)) {
-                blocks[(block % BLOCKS) as usize / 64] |= 1 << (block % 64);
-            }
-        }
-        Self { ranges: ranges.into(), blocks: blocks.into() }
-    }
-
-    #[inline]
-    fn contain(&self, value: T) -> bool {
-        let block = value.block() % BLOCKS;
-        match self.blocks.get(block as usize / 64) {
-            Some(bits) if bits >> (block % 64) & 1 != 0 => self.search(value),
-            Some(_) | None => false,
-        }
-    }
-
-    fn search(&self, value: T) -> bool {
-        let after = self.ranges.partition_point(|(first, _)| *first <= value);
-        after > 0 && value <= self.ranges[after - 1].1
-    }
 }
 
 #[cfg(test)]
@@ -562,18 +419,6 @@ mod tests {
         }
     }
 
-    #[test]
-    fn rules_are_read_as_they_are_written() {
-        for text in ["192.0.2.0/24", "::/0 tcp 25", "0.0.0.0/0 udp 1-65535", "192.0.2.1/32 icmp", "0.0.0.0/0 47"] {
-            assert_eq!(rule(text).to_string(), text);
-        }
-        for text in
-            ["", "192.0.2.1", "192.0.2.0/24 ", "192.0.2.0/24 icmp 1", "::/0 tcp 2-1", "::/0 tcp 1 2", "::/0 256"]
-        {
-            assert_eq!(text.parse::<DenyRule>(), Err(NotARule), "{text:?}");
-        }
-    }
-
     /// The same decision, written down range by range.
     fn naive(allowed: &[IpNet], denied: &[IpNet], addr: Ipv4Addr) -> bool {
         let ranges = [
@@ -616,28 +461,6 @@ mod tests {
             for bits in addrs {
                 let addr = Ipv4Addr::from_bits(squeeze(bits));
                 prop_assert_eq!(rules.open4(&Hosts::default(), addr.to_bits()), naive(&allowed, &denied, addr), "{}", addr);
-            }
-        }
-
-        #[test]
-        fn ranges_of_ipv6_agree_with_their_prefixes(
-            nets in proptest::collection::vec((any::<u64>(), 0_u8..=128), 0..30),
-            addrs in proptest::collection::vec(any::<u64>(), 1..50),
-        ) {
-            // Few values in every part of the address.
-            let squeeze = |bits: u64| {
-                let spread = u128::from(bits & 3) << 126 | u128::from(bits >> 2 & 7) << 107 | u128::from(bits >> 5 & 3) << 94;
-                spread | u128::from(bits >> 7 & 3)
-            };
-            let nets: Vec<_> = nets
-                .into_iter()
-                .map(|(bits, length)| IpNet::new(std::net::Ipv6Addr::from_bits(squeeze(bits)).into(), length).unwrap())
-                .collect();
-            let ranges = Ranges::of(nets.iter().copied());
-            for bits in addrs {
-                let addr = std::net::Ipv6Addr::from_bits(squeeze(bits));
-                let expected = nets.iter().any(|net| net.contains(&IpAddr::from(addr)));
-                prop_assert_eq!(ranges.v6.contain(addr.to_bits()), expected, "{}", addr);
             }
         }
     }

@@ -5,7 +5,7 @@
 //! shell reports what it really carried, so packets under way are counted here; what was lost on the way is given back
 //! after a second without traffic, when nothing can be under way any more.
 
-use super::gcra::{Bucket, Conforming, Rate};
+use super::gcra::{BURSTS_PER_SECOND, Bucket, Conforming, Rate};
 use super::{Clock, Direction};
 
 /// Nothing stays between the check and the counters for so long.
@@ -97,7 +97,7 @@ impl Lease {
         let Then::Throttle(bits) = self.then else {
             return None;
         };
-        let rate = Rate::with_burst(bits, THROTTLED_BURST_BYTES.max(bits / 80))?;
+        let rate = Rate::with_burst(bits, THROTTLED_BURST_BYTES.max(bits / 8 / BURSTS_PER_SECOND))?;
         // The quota was the burst: the throttle begins without any.
         let bucket = self.throttled[direction as usize].get_or_insert_with(|| Bucket::empty(rate, now.0));
         bucket.check(rate, now.0, bytes).map(Covered::Throttled)

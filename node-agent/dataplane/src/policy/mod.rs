@@ -10,13 +10,16 @@ mod destinations;
 pub mod gcra;
 pub mod lease;
 mod peer;
+mod ranges;
+mod rule;
 mod tenants;
 mod transport;
 
 use std::net::IpAddr;
 
-pub use destinations::{DenyRule, Destinations, Forbidden, Hosts, MAX_RULES, NotARule};
+pub use destinations::{Destinations, Forbidden, Hosts, MAX_RULES};
 pub use peer::{Exceeded, PeerDrops, PeerLimits, PeerLimitsChange, PeerPolicy};
+pub use rule::{DenyRule, NotARule};
 pub use tenants::{MAX_TENANTS, SharedRates, TenantChange, TenantId, TenantRef, TenantSettings, Tenants, TooMany};
 
 /// Nanoseconds on a clock that only goes forward, the same for all workers.

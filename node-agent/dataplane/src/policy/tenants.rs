@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ipnet::IpNet;
 
-use super::destinations::{DenyRule, Destinations, MAX_RULES};
+use super::destinations::{Destinations, MAX_RULES};
 use super::gcra::{Rate, SharedBucket};
+use super::rule::DenyRule;
 use super::{Clock, Direction};
 
 /// As many as there can be peers.
@@ -374,6 +375,18 @@ mod tests {
         assert!(!second.take(&other, NOW, Direction::Down, 1000), "still limited there");
         second.change(NOW, unlimited).unwrap();
         assert!(first.shared.0.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_faster_rate_holds_at_once() {
+        let mut tenants = Tenants::default();
+        let rate = |bits| vec![change(A, |c| c.rate_up = Some(bits))];
+        tenants.change(NOW, rate(1)).unwrap();
+        let held = tenants.hold(A);
+        while tenants.take(&held, NOW, Direction::Up, 1000) {}
+        tenants.change(NOW, rate(8_000_000)).unwrap();
+        assert!(!tenants.take(&held, NOW, Direction::Up, 1000));
+        assert!(tenants.take(&held, Clock(NOW.0 + 1_000_000), Direction::Up, 1000));
     }
 
     #[test]
