@@ -7,7 +7,7 @@ use crate::counters::CounterTable;
 use crate::drops::{Drop, Dropped};
 use crate::out::Out;
 use crate::packet;
-use crate::policy::{Clock, Direction, Exceeded, Forbidden, PolicyChange, SharedRates, Tenants, TooMany};
+use crate::policy::{Clock, Direction, Exceeded, Forbidden, PolicyChange, SharedRates, TenantId, Tenants, TooMany};
 
 /// Where an authenticated packet goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,8 +56,8 @@ impl Engine {
         let addresses = packet::addresses(packet).ok_or(Drop::Malformed)?;
         let peer = self.peers[usize::from(slot)].as_deref().ok_or(Drop::Spoofed)?;
         let Some(tenant) = peer.policy.tenant() else {
-            let owner = self.routes.find(addresses.source);
-            return if owner == Some(slot) { Ok(Way::Tun) } else { Err(Drop::Spoofed) };
+            let plain = peer.tenant.is_none() && self.routes.find(addresses.source) == Some(slot);
+            return if plain { Ok(Way::Tun) } else { Err(Drop::Spoofed) };
         };
         if !peer.owns(addresses.source) {
             return Err(Drop::Spoofed);
@@ -65,9 +65,8 @@ impl Engine {
         let other = self.routes.host(addresses.destination);
         if other.is_some() || self.in_overlay(addresses.destination) {
             let reachable = other.filter(|other| *other != slot && self.policy.tenants.allows_intra(tenant));
-            let same_tenant =
-                |other: &u16| self.peers[usize::from(*other)].as_ref().is_some_and(|o| o.tenant == peer.tenant);
-            return reachable.filter(same_tenant).map(Way::Peer).ok_or(Drop::Isolation);
+            let neighbour = reachable.filter(|other| self.tenant_of(*other) == peer.tenant);
+            return neighbour.map(Way::Peer).ok_or(Drop::Isolation);
         }
         let destinations = self.policy.tenants.destinations(tenant);
         match destinations.check(&self.policy.hosts, packet, addresses.destination) {
@@ -105,11 +104,20 @@ impl Engine {
         self.hairpin.passed.packets += 1;
         self.hairpin.passed.bytes += len as u64;
         self.delivered(from, 1, len as u64);
-        if let Err(reason) = self.send_to(now, to, &packet, out) {
-            self.drops.one(reason, len);
+        self.arrive_from_neighbour(now, to, &packet, out);
+        self.hairpin.scratch = packet;
+    }
+
+    /// The second half of [`Self::hairpin`], where the other peer is served.
+    pub(super) fn arrive_from_neighbour(&mut self, now: Now, to: u16, packet: &[u8], out: &mut Out) {
+        if let Err(reason) = self.send_to(now, to, packet, out) {
+            self.drops.one(reason, packet.len());
             self.blame(to, reason);
         }
-        self.hairpin.scratch = packet;
+    }
+
+    fn tenant_of(&self, slot: u16) -> Option<TenantId> {
+        self.peers[usize::from(slot)].as_ref().and_then(|peer| peer.tenant)
     }
 
     /// Counts a drop for a peer too.
