@@ -33,6 +33,8 @@ pub enum Drop {
     Spoofed,
     /// Authenticated, but addressed to another peer or to the overlay itself.
     Isolation,
+    /// Authenticated, marked for congestion on the way, and its sender does not know ECN (RFC 6040).
+    Congestion,
     /// The TUN device refused the packet.
     TunWrite,
     /// No peer has the destination.
@@ -53,7 +55,7 @@ pub enum Drop {
 
 impl Drop {
     /// Every reason, in the order of the counters.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Garbage,
         Self::BadMac,
         Self::SourceLimited,
@@ -67,6 +69,7 @@ impl Drop {
         Self::Malformed,
         Self::Spoofed,
         Self::Isolation,
+        Self::Congestion,
         Self::TunWrite,
         Self::TxNoRoute,
         Self::TxMalformed,
@@ -94,6 +97,7 @@ impl Drop {
             Self::Malformed => "malformed",
             Self::Spoofed => "spoofed",
             Self::Isolation => "isolation",
+            Self::Congestion => "congestion",
             Self::TunWrite => "tun_write",
             Self::TxNoRoute => "tx_no_route",
             Self::TxMalformed => "tx_malformed",

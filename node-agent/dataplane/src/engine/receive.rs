@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use super::{Engine, Now, Origin, Peer, push};
 use crate::counters::Field;
 use crate::drops::Drop;
+use crate::ecn::{self, Ecn};
 use crate::out::{Datagram, NO_SLOT, Out};
 use crate::packet::{self, Addresses};
 use crate::tunnel::{Admission, MIN_ROOM, OVERHEAD, REJECT_AFTER_MESSAGES, Received, Tunnel};
@@ -98,7 +99,7 @@ impl Engine {
         peer.last_ephemeral.copy_from_slice(&datagram[8..40]);
         // The answer goes where the question came from; the endpoint follows when the peer proves itself (trap 15).
         let start = out.net_start();
-        out.push_net(Datagram { start, len, to: origin.from, via: origin.to, slot, inner: 0 });
+        out.push_net(Datagram { start, len, to: origin.from, via: origin.to, slot, inner: 0, ecn: Ecn::NotEct });
         self.counters.add(slot, Field::RxWire, datagram.len() as u64);
         self.handshakes += 1;
         self.make_live(slot);
@@ -186,6 +187,7 @@ impl Engine {
         }
         let addresses = packet::addresses(out.tun_written(packet_len)).ok_or(Drop::Malformed)?;
         self.allow(slot, addresses)?;
+        ecn::decapsulate(origin.ecn, out.tun_written(packet_len))?;
         out.push_tun(packet_len, slot);
         Ok(())
     }
@@ -236,7 +238,15 @@ impl Engine {
             Admission::Pass => Ok(()),
             Admission::Cookie(len) => {
                 let start = out.net_start();
-                out.push_net(Datagram { start, len, to: origin.from, via: origin.to, slot: NO_SLOT, inner: 0 });
+                out.push_net(Datagram {
+                    start,
+                    len,
+                    to: origin.from,
+                    via: origin.to,
+                    slot: NO_SLOT,
+                    inner: 0,
+                    ecn: Ecn::NotEct,
+                });
                 Err(Drop::UnderLoad)
             }
             Admission::Refused(reason) => Err(reason),

@@ -42,7 +42,7 @@ impl Host {
     }
 
     fn udp(&mut self, datagram: &[u8], from: &str) {
-        let origin = Origin { from: from.parse().unwrap(), to: None };
+        let origin = Origin { from: from.parse().unwrap(), to: None, ecn: crate::ecn::Ecn::NotEct };
         self.engine.on_udp(self.now, datagram, origin, &mut self.out);
     }
 

@@ -80,9 +80,10 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::*;
+    use crate::ecn::Ecn;
 
     fn datagram(to: &str, len: usize) -> Datagram {
-        Datagram { start: 0, len, to: to.parse().unwrap(), via: None, slot: 1, inner: len - 32 }
+        Datagram { start: 0, len, to: to.parse().unwrap(), via: None, slot: 1, inner: len - 32, ecn: Ecn::NotEct }
     }
 
     /// What was called, and what was reported, when `transmit` answers with `errno` unless it is a single datagram from

@@ -7,7 +7,8 @@ use std::os::fd::{AsFd, AsRawFd};
 /// WireGuard's outer packets may be fragmented (DF=0); quinn-udp forbids it, so it is allowed again.
 pub(crate) fn allow_fragmentation(socket: &impl AsFd, v6: bool) -> io::Result<()> {
     if v6 {
-        set(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
+        set(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)?;
+        set(socket, libc::IPPROTO_IPV6, libc::IPV6_DONTFRAG, 0)
     } else {
         set(socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
     }

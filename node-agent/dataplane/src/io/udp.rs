@@ -4,7 +4,7 @@ use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 
-use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use quinn_udp::{EcnCodepoint, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -12,6 +12,7 @@ use super::attempt::{Fate, Patience, Source, attempt};
 use super::mailbox::ShellState;
 use super::sockopt;
 use crate::drops::Drop;
+use crate::ecn::Ecn;
 use crate::engine::Engine;
 use crate::out::{Datagram, Out};
 
@@ -119,13 +120,32 @@ impl Sockets {
     }
 }
 
+/// The mark that the datagrams of a receive call arrived with.
+pub(crate) fn ecn(meta: &RecvMeta) -> Ecn {
+    match meta.ecn {
+        None => Ecn::NotEct,
+        Some(EcnCodepoint::Ect1) => Ecn::Ect1,
+        Some(EcnCodepoint::Ect0) => Ecn::Ect0,
+        Some(EcnCodepoint::Ce) => Ecn::Ce,
+    }
+}
+
+fn codepoint(ecn: Ecn) -> Option<EcnCodepoint> {
+    match ecn {
+        Ecn::NotEct => None,
+        Ecn::Ect1 => Some(EcnCodepoint::Ect1),
+        Ecn::Ect0 => Some(EcnCodepoint::Ect0),
+        Ecn::Ce => Some(EcnCodepoint::Ce),
+    }
+}
+
 /// How many datagrams from the front can leave in one call.
 fn run(datagrams: &[Datagram], max_segments: usize) -> usize {
     let first = &datagrams[0];
     let mut total = first.len;
     let mut count = 1;
     for next in &datagrams[1..] {
-        let same = next.to == first.to && next.via == first.via && next.slot == first.slot;
+        let same = next.to == first.to && next.via == first.via && next.slot == first.slot && next.ecn == first.ecn;
         let kind = (next.inner == 0) == (first.inner == 0);
         total += next.len;
         if count >= max_segments || !same || !kind || next.len > first.len || total > MAX_RUN_BYTES {
@@ -213,7 +233,7 @@ impl Half {
         };
         let transmit = Transmit {
             destination: first.to,
-            ecn: None,
+            ecn: codepoint(first.ecn),
             contents: &arena[first.start..last.start + last.len],
             segment_size: (datagrams.len() > 1).then_some(first.len),
             src_ip: via.filter(|via| via.is_ipv6() == self.v6),
@@ -250,7 +270,7 @@ mod tests {
     use super::*;
 
     fn datagram(to: &str, len: usize) -> Datagram {
-        Datagram { start: 0, len, to: to.parse().unwrap(), via: None, slot: 1, inner: len - 32 }
+        Datagram { start: 0, len, to: to.parse().unwrap(), via: None, slot: 1, inner: len - 32, ecn: Ecn::NotEct }
     }
 
     #[test]
