@@ -5,6 +5,7 @@ pub(crate) mod mailbox;
 pub(crate) mod panics;
 pub(crate) mod signals;
 mod sockopt;
+mod split;
 pub(crate) mod tun;
 pub(crate) mod udp;
 pub(crate) mod worker;

@@ -4,11 +4,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::net::netdevice::name_to_index;
-use tun_rs::{
-    DeviceBuilder, ExpandBuffer, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum, gso_split,
-};
+use tun_rs::{DeviceBuilder, ExpandBuffer, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum};
 
 use super::mailbox::ShellState;
+use super::split::split;
 use crate::drops::Drop;
 use crate::engine::Engine;
 use crate::out::{Out, TUN_HEADROOM, TunPacket};
@@ -43,8 +42,6 @@ pub(crate) struct Tun {
     merge: bool,
     gro: GROTable,
     buffer: Vec<u8>,
-    pieces: Vec<Vec<u8>>,
-    sizes: Vec<usize>,
 }
 
 impl Tun {
@@ -72,8 +69,6 @@ impl Tun {
             device,
             gro: GROTable::new(),
             buffer: vec![0; VIRTIO_NET_HDR_LEN + MAX_PACKET],
-            pieces: Vec::new(),
-            sizes: Vec::new(),
         })
     }
 
@@ -117,12 +112,8 @@ impl Tun {
             return Ok(Read::Packet);
         }
         let whole = packet.len();
-        let count = split(header, packet, &mut self.pieces, &mut self.sizes)?;
-        let total: usize = self.sizes[..count].iter().sum();
+        let total = split(&header, packet, each)?;
         shell.tun_split_bytes += total.saturating_sub(whole) as u64;
-        for (piece, size) in self.pieces.iter().zip(&self.sizes).take(count) {
-            each(&piece[..*size]);
-        }
         Ok(Read::Packet)
     }
 
@@ -213,40 +204,6 @@ fn finish_checksum(header: &VirtioNetHdr, packet: &mut [u8]) {
     // Zero means "none" in UDP; all ones is the same sum.
     let sum = if sum == 0 { u16::MAX } else { sum };
     packet[at..at + 2].copy_from_slice(&sum.to_be_bytes());
-}
-
-fn split(
-    mut header: VirtioNetHdr,
-    packet: &mut [u8],
-    pieces: &mut Vec<Vec<u8>>,
-    sizes: &mut Vec<usize>,
-) -> io::Result<usize> {
-    const TCP_DATA_OFFSET: usize = 12;
-    const UDP_CHECKSUM_OFFSET: u16 = 6;
-    let bad = || io::Error::from(io::ErrorKind::InvalidData);
-    let start = usize::from(header.csum_start);
-    // The kernel's own header length can be that of the whole first packet when it forwards.
-    let transport = if header.csum_offset == UDP_CHECKSUM_OFFSET {
-        8
-    } else {
-        u16::from(packet.get(start + TCP_DATA_OFFSET).ok_or_else(bad)? >> 4) * 4
-    };
-    header.hdr_len = header.csum_start.checked_add(transport).ok_or_else(bad)?;
-    let headers = usize::from(header.hdr_len);
-    let segment = usize::from(header.gso_size);
-    if headers > packet.len() || segment == 0 {
-        return Err(bad());
-    }
-    let count = (packet.len() - headers).div_ceil(segment);
-    if pieces.len() < count {
-        pieces.resize_with(count, Vec::new);
-        sizes.resize(count, 0);
-    }
-    for piece in &mut pieces[..count] {
-        piece.resize(piece.len().max(headers + segment), 0);
-    }
-    let is_v6 = packet[0] >> 4 == 6;
-    gso_split(packet, header, &mut pieces[..], &mut sizes[..], 0, is_v6)
 }
 
 impl AsRef<[u8]> for TunPacket {
