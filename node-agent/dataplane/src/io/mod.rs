@@ -2,6 +2,7 @@
 
 mod attempt;
 pub(crate) mod mailbox;
+pub(crate) mod offloads;
 pub(crate) mod panics;
 pub(crate) mod signals;
 mod sockopt;

@@ -19,6 +19,11 @@ pub(crate) fn disable_timestamps(socket: &impl AsFd) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, 0)
 }
 
+/// Each datagram by itself.
+pub(crate) fn disable_gro(socket: &impl AsFd) -> io::Result<()> {
+    set(socket, libc::SOL_UDP, libc::UDP_GRO, 0)
+}
+
 /// Buffers beyond `net.core.{r,w}mem_max`; needs `CAP_NET_ADMIN`, which we have for the TUN.
 pub(crate) fn force_buffers(socket: &impl AsFd, receive: i32, send: i32) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, receive)?;

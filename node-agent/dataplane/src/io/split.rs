@@ -173,7 +173,7 @@ mod tests {
                 bytes.extend([0x60, 0x25, 0xab, 0xcd]);
                 bytes.extend(be(total - 40));
                 bytes.extend([protocol, 64]);
-                bytes.extend((0..32).map(|n| 0xf0 ^ n * 7));
+                bytes.extend((0..32).map(|n| 0xf0 ^ (n * 7)));
             } else {
                 bytes.extend([0x40 | u8::try_from(self.transport() / 4).unwrap(), 0x02]);
                 bytes.extend(be(total));

@@ -7,6 +7,7 @@ use rustix::net::netdevice::name_to_index;
 use tun_rs::{DeviceBuilder, ExpandBuffer, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum};
 
 use super::mailbox::ShellState;
+use super::offloads::Offloads;
 use super::split::split;
 use crate::drops::Drop;
 use crate::engine::Engine;
@@ -24,7 +25,7 @@ const MERGED: u8 = 0xff;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TunConfig<'a> {
     pub(crate) name: &'a str,
-    pub(crate) offload: bool,
+    pub(crate) offloads: Offloads,
 }
 
 /// What one read brought.
@@ -40,6 +41,7 @@ pub(crate) struct Tun {
     tso: bool,
     uso: bool,
     merge: bool,
+    offloads: Offloads,
     gro: GROTable,
     buffer: Vec<u8>,
 }
@@ -47,8 +49,8 @@ pub(crate) struct Tun {
 impl Tun {
     pub(crate) fn open(config: TunConfig<'_>) -> io::Result<Self> {
         let existed = interface_exists(config.name)?;
-        let device = match build(config.name, config.offload) {
-            Err(error) if config.offload && error.raw_os_error() == Some(libc::EINVAL) => {
+        let device = match build(config.name, config.offloads.tun) {
+            Err(error) if config.offloads.tun && error.raw_os_error() == Some(libc::EINVAL) => {
                 tracing::info!(%error, "the TUN offers no offload");
                 build(config.name, false)?
             }
@@ -65,7 +67,8 @@ impl Tun {
         Ok(Self {
             tso,
             uso: device.udp_gso(),
-            merge: tso,
+            merge: tso && config.offloads.tun_merge,
+            offloads: config.offloads,
             device,
             gro: GROTable::new(),
             buffer: vec![0; VIRTIO_NET_HDR_LEN + MAX_PACKET],
@@ -79,6 +82,11 @@ impl Tun {
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.device.as_fd()
+    }
+
+    /// What was configured, for the sockets too.
+    pub(crate) fn offloads(&self) -> Offloads {
+        self.offloads
     }
 
     pub(crate) fn describe(&self, shell: &mut ShellState) {

@@ -275,7 +275,7 @@ impl Worker {
             (None, Some(_)) => None,
         };
         if let Some(port) = wanted {
-            self.net.sockets = Some(Sockets::bind(port, self.net.fwmark)?);
+            self.net.sockets = Some(Sockets::bind(port, self.net.fwmark, self.tun.offloads())?);
         }
         if let (Some(ack), Some(journal)) = (change.journal_ack, &mut self.journal) {
             journal.acknowledge(ack)?;
