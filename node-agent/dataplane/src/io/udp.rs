@@ -314,5 +314,7 @@ mod tests {
         assert_eq!(run(&[a(1452); 64], 64), MAX_RUN_BYTES / 1452);
         let keepalive = Datagram { inner: 0, ..a(32) };
         assert_eq!(run(&[a(100), keepalive], 64), 1, "counted apart");
+        let marked = Datagram { ecn: Ecn::Ce, ..a(100) };
+        assert_eq!(run(&[a(100), marked], 64), 1, "one call has one mark");
     }
 }
