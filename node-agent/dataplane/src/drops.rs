@@ -33,6 +33,8 @@ pub enum Drop {
     Spoofed,
     /// Authenticated, but addressed to another peer or to the overlay itself.
     Isolation,
+    /// Authenticated, marked for congestion on the way, and its sender does not know ECN (RFC 6040).
+    Congestion,
     /// The TUN device refused the packet.
     TunWrite,
     /// No peer has the destination.
@@ -65,7 +67,7 @@ pub enum Drop {
 
 impl Drop {
     /// Every reason, in the order of the counters.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::Garbage,
         Self::BadMac,
         Self::SourceLimited,
@@ -79,6 +81,7 @@ impl Drop {
         Self::Malformed,
         Self::Spoofed,
         Self::Isolation,
+        Self::Congestion,
         Self::TunWrite,
         Self::TxNoRoute,
         Self::TxMalformed,
@@ -112,6 +115,7 @@ impl Drop {
             Self::Malformed => "malformed",
             Self::Spoofed => "spoofed",
             Self::Isolation => "isolation",
+            Self::Congestion => "congestion",
             Self::TunWrite => "tun_write",
             Self::TxNoRoute => "tx_no_route",
             Self::TxMalformed => "tx_malformed",

@@ -10,6 +10,7 @@
 pub mod change;
 pub mod counters;
 pub mod drops;
+pub mod ecn;
 pub mod engine;
 pub mod journal;
 pub mod policy;

@@ -5,6 +5,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use crate::ecn::Ecn;
+
 /// Room in front of every packet for the TUN (`VIRTIO_NET_HDR_LEN`).
 pub(crate) const TUN_HEADROOM: usize = 10;
 /// No peer: handshake replies to unknown places.
@@ -31,6 +33,8 @@ pub struct Datagram {
     pub slot: u16,
     /// IP bytes inside; 0 for handshakes and keepalives.
     pub inner: usize,
+    /// The mark of the outer header.
+    pub ecn: Ecn,
 }
 
 /// One packet for the TUN.
@@ -40,6 +44,8 @@ pub struct TunPacket {
     pub buf: Vec<u8>,
     /// Whose counters it belongs to.
     pub slot: u16,
+    /// Its buffer grew by merging and is kept.
+    large: bool,
 }
 
 /// The output of a pass.
@@ -50,11 +56,19 @@ pub struct Out {
     net: Vec<Datagram>,
     tun: Vec<TunPacket>,
     tun_used: usize,
+    large: usize,
 }
 
 impl Default for Out {
     fn default() -> Self {
-        Self { arena: vec![0; NET_BYTES], used: 0, net: Vec::with_capacity(1024), tun: Vec::new(), tun_used: 0 }
+        Self {
+            arena: vec![0; NET_BYTES],
+            used: 0,
+            net: Vec::with_capacity(1024),
+            tun: Vec::new(),
+            tun_used: 0,
+            large: 0,
+        }
     }
 }
 
@@ -90,8 +104,14 @@ impl Out {
 
     /// Forgets all packets; their buffers are kept, but only a few of those that grew by merging.
     pub fn clear_tun(&mut self) {
-        for packet in self.tun[..self.tun_used].iter_mut().skip(MAX_LARGE_BUFFERS) {
-            if packet.buf.capacity() > LARGE_BUFFER {
+        for packet in &mut self.tun[..self.tun_used] {
+            if packet.large || packet.buf.capacity() <= LARGE_BUFFER {
+                continue;
+            }
+            if self.large < MAX_LARGE_BUFFERS {
+                self.large += 1;
+                packet.large = true;
+            } else {
                 packet.buf = Vec::new();
             }
         }
@@ -133,8 +153,8 @@ impl Out {
     }
 
     /// The first `len` bytes written into [`Self::tun_room`].
-    pub(crate) fn tun_written(&self, len: usize) -> &[u8] {
-        &self.tun[self.tun_used].buf[TUN_HEADROOM..TUN_HEADROOM + len]
+    pub(crate) fn tun_written(&mut self, len: usize) -> &mut [u8] {
+        &mut self.tun[self.tun_used].buf[TUN_HEADROOM..TUN_HEADROOM + len]
     }
 
     /// Takes the first `len` bytes of what was written into [`Self::tun_room`].

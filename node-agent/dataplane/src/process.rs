@@ -15,6 +15,7 @@ use crate::counters::{CounterTable, MAX_PEERS};
 use crate::engine::{Engine, EngineConfig};
 use crate::io::mailbox::{Request, mailbox};
 use crate::io::memory::give_back_soon;
+use crate::io::offloads::Offloads;
 use crate::io::signals;
 use crate::io::tun::{Tun, TunConfig};
 use crate::io::worker::{End, Worker};
@@ -25,6 +26,8 @@ use crate::uapi::server::{self, Occupant, Server, occupant, socket_path};
 const FOREGROUND: &str = "WG_PROCESS_FOREGROUND";
 /// Where the detached process says why it could not start.
 const REPORT: &str = "CVAULT_TUNNEL_REPORT";
+/// Names of offloads that are not to be used, separated by commas.
+const WITHOUT: &str = "CVAULT_TUNNEL_WITHOUT";
 const LOG_FILE: &str = "LOG_FILE";
 /// Opening a TUN and two sockets takes milliseconds.
 const START_DEADLINE: Duration = Duration::from_secs(10);
@@ -80,6 +83,9 @@ pub enum TunnelError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// An unknown name in the environment.
+    #[error("`{0}` in {WITHOUT} is no offload: use tun, tun-merge, udp-gso or udp-gro")]
+    NotAnOffload(String),
     /// The state directory cannot be used.
     #[error("the state directory {} cannot be used: it must be writable, and no other tunnel may use it", path.display())]
     StateDir {
@@ -190,7 +196,7 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     give_back_soon();
     harden()?;
     let (counters, journal) = open_state(options)?;
-    let tun = Tun::open(TunConfig { name: &options.interface, offload: options.offload })
+    let tun = Tun::open(TunConfig { name: &options.interface, offloads: offloads(options)? })
         .map_err(|error| tun_error(&options.interface, error))?;
     let listener = server::bind(path).map_err(|source| {
         if source.kind() == io::ErrorKind::AddrInUse {
@@ -239,6 +245,13 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
         End::InterfaceGone => tracing::info!("the interface was deleted: the tunnel has stopped"),
     }
     stopping.map_err(TunnelError::from)
+}
+
+/// What may be used, by option and environment.
+fn offloads(options: &TunnelOptions) -> Result<Offloads, TunnelError> {
+    let list = std::env::var_os(WITHOUT).unwrap_or_default();
+    let offloads = Offloads::without(&list.to_string_lossy()).map_err(TunnelError::NotAnOffload)?;
+    Ok(Offloads { tun: offloads.tun && options.offload, ..offloads })
 }
 
 /// Keys are in memory: no core dumps, no ptrace.

@@ -28,6 +28,7 @@ use crate::allowed::AllowedIps;
 use crate::change::Secret;
 use crate::counters::{CounterTable, Field};
 use crate::drops::{Drop, Drops};
+use crate::ecn::Ecn;
 use crate::index::{Place, Scramble};
 use crate::journal::ClosedPeer;
 use crate::limit::SourceLimit;
@@ -61,6 +62,8 @@ pub struct Origin {
     pub from: SocketAddr,
     /// Our address it was sent to, to answer from the same one.
     pub to: Option<IpAddr>,
+    /// The mark it arrived with.
+    pub ecn: Ecn,
 }
 
 /// What the engine needs to begin.
@@ -323,8 +326,12 @@ impl Engine {
 
 /// Takes the datagram of `len` bytes that was just written into `out`, if the peer can be reached.
 fn push(peer: &Peer, slot: u16, len: usize, inner: usize, out: &mut Out) {
+    push_marked(peer, slot, len, inner, Ecn::NotEct, out);
+}
+
+fn push_marked(peer: &Peer, slot: u16, len: usize, inner: usize, ecn: Ecn, out: &mut Out) {
     if let Some(to) = peer.endpoint {
         let start = out.net_start();
-        out.push_net(Datagram { start, len, to, via: peer.via, slot, inner });
+        out.push_net(Datagram { start, len, to, via: peer.via, slot, inner, ecn });
     }
 }

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use super::*;
 use crate::change::PeerChange;
+use crate::ecn::Ecn;
 use crate::out::TUN_HEADROOM;
 use crate::policy::lease::Then;
 use crate::policy::{PeerLimitsChange, PolicyChange, TenantChange};
@@ -116,14 +117,14 @@ impl Net {
             for (_, client) in &mut self.clients {
                 for (to, datagram) in client.sent() {
                     assert_eq!(to, self.server.addr);
-                    let origin = Origin { from: client.addr, to: None };
+                    let origin = Origin { from: client.addr, to: None, ecn: Ecn::NotEct };
                     self.server.engine.on_udp(self.now, &datagram, origin, &mut self.server.out);
                     quiet = false;
                 }
             }
             for (to, datagram) in self.server.sent() {
                 let client = &mut self.clients.iter_mut().find(|(_, c)| c.addr == to).unwrap().1;
-                let origin = Origin { from: self.server.addr, to: None };
+                let origin = Origin { from: self.server.addr, to: None, ecn: Ecn::NotEct };
                 client.engine.on_udp(self.now, &datagram, origin, &mut client.out);
                 quiet = false;
             }

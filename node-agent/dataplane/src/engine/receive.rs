@@ -4,6 +4,7 @@ use super::police::Way;
 use super::{Engine, Now, Origin, push};
 use crate::counters::Field;
 use crate::drops::Drop;
+use crate::ecn::{self, Ecn};
 use crate::out::{Datagram, NO_SLOT, Out};
 use crate::policy::Direction;
 use crate::tunnel::{Admission, MIN_ROOM, OVERHEAD, REJECT_AFTER_MESSAGES, Received, Tunnel};
@@ -100,7 +101,7 @@ impl Engine {
         peer.last_ephemeral.copy_from_slice(&datagram[8..40]);
         // The answer goes where the question came from; the endpoint follows when the peer proves itself (trap 15).
         let start = out.net_start();
-        out.push_net(Datagram { start, len, to: origin.from, via: origin.to, slot, inner: 0 });
+        out.push_net(Datagram { start, len, to: origin.from, via: origin.to, slot, inner: 0, ecn: Ecn::NotEct });
         self.counters.add(slot, Field::RxWire, datagram.len() as u64);
         self.handshakes += 1;
         self.make_live(slot);
@@ -188,6 +189,7 @@ impl Engine {
         }
         let way = self.way(slot, out.tun_written(packet_len))?;
         self.charge(now, slot, Direction::Up, packet_len)?;
+        ecn::decapsulate(origin.ecn, out.tun_written(packet_len))?;
         match way {
             Way::Tun => out.push_tun(packet_len, slot),
             Way::Peer(other) => self.hairpin(now, slot, other, packet_len, out),
@@ -221,7 +223,15 @@ impl Engine {
             Admission::Pass => Ok(()),
             Admission::Cookie(len) => {
                 let start = out.net_start();
-                out.push_net(Datagram { start, len, to: origin.from, via: origin.to, slot: NO_SLOT, inner: 0 });
+                out.push_net(Datagram {
+                    start,
+                    len,
+                    to: origin.from,
+                    via: origin.to,
+                    slot: NO_SLOT,
+                    inner: 0,
+                    ecn: Ecn::NotEct,
+                });
                 Err(Drop::UnderLoad)
             }
             Admission::Refused(reason) => Err(reason),

@@ -1,7 +1,8 @@
 //! Packets from the TUN, on their way to a peer.
 
-use super::{Engine, Now, QUEUE_PER_PEER, QUEUE_TOTAL, push};
+use super::{Engine, Now, QUEUE_PER_PEER, QUEUE_TOTAL, push, push_marked};
 use crate::drops::Drop;
+use crate::ecn::Ecn;
 use crate::out::Out;
 use crate::packet;
 use crate::policy::Direction;
@@ -50,7 +51,7 @@ impl Engine {
         let len = tunnel.encrypt(packet, room).ok_or(Drop::TxNoSession)?;
         let rekey = tunnel.take_wants_rekey();
         peer.last_traffic_ms = Some(now.mono_ms);
-        push(peer, slot, len, packet.len(), out);
+        push_marked(peer, slot, len, packet.len(), Ecn::of(packet), out);
         if rekey {
             self.initiate(now, slot, out);
         }

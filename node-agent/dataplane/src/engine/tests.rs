@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::change::{PeerChange, Refused};
+use crate::ecn::Ecn;
 use crate::tunnel::REJECT_AFTER_MESSAGES;
 
 const SERVER: &str = "192.0.2.1:51820";
@@ -42,7 +43,7 @@ impl Host {
     }
 
     fn udp(&mut self, datagram: &[u8], from: &str) {
-        let origin = Origin { from: from.parse().unwrap(), to: None };
+        let origin = Origin { from: from.parse().unwrap(), to: None, ecn: Ecn::NotEct };
         self.engine.on_udp(self.now, datagram, origin, &mut self.out);
     }
 
@@ -774,4 +775,33 @@ fn consistent(engine: &Engine) -> Result<(), TestCaseError> {
     prop_assert_eq!(engine.queued, queued);
     prop_assert!(engine.live.iter().all(|slot| engine.peers[usize::from(*slot)].is_some()));
     Ok(())
+}
+
+#[test]
+fn congestion_marks_pass_through_the_tunnel_and_what_may_not_carry_them_is_dropped() {
+    let (mut server, mut client) = connected();
+    let send = |client: &mut Host, class: u8| {
+        let mut packet = packet("10.8.0.2", "192.0.2.99", 100);
+        packet[1] = class;
+        client.tun(&packet);
+        let outer = client.out.net().last().unwrap().ecn;
+        (outer, client.sent().pop().unwrap().1)
+    };
+    let mut receive = |datagram: &[u8], ecn: Ecn| {
+        let origin = Origin { from: CLIENT.parse().unwrap(), to: None, ecn };
+        server.engine.on_udp(server.now, datagram, origin, &mut server.out);
+        (server.delivered().pop().map(|packet| packet[1]), server.drops(Drop::Congestion))
+    };
+    let dscp = 0b1011_1000;
+    let (outer, datagram) = send(&mut client, dscp | 0b10);
+    assert_eq!(outer, Ecn::Ect0);
+    assert_eq!(receive(&datagram, Ecn::Ce), (Some(dscp | 0b11), 0), "the mark comes in, the class stays");
+    let (outer, datagram) = send(&mut client, dscp);
+    assert_eq!(outer, Ecn::NotEct);
+    assert_eq!(receive(&datagram, Ecn::Ce), (None, 1));
+    let (outer, _) = send(&mut client, 0b11);
+    assert_eq!(outer, Ecn::Ce);
+    let (_, empty) = send(&mut client, 0b01);
+    assert_eq!(receive(&empty, Ecn::NotEct), (Some(0b01), 1));
+    assert_eq!(server.view(2).counts.rx_packets, 3, "what was dropped is not billed");
 }

@@ -2,6 +2,9 @@
 
 use std::io;
 
+use std::collections::HashMap;
+use std::net::IpAddr;
+
 use crate::out::Datagram;
 
 /// Whether a full socket is waited for once more in this flush. Everybody's packets stand behind the one that waits.
@@ -43,16 +46,83 @@ pub(super) enum Fate {
     Lost,
 }
 
+/// Paths that take no runs: their MTU is less than a datagram, or the device computes no checksums. Datagrams go there
+/// singly, and now and then a run is tried again.
+#[derive(Debug, Default)]
+pub(super) struct Singly {
+    paths: HashMap<IpAddr, Pause>,
+}
+
+/// Counted in runs, doubled with each refusal.
+#[derive(Debug)]
+struct Pause {
+    left: u32,
+    next: u32,
+}
+
+impl Singly {
+    const FIRST: u32 = 16;
+    const LONGEST: u32 = 4096;
+    const MAX_PATHS: usize = 4096;
+
+    /// Whether the run that is about to leave is to leave singly.
+    pub(super) fn takes(&mut self, to: IpAddr) -> bool {
+        if self.paths.is_empty() {
+            return false;
+        }
+        let Some(pause) = self.paths.get_mut(&to) else {
+            return false;
+        };
+        let waits = pause.left > 0;
+        pause.left = pause.left.saturating_sub(1);
+        waits
+    }
+
+    /// What became of a run.
+    pub(super) fn learn(&mut self, to: IpAddr, run: Run) {
+        match run {
+            Run::Refused => {
+                if self.paths.len() >= Self::MAX_PATHS {
+                    self.paths.clear();
+                }
+                let pause = self.paths.entry(to).or_insert(Pause { left: 0, next: Self::FIRST });
+                pause.left = pause.next;
+                pause.next = (pause.next * 2).min(Self::LONGEST);
+            }
+            Run::Left if !self.paths.is_empty() => {
+                self.paths.remove(&to);
+            }
+            Run::Left | Run::Unknown => {}
+        }
+    }
+}
+
+/// What a path thinks of runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Run {
+    Left,
+    /// The same datagrams left singly.
+    Refused,
+    Unknown,
+}
+
 /// Sends a run in one call. What the socket has no room for is lost; for any other error the datagrams are tried
 /// singly, and then from another address.
 pub(super) fn attempt(
     datagrams: &[Datagram],
     mut transmit: impl FnMut(&[Datagram], Source) -> io::Result<()>,
     mut report: impl FnMut(&[Datagram], Fate),
-) {
+) -> Run {
+    let mut run = Run::Unknown;
     match transmit(datagrams, Source::Via) {
-        Ok(()) => return report(datagrams, Fate::Left(Source::Via)),
-        Err(error) if is_full(&error) => return report(datagrams, Fate::Lost),
+        Ok(()) => {
+            report(datagrams, Fate::Left(Source::Via));
+            return if datagrams.len() > 1 { Run::Left } else { Run::Unknown };
+        }
+        Err(error) if is_full(&error) => {
+            report(datagrams, Fate::Lost);
+            return Run::Unknown;
+        }
         // Segments larger than the path, or a device without checksums: singly it may work.
         Err(_) => {}
     }
@@ -63,11 +133,20 @@ pub(super) fn attempt(
             sent = transmit(one, Source::Any).map(|()| Source::Any);
         }
         match sent {
-            Ok(from) => report(one, Fate::Left(from)),
-            Err(error) if is_full(&error) => return report(&datagrams[at..], Fate::Lost),
+            Ok(from) => {
+                if from == Source::Via && datagrams.len() > 1 {
+                    run = Run::Refused;
+                }
+                report(one, Fate::Left(from));
+            }
+            Err(error) if is_full(&error) => {
+                report(&datagrams[at..], Fate::Lost);
+                break;
+            }
             Err(_) => report(one, Fate::Lost),
         }
     }
+    run
 }
 
 /// The socket's buffer, or the device's queue.
@@ -80,9 +159,10 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::*;
+    use crate::ecn::Ecn;
 
     fn datagram(to: &str, len: usize) -> Datagram {
-        Datagram { start: 0, len, to: to.parse().unwrap(), via: None, slot: 1, inner: len - 32 }
+        Datagram { start: 0, len, to: to.parse().unwrap(), via: None, slot: 1, inner: len - 32, ecn: Ecn::NotEct }
     }
 
     /// What was called, and what was reported, when `transmit` answers with `errno` unless it is a single datagram from
@@ -126,6 +206,45 @@ mod tests {
         }
         let (calls, fates) = attempts(&run, libc::EINVAL, None);
         assert_eq!((calls, fates), (5, vec![(1, Fate::Lost); 2]));
+    }
+
+    #[test]
+    fn a_path_that_refuses_runs_is_spared_them_for_a_while_and_asked_again() {
+        let (small, other): (IpAddr, IpAddr) = ([192, 0, 2, 1].into(), [192, 0, 2, 2].into());
+        let run = [datagram("192.0.2.1:1", 1480); 3];
+        let refuse = |these: &[Datagram], _| match these.len() {
+            1 => Ok(()),
+            _ => Err(io::Error::from_raw_os_error(libc::EMSGSIZE)),
+        };
+        let mut singly = Singly::default();
+        let mut tries = Vec::new();
+        for n in 0..10_000 {
+            assert!(!singly.takes(other), "another path");
+            if !singly.takes(small) {
+                tries.push(n);
+                let verdict = attempt(&run, refuse, |_, fate| assert_eq!(fate, Fate::Left(Source::Via)));
+                assert_eq!(verdict, Run::Refused);
+                singly.learn(small, verdict);
+            }
+        }
+        assert_eq!(tries[..4], [0, 17, 50, 115]);
+        assert!(tries.len() < 12, "{tries:?}");
+        singly.learn(small, attempt(&run, |_, _| Ok(()), |_, _| ()));
+        assert!(!singly.takes(small), "the path has grown");
+        assert!(singly.paths.is_empty());
+    }
+
+    #[test]
+    fn a_lost_local_address_says_nothing_about_runs() {
+        let via = Some(Ipv4Addr::new(192, 0, 2, 9).into());
+        let run = [Datagram { via, ..datagram("192.0.2.1:1", 100) }; 2];
+        let gone = |_: &[Datagram], from| match from {
+            Source::Via => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+            Source::Any => Ok(()),
+        };
+        assert_eq!(attempt(&run, gone, |_, _| ()), Run::Unknown);
+        let full = |_: &[Datagram], _| Err(io::ErrorKind::WouldBlock.into());
+        assert_eq!(attempt(&run, full, |_, _| ()), Run::Unknown);
     }
 
     #[test]

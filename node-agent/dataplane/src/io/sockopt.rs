@@ -7,7 +7,8 @@ use std::os::fd::{AsFd, AsRawFd};
 /// WireGuard's outer packets may be fragmented (DF=0); quinn-udp forbids it, so it is allowed again.
 pub(crate) fn allow_fragmentation(socket: &impl AsFd, v6: bool) -> io::Result<()> {
     if v6 {
-        set(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
+        set(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)?;
+        set(socket, libc::IPPROTO_IPV6, libc::IPV6_DONTFRAG, 0)
     } else {
         set(socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
     }
@@ -16,6 +17,11 @@ pub(crate) fn allow_fragmentation(socket: &impl AsFd, v6: bool) -> io::Result<()
 /// quinn-udp asks for a timestamp of every packet, which costs the whole host.
 pub(crate) fn disable_timestamps(socket: &impl AsFd) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_TIMESTAMPNS, 0)
+}
+
+/// Each datagram by itself.
+pub(crate) fn disable_gro(socket: &impl AsFd) -> io::Result<()> {
+    set(socket, libc::SOL_UDP, libc::UDP_GRO, 0)
 }
 
 /// Buffers beyond `net.core.{r,w}mem_max`; needs `CAP_NET_ADMIN`, which we have for the TUN.

@@ -4,11 +4,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::net::netdevice::name_to_index;
-use tun_rs::{
-    DeviceBuilder, ExpandBuffer, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum, gso_split,
-};
+use tun_rs::{DeviceBuilder, ExpandBuffer, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum};
 
 use super::mailbox::ShellState;
+use super::offloads::Offloads;
+use super::split::split;
 use crate::drops::Drop;
 use crate::engine::Engine;
 use crate::out::{Out, TUN_HEADROOM, TunPacket};
@@ -25,7 +25,7 @@ const MERGED: u8 = 0xff;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TunConfig<'a> {
     pub(crate) name: &'a str,
-    pub(crate) offload: bool,
+    pub(crate) offloads: Offloads,
 }
 
 /// What one read brought.
@@ -41,17 +41,16 @@ pub(crate) struct Tun {
     tso: bool,
     uso: bool,
     merge: bool,
+    offloads: Offloads,
     gro: GROTable,
     buffer: Vec<u8>,
-    pieces: Vec<Vec<u8>>,
-    sizes: Vec<usize>,
 }
 
 impl Tun {
     pub(crate) fn open(config: TunConfig<'_>) -> io::Result<Self> {
         let existed = interface_exists(config.name)?;
-        let device = match build(config.name, config.offload) {
-            Err(error) if config.offload && error.raw_os_error() == Some(libc::EINVAL) => {
+        let device = match build(config.name, config.offloads.tun) {
+            Err(error) if config.offloads.tun && error.raw_os_error() == Some(libc::EINVAL) => {
                 tracing::info!(%error, "the TUN offers no offload");
                 build(config.name, false)?
             }
@@ -68,12 +67,11 @@ impl Tun {
         Ok(Self {
             tso,
             uso: device.udp_gso(),
-            merge: tso,
+            merge: tso && config.offloads.tun_merge,
+            offloads: config.offloads,
             device,
             gro: GROTable::new(),
             buffer: vec![0; VIRTIO_NET_HDR_LEN + MAX_PACKET],
-            pieces: Vec::new(),
-            sizes: Vec::new(),
         })
     }
 
@@ -84,6 +82,11 @@ impl Tun {
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.device.as_fd()
+    }
+
+    /// What was configured, for the sockets too.
+    pub(crate) fn offloads(&self) -> Offloads {
+        self.offloads
     }
 
     pub(crate) fn describe(&self, shell: &mut ShellState) {
@@ -117,12 +120,8 @@ impl Tun {
             return Ok(Read::Packet);
         }
         let whole = packet.len();
-        let count = split(header, packet, &mut self.pieces, &mut self.sizes)?;
-        let total: usize = self.sizes[..count].iter().sum();
+        let total = split(&header, packet, each)?;
         shell.tun_split_bytes += total.saturating_sub(whole) as u64;
-        for (piece, size) in self.pieces.iter().zip(&self.sizes).take(count) {
-            each(&piece[..*size]);
-        }
         Ok(Read::Packet)
     }
 
@@ -213,40 +212,6 @@ fn finish_checksum(header: &VirtioNetHdr, packet: &mut [u8]) {
     // Zero means "none" in UDP; all ones is the same sum.
     let sum = if sum == 0 { u16::MAX } else { sum };
     packet[at..at + 2].copy_from_slice(&sum.to_be_bytes());
-}
-
-fn split(
-    mut header: VirtioNetHdr,
-    packet: &mut [u8],
-    pieces: &mut Vec<Vec<u8>>,
-    sizes: &mut Vec<usize>,
-) -> io::Result<usize> {
-    const TCP_DATA_OFFSET: usize = 12;
-    const UDP_CHECKSUM_OFFSET: u16 = 6;
-    let bad = || io::Error::from(io::ErrorKind::InvalidData);
-    let start = usize::from(header.csum_start);
-    // The kernel's own header length can be that of the whole first packet when it forwards.
-    let transport = if header.csum_offset == UDP_CHECKSUM_OFFSET {
-        8
-    } else {
-        u16::from(packet.get(start + TCP_DATA_OFFSET).ok_or_else(bad)? >> 4) * 4
-    };
-    header.hdr_len = header.csum_start.checked_add(transport).ok_or_else(bad)?;
-    let headers = usize::from(header.hdr_len);
-    let segment = usize::from(header.gso_size);
-    if headers > packet.len() || segment == 0 {
-        return Err(bad());
-    }
-    let count = (packet.len() - headers).div_ceil(segment);
-    if pieces.len() < count {
-        pieces.resize_with(count, Vec::new);
-        sizes.resize(count, 0);
-    }
-    for piece in &mut pieces[..count] {
-        piece.resize(piece.len().max(headers + segment), 0);
-    }
-    let is_v6 = packet[0] >> 4 == 6;
-    gso_split(packet, header, &mut pieces[..], &mut sizes[..], 0, is_v6)
 }
 
 impl AsRef<[u8]> for TunPacket {

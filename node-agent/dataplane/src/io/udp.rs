@@ -4,14 +4,16 @@ use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 
-use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use quinn_udp::{EcnCodepoint, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::attempt::{Fate, Patience, Source, attempt};
+use super::attempt::{Fate, Patience, Singly, Source, attempt};
 use super::mailbox::ShellState;
+use super::offloads::Offloads;
 use super::sockopt;
 use crate::drops::Drop;
+use crate::ecn::Ecn;
 use crate::engine::Engine;
 use crate::out::{Datagram, Out};
 
@@ -31,6 +33,10 @@ struct Half {
     socket: Socket,
     state: UdpSocketState,
     v6: bool,
+    allowed: Offloads,
+    singly: Singly,
+    /// A failure made quinn-udp give up offloads that work elsewhere.
+    worn: bool,
 }
 
 /// Both sockets.
@@ -42,11 +48,11 @@ pub(crate) struct Sockets {
 
 impl Sockets {
     /// Binds both families to one port; 0 lets the kernel choose. A host without IPv6 (or IPv4) gets one socket.
-    pub(crate) fn bind(port: u16, fwmark: u32) -> io::Result<Self> {
+    pub(crate) fn bind(port: u16, fwmark: u32, allowed: Offloads) -> io::Result<Self> {
         const ATTEMPTS: usize = 10;
         let mut last = io::Error::from(io::ErrorKind::AddrInUse);
         for _ in 0..if port == 0 { ATTEMPTS } else { 1 } {
-            match Self::bind_once(port, fwmark) {
+            match Self::bind_once(port, fwmark, allowed) {
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => last = error,
                 other => return other,
             }
@@ -54,10 +60,10 @@ impl Sockets {
         Err(last)
     }
 
-    fn bind_once(port: u16, fwmark: u32) -> io::Result<Self> {
-        let v4 = optional(Half::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port), fwmark))?;
+    fn bind_once(port: u16, fwmark: u32, allowed: Offloads) -> io::Result<Self> {
+        let v4 = optional(Half::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port), fwmark, allowed))?;
         let bound = v4.as_ref().map(Half::port).transpose()?.unwrap_or(port);
-        let v6 = optional(Half::bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), bound), fwmark))?;
+        let v6 = optional(Half::bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), bound), fwmark, allowed))?;
         let port = v6.as_ref().map(Half::port).transpose()?.unwrap_or(bound);
         Ok(Self { v4, v6, port })
     }
@@ -76,8 +82,8 @@ impl Sockets {
 
     pub(crate) fn describe(&self, shell: &mut ShellState) {
         let mut halves = self.v4.iter().chain(&self.v6);
-        shell.udp_gso = halves.clone().all(|half| half.state.max_gso_segments() > 1);
-        shell.udp_gro = halves.all(|half| half.state.gro_segments() > 1);
+        shell.udp_gso = halves.clone().all(|half| half.max_segments() > 1);
+        shell.udp_gro = halves.all(|half| half.allowed.udp_gro && half.state.gro_segments() > 1);
     }
 
     /// Receives from both sockets into `buffers` ([`BATCH`] × [`BUFFER_BYTES`]), handing each datagram to `each`.
@@ -101,6 +107,9 @@ impl Sockets {
 
     /// Sends all datagrams of `out`, runs to one endpoint in one call, and tells the engine what left.
     pub(crate) fn send(&mut self, out: &mut Out, engine: &mut Engine) {
+        for half in self.v4.iter_mut().chain(&mut self.v6).filter(|half| half.worn) {
+            half.mend();
+        }
         let mut rest = out.net();
         let mut patience = Patience::Left;
         while let Some(first) = rest.first() {
@@ -110,12 +119,34 @@ impl Sockets {
                 rest = &rest[1..];
                 continue;
             };
-            let count = run(rest, half.state.max_gso_segments().min(MAX_RUN_SEGMENTS));
+            let count = run(rest, half.max_segments());
             let (these, others) = rest.split_at(count);
-            half.send_run(these, out.net_bytes(), engine, &mut patience);
+            let size = if count > 1 && half.singly.takes(first.to.ip()) { 1 } else { count };
+            for these in these.chunks(size) {
+                half.send_run(these, out.net_bytes(), engine, &mut patience);
+            }
             rest = others;
         }
         out.clear_net();
+    }
+}
+
+/// The mark that the datagrams of a receive call arrived with.
+pub(crate) fn ecn(meta: &RecvMeta) -> Ecn {
+    match meta.ecn {
+        None => Ecn::NotEct,
+        Some(EcnCodepoint::Ect1) => Ecn::Ect1,
+        Some(EcnCodepoint::Ect0) => Ecn::Ect0,
+        Some(EcnCodepoint::Ce) => Ecn::Ce,
+    }
+}
+
+fn codepoint(ecn: Ecn) -> Option<EcnCodepoint> {
+    match ecn {
+        Ecn::NotEct => None,
+        Ecn::Ect1 => Some(EcnCodepoint::Ect1),
+        Ecn::Ect0 => Some(EcnCodepoint::Ect0),
+        Ecn::Ce => Some(EcnCodepoint::Ce),
     }
 }
 
@@ -125,7 +156,7 @@ fn run(datagrams: &[Datagram], max_segments: usize) -> usize {
     let mut total = first.len;
     let mut count = 1;
     for next in &datagrams[1..] {
-        let same = next.to == first.to && next.via == first.via && next.slot == first.slot;
+        let same = next.to == first.to && next.via == first.via && next.slot == first.slot && next.ecn == first.ecn;
         let kind = (next.inner == 0) == (first.inner == 0);
         total += next.len;
         if count >= max_segments || !same || !kind || next.len > first.len || total > MAX_RUN_BYTES {
@@ -148,7 +179,7 @@ fn optional(half: io::Result<Half>) -> io::Result<Option<Half>> {
 }
 
 impl Half {
-    fn bind(addr: SocketAddr, fwmark: u32) -> io::Result<Self> {
+    fn bind(addr: SocketAddr, fwmark: u32, allowed: Offloads) -> io::Result<Self> {
         let v6 = addr.is_ipv6();
         let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
         let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
@@ -162,8 +193,8 @@ impl Half {
             tracing::info!(%error, "socket buffers keep the host's limits");
         }
         socket.bind(&addr.into())?;
-        let state = offloads(&socket, v6)?;
-        Ok(Self { socket, state, v6 })
+        let state = offloads(&socket, v6, allowed)?;
+        Ok(Self { socket, state, v6, allowed, singly: Singly::default(), worn: false })
     }
 
     fn port(&self) -> io::Result<u16> {
@@ -179,10 +210,14 @@ impl Half {
     }
 
     fn send_run(&mut self, datagrams: &[Datagram], arena: &[u8], engine: &mut Engine, patience: &mut Patience) {
-        let mut unsticky = false;
-        attempt(
+        let (mut unsticky, mut worn) = (false, false);
+        let run = attempt(
             datagrams,
-            |these, from| self.transmit(these, arena, from, patience),
+            |these, from| {
+                let sent = self.transmit(these, arena, from, patience);
+                worn |= sent.as_ref().is_err_and(|e| matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EIO)));
+                sent
+            },
             |these, fate| match fate {
                 Fate::Left(Source::Via) => account(engine, these),
                 Fate::Left(Source::Any) => {
@@ -196,13 +231,24 @@ impl Half {
                 }
             },
         );
+        self.singly.learn(datagrams[0].to.ip(), run);
+        self.worn |= worn;
         if unsticky {
-            // The failure made quinn-udp give up offloads that work.
-            match offloads(&self.socket, self.v6) {
-                Ok(state) => self.state = state,
-                Err(error) => tracing::debug!(%error, "offloads stay off"),
-            }
+            self.mend();
         }
+    }
+
+    fn mend(&mut self) {
+        self.worn = false;
+        match offloads(&self.socket, self.v6, self.allowed) {
+            Ok(state) => self.state = state,
+            Err(error) => tracing::debug!(%error, "offloads stay off"),
+        }
+    }
+
+    /// Datagrams in one call.
+    fn max_segments(&self) -> usize {
+        if self.allowed.udp_gso { self.state.max_gso_segments().min(MAX_RUN_SEGMENTS) } else { 1 }
     }
 
     fn transmit(&self, datagrams: &[Datagram], arena: &[u8], from: Source, patience: &mut Patience) -> io::Result<()> {
@@ -213,7 +259,7 @@ impl Half {
         };
         let transmit = Transmit {
             destination: first.to,
-            ecn: None,
+            ecn: codepoint(first.ecn),
             contents: &arena[first.start..last.start + last.len],
             segment_size: (datagrams.len() > 1).then_some(first.len),
             src_ip: via.filter(|via| via.is_ipv6() == self.v6),
@@ -238,10 +284,13 @@ fn account(engine: &mut Engine, datagrams: &[Datagram]) {
 }
 
 /// Turns offloads on, and off again what quinn-udp turns on besides.
-fn offloads(socket: &Socket, v6: bool) -> io::Result<UdpSocketState> {
+fn offloads(socket: &Socket, v6: bool, allowed: Offloads) -> io::Result<UdpSocketState> {
     let state = UdpSocketState::new(UdpSockRef::from(socket))?;
     sockopt::allow_fragmentation(socket, v6)?;
     sockopt::disable_timestamps(socket)?;
+    if !allowed.udp_gro && state.gro_segments() > 1 {
+        sockopt::disable_gro(socket)?;
+    }
     Ok(state)
 }
 
@@ -250,7 +299,7 @@ mod tests {
     use super::*;
 
     fn datagram(to: &str, len: usize) -> Datagram {
-        Datagram { start: 0, len, to: to.parse().unwrap(), via: None, slot: 1, inner: len - 32 }
+        Datagram { start: 0, len, to: to.parse().unwrap(), via: None, slot: 1, inner: len - 32, ecn: Ecn::NotEct }
     }
 
     #[test]
@@ -265,5 +314,7 @@ mod tests {
         assert_eq!(run(&[a(1452); 64], 64), MAX_RUN_BYTES / 1452);
         let keepalive = Datagram { inner: 0, ..a(32) };
         assert_eq!(run(&[a(100), keepalive], 64), 1, "counted apart");
+        let marked = Datagram { ecn: Ecn::Ce, ..a(100) };
+        assert_eq!(run(&[a(100), marked], 64), 1, "one call has one mark");
     }
 }

@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::mailbox::{DeviceState, Mailbox, Reply, Request, ShellState};
 use super::panics::{Panics, Verdict};
 use super::tun::{Read, Tun};
-use super::udp::{BATCH, BUFFER_BYTES, Sockets};
+use super::udp::{self, BATCH, BUFFER_BYTES, Sockets};
 use crate::change::{DeviceChange, PeerChange, Refused, canonical};
 use crate::engine::{Engine, Now, Origin, Settled, TICK_MS};
 use crate::journal::{Journal, JournalSync};
@@ -149,7 +149,7 @@ impl Worker {
             };
             let (engine, out) = (&mut self.engine, &mut self.out);
             let count = sockets.receive(&mut self.buffers, |segment, meta| {
-                let origin = Origin { from: canonical(meta.addr), to: meta.dst_ip };
+                let origin = Origin { from: canonical(meta.addr), to: meta.dst_ip, ecn: udp::ecn(meta) };
                 engine.on_udp(now, segment, origin, out);
             });
             worked |= count > 0;
@@ -277,7 +277,7 @@ impl Worker {
             (None, Some(_)) => None,
         };
         if let Some(port) = wanted {
-            self.net.sockets = Some(Sockets::bind(port, self.net.fwmark)?);
+            self.net.sockets = Some(Sockets::bind(port, self.net.fwmark, self.tun.offloads())?);
         }
         if let (Some(ack), Some(journal)) = (change.journal_ack, &mut self.journal) {
             journal.acknowledge(ack)?;
