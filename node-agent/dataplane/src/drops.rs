@@ -49,11 +49,13 @@ pub enum Drop {
     TxNoRoom,
     /// The UDP socket refused the datagram.
     TxSend,
+    /// The worker it belongs to has too much waiting already.
+    Forward,
 }
 
 impl Drop {
     /// Every reason, in the order of the counters.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Garbage,
         Self::BadMac,
         Self::SourceLimited,
@@ -75,6 +77,7 @@ impl Drop {
         Self::TxNoSession,
         Self::TxNoRoom,
         Self::TxSend,
+        Self::Forward,
     ];
 
     /// The name in UAPI and metrics.
@@ -102,6 +105,7 @@ impl Drop {
             Self::TxNoSession => "tx_no_session",
             Self::TxNoRoom => "tx_no_room",
             Self::TxSend => "tx_send",
+            Self::Forward => "forward",
         }
     }
 }
@@ -124,6 +128,14 @@ impl Drops {
     #[must_use]
     pub fn get(&self, reason: Drop) -> Dropped {
         self.0[reason as usize]
+    }
+
+    /// Adds those of another worker.
+    pub(crate) fn add(&mut self, other: &Self) {
+        for reason in Drop::ALL {
+            let Dropped { packets, bytes } = other.get(reason);
+            self.many(reason, packets, bytes);
+        }
     }
 
     pub(crate) fn one(&mut self, reason: Drop, bytes: usize) {

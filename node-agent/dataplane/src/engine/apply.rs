@@ -24,6 +24,23 @@ pub enum Settled {
     More,
 }
 
+/// What a change did to a peer of another worker, who must hear of it before the change is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Notice {
+    /// The prefix has moved to another peer.
+    Forget { slot: u16, net: IpNet },
+    /// The key lives on at another worker.
+    Remove { slot: u16 },
+}
+
+impl Notice {
+    pub(crate) fn slot(self) -> u16 {
+        match self {
+            Self::Forget { slot, .. } | Self::Remove { slot } => slot,
+        }
+    }
+}
+
 impl Engine {
     /// Sets or removes our key. Sessions made with another key end.
     pub fn set_private_key(&mut self, secret: &Secret) {
@@ -41,20 +58,24 @@ impl Engine {
             }
         }
         if let Some(own) = self.identity.as_ref().map(Identity::public_key)
-            && let Some(slot) = self.by_key.get(&own)
+            && let Some(slot) = self.directory.get().by_key.get(&own).copied()
         {
-            self.remove(*slot);
+            self.remove(slot);
         }
     }
 
     /// Changes the prefixes in which peers live.
     pub fn set_overlay(&mut self, replace: bool, add: &[IpNet]) {
+        if !replace && add.is_empty() {
+            return;
+        }
+        let overlay = &mut self.directory.get_mut().overlay;
         if replace {
-            self.overlay.clear();
+            overlay.clear();
         }
         for net in add {
-            if !self.overlay.contains(&net.trunc()) {
-                self.overlay.push(net.trunc());
+            if !overlay.contains(&net.trunc()) {
+                overlay.push(net.trunc());
             }
         }
     }
@@ -62,7 +83,9 @@ impl Engine {
     /// `replace_peers`: takes all peers away until [`Self::end_replace`]. Those added again in between keep their
     /// counters, endpoint and session.
     pub fn begin_replace(&mut self) {
-        let slots: Vec<u16> = self.by_key.values().copied().collect();
+        let shard = self.shard;
+        let slots = self.directory.get().by_key.values().copied().filter(|slot| shard.owns(*slot));
+        let slots: Vec<u16> = slots.collect();
         for slot in slots {
             if let Some(mut peer) = self.detach(slot) {
                 peer.allowed_ips.clear();
@@ -85,7 +108,8 @@ impl Engine {
     /// Nothing was changed then.
     pub fn apply_peer(&mut self, now: Now, change: PeerChange, out: &mut Out) -> Result<(), Refused> {
         let is_self = self.identity.as_ref().is_some_and(|identity| identity.public_key() == change.public_key);
-        let existing = self.by_key.get(&change.public_key).copied();
+        let known = self.directory.get().by_key.get(&change.public_key).copied();
+        let existing = known.filter(|slot| self.shard.owns(*slot));
         if change.remove {
             if let Some(slot) = existing {
                 self.remove(slot);
@@ -93,7 +117,7 @@ impl Engine {
             self.remove_parked(&change.public_key);
             return Ok(());
         }
-        if is_self || (existing.is_none() && change.update_only) {
+        if is_self || (known.is_none() && change.update_only) {
             return Ok(());
         }
         self.check_tenant(existing, &change)?;
@@ -106,13 +130,41 @@ impl Engine {
             Some(slot) => {
                 let new = self.insert(now, &change)?;
                 self.remove(slot);
-                self.by_key.insert(change.public_key, new);
+                self.directory.get_mut().by_key.insert(change.public_key, new);
                 new
             }
             None => self.insert(now, &change)?,
         };
+        if let (None, Some(elsewhere)) = (existing, known) {
+            // A life that an earlier process left here takes over from the one that another worker has.
+            self.notices.push(Notice::Remove { slot: elsewhere });
+        }
         self.update(now, slot, change, out);
         Ok(())
+    }
+
+    /// What the changes since the last call did to peers of other workers.
+    pub(crate) fn take_notices(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.notices)
+    }
+
+    /// Another worker's change concerns one of our peers.
+    pub(crate) fn on_notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Remove { slot } => self.remove(slot),
+            Notice::Forget { slot, net } => {
+                // It may have come back in the meantime.
+                if self.directory.get().routes.owner(net) != Some(slot) {
+                    self.forget_prefix(slot, net);
+                }
+            }
+        }
+    }
+
+    fn forget_prefix(&mut self, slot: u16, net: IpNet) {
+        if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
+            peer.allowed_ips.retain(|have| *have != net);
+        }
     }
 
     /// Hands the final counters of up to `limit` removed peers to `journal`; only then can their slots be used again.
@@ -202,7 +254,7 @@ impl Engine {
         };
         let has_tunnel = peer.tunnel.is_some();
         self.peers[usize::from(slot)] = Some(peer);
-        self.by_key.insert(id.0, slot);
+        self.directory.get_mut().by_key.insert(id.0, slot);
         if has_tunnel {
             self.make_live(slot);
         }
@@ -214,7 +266,7 @@ impl Engine {
             return Some(slot);
         }
         let slot = u16::try_from(self.unused).ok().filter(|_| self.unused < self.counters.capacity())?;
-        self.unused += 1;
+        self.unused += u32::from(self.shard.count);
         Some(slot)
     }
 
@@ -237,13 +289,13 @@ impl Engine {
         }
         if change.replace_allowed_ips {
             for net in std::mem::take(&mut peer.allowed_ips) {
-                self.routes.remove(net, slot);
+                self.directory.get_mut().routes.remove(net, slot);
             }
         }
         for net in change.removed_ips {
             let net = net.trunc();
             peer.allowed_ips.retain(|have| *have != net);
-            self.routes.remove(net, slot);
+            self.directory.get_mut().routes.remove(net, slot);
         }
         for net in change.allowed_ips {
             self.add_allowed_ip(slot, net.trunc());
@@ -270,9 +322,10 @@ impl Engine {
     }
 
     fn add_allowed_ip(&mut self, slot: u16, net: IpNet) {
-        let former = self.routes.insert(net, slot);
-        if let Some(peer) = former.and_then(|former| self.peers[usize::from(former)].as_deref_mut()) {
-            peer.allowed_ips.retain(|have| *have != net);
+        match self.directory.get_mut().routes.insert(net, slot) {
+            Some(former) if self.shard.owns(former) => self.forget_prefix(former, net),
+            Some(former) => self.notices.push(Notice::Forget { slot: former, net }),
+            None => {}
         }
         if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut()
             && !peer.allowed_ips.contains(&net)
@@ -318,10 +371,10 @@ impl Engine {
             self.drops.one(Drop::TxNoSession, packet.len());
         }
         for net in &peer.allowed_ips {
-            self.routes.remove(*net, slot);
+            self.directory.get_mut().routes.remove(*net, slot);
         }
-        if self.by_key.get(&peer.public_key) == Some(&slot) {
-            self.by_key.remove(&peer.public_key);
+        if self.directory.get().by_key.get(&peer.public_key) == Some(&slot) {
+            self.directory.get_mut().by_key.remove(&peer.public_key);
         }
         Some(peer)
     }

@@ -6,8 +6,10 @@
 //! endpoints change only after authentication; nothing is encrypted without a known session.
 
 mod apply;
+mod directory;
 mod receive;
 mod send;
+mod shard;
 #[cfg(test)]
 mod tests;
 mod tick;
@@ -15,10 +17,10 @@ mod view;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::allowed::AllowedIps;
 use crate::change::Secret;
 use crate::counters::{CounterTable, Field};
 use crate::drops::{Drop, Drops};
@@ -28,7 +30,10 @@ use crate::limit::SourceLimit;
 use crate::out::{Datagram, NO_SLOT, Out};
 use crate::tunnel::{Identity, MIN_ROOM, Timers, Tunnel};
 
+pub(crate) use apply::Notice;
 pub use apply::Settled;
+use directory::Hold;
+pub(crate) use shard::{Parcel, ParcelKind, Shard};
 pub(crate) use tick::TICK_MS;
 pub use view::{DeviceView, PeerView};
 
@@ -111,16 +116,18 @@ pub struct Engine {
     peers: Vec<Option<Box<Peer>>>,
     /// Life of each slot, part of the session index.
     lives: Vec<u8>,
-    /// Slots given back, and the first one that was never used.
+    /// Own slots given back, and the first own one that was never used.
     free: Vec<u16>,
     unused: u32,
     parked: HashMap<([u8; 32], u64), Parked>,
     closing: Vec<Closing>,
-    by_key: HashMap<[u8; 32], u16>,
-    routes: AllowedIps,
-    overlay: Vec<IpNet>,
+    shard: Shard,
+    directory: Hold,
+    /// What belongs to other workers: messages, and changes of their peers.
+    parcels: Vec<Parcel>,
+    notices: Vec<Notice>,
     scramble: Scramble,
-    counters: CounterTable,
+    counters: Arc<CounterTable>,
     drops: Drops,
     sources: SourceLimit,
     handshakes: u64,
@@ -138,14 +145,33 @@ impl Engine {
     #[must_use]
     pub fn new(config: EngineConfig) -> Self {
         let EngineConfig { counters, seed } = config;
-        let parked: HashMap<_, _> =
-            counters.occupied().into_iter().map(|(id, slot)| (id, Parked { slot, peer: None })).collect();
+        let hold = Hold::new(1).pop().expect("one was asked for");
+        Self::of_shard(Shard::ALONE, hold, Arc::new(counters), seed)
+    }
+
+    /// `count` engines that share counters and directory; each owns the slots that its number leaves.
+    #[must_use]
+    pub fn sharded(config: EngineConfig, count: u16) -> Vec<Self> {
+        let EngineConfig { counters, seed } = config;
+        let counters = Arc::new(counters);
+        let holds = Hold::new(usize::from(count)).into_iter();
+        let shards = (0..count).map(|index| Shard { index, count });
+        shards.zip(holds).map(|(shard, hold)| Self::of_shard(shard, hold, Arc::clone(&counters), seed)).collect()
+    }
+
+    fn of_shard(shard: Shard, directory: Hold, counters: Arc<CounterTable>, seed: u64) -> Self {
+        let occupied = counters.occupied().into_iter().filter(|(_, slot)| shard.owns(*slot));
+        let parked: HashMap<_, _> = occupied.map(|(id, slot)| (id, Parked { slot, peer: None })).collect();
         let unused = parked.values().map(|p| u32::from(p.slot) + 1).max().unwrap_or(0);
+        let unused = shard.first_from(unused);
         let mut taken = vec![false; unused as usize];
         for parked in parked.values() {
             taken[usize::from(parked.slot)] = true;
         }
-        let free = (0..unused).filter_map(|s| u16::try_from(s).ok()).filter(|s| !taken[usize::from(*s)]).collect();
+        let free = (0..unused)
+            .filter_map(|s| u16::try_from(s).ok())
+            .filter(|s| shard.owns(*s) && !taken[usize::from(*s)])
+            .collect();
         let capacity = counters.capacity() as usize;
         Self {
             identity: None,
@@ -155,9 +181,10 @@ impl Engine {
             unused,
             parked,
             closing: Vec::new(),
-            by_key: HashMap::new(),
-            routes: AllowedIps::default(),
-            overlay: Vec::new(),
+            shard,
+            directory,
+            parcels: Vec::new(),
+            notices: Vec::new(),
             scramble: Scramble::new(seed),
             counters,
             drops: Drops::default(),
@@ -169,6 +196,16 @@ impl Engine {
             callbacks: VecDeque::new(),
             queued: 0,
         }
+    }
+
+    /// Before a pass: takes part in the directory that all workers share.
+    pub fn enter(&mut self) {
+        self.directory.enter();
+    }
+
+    /// After a pass, and between portions of changes, so that others can change the directory.
+    pub fn leave(&mut self) {
+        self.directory.leave();
     }
 
     /// The shell handed packets of this peer to the TUN.

@@ -1,6 +1,6 @@
 //! Packets from the TUN, on their way to a peer.
 
-use super::{Engine, Now, QUEUE_PER_PEER, QUEUE_TOTAL, push};
+use super::{Engine, Now, ParcelKind, QUEUE_PER_PEER, QUEUE_TOTAL, push};
 use crate::drops::Drop;
 use crate::out::Out;
 use crate::packet;
@@ -16,10 +16,14 @@ impl Engine {
 
     fn route(&mut self, now: Now, packet: &[u8], out: &mut Out) -> Result<(), Drop> {
         let addresses = packet::addresses(packet).ok_or(Drop::TxMalformed)?;
-        let slot = self.routes.find(addresses.destination).ok_or(Drop::TxNoRoute)?;
+        let slot = self.directory.get().routes.find(addresses.destination).ok_or(Drop::TxNoRoute)?;
+        if !self.shard.owns(slot) {
+            self.hand_on(slot, ParcelKind::Packet, packet);
+            return Ok(());
+        }
         let peer = self.peers[usize::from(slot)].as_deref().ok_or(Drop::TxNoRoute)?;
         // Peer to peer is refused where it comes in; should the host forward such a packet all the same, it ends here.
-        if peer.tenant.is_some() && self.routes.host(addresses.source).is_some() {
+        if peer.tenant.is_some() && self.directory.get().routes.host(addresses.source).is_some() {
             return Err(Drop::TxIsolation);
         }
         self.freshen(now, slot, out);

@@ -62,8 +62,8 @@ impl Engine {
             epoch: self.counters.epoch(),
             drops: self.drops,
             handshakes: self.handshakes,
-            overlay: self.overlay.clone(),
-            peers: self.by_key.len(),
+            overlay: self.directory.get().overlay.clone(),
+            peers: self.directory.get().by_key.len(),
             live_peers: self.live.len(),
         }
     }
