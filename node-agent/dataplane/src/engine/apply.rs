@@ -266,7 +266,7 @@ impl Engine {
             return Some(slot);
         }
         let slot = u16::try_from(self.unused).ok().filter(|_| self.unused < self.counters.capacity())?;
-        self.unused += u32::from(self.shard.count);
+        self.unused = self.shard.first_from(self.unused + 1);
         Some(slot)
     }
 

@@ -149,7 +149,7 @@ impl Engine {
         Self::of_shard(Shard::ALONE, hold, Arc::new(counters), seed)
     }
 
-    /// `count` engines that share counters and directory; each owns the slots that its number leaves.
+    /// `count` engines that share counters and directory; the low byte of a slot says which of them owns it.
     #[must_use]
     pub fn sharded(config: EngineConfig, count: u16) -> Vec<Self> {
         let EngineConfig { counters, seed } = config;

@@ -4,7 +4,8 @@ use super::{Engine, Now, Origin};
 use crate::drops::Drop;
 use crate::out::Out;
 
-/// One of several workers: it owns the slots that leave `index` when divided by `count`.
+/// One of several workers: it owns the slots whose low byte, which the kernel can read in every index, leaves `index`
+/// when divided by `count`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Shard {
     pub(crate) index: u16,
@@ -17,7 +18,7 @@ impl Shard {
 
     /// The worker that owns a slot.
     pub(crate) fn owner(self, slot: u16) -> u16 {
-        if self.count == 1 { 0 } else { slot % self.count }
+        if self.count == 1 { 0 } else { (slot & 0xff) % self.count }
     }
 
     pub(crate) fn owns(self, slot: u16) -> bool {
@@ -26,8 +27,7 @@ impl Shard {
 
     /// The first own slot from `slot` on; may be beyond the last slot there is.
     pub(super) fn first_from(self, slot: u32) -> u32 {
-        let (index, count) = (u32::from(self.index), u32::from(self.count));
-        slot + (index + count - slot % count) % count
+        (slot..).find(|slot| u16::try_from(slot & 0xff).is_ok_and(|low| self.owns(low))).unwrap_or(slot)
     }
 }
 
@@ -51,6 +51,15 @@ pub(crate) enum ParcelKind {
 }
 
 impl Engine {
+    /// Which slots this engine owns.
+    pub(crate) fn shard(&self) -> Shard {
+        self.shard
+    }
+
+    pub(crate) fn has_parcels(&self) -> bool {
+        !self.parcels.is_empty()
+    }
+
     /// What this engine was given and belongs to others, to be handed on.
     pub(crate) fn take_parcels(&mut self) -> std::vec::Drain<'_, Parcel> {
         self.parcels.drain(..)

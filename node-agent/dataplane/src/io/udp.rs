@@ -10,9 +10,9 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::attempt::{Fate, Patience, Source, attempt};
 use super::mailbox::ShellState;
-use super::sockopt;
+use super::{sockopt, steer};
 use crate::drops::Drop;
-use crate::engine::Engine;
+use crate::engine::{Engine, Shard};
 use crate::out::{Datagram, Out};
 
 /// Datagram buffers of one receive call, each large enough for a GRO super-packet.
@@ -41,12 +41,12 @@ pub(crate) struct Sockets {
 }
 
 impl Sockets {
-    /// Binds both families to one port; 0 lets the kernel choose. A host without IPv6 (or IPv4) gets one socket.
-    pub(crate) fn bind(port: u16, fwmark: u32) -> io::Result<Self> {
+    /// Binds both families to one port; 0 lets the kernel choose. Of several workers the first one binds first. A host without IPv6 (or IPv4) gets one socket.
+    pub(crate) fn bind(port: u16, fwmark: u32, shard: Shard) -> io::Result<Self> {
         const ATTEMPTS: usize = 10;
         let mut last = io::Error::from(io::ErrorKind::AddrInUse);
         for _ in 0..if port == 0 { ATTEMPTS } else { 1 } {
-            match Self::bind_once(port, fwmark) {
+            match Self::bind_once(port, fwmark, shard) {
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => last = error,
                 other => return other,
             }
@@ -54,10 +54,10 @@ impl Sockets {
         Err(last)
     }
 
-    fn bind_once(port: u16, fwmark: u32) -> io::Result<Self> {
-        let v4 = optional(Half::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port), fwmark))?;
+    fn bind_once(port: u16, fwmark: u32, shard: Shard) -> io::Result<Self> {
+        let v4 = optional(Half::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port), fwmark, shard))?;
         let bound = v4.as_ref().map(Half::port).transpose()?.unwrap_or(port);
-        let v6 = optional(Half::bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), bound), fwmark))?;
+        let v6 = optional(Half::bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), bound), fwmark, shard))?;
         let port = v6.as_ref().map(Half::port).transpose()?.unwrap_or(bound);
         Ok(Self { v4, v6, port })
     }
@@ -148,7 +148,7 @@ fn optional(half: io::Result<Half>) -> io::Result<Option<Half>> {
 }
 
 impl Half {
-    fn bind(addr: SocketAddr, fwmark: u32) -> io::Result<Self> {
+    fn bind(addr: SocketAddr, fwmark: u32, shard: Shard) -> io::Result<Self> {
         let v6 = addr.is_ipv6();
         let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
         let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
@@ -161,7 +161,16 @@ impl Half {
         if let Err(error) = sockopt::force_buffers(&socket, RECEIVE_BUFFER, SEND_BUFFER) {
             tracing::info!(%error, "socket buffers keep the host's limits");
         }
+        if shard.index > 0 {
+            steer::share_port(&socket)?;
+        }
         socket.bind(&addr.into())?;
+        if shard.index > 0 {
+            steer::steer(&socket, shard.count)?;
+        } else if shard.count > 1 {
+            // Not before binding: no other program may have the port.
+            steer::share_port(&socket)?;
+        }
         let state = offloads(&socket, v6)?;
         Ok(Self { socket, state, v6 })
     }

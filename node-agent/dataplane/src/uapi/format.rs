@@ -44,6 +44,12 @@ pub(crate) fn device(state: &DeviceState) -> String {
     line(&mut text, "cvault_tun_written_bytes", shell.tun_written_bytes);
     line(&mut text, "cvault_tun_merged_bytes", shell.tun_merged_bytes);
     line(&mut text, "cvault_panics", shell.panics);
+    line(&mut text, "cvault_workers", state.workers.len());
+    for (number, worker) in state.workers.iter().enumerate() {
+        line(&mut text, &format!("cvault_worker_{number}_forwarded"), worker.forwarded);
+        line(&mut text, &format!("cvault_worker_{number}_ring_drops"), worker.ring_drops);
+        line(&mut text, &format!("cvault_worker_{number}_stalled"), u8::from(worker.stalled));
+    }
     text
 }
 

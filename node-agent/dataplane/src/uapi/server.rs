@@ -14,7 +14,8 @@ use zeroize::Zeroizing;
 use super::parse::{Invalid, SetParser, SetRequest};
 use super::{SOCKET_DIR, format};
 use crate::change::PeerChange;
-use crate::io::mailbox::{Controller, Reply, Request, WorkerGone};
+use crate::io::fleet::Fleet;
+use crate::io::mailbox::{Reply, Request, WorkerGone};
 
 /// Clients served at the same time; more are turned away.
 const MAX_CLIENTS: usize = 8;
@@ -72,7 +73,7 @@ pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
 
 /// What every client thread shares.
 pub(crate) struct Server {
-    controller: Controller,
+    controller: Fleet,
     journal: Option<PathBuf>,
     clients: AtomicUsize,
     /// One `set` at a time: a replacement of all peers spans several letters to the worker.
@@ -80,7 +81,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    pub(crate) fn new(controller: Controller, journal: Option<PathBuf>) -> Arc<Self> {
+    pub(crate) fn new(controller: Fleet, journal: Option<PathBuf>) -> Arc<Self> {
         Arc::new(Self { controller, journal, clients: AtomicUsize::new(0), setting: Mutex::new(()) })
     }
 
@@ -197,10 +198,7 @@ impl Server {
     }
 
     fn done(&self, request: Request) -> Result<i32, WorkerGone> {
-        match self.controller.ask(request)? {
-            Reply::Done(errno) => Ok(errno),
-            Reply::Device(_) | Reply::Peers { .. } => Ok(libc::EPROTO),
-        }
+        Ok(self.controller.ask(request)?.errno())
     }
 }
 
@@ -314,10 +312,15 @@ mod tests {
                         listen_port: 51820,
                         fwmark: 0,
                         shell: ShellState::default(),
+                        workers: Vec::new(),
                     })),
                     Request::List { from, limit } => {
-                        let (peers, next) = engine.peers(from, limit);
-                        Reply::Peers { peers, next }
+                        let (peers, next) = engine.peers(u16::try_from(from).unwrap(), limit);
+                        Reply::Peers { peers, next: next.map(u32::from) }
+                    }
+                    Request::Notices(notices) => {
+                        notices.into_iter().for_each(|notice| engine.on_notice(notice));
+                        Reply::Done(0)
                     }
                     Request::Stop => return,
                 };
@@ -330,7 +333,8 @@ mod tests {
     fn talk(request: &str) -> String {
         let (controller, mailbox) = mailbox().unwrap();
         let engine = thread::spawn(move || worker(&mailbox));
-        let server = Server::new(controller.clone(), None);
+        let fleet = Fleet::new(vec![controller.clone()], vec![Arc::default()], 600, &[]);
+        let server = Server::new(fleet, None);
         let (mut client, ours) = UnixStream::pair().unwrap();
         let serving = thread::spawn(move || server.serve(&ours));
         client.write_all(request.as_bytes()).unwrap();
