@@ -261,7 +261,7 @@ impl Engine {
         Ok(slot)
     }
 
-    fn take_free_slot(&mut self) -> Option<u16> {
+    pub(super) fn take_free_slot(&mut self) -> Option<u16> {
         if let Some(slot) = self.free.pop() {
             return Some(slot);
         }

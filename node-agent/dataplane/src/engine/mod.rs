@@ -11,6 +11,8 @@ mod receive;
 mod send;
 mod shard;
 #[cfg(test)]
+mod shard_tests;
+#[cfg(test)]
 mod tests;
 mod tick;
 mod view;

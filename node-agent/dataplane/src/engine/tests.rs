@@ -11,8 +11,8 @@ use crate::tunnel::REJECT_AFTER_MESSAGES;
 const SERVER: &str = "192.0.2.1:51820";
 const CLIENT: &str = "198.51.100.7:40000";
 const ELSEWHERE: &str = "203.0.113.9:50000";
-const START: Now = Now { mono_ms: 1_000, unix_ms: 1_800_000_000_000 };
-const TENANT: [u8; 16] = [1; 16];
+pub(super) const START: Now = Now { mono_ms: 1_000, unix_ms: 1_800_000_000_000 };
+pub(super) const TENANT: [u8; 16] = [1; 16];
 
 struct Host {
     engine: Engine,
@@ -98,15 +98,15 @@ fn closed(host: &mut Host) -> Vec<ClosedPeer> {
     closed
 }
 
-fn secret(key: u8) -> Secret {
+pub(super) fn secret(key: u8) -> Secret {
     Secret::new([key; 32])
 }
 
-fn public(key: u8) -> [u8; 32] {
+pub(super) fn public(key: u8) -> [u8; 32] {
     Identity::new(&secret(key)).public_key()
 }
 
-fn packet(source: &str, destination: &str, len: usize) -> Vec<u8> {
+pub(super) fn packet(source: &str, destination: &str, len: usize) -> Vec<u8> {
     let (source, destination): (IpAddr, IpAddr) = (source.parse().unwrap(), destination.parse().unwrap());
     let mut packet = vec![0_u8; len];
     match (source, destination) {
