@@ -191,6 +191,9 @@ fn all_slots_can_be_used_whatever_the_number_of_workers() {
                 assert!(engine.shard().owns(slot));
                 assert!(!std::mem::replace(&mut taken[usize::from(slot)], true));
             }
+            engine.enter();
+            assert_eq!(engine.peers(u16::MAX - 1, 2).1, None, "looking ends with the last slot");
+            engine.leave();
         }
         assert!(taken.into_iter().all(|taken| taken), "{count} workers");
     }

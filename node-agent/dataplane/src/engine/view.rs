@@ -73,7 +73,7 @@ impl Engine {
     pub fn peers(&self, from: u16, limit: usize) -> (Vec<PeerView>, Option<u16>) {
         let mut views = Vec::new();
         for slot in from..=u16::MAX {
-            if u32::from(slot) >= self.unused {
+            if u32::from(slot) >= self.unused.min(self.counters.capacity()) {
                 break;
             }
             if views.len() == limit {
