@@ -335,3 +335,29 @@ impl Batch {
         self.changes[usize::from(owner)].push(change);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn change(key: u8, generation: u64) -> PeerChange {
+        PeerChange { public_key: [key; 32], generation: Some(generation), ..PeerChange::default() }
+    }
+
+    #[test]
+    fn new_keys_go_where_there_is_most_room_and_known_ones_stay() {
+        let found = Found { public_key: [9; 32], generation: 5, slot: 1 };
+        let mut placement = Placement::new(2, 512, &[found]);
+        assert_eq!(placement.owner(&change(1, 0)), 0);
+        assert_eq!(placement.owner(&change(2, 0)), 0, "the other one has the peer of the file");
+        assert_eq!(placement.owner(&change(3, 0)), 1);
+        assert_eq!(placement.owner(&change(9, 5)), 1, "it goes on in its slot");
+        assert_eq!(placement.owner(&change(1, 7)), 0);
+        placement.removed(&[1; 32]);
+        assert_eq!(placement.owners(&[1; 32]), Vec::<u16>::new());
+        placement.round += 1;
+        placement.owner(&change(3, 0));
+        placement.replaced();
+        assert_eq!((placement.keys.len(), placement.load.as_slice()), (1, &[0, 1][..]));
+    }
+}
