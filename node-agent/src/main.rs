@@ -67,6 +67,9 @@ struct TunnelArgs {
     /// Do not use the kernel's offloads.
     #[arg(long)]
     no_offload: bool,
+    /// How many workers share the peers, at most 64 (default: 1).
+    #[arg(long, env = "CVAULT_TUNNEL_WORKERS", value_parser = clap::value_parser!(u16).range(1..=64))]
+    workers: Option<u16>,
     /// Begin a new session first, out of reach of the starter's terminal.
     #[arg(long, hide = true)]
     own_session: bool,
@@ -128,6 +131,7 @@ fn tunnel_process(args: TunnelArgs) -> anyhow::Result<()> {
         state_dir: args.state_dir,
         persist: args.persist,
         offload: !args.no_offload,
+        workers: args.workers,
     })?)
 }
 

@@ -56,6 +56,11 @@ impl AllowedIps {
         }
     }
 
+    /// The owner of exactly this prefix.
+    pub(crate) fn owner(&self, net: IpNet) -> Option<u16> {
+        if is_host(net) { self.host(net.addr()) } else { self.nets.get(&net).copied() }
+    }
+
     /// The owner of exactly this address.
     pub(crate) fn host(&self, addr: IpAddr) -> Option<u16> {
         match addr {

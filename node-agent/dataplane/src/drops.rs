@@ -63,11 +63,13 @@ pub enum Drop {
     TxRateLimited,
     /// To the peer, and beyond its lease.
     TxLeaseEnded,
+    /// The worker it belongs to has too much waiting already.
+    Forward,
 }
 
 impl Drop {
     /// Every reason, in the order of the counters.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 29] = [
         Self::Garbage,
         Self::BadMac,
         Self::SourceLimited,
@@ -96,6 +98,7 @@ impl Drop {
         Self::LeaseEnded,
         Self::TxRateLimited,
         Self::TxLeaseEnded,
+        Self::Forward,
     ];
 
     /// The name in UAPI and metrics.
@@ -130,6 +133,7 @@ impl Drop {
             Self::LeaseEnded => "lease_ended",
             Self::TxRateLimited => "tx_rate_limited",
             Self::TxLeaseEnded => "tx_lease_ended",
+            Self::Forward => "forward",
         }
     }
 }
@@ -152,6 +156,14 @@ impl Drops {
     #[must_use]
     pub fn get(&self, reason: Drop) -> Dropped {
         self.0[reason as usize]
+    }
+
+    /// Adds those of another worker.
+    pub(crate) fn add(&mut self, other: &Self) {
+        for reason in Drop::ALL {
+            let Dropped { packets, bytes } = other.get(reason);
+            self.many(reason, packets, bytes);
+        }
     }
 
     pub(crate) fn one(&mut self, reason: Drop, bytes: usize) {

@@ -6,20 +6,25 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit, setsid};
 
 use crate::counters::{CounterTable, MAX_PEERS};
 use crate::engine::{Engine, EngineConfig};
-use crate::io::mailbox::{Request, mailbox};
+use crate::io::fleet::{Fleet, Found};
+use crate::io::mailbox::{Controller, Request, mailbox};
 use crate::io::memory::give_back_soon;
 use crate::io::offloads::Offloads;
+use crate::io::ring::rings;
 use crate::io::signals;
 use crate::io::tun::{Tun, TunConfig};
+use crate::io::watch::{Health, Watch};
 use crate::io::worker::{End, Worker};
 use crate::journal::Journal;
+use crate::policy::SharedRates;
 use crate::uapi::server::{self, Occupant, Server, occupant, socket_path};
 
 /// The convention of wg-quick's userspace implementations.
@@ -31,6 +36,10 @@ const WITHOUT: &str = "CVAULT_TUNNEL_WITHOUT";
 const LOG_FILE: &str = "LOG_FILE";
 /// Opening a TUN and two sockets takes milliseconds.
 const START_DEADLINE: Duration = Duration::from_secs(10);
+/// More would each own too few of the 256 classes of slots that the kernel can tell apart.
+const MAX_WORKERS: u16 = 64;
+/// How often the workers are looked after.
+const WATCH_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
 
 /// How to run the tunnel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +54,8 @@ pub struct TunnelOptions {
     pub persist: bool,
     /// Use the offloads the kernel has. Without them the kernel's byte counters of the TUN are plain sums of packets.
     pub offload: bool,
+    /// How many workers share the peers, at most 64; 1 without it.
+    pub workers: Option<u16>,
 }
 
 /// Why there is no tunnel. Each sentence says what is wrong and how to mend it.
@@ -108,6 +119,9 @@ pub enum TunnelError {
     /// The detached process did not get ready.
     #[error("the tunnel did not get ready in {} seconds: start it with --foreground to see why", START_DEADLINE.as_secs())]
     NotReady,
+    /// A worker hangs.
+    #[error("worker {0} has not finished a pass for ten seconds: the tunnel ends, to be started anew")]
+    Stuck(usize),
     /// Something the host should always be able to do.
     #[error("the tunnel cannot run")]
     Io(#[from] io::Error),
@@ -196,7 +210,8 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     give_back_soon();
     harden()?;
     let (counters, journal) = open_state(options)?;
-    let tun = Tun::open(TunConfig { name: &options.interface, offloads: offloads(options)? })
+    let wanted = worker_count(options);
+    let tun = Tun::open(TunConfig { name: &options.interface, offloads: offloads(options)?, queues: wanted > 1 })
         .map_err(|error| tun_error(&options.interface, error))?;
     let listener = server::bind(path).map_err(|source| {
         if source.kind() == io::ErrorKind::AddrInUse {
@@ -210,36 +225,77 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
         // Not before: an interface made here goes with this process when the socket cannot be bound.
         tun.persist()?;
     }
-    let (controller, mailbox) = mailbox()?;
-    let engine = Engine::new(EngineConfig { counters, seed: rand::random() });
-    let worker = Worker::new(engine, tun, journal, mailbox);
-    let server = Server::new(controller.clone(), worker.journal_sync());
+    let tuns = queues(tun, wanted)?;
+    let count = u16::try_from(tuns.len()).expect("at most 64 workers");
+    let found: Vec<_> = counters
+        .occupied()
+        .into_iter()
+        .map(|((public_key, generation), slot)| Found { public_key, generation, slot })
+        .collect();
+    let journal_sync = journal.as_ref().map(Journal::syncer);
+    let journal = journal.map(|journal| Arc::new(Mutex::new(journal)));
+    let capacity = counters.capacity();
+    let mut engines = Engine::sharded(EngineConfig { counters, seed: rand::random() }, count);
+    let rates = SharedRates::default();
+    engines.iter_mut().for_each(|engine| engine.share_rates(rates.clone()));
+    let (controllers, mailboxes): (Vec<_>, Vec<_>) =
+        (0..count).map(|_| mailbox()).collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
+    let neighbours = rings(&mailboxes);
+    let started = Instant::now();
+    let workers: Vec<_> = engines
+        .into_iter()
+        .zip(tuns)
+        .zip(mailboxes)
+        .zip(neighbours)
+        .map(|(((engine, tun), mailbox), neighbours)| {
+            Worker::new(engine, tun, journal.clone(), mailbox, neighbours, started)
+        })
+        .collect();
+    let pulses: Vec<_> = workers.iter().map(Worker::pulse).collect();
+    let mut watches: Vec<_> = pulses.iter().map(|pulse| Watch::new(Arc::clone(pulse), 0)).collect();
+    let fleet = Fleet::new(controllers.clone(), pulses, capacity, &found);
+    drop(found);
+    let server = Server::new(fleet, journal_sync);
     let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from)?;
-    let ended_by_worker = ended.try_clone()?;
-    let thread = std::thread::Builder::new().name("tunnel-worker".into()).spawn(move || {
-        let end = worker.run();
-        let _ = rustix::io::write(&ended_by_worker, &1_u64.to_ne_bytes());
-        end
-    })?;
+    let mut threads = Vec::new();
+    for (number, worker) in workers.into_iter().enumerate() {
+        let ended_by_worker = ended.try_clone()?;
+        threads.push(std::thread::Builder::new().name(format!("tunnel-worker-{number}")).spawn(move || {
+            let end = worker.run();
+            let _ = rustix::io::write(&ended_by_worker, &1_u64.to_ne_bytes());
+            end
+        })?);
+    }
     server.start(listener)?;
     tracing::info!(interface = options.interface, "the tunnel is ready");
+    tracing::debug!(workers = count, "the peers are shared");
 
     let stopping = loop {
         let mut fds = [termination.as_fd(), ended.as_fd()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        match poll(&mut fds, None) {
+        match poll(&mut fds, Some(&WATCH_INTERVAL)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => break Err(io::Error::from(error)),
         }
         if fds.iter().any(|fd| !fd.revents().is_empty()) {
             break Ok(());
         }
+        if let Some(stuck) = look_after(&mut watches, &controllers, started) {
+            // Not joined: it does not return.
+            let _ = std::fs::remove_file(path);
+            return Err(TunnelError::Stuck(stuck));
+        }
     };
     if let Err(error) = std::fs::remove_file(path) {
         tracing::debug!(%error, "the control socket is gone already");
     }
     // A worker that has ended by itself does not answer.
-    let _ = controller.ask(Request::Stop);
-    let end = thread.join().map_err(|_| io::Error::other("the worker panicked"))??;
+    let asked: Vec<_> = controllers.iter().map(|controller| controller.post(Request::Stop)).collect();
+    drop(asked);
+    let mut end = End::Stopped;
+    for thread in threads {
+        let this = thread.join().map_err(|_| io::Error::other("the worker panicked"))??;
+        end = if this == End::InterfaceGone { this } else { end };
+    }
     match end {
         End::Stopped => tracing::info!("the tunnel has stopped"),
         End::InterfaceGone => tracing::info!("the interface was deleted: the tunnel has stopped"),
@@ -252,6 +308,40 @@ fn offloads(options: &TunnelOptions) -> Result<Offloads, TunnelError> {
     let list = std::env::var_os(WITHOUT).unwrap_or_default();
     let offloads = Offloads::without(&list.to_string_lossy()).map_err(TunnelError::NotAnOffload)?;
     Ok(Offloads { tun: offloads.tun && options.offload, ..offloads })
+}
+
+fn worker_count(options: &TunnelOptions) -> u16 {
+    options.workers.unwrap_or(1).clamp(1, MAX_WORKERS)
+}
+
+/// One queue of the interface for each worker. An interface that an earlier process made with one queue keeps it.
+fn queues(first: Tun, wanted: u16) -> io::Result<Vec<Tun>> {
+    let mut tuns = vec![first];
+    while tuns.len() < usize::from(wanted) {
+        match tuns[0].queue() {
+            Some(tun) => tuns.push(tun?),
+            None => {
+                tracing::warn!("the interface was made for one worker: delete it once to have {wanted}");
+                break;
+            }
+        }
+    }
+    Ok(tuns)
+}
+
+/// Pokes every worker and says which one will not come back.
+fn look_after(watches: &mut [Watch], workers: &[Controller], started: Instant) -> Option<usize> {
+    let now_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    workers.iter().for_each(Controller::poke);
+    let mut stuck = None;
+    for (number, watch) in watches.iter_mut().enumerate() {
+        match watch.look(now_ms) {
+            Health::Well => {}
+            Health::Stalled => tracing::warn!(worker = number, "a worker has not finished a pass for seconds"),
+            Health::Stuck => stuck = stuck.or(Some(number)),
+        }
+    }
+    stuck
 }
 
 /// Keys are in memory: no core dumps, no ptrace.

@@ -4,7 +4,7 @@ use ipnet::IpNet;
 use smallvec::SmallVec;
 
 use super::police::total;
-use super::{Closing, Engine, Life, Now, Peer};
+use super::{Closing, Engine, Life, Now, Peer, Shard};
 use crate::allowed::is_host;
 use crate::change::{PeerChange, Refused, Secret};
 use crate::drops::Drop;
@@ -25,6 +25,23 @@ pub enum Settled {
     More,
 }
 
+/// What a change did to a peer of another worker, who must hear of it before the change is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Notice {
+    /// The prefix has moved to another peer.
+    Forget { slot: u16, net: IpNet },
+    /// The key lives on at another worker.
+    Remove { slot: u16 },
+}
+
+impl Notice {
+    pub(crate) fn slot(self) -> u16 {
+        match self {
+            Self::Forget { slot, .. } | Self::Remove { slot } => slot,
+        }
+    }
+}
+
 impl Engine {
     /// Sets or removes our key. Sessions made with another key end.
     pub fn set_private_key(&mut self, secret: &Secret) {
@@ -42,20 +59,24 @@ impl Engine {
             }
         }
         if let Some(own) = self.identity.as_ref().map(Identity::public_key)
-            && let Some(slot) = self.by_key.get(&own)
+            && let Some(slot) = self.directory.get().by_key.get(&own).copied()
         {
-            self.remove(*slot);
+            self.remove(slot);
         }
     }
 
     /// Changes the prefixes in which peers live.
     pub fn set_overlay(&mut self, replace: bool, add: &[IpNet]) {
+        if !replace && add.is_empty() {
+            return;
+        }
+        let overlay = &mut self.directory.get_mut().overlay;
         if replace {
-            self.overlay.clear();
+            overlay.clear();
         }
         for net in add {
-            if !self.overlay.contains(&net.trunc()) {
-                self.overlay.push(net.trunc());
+            if !overlay.contains(&net.trunc()) {
+                overlay.push(net.trunc());
             }
         }
     }
@@ -78,7 +99,8 @@ impl Engine {
     /// Nothing was changed then.
     pub fn apply_peer(&mut self, now: Now, mut change: PeerChange, out: &mut Out) -> Result<(), Refused> {
         let is_self = self.identity.as_ref().is_some_and(|identity| identity.public_key() == change.public_key);
-        let existing = self.by_key.get(&change.public_key).copied();
+        let anywhere = self.directory.get().by_key.get(&change.public_key).copied();
+        let existing = anywhere.filter(|slot| self.shard.owns(*slot));
         if change.remove {
             if let Some(slot) = existing {
                 self.remove(slot);
@@ -101,12 +123,16 @@ impl Engine {
             Some(slot) => {
                 let new = self.insert(now, &change)?;
                 self.remove(slot);
-                self.by_key.insert(change.public_key, new);
+                self.directory.get_mut().by_key.insert(change.public_key, new);
                 new
             }
             None => self.insert(now, &change)?,
         };
         self.replace.name(slot);
+        if let (None, Some(elsewhere)) = (existing, anywhere) {
+            // A life that an earlier process left here takes over from the one that another worker has.
+            self.notices.push(Notice::Remove { slot: elsewhere });
+        }
         self.update(now, slot, change, out);
         Ok(())
     }
@@ -139,6 +165,30 @@ impl Engine {
     pub fn waits_for_settling(&self, change: &PeerChange) -> bool {
         let full = self.free.is_empty() && self.unused >= self.counters.capacity();
         !self.closing.is_empty() && (full || self.closing_lives.contains(&life_of(change)))
+    }
+
+    /// What the changes since the last call did to peers of other workers.
+    pub(crate) fn take_notices(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.notices)
+    }
+
+    /// Another worker's change concerns one of our peers.
+    pub(crate) fn on_notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Remove { slot } => self.remove(slot),
+            Notice::Forget { slot, net } => {
+                // It may have come back in the meantime.
+                if self.directory.get().routes.owner(net) != Some(slot) {
+                    self.forget_prefix(slot, net);
+                }
+            }
+        }
+    }
+
+    fn forget_prefix(&mut self, slot: u16, net: IpNet) {
+        if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
+            peer.allowed_ips.retain(|have| *have != net);
+        }
     }
 
     /// Hands the final counters of up to `limit` removed peers to `journal`; only then can their slots be used again.
@@ -228,16 +278,16 @@ impl Engine {
             last_ephemeral: [0; 32],
             policy: PeerPolicy::default(),
         }));
-        self.by_key.insert(id.0, slot);
+        self.directory.get_mut().by_key.insert(id.0, slot);
         Ok(slot)
     }
 
-    fn take_free_slot(&mut self) -> Option<u16> {
+    pub(super) fn take_free_slot(&mut self) -> Option<u16> {
         if let Some(slot) = self.free.pop() {
             return Some(slot);
         }
         let slot = u16::try_from(self.unused).ok().filter(|_| self.unused < self.counters.capacity())?;
-        self.unused += 1;
+        self.unused = self.shard.first_from(self.unused + 1);
         Some(slot)
     }
 
@@ -260,18 +310,21 @@ impl Engine {
         {
             peer.tenant = Some(tenant);
             peer.policy.belong_to(self.policy.tenants.hold(tenant));
+            if self.shard != Shard::ALONE {
+                self.directory.get_mut().tenants.insert(slot, tenant);
+            }
         }
         peer.policy.limit(now.clock(), change.limits, || total(&self.counters, slot));
         let same = change.removed_ips.is_empty() && peer.allowed_ips[..] == change.allowed_ips[..];
         if change.replace_allowed_ips && !same {
             for net in std::mem::take(&mut peer.allowed_ips) {
-                self.routes.remove(net, slot);
+                self.directory.get_mut().routes.remove(net, slot);
             }
         }
         for net in change.removed_ips {
             let net = net.trunc();
             peer.allowed_ips.retain(|have| *have != net);
-            self.routes.remove(net, slot);
+            self.directory.get_mut().routes.remove(net, slot);
         }
         if !same {
             for net in change.allowed_ips {
@@ -300,12 +353,11 @@ impl Engine {
     }
 
     fn add_allowed_ip(&mut self, slot: u16, net: IpNet) {
-        let former = self.routes.insert(net, slot);
-        if former == Some(slot) {
-            return;
-        }
-        if let Some(peer) = former.and_then(|former| self.peers[usize::from(former)].as_deref_mut()) {
-            peer.allowed_ips.retain(|have| *have != net);
+        match self.directory.get_mut().routes.insert(net, slot) {
+            Some(former) if former == slot => return,
+            Some(former) if self.shard.owns(former) => self.forget_prefix(former, net),
+            Some(former) => self.notices.push(Notice::Forget { slot: former, net }),
+            None => {}
         }
         if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
             peer.allowed_ips.push(net);
@@ -351,10 +403,13 @@ impl Engine {
             self.drops.one(Drop::TxNoSession, packet.len());
         }
         for net in &peer.allowed_ips {
-            self.routes.remove(*net, slot);
+            self.directory.get_mut().routes.remove(*net, slot);
         }
-        if self.by_key.get(&peer.public_key) == Some(&slot) {
-            self.by_key.remove(&peer.public_key);
+        if self.directory.get().by_key.get(&peer.public_key) == Some(&slot) {
+            self.directory.get_mut().by_key.remove(&peer.public_key);
+        }
+        if self.shard != Shard::ALONE {
+            self.directory.get_mut().tenants.remove(&slot);
         }
         Some(peer)
     }

@@ -6,12 +6,16 @@
 //! endpoints change only after authentication; nothing is encrypted without a known session.
 
 mod apply;
+mod directory;
 mod police;
 #[cfg(test)]
 mod police_tests;
 mod receive;
 mod replace;
 mod send;
+mod shard;
+#[cfg(test)]
+mod shard_tests;
 #[cfg(test)]
 mod tests;
 mod tick;
@@ -19,12 +23,11 @@ mod view;
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
-use foldhash::{HashMap, HashMapExt};
 use ipnet::IpNet;
 use smallvec::SmallVec;
 
-use crate::allowed::AllowedIps;
 use crate::change::Secret;
 use crate::counters::{CounterTable, Field};
 use crate::drops::{Drop, Drops};
@@ -36,8 +39,11 @@ use crate::out::{Datagram, NO_SLOT, Out};
 use crate::policy::{PeerPolicy, Policy};
 use crate::tunnel::{Identity, MIN_ROOM, Timers, Tunnel};
 
+pub(crate) use apply::Notice;
 pub use apply::Settled;
+use directory::Hold;
 use replace::Replace;
+pub(crate) use shard::{Parcel, ParcelKind, Shard};
 pub(crate) use tick::TICK_MS;
 pub use view::{DeviceView, PeerView};
 
@@ -116,7 +122,7 @@ pub struct Engine {
     peers: Vec<Option<Box<Peer>>>,
     /// Life of each slot, part of the session index.
     lives: Vec<u8>,
-    /// Slots given back, and the first one that was never used.
+    /// Own slots given back, and the first own one that was never used.
     free: Vec<u16>,
     unused: u32,
     /// Found in the counter file: added again, they go on in their slots.
@@ -127,11 +133,13 @@ pub struct Engine {
     replace: Replace,
     /// Peers that were not added again are being closed.
     ending: bool,
-    by_key: HashMap<[u8; 32], u16>,
-    routes: AllowedIps,
-    overlay: Vec<IpNet>,
+    shard: Shard,
+    directory: Hold,
+    /// What belongs to other workers: messages, and changes of their peers.
+    parcels: Vec<Parcel>,
+    notices: Vec<Notice>,
     scramble: Scramble,
-    counters: CounterTable,
+    counters: Arc<CounterTable>,
     drops: Drops,
     sources: SourceLimit,
     handshakes: u64,
@@ -151,13 +159,33 @@ impl Engine {
     #[must_use]
     pub fn new(config: EngineConfig) -> Self {
         let EngineConfig { counters, seed } = config;
-        let parked: BTreeMap<_, _> = counters.occupied().into_iter().collect();
+        let hold = Hold::new(1, counters.capacity() as usize).pop().expect("one was asked for");
+        Self::of_shard(Shard::ALONE, hold, Arc::new(counters), seed)
+    }
+
+    /// `count` engines that share counters and directory; the low byte of a slot says which of them owns it.
+    #[must_use]
+    pub fn sharded(config: EngineConfig, count: u16) -> Vec<Self> {
+        let EngineConfig { counters, seed } = config;
+        let counters = Arc::new(counters);
+        let holds = Hold::new(usize::from(count), counters.capacity() as usize).into_iter();
+        let shards = (0..count).map(|index| Shard { index, count });
+        shards.zip(holds).map(|(shard, hold)| Self::of_shard(shard, hold, Arc::clone(&counters), seed)).collect()
+    }
+
+    fn of_shard(shard: Shard, directory: Hold, counters: Arc<CounterTable>, seed: u64) -> Self {
+        let occupied = counters.occupied().into_iter().filter(|(_, slot)| shard.owns(*slot));
+        let parked: BTreeMap<_, _> = occupied.collect();
         let unused = parked.values().map(|slot| u32::from(*slot) + 1).max().unwrap_or(0);
+        let unused = shard.first_from(unused);
         let mut taken = vec![false; unused as usize];
         for slot in parked.values() {
             taken[usize::from(*slot)] = true;
         }
-        let free = (0..unused).filter_map(|s| u16::try_from(s).ok()).filter(|s| !taken[usize::from(*s)]).collect();
+        let free = (0..unused)
+            .filter_map(|s| u16::try_from(s).ok())
+            .filter(|s| shard.owns(*s) && !taken[usize::from(*s)])
+            .collect();
         let capacity = counters.capacity() as usize;
         Self {
             identity: None,
@@ -170,9 +198,10 @@ impl Engine {
             closing_lives: HashSet::default(),
             replace: Replace::new(capacity),
             ending: false,
-            by_key: HashMap::with_capacity(capacity),
-            routes: AllowedIps::with_room(capacity),
-            overlay: Vec::new(),
+            shard,
+            directory,
+            parcels: Vec::new(),
+            notices: Vec::new(),
             scramble: Scramble::new(seed),
             counters,
             drops: Drops::default(),
@@ -186,6 +215,16 @@ impl Engine {
             policy: Policy::default(),
             hairpin: police::Hairpin::default(),
         }
+    }
+
+    /// Before a pass: takes part in the directory that all workers share.
+    pub fn enter(&mut self) {
+        self.directory.enter();
+    }
+
+    /// After a pass, and between portions of changes, so that others can change the directory.
+    pub fn leave(&mut self) {
+        self.directory.leave();
     }
 
     /// The shell handed packets of this peer to the TUN.

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::{Engine, Now, Peer};
+use super::{Engine, Now, ParcelKind, Peer};
 use crate::counters::CounterTable;
 use crate::drops::{Drop, Dropped};
 use crate::out::Out;
@@ -56,13 +56,13 @@ impl Engine {
         let addresses = packet::addresses(packet).ok_or(Drop::Malformed)?;
         let peer = self.peers[usize::from(slot)].as_deref().ok_or(Drop::Spoofed)?;
         let Some(tenant) = peer.policy.tenant() else {
-            let plain = peer.tenant.is_none() && self.routes.find(addresses.source) == Some(slot);
+            let plain = peer.tenant.is_none() && self.directory.get().routes.find(addresses.source) == Some(slot);
             return if plain { Ok(Way::Tun) } else { Err(Drop::Spoofed) };
         };
         if !peer.owns(addresses.source) {
             return Err(Drop::Spoofed);
         }
-        let other = self.routes.host(addresses.destination);
+        let other = self.directory.get().routes.host(addresses.destination);
         if other.is_some() || self.in_overlay(addresses.destination) {
             let reachable = other.filter(|other| *other != slot && self.policy.tenants.allows_intra(tenant));
             let neighbour = reachable.filter(|other| self.tenant_of(*other) == peer.tenant);
@@ -77,7 +77,7 @@ impl Engine {
     }
 
     fn in_overlay(&self, addr: IpAddr) -> bool {
-        self.overlay.iter().any(|net| net.contains(&addr))
+        self.directory.get().overlay.iter().any(|net| net.contains(&addr))
     }
 
     /// Charges a packet to the peer's and its tenant's limits.
@@ -104,7 +104,11 @@ impl Engine {
         self.hairpin.passed.packets += 1;
         self.hairpin.passed.bytes += len as u64;
         self.delivered(from, 1, len as u64);
-        self.arrive_from_neighbour(now, to, &packet, out);
+        if self.shard.owns(to) {
+            self.arrive_from_neighbour(now, to, &packet, out);
+        } else if let Some(tenant) = self.tenant_of(from) {
+            self.hand_on(to, ParcelKind::Neighbour(tenant), &packet);
+        }
         self.hairpin.scratch = packet;
     }
 
@@ -116,8 +120,33 @@ impl Engine {
         }
     }
 
+    /// A packet from a peer of the tenant that another worker serves, to one of ours.
+    pub(super) fn on_neighbour(
+        &mut self,
+        now: Now,
+        tenant: TenantId,
+        packet: &[u8],
+        out: &mut Out,
+    ) -> Result<(), Drop> {
+        let addresses = packet::addresses(packet).ok_or(Drop::TxMalformed)?;
+        let slot = self.directory.get().routes.host(addresses.destination).ok_or(Drop::TxNoRoute)?;
+        if !self.shard.owns(slot) {
+            return Err(Drop::Forward);
+        }
+        // It may be somebody else's by now.
+        if self.tenant_of(slot) != Some(tenant) {
+            return Err(Drop::TxIsolation);
+        }
+        self.arrive_from_neighbour(now, slot, packet, out);
+        Ok(())
+    }
+
     fn tenant_of(&self, slot: u16) -> Option<TenantId> {
-        self.peers[usize::from(slot)].as_ref().and_then(|peer| peer.tenant)
+        if self.shard.owns(slot) {
+            self.peers[usize::from(slot)].as_ref().and_then(|peer| peer.tenant)
+        } else {
+            self.directory.get().tenants.get(&slot).copied()
+        }
     }
 
     /// Counts a drop for a peer too.

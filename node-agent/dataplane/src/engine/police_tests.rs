@@ -496,7 +496,7 @@ fn engines_that_share_rates_hold_one_limit_together() {
         let now = net.now;
         net.server.set(now, 2, |p| p.tenant = Some(OURS));
     }
-    let slot = |net: &Net| net.server.engine.by_key[&public(2)];
+    let slot = |net: &Net| net.server.engine.directory.get().by_key[&public(2)];
     let (a, b) = (slot(&one), slot(&other));
     let mut passed = 0;
     while one.server.engine.charge(one.now, a, crate::policy::Direction::Down, 1024).is_ok()

@@ -1,7 +1,7 @@
 //! Datagrams from the network: handshakes, and data on its way to the TUN.
 
 use super::police::Way;
-use super::{Engine, Now, Origin, push};
+use super::{Engine, Now, Origin, ParcelKind, push};
 use crate::counters::Field;
 use crate::drops::Drop;
 use crate::ecn::{self, Ecn};
@@ -48,7 +48,13 @@ fn message(datagram: &[u8]) -> Option<Message> {
 impl Engine {
     /// One datagram (one segment of a GRO buffer) from the network.
     pub fn on_udp(&mut self, now: Now, datagram: &[u8], origin: Origin, out: &mut Out) {
-        let result = match message(datagram) {
+        let kind = message(datagram);
+        if let Some(Message::Response { index } | Message::Cookie { index } | Message::Data { index, .. }) = kind
+            && self.hand_on_datagram(index, origin, datagram)
+        {
+            return;
+        }
+        let result = match kind {
             Some(Message::Initiation) => self.on_initiation(now, datagram, origin, out),
             Some(Message::Response { index }) => self.on_response(now, datagram, index, origin, out),
             Some(Message::Cookie { index }) => self.on_cookie(now, datagram, index, origin, out),
@@ -68,7 +74,23 @@ impl Engine {
         self.admit(datagram, origin, out)?;
         let identity = self.identity.as_ref().ok_or(Drop::UnknownPeer)?;
         let key = identity.claimed_initiator(datagram).ok_or(Drop::Handshake)?;
-        let slot = *self.by_key.get(&key).ok_or(Drop::UnknownPeer)?;
+        let slot = *self.directory.get().by_key.get(&key).ok_or(Drop::UnknownPeer)?;
+        if !self.shard.owns(slot) {
+            self.hand_on(slot, ParcelKind::Initiation(origin, key), datagram);
+            return Ok(());
+        }
+        self.answer_initiation(now, slot, datagram, origin, out)
+    }
+
+    /// An initiation that passed the gate and claims to be of this peer.
+    pub(super) fn answer_initiation(
+        &mut self,
+        now: Now,
+        slot: u16,
+        datagram: &[u8],
+        origin: Origin,
+        out: &mut Out,
+    ) -> Result<(), Drop> {
         self.freshen(now, slot, out);
 
         let index = self.index_of(slot);

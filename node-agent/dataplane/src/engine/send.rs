@@ -1,6 +1,6 @@
 //! Packets from the TUN, on their way to a peer.
 
-use super::{Engine, Now, QUEUE_PER_PEER, QUEUE_TOTAL, push, push_marked};
+use super::{Engine, Now, ParcelKind, QUEUE_PER_PEER, QUEUE_TOTAL, push, push_marked};
 use crate::drops::Drop;
 use crate::ecn::Ecn;
 use crate::out::Out;
@@ -18,10 +18,14 @@ impl Engine {
 
     fn route(&mut self, now: Now, packet: &[u8], out: &mut Out) -> Result<(), Drop> {
         let addresses = packet::addresses(packet).ok_or(Drop::TxMalformed)?;
-        let slot = self.routes.find(addresses.destination).ok_or(Drop::TxNoRoute)?;
+        let slot = self.directory.get().routes.find(addresses.destination).ok_or(Drop::TxNoRoute)?;
+        if !self.shard.owns(slot) {
+            self.hand_on(slot, ParcelKind::Packet, packet);
+            return Ok(());
+        }
         let peer = self.peers[usize::from(slot)].as_deref().ok_or(Drop::TxNoRoute)?;
         // Peer to peer ends where it comes in, in a refusal or a hairpin; should the host forward it all the same, here.
-        let isolated = peer.tenant.is_some() && self.routes.host(addresses.source).is_some();
+        let isolated = peer.tenant.is_some() && self.directory.get().routes.host(addresses.source).is_some();
         let sent = if isolated { Err(Drop::TxIsolation) } else { self.send_to(now, slot, packet, out) };
         sent.inspect_err(|reason| self.blame(slot, *reason))
     }

@@ -12,8 +12,8 @@ use crate::tunnel::REJECT_AFTER_MESSAGES;
 const SERVER: &str = "192.0.2.1:51820";
 const CLIENT: &str = "198.51.100.7:40000";
 const ELSEWHERE: &str = "203.0.113.9:50000";
-const START: Now = Now { mono_ms: 1_000, unix_ms: 1_800_000_000_000 };
-const TENANT: [u8; 16] = [1; 16];
+pub(super) const START: Now = Now { mono_ms: 1_000, unix_ms: 1_800_000_000_000 };
+pub(super) const TENANT: [u8; 16] = [1; 16];
 
 struct Host {
     engine: Engine,
@@ -99,15 +99,15 @@ fn closed(host: &mut Host) -> Vec<ClosedPeer> {
     closed
 }
 
-fn secret(key: u8) -> Secret {
+pub(super) fn secret(key: u8) -> Secret {
     Secret::new([key; 32])
 }
 
-fn public(key: u8) -> [u8; 32] {
+pub(super) fn public(key: u8) -> [u8; 32] {
     Identity::new(&secret(key)).public_key()
 }
 
-fn packet(source: &str, destination: &str, len: usize) -> Vec<u8> {
+pub(super) fn packet(source: &str, destination: &str, len: usize) -> Vec<u8> {
     let (source, destination): (IpAddr, IpAddr) = (source.parse().unwrap(), destination.parse().unwrap());
     let mut packet = vec![0_u8; len];
     match (source, destination) {
@@ -401,16 +401,16 @@ fn another_private_key_ends_the_sessions() {
 #[test]
 fn removal_journals_the_final_counters_before_the_slot_is_used_again() {
     let (mut server, _client) = connected();
-    let slot = server.engine.by_key[&public(2)];
+    let slot = server.engine.directory.get().by_key[&public(2)];
     server.peer(2, |p| p.remove = true).unwrap();
     server.peer(5, |_| {}).unwrap();
-    assert_ne!(server.engine.by_key[&public(5)], slot, "not before the journal has it");
+    assert_ne!(server.engine.directory.get().by_key[&public(5)], slot, "not before the journal has it");
     assert!(server.engine.settle(10, |_| Err("disk full")).is_err());
     let closed = closed(&mut server);
     assert_eq!(closed.len(), 1);
     assert_eq!((closed[0].public_key, closed[0].epoch, closed[0].counts.rx_inner), (public(2), [1; 16], 100));
     server.peer(6, |_| {}).unwrap();
-    assert_eq!(server.engine.by_key[&public(6)], slot);
+    assert_eq!(server.engine.directory.get().by_key[&public(6)], slot);
     assert_eq!(server.view(6).counts, crate::counters::Counts::default());
 }
 
@@ -659,7 +659,7 @@ fn our_own_key_is_no_peer() {
 #[test]
 fn a_malformed_packet_inside_an_authentic_message_is_dropped() {
     let (mut server, mut client) = connected();
-    let slot = client.engine.by_key[&public(1)];
+    let slot = client.engine.directory.get().by_key[&public(1)];
     for bytes in [&[0x45][..], &[0x45, 0, 0, 5], &[0x60; 39], &[0; 100], &[0xff; 20]] {
         let mut inner = bytes.to_vec();
         if inner.len() == 4 {
@@ -692,7 +692,7 @@ proptest! {
         bytes[..n].copy_from_slice(&header[..n]);
         server.udp(&bytes, ELSEWHERE);
         // The same for the live session, and at the lengths the protocol has.
-        let slot = server.engine.by_key[&public(2)];
+        let slot = server.engine.directory.get().by_key[&public(2)];
         let live = server.engine.index_of(slot) << 8;
         for session in 0..3_u32 {
             if len >= 12 {
@@ -764,14 +764,14 @@ fn consistent(engine: &Engine) -> Result<(), TestCaseError> {
         let Some(peer) = peer else { continue };
         let slot = u16::try_from(slot).unwrap();
         queued += peer.queue.len();
-        prop_assert_eq!(engine.by_key.get(&peer.public_key), Some(&slot));
+        prop_assert_eq!(engine.directory.get().by_key.get(&peer.public_key), Some(&slot));
         prop_assert_eq!(engine.slot_of(engine.index_of(slot) << 8), Some(slot));
-        prop_assert!(peer.allowed_ips.iter().all(|net| engine.routes.host(net.addr()) == Some(slot)));
+        prop_assert!(peer.allowed_ips.iter().all(|net| engine.directory.get().routes.host(net.addr()) == Some(slot)));
         prop_assert!(peer.live_at.is_none_or(|at| engine.live[at as usize] == slot));
         prop_assert!(peer.tunnel.is_none() || peer.live_at.is_some());
         prop_assert!(!engine.free.contains(&slot));
     }
-    prop_assert_eq!(engine.by_key.len(), engine.peers.iter().flatten().count());
+    prop_assert_eq!(engine.directory.get().by_key.len(), engine.peers.iter().flatten().count());
     prop_assert_eq!(engine.queued, queued);
     prop_assert!(engine.live.iter().all(|slot| engine.peers[usize::from(*slot)].is_some()));
     Ok(())

@@ -73,8 +73,8 @@ impl Engine {
             epoch: self.counters.epoch(),
             drops: self.drops,
             handshakes: self.handshakes,
-            overlay: self.overlay.clone(),
-            peers: self.by_key.len(),
+            overlay: self.directory.get().overlay.clone(),
+            peers: self.directory.get().by_key.len(),
             live_peers: self.live.len(),
             hosts: self.policy.hosts.listed().to_vec(),
             tenants: self.policy.tenants.configured(),
@@ -87,7 +87,7 @@ impl Engine {
     pub fn peers(&self, from: u16, limit: usize) -> (Vec<PeerView>, Option<u16>) {
         let mut views = Vec::new();
         for slot in from..=u16::MAX {
-            if u32::from(slot) >= self.unused {
+            if u32::from(slot) >= self.unused.min(self.counters.capacity()) {
                 break;
             }
             if views.len() == limit {

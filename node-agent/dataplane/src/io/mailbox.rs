@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::change::{DeviceChange, PeerChange};
-use crate::engine::{DeviceView, PeerView};
+use crate::engine::{DeviceView, Notice, PeerView};
 
 /// Requests that may wait. Callers block when it is full: they are control threads, never the data path.
 const BOUND: usize = 16;
@@ -25,20 +25,40 @@ pub(crate) enum Request {
     Settle,
     Describe,
     List {
-        from: u16,
+        /// A slot; of several workers, with the worker above it.
+        from: u32,
         limit: usize,
     },
+    /// What another worker's changes did to peers of this one.
+    Notices(Vec<Notice>),
     Stop,
 }
 
 pub(crate) enum Reply {
     /// 0, or an errno.
     Done(i32),
+    /// Peers were changed.
+    Changed {
+        errno: i32,
+        /// What other workers must hear before the change is answered.
+        notices: Vec<Notice>,
+        /// Whether all removed peers are in the journal.
+        settled: bool,
+    },
     Device(Box<DeviceState>),
     Peers {
         peers: Vec<PeerView>,
-        next: Option<u16>,
+        next: Option<u32>,
     },
+}
+
+impl Reply {
+    pub(crate) fn errno(&self) -> i32 {
+        match self {
+            Self::Done(errno) | Self::Changed { errno, .. } => *errno,
+            Self::Device(_) | Self::Peers { .. } => libc::EPROTO,
+        }
+    }
 }
 
 /// The engine's view and what the shell adds.
@@ -47,6 +67,40 @@ pub(crate) struct DeviceState {
     pub(crate) listen_port: u16,
     pub(crate) fwmark: u32,
     pub(crate) shell: ShellState,
+    /// Each worker, when they are seen together.
+    pub(crate) workers: Vec<WorkerState>,
+}
+
+impl DeviceState {
+    /// Adds what another worker has done.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.view.drops.add(&other.view.drops);
+        self.view.handshakes += other.view.handshakes;
+        self.view.live_peers += other.view.live_peers;
+        self.view.hairpin.packets += other.view.hairpin.packets;
+        self.view.hairpin.bytes += other.view.hairpin.bytes;
+        let (shell, more) = (&mut self.shell, &other.shell);
+        shell.tun_tso &= more.tun_tso;
+        shell.tun_uso &= more.tun_uso;
+        shell.tun_merge &= more.tun_merge;
+        shell.udp_gso &= more.udp_gso;
+        shell.udp_gro &= more.udp_gro;
+        shell.tun_read_bytes += more.tun_read_bytes;
+        shell.tun_split_bytes += more.tun_split_bytes;
+        shell.tun_written_bytes += more.tun_written_bytes;
+        shell.tun_merged_bytes += more.tun_merged_bytes;
+        shell.panics += more.panics;
+    }
+}
+
+/// One worker among several.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct WorkerState {
+    /// Messages handed on to their owners, and those for which there was no room.
+    pub(crate) forwarded: u64,
+    pub(crate) ring_drops: u64,
+    /// It has not finished a pass for seconds.
+    pub(crate) stalled: bool,
 }
 
 /// Offloads in use, and bytes as the kernel's counters of the TUN show them.
@@ -64,6 +118,9 @@ pub(crate) struct ShellState {
     pub(crate) tun_written_bytes: u64,
     pub(crate) tun_merged_bytes: u64,
     pub(crate) panics: u64,
+    /// See [`WorkerState`].
+    pub(crate) forwarded: u64,
+    pub(crate) ring_drops: u64,
 }
 
 pub(crate) struct Mail {
@@ -98,17 +155,40 @@ pub(crate) fn mailbox() -> io::Result<(Controller, Mailbox)> {
 
 impl Controller {
     pub(crate) fn ask(&self, request: Request) -> Result<Reply, WorkerGone> {
-        let (reply, answer) = sync_channel(1);
-        self.queue.send(Mail { request, reply }).map_err(|_| WorkerGone)?;
+        self.post(request)?.wait()
+    }
+
+    /// Makes the worker begin a pass.
+    pub(crate) fn poke(&self) {
         // A full eventfd counter means that the worker is already being woken.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-        answer.recv_timeout(PATIENCE).map_err(|_| WorkerGone)
+    }
+
+    pub(crate) fn post(&self, request: Request) -> Result<Answer, WorkerGone> {
+        let (reply, answer) = sync_channel(1);
+        self.queue.send(Mail { request, reply }).map_err(|_| WorkerGone)?;
+        self.poke();
+        Ok(Answer(answer))
+    }
+}
+
+/// What the worker will say.
+pub(crate) struct Answer(Receiver<Reply>);
+
+impl Answer {
+    pub(crate) fn wait(self) -> Result<Reply, WorkerGone> {
+        self.0.recv_timeout(PATIENCE).map_err(|_| WorkerGone)
     }
 }
 
 impl Mailbox {
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
+    }
+
+    /// To wake this worker.
+    pub(crate) fn waker(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.wake)
     }
 
     pub(crate) fn next(&self) -> Option<Mail> {

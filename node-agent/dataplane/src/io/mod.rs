@@ -1,13 +1,17 @@
-//! The I/O shell: one worker thread between the engine, the TUN device and the UDP sockets.
+//! The I/O shell: worker threads, each between its engine, a queue of the TUN device and its UDP sockets.
 
 mod attempt;
+pub(crate) mod fleet;
 pub(crate) mod mailbox;
 pub(crate) mod memory;
 pub(crate) mod offloads;
 pub(crate) mod panics;
+pub(crate) mod ring;
 pub(crate) mod signals;
 mod sockopt;
 mod split;
+mod steer;
 pub(crate) mod tun;
 pub(crate) mod udp;
+pub(crate) mod watch;
 pub(crate) mod worker;

@@ -26,6 +26,8 @@ const MERGED: u8 = 0xff;
 pub(crate) struct TunConfig<'a> {
     pub(crate) name: &'a str,
     pub(crate) offloads: Offloads,
+    /// Whether several workers are to have a queue each.
+    pub(crate) queues: bool,
 }
 
 /// What one read brought.
@@ -49,26 +51,46 @@ pub(crate) struct Tun {
 impl Tun {
     pub(crate) fn open(config: TunConfig<'_>) -> io::Result<Self> {
         let existed = interface_exists(config.name)?;
-        let device = match build(config.name, config.offloads.tun) {
-            Err(error) if config.offloads.tun && error.raw_os_error() == Some(libc::EINVAL) => {
-                tracing::info!(%error, "the TUN offers no offload");
-                build(config.name, false)?
+        let TunConfig { name, offloads, queues } = config;
+        let offload = offloads.tun;
+        // An interface that outlived an earlier process keeps the kind of queues it was made with.
+        let ways = [(offload, queues), (offload, !queues), (false, queues), (false, !queues)];
+        let mut device = Err(io::Error::from_raw_os_error(libc::EINVAL));
+        for (offload, queues) in ways {
+            match &device {
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => device = build(name, offload, queues),
+                Ok(_) | Err(_) => break,
             }
-            other => other?,
-        };
+        }
+        let device = device?;
         if !existed {
             device.set_mtu(MTU)?;
             if let Err(error) = device.set_tx_queue_len(TX_QUEUE_LEN) {
                 tracing::debug!(%error, "the transmit queue keeps its length");
             }
         }
+        if offload && !device.tcp_gso() {
+            tracing::info!("the TUN offers no offload");
+        }
+        Self::new(device, offloads)
+    }
+
+    /// Another queue of the same interface; none when it was made without.
+    pub(crate) fn queue(&self) -> Option<io::Result<Self>> {
+        match self.device.try_clone() {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => None,
+            device => Some(device.and_then(|device| Self::new(device, self.offloads))),
+        }
+    }
+
+    fn new(device: SyncDevice, offloads: Offloads) -> io::Result<Self> {
         device.set_nonblocking(true)?;
         let tso = device.tcp_gso();
         Ok(Self {
             tso,
             uso: device.udp_gso(),
-            merge: tso && config.offloads.tun_merge,
-            offloads: config.offloads,
+            merge: tso && offloads.tun_merge,
+            offloads,
             device,
             gro: GROTable::new(),
             buffer: vec![0; VIRTIO_NET_HDR_LEN + MAX_PACKET],
@@ -163,12 +185,12 @@ impl Tun {
     }
 }
 
-fn build(name: &str, offload: bool) -> io::Result<SyncDevice> {
+fn build(name: &str, offload: bool, queues: bool) -> io::Result<SyncDevice> {
     DeviceBuilder::new()
         .name(name)
         .inherit_enable_state()
         .with(|builder| {
-            builder.offload(offload);
+            builder.offload(offload).multi_queue(queues);
         })
         .build_sync()
 }

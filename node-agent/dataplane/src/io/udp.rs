@@ -11,10 +11,10 @@ use socket2::{Domain, Protocol, Socket, Type};
 use super::attempt::{Fate, Patience, Singly, Source, attempt};
 use super::mailbox::ShellState;
 use super::offloads::Offloads;
-use super::sockopt;
+use super::{sockopt, steer};
 use crate::drops::Drop;
 use crate::ecn::Ecn;
-use crate::engine::Engine;
+use crate::engine::{Engine, Shard};
 use crate::out::{Datagram, Out};
 
 /// Datagram buffers of one receive call, each large enough for a GRO super-packet.
@@ -47,12 +47,13 @@ pub(crate) struct Sockets {
 }
 
 impl Sockets {
-    /// Binds both families to one port; 0 lets the kernel choose. A host without IPv6 (or IPv4) gets one socket.
-    pub(crate) fn bind(port: u16, fwmark: u32, allowed: Offloads) -> io::Result<Self> {
+    /// Binds both families to one port; 0 lets the kernel choose. Of several
+    /// workers the first one binds first. A host without IPv6 (or IPv4) gets one socket.
+    pub(crate) fn bind(port: u16, fwmark: u32, allowed: Offloads, shard: Shard) -> io::Result<Self> {
         const ATTEMPTS: usize = 10;
         let mut last = io::Error::from(io::ErrorKind::AddrInUse);
         for _ in 0..if port == 0 { ATTEMPTS } else { 1 } {
-            match Self::bind_once(port, fwmark, allowed) {
+            match Self::bind_once(port, fwmark, allowed, shard) {
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => last = error,
                 other => return other,
             }
@@ -60,10 +61,10 @@ impl Sockets {
         Err(last)
     }
 
-    fn bind_once(port: u16, fwmark: u32, allowed: Offloads) -> io::Result<Self> {
-        let v4 = optional(Half::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port), fwmark, allowed))?;
+    fn bind_once(port: u16, fwmark: u32, allowed: Offloads, shard: Shard) -> io::Result<Self> {
+        let v4 = optional(Half::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port), fwmark, allowed, shard))?;
         let bound = v4.as_ref().map(Half::port).transpose()?.unwrap_or(port);
-        let v6 = optional(Half::bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), bound), fwmark, allowed))?;
+        let v6 = optional(Half::bind(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), bound), fwmark, allowed, shard))?;
         let port = v6.as_ref().map(Half::port).transpose()?.unwrap_or(bound);
         Ok(Self { v4, v6, port })
     }
@@ -179,7 +180,7 @@ fn optional(half: io::Result<Half>) -> io::Result<Option<Half>> {
 }
 
 impl Half {
-    fn bind(addr: SocketAddr, fwmark: u32, allowed: Offloads) -> io::Result<Self> {
+    fn bind(addr: SocketAddr, fwmark: u32, allowed: Offloads, shard: Shard) -> io::Result<Self> {
         let v6 = addr.is_ipv6();
         let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
         let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
@@ -192,7 +193,16 @@ impl Half {
         if let Err(error) = sockopt::force_buffers(&socket, RECEIVE_BUFFER, SEND_BUFFER) {
             tracing::info!(%error, "socket buffers keep the host's limits");
         }
+        if shard.index > 0 {
+            steer::share_port(&socket)?;
+        }
         socket.bind(&addr.into())?;
+        if shard.index > 0 {
+            steer::steer(&socket, shard.count)?;
+        } else if shard.count > 1 {
+            // Not before binding: no other program may have the port.
+            steer::share_port(&socket)?;
+        }
         let state = offloads(&socket, v6, allowed)?;
         Ok(Self { socket, state, v6, allowed, singly: Singly::default(), worn: false })
     }

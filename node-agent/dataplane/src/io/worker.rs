@@ -1,18 +1,22 @@
-//! The worker: everything that touches packets, on one thread.
+//! A worker: everything that touches the packets of its peers, on one thread.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::mailbox::{DeviceState, Mailbox, Reply, Request, ShellState};
 use super::panics::{Panics, Verdict};
+use super::ring::Neighbours;
 use super::tun::{Read, Tun};
 use super::udp::{self, BATCH, BUFFER_BYTES, Sockets};
+use super::watch::Pulse;
 use crate::change::{DeviceChange, PeerChange, Refused, canonical};
+use crate::drops::Drop;
 use crate::engine::{Engine, Now, Origin, Settled, TICK_MS};
-use crate::journal::{Journal, JournalSync};
+use crate::journal::Journal;
 use crate::out::Out;
 use crate::policy::TooMany;
 
@@ -20,6 +24,9 @@ use crate::policy::TooMany;
 const MAX_LETTERS: usize = 4;
 const MAX_RECEIVES: usize = 4;
 const MAX_READS: usize = 32;
+const MAX_PARCELS: usize = 256;
+/// Changes after which the other workers get their turn.
+const MAX_CHANGES: usize = 64;
 /// Removed peers journaled in one go, a few microseconds each.
 const MAX_SETTLED: usize = 256;
 const SECOND_MS: u64 = 1000;
@@ -36,8 +43,10 @@ pub(crate) enum End {
 pub(crate) struct Worker {
     pub(crate) engine: Engine,
     pub(crate) tun: Tun,
-    pub(crate) journal: Option<Journal>,
+    pub(crate) journal: Option<Arc<Mutex<Journal>>>,
     pub(crate) mailbox: Mailbox,
+    neighbours: Neighbours,
+    pulse: Arc<Pulse>,
     net: Net,
     out: Out,
     buffers: Vec<u8>,
@@ -56,21 +65,35 @@ struct Net {
 }
 
 impl Worker {
-    pub(crate) fn new(engine: Engine, tun: Tun, journal: Option<Journal>, mailbox: Mailbox) -> Self {
+    pub(crate) fn new(
+        engine: Engine,
+        tun: Tun,
+        journal: Option<Arc<Mutex<Journal>>>,
+        mailbox: Mailbox,
+        neighbours: Neighbours,
+        started: Instant,
+    ) -> Self {
         Self {
             engine,
             tun,
             journal,
             mailbox,
+            neighbours,
+            pulse: Arc::default(),
             net: Net::default(),
             out: Out::default(),
             buffers: vec![0; BATCH * BUFFER_BYTES],
             shell: ShellState::default(),
             panics: Panics::default(),
-            started: Instant::now(),
+            started,
             next_tick_ms: 0,
             end: None,
         }
+    }
+
+    /// By which others see that it still works.
+    pub(crate) fn pulse(&self) -> Arc<Pulse> {
+        Arc::clone(&self.pulse)
     }
 
     /// Runs until it is told to stop or the interface is gone.
@@ -82,7 +105,11 @@ impl Worker {
         loop {
             self.wait(worked)?;
             // A panic costs the packets of one pass, not the sessions of everybody (trap 16).
-            match catch_unwind(AssertUnwindSafe(|| self.pass())) {
+            self.engine.enter();
+            let done = catch_unwind(AssertUnwindSafe(|| self.pass()));
+            self.engine.leave();
+            self.pulse.beat();
+            match done {
                 Ok(did) => worked = did?,
                 Err(_) => {
                     self.shell.panics += 1;
@@ -125,7 +152,10 @@ impl Worker {
     /// One round over everything that may be ready; says whether there was anything.
     fn pass(&mut self) -> io::Result<bool> {
         let now = self.now();
-        let mut worked = self.receive(now);
+        // First, so that what comes in later wakes again.
+        self.mailbox.clear_wake();
+        let mut worked = self.receive_parcels(now);
+        worked |= self.receive(now);
         worked |= self.read_tun(now)?;
         if now.mono_ms >= self.next_tick_ms {
             self.engine.on_tick(now, &mut self.out);
@@ -139,6 +169,20 @@ impl Worker {
             self.next_tick_ms = self.next_tick_ms.min(now.mono_ms + TICK_MS);
         }
         Ok(worked)
+    }
+
+    /// What the kernel gave to other workers.
+    fn receive_parcels(&mut self, now: Now) -> bool {
+        for parcels in 0..MAX_PARCELS {
+            let Some(parcel) = self.neighbours.inbox.next() else {
+                return parcels > 0;
+            };
+            self.engine.on_parcel(now, &parcel, &mut self.out);
+            if self.out.wants_flush() {
+                self.flush();
+            }
+        }
+        true
     }
 
     fn receive(&mut self, now: Now) -> bool {
@@ -187,6 +231,14 @@ impl Worker {
     }
 
     fn flush(&mut self) {
+        if self.engine.has_parcels() {
+            let parcels = self.engine.take_parcels();
+            self.shell.forwarded += parcels.len() as u64;
+            let lost = self.neighbours.hand_on(parcels);
+            self.shell.forwarded -= lost.packets;
+            self.shell.ring_drops += lost.packets;
+            self.engine.lost(Drop::Forward, lost.packets, lost.bytes);
+        }
         if !self.out.net().is_empty() {
             match &mut self.net.sockets {
                 Some(sockets) => sockets.send(&mut self.out, &mut self.engine),
@@ -200,9 +252,9 @@ impl Worker {
 
     /// Journals removed peers; a full disk keeps their slots from being used again until there is room.
     fn settle(&mut self) -> i32 {
-        let journal = &mut self.journal;
+        let journal = self.journal.as_deref();
         let settled = self.engine.settle(MAX_SETTLED, |closed| match journal {
-            Some(journal) => journal.append_all(closed),
+            Some(journal) => journal.lock().unwrap_or_else(PoisonError::into_inner).append_all(closed),
             None => Ok(()),
         });
         match settled {
@@ -216,7 +268,6 @@ impl Worker {
     }
 
     fn read_mail(&mut self, now: Now) -> bool {
-        self.mailbox.clear_wake();
         for letters in 0..MAX_LETTERS {
             let Some(mail) = self.mailbox.next() else {
                 return letters > 0;
@@ -232,11 +283,22 @@ impl Worker {
         let errno = match request {
             Request::Describe => return Reply::Device(Box::new(self.describe())),
             Request::List { from, limit } => {
+                let from = u16::try_from(from).unwrap_or(u16::MAX);
                 let (peers, next) = self.engine.peers(from, limit);
-                return Reply::Peers { peers, next };
+                return Reply::Peers { peers, next: next.map(u32::from) };
             }
             Request::Device(change) => self.change_device(now, change).map_or_else(|error| errno_of(&error), |()| 0),
-            Request::Peers(changes) => self.change_peers(now, changes),
+            Request::Peers(changes) => {
+                let errno = self.change_peers(now, changes);
+                self.flush();
+                let settled = self.settle() == 0;
+                return Reply::Changed { errno, notices: self.engine.take_notices(), settled };
+            }
+            Request::Notices(notices) => {
+                notices.into_iter().for_each(|notice| self.engine.on_notice(notice));
+                self.settle();
+                0
+            }
             Request::BeginReplace => {
                 self.engine.begin_replace();
                 0
@@ -277,17 +339,22 @@ impl Worker {
             (None, Some(_)) => None,
         };
         if let Some(port) = wanted {
-            self.net.sockets = Some(Sockets::bind(port, self.net.fwmark, self.tun.offloads())?);
+            let (offloads, shard) = (self.tun.offloads(), self.engine.shard());
+            self.net.sockets = Some(Sockets::bind(port, self.net.fwmark, offloads, shard)?);
         }
-        if let (Some(ack), Some(journal)) = (change.journal_ack, &mut self.journal) {
-            journal.acknowledge(ack)?;
+        if let (Some(ack), Some(journal)) = (change.journal_ack, &self.journal) {
+            journal.lock().unwrap_or_else(PoisonError::into_inner).acknowledge(ack)?;
         }
         Ok(())
     }
 
     fn change_peers(&mut self, now: Now, changes: Vec<PeerChange>) -> i32 {
         let slices = changes.len().div_ceil(MAX_SETTLED);
-        for change in changes {
+        for (number, change) in changes.into_iter().enumerate() {
+            if number % MAX_CHANGES == MAX_CHANGES - 1 {
+                self.engine.leave();
+                self.engine.enter();
+            }
             while self.engine.waits_for_settling(&change) && self.settle() == libc::EAGAIN {}
             match self.engine.apply_peer(now, change, &mut self.out) {
                 Ok(()) => {}
@@ -319,12 +386,8 @@ impl Worker {
             listen_port: self.net.sockets.as_ref().map_or(0, Sockets::port),
             fwmark: self.net.fwmark,
             shell,
+            workers: Vec::new(),
         }
-    }
-
-    /// Makes removals durable on the control side, without holding up packets.
-    pub(crate) fn journal_sync(&self) -> Option<JournalSync> {
-        self.journal.as_ref().map(Journal::syncer)
     }
 }
 

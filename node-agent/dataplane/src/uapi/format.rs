@@ -54,6 +54,12 @@ pub(crate) fn device(state: &DeviceState) -> String {
     for (id, settings) in &view.tenants {
         tenant(&mut text, id, settings);
     }
+    line(&mut text, "cvault_workers", state.workers.len());
+    for (number, worker) in state.workers.iter().enumerate() {
+        line(&mut text, &format!("cvault_worker_{number}_forwarded"), worker.forwarded);
+        line(&mut text, &format!("cvault_worker_{number}_ring_drops"), worker.ring_drops);
+        line(&mut text, &format!("cvault_worker_{number}_stalled"), u8::from(worker.stalled));
+    }
     text
 }
 

@@ -15,7 +15,8 @@ use zeroize::Zeroizing;
 use super::parse::{Invalid, SetParser, SetRequest};
 use super::{SOCKET_DIR, format};
 use crate::change::PeerChange;
-use crate::io::mailbox::{Controller, Reply, Request, WorkerGone};
+use crate::io::fleet::Fleet;
+use crate::io::mailbox::{Reply, Request, WorkerGone};
 use crate::journal::JournalSync;
 
 /// Clients served at the same time; more wait for the end of one, which is bounded in time.
@@ -106,14 +107,14 @@ impl Threads {
 
 /// What every client thread shares.
 pub(crate) struct Server {
-    controller: Controller,
+    controller: Fleet,
     threads: Mutex<Threads>,
     /// One `set` at a time: a replacement of all peers spans several letters to the worker.
     setting: Mutex<Option<JournalSync>>,
 }
 
 impl Server {
-    pub(crate) fn new(controller: Controller, journal: Option<JournalSync>) -> Arc<Self> {
+    pub(crate) fn new(controller: Fleet, journal: Option<JournalSync>) -> Arc<Self> {
         Arc::new(Self { controller, threads: Mutex::default(), setting: Mutex::new(journal) })
     }
 
@@ -246,10 +247,7 @@ impl Server {
     }
 
     fn done(&self, request: Request) -> Result<i32, WorkerGone> {
-        match self.controller.ask(request)? {
-            Reply::Done(errno) => Ok(errno),
-            Reply::Device(_) | Reply::Peers { .. } => Ok(libc::EPROTO),
-        }
+        Ok(self.controller.ask(request)?.errno())
     }
 }
 
@@ -443,10 +441,15 @@ mod tests {
                         listen_port: 51820,
                         fwmark: 0,
                         shell: ShellState::default(),
+                        workers: Vec::new(),
                     })),
                     Request::List { from, limit } => {
-                        let (peers, next) = engine.peers(from, limit);
-                        Reply::Peers { peers, next }
+                        let (peers, next) = engine.peers(u16::try_from(from).unwrap(), limit);
+                        Reply::Peers { peers, next: next.map(u32::from) }
+                    }
+                    Request::Notices(notices) => {
+                        notices.into_iter().for_each(|notice| engine.on_notice(notice));
+                        Reply::Done(0)
                     }
                     Request::Stop => return,
                 };
@@ -459,7 +462,8 @@ mod tests {
     fn talk(request: &str) -> String {
         let (controller, mailbox) = mailbox().unwrap();
         let engine = thread::spawn(move || worker(&mailbox));
-        let server = Server::new(controller.clone(), None);
+        let fleet = Fleet::new(vec![controller.clone()], vec![Arc::default()], 600, &[]);
+        let server = Server::new(fleet, None);
         let (mut client, ours) = UnixStream::pair().unwrap();
         let serving = thread::spawn(move || server.serve(&ours));
         client.write_all(request.as_bytes()).unwrap();
@@ -548,7 +552,8 @@ mod tests {
         let (controller, mailbox) = mailbox().unwrap();
         thread::spawn(move || worker(&mailbox));
         let path = dir.join("wg0.sock");
-        Server::new(controller, None).start(UnixListener::bind(&path).unwrap()).unwrap();
+        let fleet = Fleet::new(vec![controller], vec![Arc::default()], 600, &[]);
+        Server::new(fleet, None).start(UnixListener::bind(&path).unwrap()).unwrap();
         path
     }
 

@@ -1,0 +1,118 @@
+//! Which worker owns which slots, and what a worker hands to another one.
+
+use super::{Engine, Now, Origin};
+use crate::drops::Drop;
+use crate::out::Out;
+use crate::policy::TenantId;
+
+/// One of several workers: it owns the slots whose low byte, which the kernel can read in every index, leaves `index`
+/// when divided by `count`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shard {
+    pub(crate) index: u16,
+    pub(crate) count: u16,
+}
+
+impl Shard {
+    /// The only worker.
+    pub(crate) const ALONE: Self = Self { index: 0, count: 1 };
+
+    /// The worker that owns a slot.
+    pub(crate) fn owner(self, slot: u16) -> u16 {
+        if self.count == 1 { 0 } else { (slot & 0xff) % self.count }
+    }
+
+    pub(crate) fn owns(self, slot: u16) -> bool {
+        self.owner(slot) == self.index
+    }
+
+    /// The first own slot from `slot` on; may be beyond the last slot there is.
+    pub(super) fn first_from(self, slot: u32) -> u32 {
+        (slot..).find(|slot| u16::try_from(slot & 0xff).is_ok_and(|low| self.owns(low))).unwrap_or(slot)
+    }
+}
+
+/// What reached a worker and belongs to another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Parcel {
+    /// The worker it belongs to.
+    pub(crate) to: u16,
+    pub(crate) kind: ParcelKind,
+    pub(crate) bytes: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ParcelKind {
+    /// A packet from the TUN.
+    Packet,
+    /// A packet from a peer of this tenant to another one of it.
+    Neighbour(TenantId),
+    /// A datagram addressed by an index.
+    Datagram(Origin),
+    /// An initiation that passed the gate, and the key it claims.
+    Initiation(Origin, [u8; 32]),
+}
+
+impl Engine {
+    /// Which slots this engine owns.
+    pub(crate) fn shard(&self) -> Shard {
+        self.shard
+    }
+
+    pub(crate) fn has_parcels(&self) -> bool {
+        !self.parcels.is_empty()
+    }
+
+    /// What this engine was given and belongs to others, to be handed on.
+    pub(crate) fn take_parcels(&mut self) -> std::vec::Drain<'_, Parcel> {
+        self.parcels.drain(..)
+    }
+
+    /// Something that another worker received. It is not handed on
+    /// again: if its owner changed meanwhile it is lost.
+    pub(crate) fn on_parcel(&mut self, now: Now, parcel: &Parcel, out: &mut Out) {
+        let before = self.parcels.len();
+        match parcel.kind {
+            ParcelKind::Packet => self.on_tun(now, &parcel.bytes, out),
+            ParcelKind::Neighbour(tenant) => {
+                if let Err(reason) = self.on_neighbour(now, tenant, &parcel.bytes, out) {
+                    self.drops.one(reason, parcel.bytes.len());
+                }
+            }
+            ParcelKind::Datagram(origin) => self.on_udp(now, &parcel.bytes, origin, out),
+            ParcelKind::Initiation(origin, key) => {
+                let slot = self.directory.get().by_key.get(&key).copied().filter(|slot| self.shard.owns(*slot));
+                let answered = match slot {
+                    Some(slot) => self.answer_initiation(now, slot, &parcel.bytes, origin, out),
+                    None => Err(Drop::UnknownPeer),
+                };
+                if let Err(reason) = answered {
+                    self.drops.one(reason, parcel.bytes.len());
+                }
+            }
+        }
+        for again in self.parcels.split_off(before) {
+            // What came from a peer and goes to a neighbour of it has a second way, and no third.
+            if matches!(again.kind, ParcelKind::Neighbour(_)) {
+                self.parcels.push(again);
+            } else {
+                self.drops.one(Drop::Forward, again.bytes.len());
+            }
+        }
+    }
+
+    /// Hands the message to the owner of the slot.
+    pub(super) fn hand_on(&mut self, slot: u16, kind: ParcelKind, bytes: &[u8]) {
+        self.parcels.push(Parcel { to: self.shard.owner(slot), kind, bytes: bytes.to_vec() });
+    }
+
+    /// Hands on a datagram whose index belongs to another worker; says whether it did.
+    pub(super) fn hand_on_datagram(&mut self, index: u32, origin: Origin, bytes: &[u8]) -> bool {
+        let slot = self.scramble.place(index >> 8).slot;
+        let foreign = self.shard.count > 1 && !self.shard.owns(slot);
+        if foreign {
+            self.hand_on(slot, ParcelKind::Datagram(origin), bytes);
+        }
+        foreign
+    }
+}
