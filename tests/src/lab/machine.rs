@@ -22,6 +22,9 @@ const ENVIRONMENT: [(&str, &str); 3] = [
     ("HOME", "/root"),
 ];
 
+/// What chooses how tunnels run: taken over from the tests' own environment, so that one test serves every choice.
+const TAKEN_OVER: [&str; 2] = ["CVAULT_TUNNEL_WORKERS", "CVAULT_TUNNEL_WITHOUT"];
+
 /// A machine is on from `boot` until it is dropped.
 pub struct Machine {
     name: String,
@@ -112,7 +115,8 @@ impl Machine {
             .stdin(Stdio::null())
             .process_group(0)
             .env_clear()
-            .envs(ENVIRONMENT);
+            .envs(ENVIRONMENT)
+            .envs(TAKEN_OVER.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
         command
     }
 

@@ -13,6 +13,10 @@ use crate::host::{self, Profile};
 const CONTROL_PLANE: &str = "cvault-control-plane";
 /// The checked queries' data.
 const QUERIES: &str = ".sqlx";
+/// Other ways a tunnel can run, and the suites that must not see the difference.
+const OTHER_TUNNELS: [(&str, &str); 2] =
+    [("CVAULT_TUNNEL_WORKERS", "2"), ("CVAULT_TUNNEL_WITHOUT", "tun,tun-merge,udp-gso,udp-gro")];
+const DATA_PATH: [&str; 3] = ["engine", "tenants", "faults"];
 /// Tests that build network namespaces.
 const NEED_ROOT: &str = "cvault-tests/lab,cvault-node-agent/lab";
 
@@ -26,8 +30,16 @@ pub(crate) fn demo(arguments: &[&str]) -> Result<()> {
 pub(crate) fn test() -> Result<()> {
     host::prepare_lab()?;
     host::build(Profile::Debug, &["--workspace"])?;
+    let binaries = host::built(Profile::Debug, "");
     let tests = ["test", "--workspace", "--features", NEED_ROOT, "--no-fail-fast"];
-    host::run(host::cargo(&tests).env("CVAULT_BIN_DIR", host::built(Profile::Debug, "")))
+    host::run(host::cargo(&tests).env("CVAULT_BIN_DIR", &binaries))?;
+    for (variable, value) in OTHER_TUNNELS {
+        println!("xtask: the data path once more with {variable}={value}");
+        let tests = ["test", "--package", "cvault-tests", "--features", NEED_ROOT, "--no-fail-fast"];
+        let data_path = DATA_PATH.iter().flat_map(|suite| ["--test", suite]);
+        host::run(host::cargo(&tests).args(data_path).env(variable, value).env("CVAULT_BIN_DIR", &binaries))?;
+    }
+    Ok(())
 }
 
 pub(crate) fn test_fast() -> Result<()> {
