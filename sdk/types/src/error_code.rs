@@ -91,4 +91,21 @@ mod tests {
             assert_eq!(serde_json::to_string(code).unwrap(), format!("\"{}\"", code.as_str()));
         }
     }
+
+    #[test]
+    fn every_code_has_a_page_that_says_the_same() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/errors");
+        let list = std::fs::read_to_string(format!("{folder}/README.md")).unwrap();
+        for code in ErrorCode::ALL {
+            let text = code.as_str();
+            let page = std::fs::read_to_string(format!("{folder}/{text}.md")).unwrap_or_default();
+            let retry = if code.retryable() { "yes, unchanged" } else { "no" };
+            let head = format!("# {text}\n\n{}. HTTP status {}; retry: {retry}.\n", code.title(), code.status());
+            assert!(page.starts_with(&head), "docs/errors/{text}.md must begin with:\n{head}");
+            let line = format!("| [{text}]({text}.md) | {} | {retry} |", code.status());
+            assert!(list.contains(&line), "docs/errors/README.md must list {text}");
+        }
+        let pages = std::fs::read_dir(folder).unwrap().count() - 1;
+        assert_eq!(pages, ErrorCode::ALL.len(), "a page of a code that is no more");
+    }
 }
