@@ -44,7 +44,6 @@ pub use apply::Settled;
 use directory::Hold;
 use replace::Replace;
 pub(crate) use shard::{Parcel, ParcelKind, Shard};
-pub(crate) use tick::TICK_MS;
 pub use view::{DeviceView, PeerView};
 
 /// Packets held for one peer while its handshake runs.
@@ -147,6 +146,7 @@ pub struct Engine {
     live: Vec<u16>,
     sweep_at: usize,
     next_second_ms: u64,
+    next_slice_ms: u64,
     /// Peers that were active before a restart, to be called back.
     callbacks: VecDeque<u16>,
     queued: usize,
@@ -210,6 +210,7 @@ impl Engine {
             live: Vec::new(),
             sweep_at: 0,
             next_second_ms: 0,
+            next_slice_ms: 0,
             callbacks: VecDeque::new(),
             queued: 0,
             policy: Policy::default(),
@@ -255,12 +256,6 @@ impl Engine {
         if let Some(peer) = self.peers.get_mut(usize::from(slot)).and_then(Option::as_mut) {
             peer.via = None;
         }
-    }
-
-    /// Whether [`Self::on_tick`] has work more often than once a second.
-    #[must_use]
-    pub fn is_busy(&self) -> bool {
-        !self.live.is_empty() || !self.callbacks.is_empty()
     }
 
     fn index_of(&self, slot: u16) -> u32 {

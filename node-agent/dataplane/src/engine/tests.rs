@@ -560,13 +560,39 @@ fn after_a_restart_counters_go_on_and_recent_peers_are_called_back() {
     server.now.unix_ms += 60_000;
     configure(&mut server);
     assert_eq!(server.view(2).counts.rx_inner, 100);
-    assert!(server.engine.is_busy());
-    server.tick(100);
+    assert!(server.engine.tick_interval_ms() < 100, "at once");
+    server.tick(10);
     settle(&mut server, &mut client);
     let down = packet("192.0.2.99", "10.8.0.2", 100);
     server.tun(&down);
     settle(&mut server, &mut client);
     assert_eq!(client.delivered(), [down], "nobody had to wait for the client");
+}
+
+#[test]
+fn a_hundred_peers_are_called_back_within_a_second_a_few_at_a_time() {
+    const PEERS: u8 = 100;
+    let counters = CounterTable::anonymous(256, [3; 16]).unwrap();
+    for (slot, key) in (0..).zip(100..100 + PEERS) {
+        counters.occupy(slot, &public(key), 1);
+        counters.set_endpoint(slot, CLIENT.parse().unwrap());
+        counters.set_last_handshake(slot, START.unix_ms);
+    }
+    let mut server = Host::with(counters, 1, SERVER);
+    for key in 100..100 + PEERS {
+        server.peer(key, |p| p.generation = Some(1)).unwrap();
+    }
+    let began = server.now.mono_ms;
+    let mut called = 0;
+    while called < PEERS.into() {
+        let interval = server.engine.tick_interval_ms();
+        server.tick(interval);
+        let these = server.out.net().len();
+        assert!(these <= 10, "{these} at a time keep everybody waiting");
+        called += these;
+        server.out.clear_net();
+        assert!(server.now.mono_ms - began <= 1000, "{called} of {PEERS}");
+    }
 }
 
 /// A table in which an earlier process left two lives of peer 2 and one of peer 3.

@@ -15,7 +15,7 @@ use super::udp::{self, BATCH, BUFFER_BYTES, Sockets};
 use super::watch::Pulse;
 use crate::change::{DeviceChange, PeerChange, Refused, canonical};
 use crate::drops::Drop;
-use crate::engine::{Engine, Now, Origin, Settled, TICK_MS};
+use crate::engine::{Engine, Now, Origin, Settled};
 use crate::journal::Journal;
 use crate::out::Out;
 use crate::policy::TooMany;
@@ -159,15 +159,13 @@ impl Worker {
         worked |= self.read_tun(now)?;
         if now.mono_ms >= self.next_tick_ms {
             self.engine.on_tick(now, &mut self.out);
-            self.next_tick_ms = now.mono_ms + if self.engine.is_busy() { TICK_MS } else { SECOND_MS };
+            self.next_tick_ms = now.mono_ms + self.engine.tick_interval_ms();
         }
         self.flush();
         self.settle();
         worked |= self.read_mail(now);
         // Work may have appeared for a tick that was a second away.
-        if self.engine.is_busy() {
-            self.next_tick_ms = self.next_tick_ms.min(now.mono_ms + TICK_MS);
-        }
+        self.next_tick_ms = self.next_tick_ms.min(now.mono_ms + self.engine.tick_interval_ms());
         Ok(worked)
     }
 
