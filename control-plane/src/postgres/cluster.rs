@@ -553,7 +553,9 @@ mod tests {
         fs::remove_file(stopped.postgres()).unwrap();
         let seen = stopped.dir.path().join("run/pid");
         let script = format!(
-            "#!/bin/sh\n[ \"$1\" = --version ] && exec {} --version\necho $$ > {}\nexec sleep 600\n",
+            // a background job of a shell has SIGINT ignored, and hands that on; PostgreSQL would not care
+            "#!/bin/sh\n[ \"$1\" = --version ] && exec {} --version\necho $$ > {}\n\
+             exec env --default-signal=INT --default-signal=QUIT sleep 600\n",
             real.display(),
             seen.display()
         );
