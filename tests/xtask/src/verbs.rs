@@ -35,7 +35,7 @@ pub(crate) fn test() -> Result<()> {
     host::run(host::cargo(&tests).env("CVAULT_BIN_DIR", &binaries))?;
     for (variable, value) in OTHER_TUNNELS {
         println!("xtask: the data path once more with {variable}={value}");
-        let tests = ["test", "--package", "cvault-tests", "--features", NEED_ROOT, "--no-fail-fast"];
+        let tests = ["test", "--package", "cvault-tests", "--features", "lab", "--no-fail-fast"];
         let data_path = DATA_PATH.iter().flat_map(|suite| ["--test", suite]);
         host::run(host::cargo(&tests).args(data_path).env(variable, value).env("CVAULT_BIN_DIR", &binaries))?;
     }
