@@ -20,6 +20,7 @@ pub mod uapi;
 
 mod allowed;
 mod index;
+mod initiation;
 mod io;
 mod limit;
 mod out;

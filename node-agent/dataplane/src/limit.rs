@@ -1,9 +1,10 @@
-//! A token bucket for each source of handshake initiations (trap 3: boringtun's limiter is one counter for everybody).
+//! A token bucket for each source of handshake messages (trap 3: boringtun's limiter is one counter for everybody). It is
+//! asked under load only, about sources that proved themselves by a cookie: many clients may share one NAT address.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 
-/// Initiations a second that one IPv4 address or one IPv6 /64 may send; many clients may share one NAT address.
+/// Messages a second that one IPv4 address or one IPv6 /64 may send.
 const RATE: u32 = 500;
 /// How many may come at once.
 const BURST: u32 = 1000;
@@ -28,6 +29,11 @@ impl SourceLimit {
             self.tokens.insert(key, BURST - 1);
         }
         true
+    }
+
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.tokens.len()
     }
 
     /// Refills; called once a second. Full buckets are forgotten.

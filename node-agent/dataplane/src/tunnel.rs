@@ -4,20 +4,22 @@
 //! sessions are known before anything is encrypted (6), timers are fresh before a tunnel is touched (8), persistent
 //! keepalive is ours (10), counters near 2^64 are refused (7).
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
+use blake2::digest::consts::U16;
+use blake2::{Blake2s, Digest};
 use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::rate_limiter::RateLimiter;
-use boringtun::noise::{Packet, Tunn, TunnResult};
-use boringtun::x25519::{PublicKey, StaticSecret};
+use boringtun::noise::{Tunn, TunnResult};
+use boringtun::x25519::{PublicKey, SharedSecret, StaticSecret};
 
 use crate::change::Secret;
 use crate::drops::Drop;
+use crate::initiation::{Opened, Opener};
 
-/// Handshake messages a second before cookies are demanded. 65,000 active peers need 542 a second.
-const HANDSHAKES_PER_SECOND: u64 = 2000;
+type Blake2s128 = Blake2s<U16>;
+
 /// How old the timers may be when a tunnel is used (trap 8).
 const FRESH_MS: u64 = 250;
 /// `REKEY_AFTER_MESSAGES` of the protocol.
@@ -34,10 +36,20 @@ pub(crate) struct Identity {
     secret: Secret,
     private: StaticSecret,
     public: PublicKey,
-    /// Counts every handshake message once (trap 1); its count must be reset each second (trap 2).
-    outer: RateLimiter,
-    /// Never under load; shared by all tunnels so that they do not count again.
+    opener: Opener,
+    /// Always under load: it demands a cookie. When, is not left to its count (traps 2 and 3).
+    strict: RateLimiter,
+    /// Never under load; shared by all tunnels so that they do not count again (trap 1).
     inner: Arc<RateLimiter>,
+}
+
+/// What a handshake message must have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Gate {
+    /// MAC1.
+    Open,
+    /// MAC1 and a cookie.
+    Cookie,
 }
 
 /// What the limiter says about a handshake message.
@@ -54,7 +66,8 @@ impl Identity {
         let public = PublicKey::from(&private);
         Self {
             secret: secret.clone(),
-            outer: RateLimiter::new(&public, HANDSHAKES_PER_SECOND),
+            opener: Opener::new(private.clone(), &public),
+            strict: RateLimiter::new(&public, 0),
             inner: Arc::new(RateLimiter::new(&public, u64::MAX)),
             private,
             public,
@@ -69,14 +82,13 @@ impl Identity {
         &self.secret
     }
 
-    /// Once a second.
-    pub(crate) fn reset_limiter(&self) {
-        self.outer.reset_count();
-    }
-
-    /// Checks MAC1 and, under load, the cookie. The address is always given (trap 4).
-    pub(crate) fn admit(&self, source: IpAddr, message: &[u8], reply: &mut [u8]) -> Admission {
-        match self.outer.verify_packet(Some(source), message, reply) {
+    /// Checks MAC1 and, if the gate asks for it, the cookie. The address is always given (trap 4).
+    pub(crate) fn admit(&self, gate: Gate, source: SocketAddr, message: &[u8], reply: &mut [u8]) -> Admission {
+        let (limiter, source) = match gate {
+            Gate::Open => (&*self.inner, source.ip()),
+            Gate::Cookie => (&self.strict, with_port(source)),
+        };
+        match limiter.verify_packet(Some(source), message, reply) {
             Ok(_) => Admission::Pass,
             Err(TunnResult::WriteToNetwork(cookie)) => Admission::Cookie(cookie.len()),
             Err(TunnResult::Err(WireGuardError::InvalidMac)) => Admission::Refused(Drop::BadMac),
@@ -84,13 +96,27 @@ impl Identity {
         }
     }
 
-    /// Whose initiation this claims to be. Anybody can write any public key there: only the tunnel can verify it.
-    pub(crate) fn claimed_initiator(&self, message: &[u8]) -> Option<[u8; 32]> {
-        let Ok(Packet::HandshakeInit(init)) = Tunn::parse_incoming_packet(message) else {
-            return None;
-        };
-        parse_handshake_anon(&self.private, &self.public, &init).ok().map(|half| half.peer_static_public)
+    /// The secret shared with a peer, worth keeping.
+    pub(crate) fn shared_with(&self, public_key: &[u8; 32]) -> SharedSecret {
+        self.opener.shared_with(public_key)
     }
+}
+
+/// Whose initiation this claims to be. It changes nothing and needs no engine: any worker can say where it belongs.
+pub(crate) fn open_initiation(identity: &Identity, datagram: &[u8]) -> Option<Opened> {
+    identity.opener.open(datagram)
+}
+
+/// Address and port as one address: a cookie is for both, and boringtun takes only the former (trap 5).
+fn with_port(source: SocketAddr) -> IpAddr {
+    let mut bytes = [0; 18];
+    match source.ip() {
+        IpAddr::V4(addr) => bytes[..4].copy_from_slice(&addr.octets()),
+        IpAddr::V6(addr) => bytes[..16].copy_from_slice(&addr.octets()),
+    }
+    bytes[16..].copy_from_slice(&source.port().to_be_bytes());
+    let digest: [u8; 16] = Blake2s128::digest(bytes).into();
+    IpAddr::V6(Ipv6Addr::from(digest))
 }
 
 /// What a received message turned into.
@@ -140,6 +166,11 @@ impl Tunnel {
     /// Whether a packet can be encrypted now.
     pub(crate) fn has_session(&self) -> bool {
         self.session && !self.exhausted
+    }
+
+    /// Neither has it a session nor did we answer an initiation.
+    pub(crate) fn awaits_session(&self) -> bool {
+        !self.session && self.unconfirmed.is_none()
     }
 
     pub(crate) fn is_fresh(&self, now_ms: u64) -> bool {
@@ -222,6 +253,17 @@ impl Tunnel {
     /// An initiation, unless one is under way. `room` must have at least [`MIN_ROOM`] bytes.
     pub(crate) fn initiate(&mut self, room: &mut [u8]) -> Option<usize> {
         match self.tunn.format_handshake_initiation(room, false) {
+            TunnResult::WriteToNetwork(message) => Some(message.len()),
+            TunnResult::Done
+            | TunnResult::Err(_)
+            | TunnResult::WriteToTunnelV4(..)
+            | TunnResult::WriteToTunnelV6(..) => None,
+        }
+    }
+
+    /// Another initiation although one is under way: an answer to either is accepted.
+    pub(crate) fn initiate_again(&mut self, room: &mut [u8]) -> Option<usize> {
+        match self.tunn.format_handshake_initiation(room, true) {
             TunnResult::WriteToNetwork(message) => Some(message.len()),
             TunnResult::Done
             | TunnResult::Err(_)

@@ -11,7 +11,9 @@ use std::sync::atomic::{Ordering, fence};
 use memmap2::{MmapMut, MmapOptions};
 
 use super::previous::make_room;
-use super::words::{COUNTS_WORD, OCCUPIED, VACANT, Words, base, file_len, read_header, slots, write_header};
+use super::words::{
+    COUNTS_WORD, OCCUPIED, TIMESTAMP_WORD, VACANT, Words, base, file_len, read_header, slots, write_header,
+};
 use super::{Counts, Epoch, FILE_NAME, Field, PeerCounters, previous_file_name};
 
 /// The writer's side, owned by the worker.
@@ -100,6 +102,7 @@ impl CounterTable {
         for word in 0..Counts::WORDS {
             self.words.set(base + COUNTS_WORD + word, 0);
         }
+        self.words.set(base + TIMESTAMP_WORD, 0);
         for (word, bytes) in public_key.chunks_exact(8).enumerate() {
             let bytes = bytes.try_into().expect("chunks of eight");
             self.words.set(base + word, u64::from_ne_bytes(bytes));
@@ -145,6 +148,15 @@ impl CounterTable {
 
     pub(crate) fn set_last_handshake(&self, slot: u16, unix_ms: u64) {
         self.words.set(base(slot) + COUNTS_WORD + Field::LastHandshake as usize, unix_ms);
+    }
+
+    /// The greatest timestamp of the peer's initiations, as the engine packs it; 0 is none.
+    pub(crate) fn greatest_timestamp(&self, slot: u16) -> u64 {
+        self.words.get(base(slot) + TIMESTAMP_WORD)
+    }
+
+    pub(crate) fn set_greatest_timestamp(&self, slot: u16, timestamp: u64) {
+        self.words.set(base(slot) + TIMESTAMP_WORD, timestamp);
     }
 }
 

@@ -15,6 +15,8 @@ const HEADER_WORDS: usize = HEADER_BYTES / 8;
 const SLOT_WORDS: usize = 16;
 pub(super) const STATE_WORD: usize = 5;
 pub(super) const COUNTS_WORD: usize = 8;
+/// After the counters: the greatest timestamp of an initiation.
+pub(super) const TIMESTAMP_WORD: usize = 15;
 pub(super) const OCCUPIED: u64 = 1;
 pub(super) const VACANT: u64 = 0;
 const STATE_MASK: u64 = 0xff;

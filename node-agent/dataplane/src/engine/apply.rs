@@ -49,6 +49,7 @@ impl Engine {
             return;
         }
         self.identity = (!secret.is_zero()).then(|| Identity::new(secret));
+        self.peers.iter_mut().flatten().for_each(|peer| peer.static_shared = None);
         for slot in std::mem::take(&mut self.live) {
             if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
                 peer.live_at = None;
@@ -250,15 +251,17 @@ impl Engine {
         let slot = match self.parked.remove(&id) {
             Some(slot) => slot,
             None => {
+                let greatest = self.greatest_timestamp_of(&id.0);
                 let slot = self.take_free_slot().ok_or(Refused::Full)?;
                 self.counters.occupy(slot, &id.0, id.1);
+                self.counters.set_greatest_timestamp(slot, greatest);
                 slot
             }
         };
         let before = self.counters.peer(slot);
         let last_handshake_ms = before.map_or(0, |peer| peer.counts.last_handshake_ms);
         if now.unix_ms.saturating_sub(last_handshake_ms) < CALLBACK_AGE_MS {
-            self.callbacks.push_back(slot);
+            self.callbacks.add(slot);
         }
         self.peers[usize::from(slot)] = Some(Box::new(Peer {
             public_key: id.0,
@@ -275,11 +278,18 @@ impl Engine {
             last_traffic_ms: None,
             last_attempt_ms: now.mono_ms,
             last_init_ms: None,
-            last_ephemeral: [0; 32],
+            static_shared: None,
             policy: PeerPolicy::default(),
         }));
         self.directory.get_mut().by_key.insert(id.0, slot);
         Ok(slot)
+    }
+
+    /// Of the other lives of a key: a new one of the same device does not open the door to its old initiations.
+    fn greatest_timestamp_of(&self, public_key: &[u8; 32]) -> u64 {
+        let parked = self.parked.range((*public_key, 0)..=(*public_key, u64::MAX)).map(|(_, slot)| *slot);
+        let living = self.directory.get().by_key.get(public_key).copied();
+        parked.chain(living).map(|slot| self.counters.greatest_timestamp(slot)).max().unwrap_or(0)
     }
 
     pub(super) fn take_free_slot(&mut self) -> Option<u16> {

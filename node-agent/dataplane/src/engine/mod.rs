@@ -1,12 +1,15 @@
 //! The engine: every peer, key and counter of one interface, as plain data owned by one thread.
 //!
-//! Sans-IO: [`Engine::on_udp`], [`Engine::on_tun`], [`Engine::on_tick`] and [`Engine::apply_peer`] take the time as an
-//! argument and leave their output in [`Out`]; the shell reports what it really delivered. Only boringtun reads a clock.
+//! Sans-IO: [`Engine::on_udp`], [`Engine::on_handshakes`], [`Engine::on_tun`], [`Engine::on_tick`] and
+//! [`Engine::apply_peer`] take the time as an argument and leave their output in [`Out`]; the shell reports what it really delivered. Only boringtun reads a clock.
 //! Invariants: nothing reaches `Out::tun` that was not authenticated by a peer and sent from that peer's addresses;
 //! endpoints change only after authentication; nothing is encrypted without a known session.
 
 mod apply;
 mod directory;
+#[cfg(test)]
+mod handshake_tests;
+mod handshakes;
 mod police;
 #[cfg(test)]
 mod police_tests;
@@ -21,12 +24,13 @@ mod tests;
 mod tick;
 mod view;
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use smallvec::SmallVec;
+use x25519_dalek::SharedSecret;
 
 use crate::change::Secret;
 use crate::counters::{CounterTable, Field};
@@ -34,7 +38,6 @@ use crate::drops::{Drop, Drops};
 use crate::ecn::Ecn;
 use crate::index::{Place, Scramble};
 use crate::journal::ClosedPeer;
-use crate::limit::SourceLimit;
 use crate::out::{Datagram, NO_SLOT, Out};
 use crate::policy::{PeerPolicy, Policy};
 use crate::tunnel::{Identity, MIN_ROOM, Timers, Tunnel};
@@ -42,8 +45,10 @@ use crate::tunnel::{Identity, MIN_ROOM, Timers, Tunnel};
 pub(crate) use apply::Notice;
 pub use apply::Settled;
 use directory::Hold;
+use handshakes::Handshakes;
 use replace::Replace;
 pub(crate) use shard::{Parcel, ParcelKind, Shard};
+use tick::Callbacks;
 pub use view::{DeviceView, PeerView};
 
 /// Packets held for one peer while its handshake runs.
@@ -100,9 +105,10 @@ struct Peer {
     last_traffic_ms: Option<u64>,
     /// Last handshake message in either direction, or creation of the tunnel.
     last_attempt_ms: u64,
-    /// Last accepted initiation, and its ephemeral key: boringtun forgets its replay guard with the tunnel (trap 15).
+    /// Last accepted initiation.
     last_init_ms: Option<u64>,
-    last_ephemeral: [u8; 32],
+    /// Between our key and the peer's, once that cost an X25519.
+    static_shared: Option<Box<SharedSecret>>,
     policy: PeerPolicy,
 }
 
@@ -140,15 +146,13 @@ pub struct Engine {
     scramble: Scramble,
     counters: Arc<CounterTable>,
     drops: Drops,
-    sources: SourceLimit,
-    handshakes: u64,
+    handshakes: Handshakes,
     /// Slots with a tunnel or a persistent keepalive: the only ones with timers.
     live: Vec<u16>,
     sweep_at: usize,
     next_second_ms: u64,
     next_slice_ms: u64,
-    /// Peers that were active before a restart, to be called back.
-    callbacks: VecDeque<u16>,
+    callbacks: Callbacks,
     queued: usize,
     policy: Policy,
     hairpin: police::Hairpin,
@@ -205,13 +209,12 @@ impl Engine {
             scramble: Scramble::new(seed),
             counters,
             drops: Drops::default(),
-            sources: SourceLimit::default(),
-            handshakes: 0,
+            handshakes: Handshakes::default(),
             live: Vec::new(),
             sweep_at: 0,
             next_second_ms: 0,
             next_slice_ms: 0,
-            callbacks: VecDeque::new(),
+            callbacks: Callbacks::default(),
             queued: 0,
             policy: Policy::default(),
             hairpin: police::Hairpin::default(),

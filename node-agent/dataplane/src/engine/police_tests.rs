@@ -119,6 +119,7 @@ impl Net {
                     assert_eq!(to, self.server.addr);
                     let origin = Origin { from: client.addr, to: None, ecn: Ecn::NotEct };
                     self.server.engine.on_udp(self.now, &datagram, origin, &mut self.server.out);
+                    while self.server.engine.on_handshakes(self.now, &mut self.server.out) {}
                     quiet = false;
                 }
             }
@@ -126,6 +127,7 @@ impl Net {
                 let client = &mut self.clients.iter_mut().find(|(_, c)| c.addr == to).unwrap().1;
                 let origin = Origin { from: self.server.addr, to: None, ecn: Ecn::NotEct };
                 client.engine.on_udp(self.now, &datagram, origin, &mut client.out);
+                while client.engine.on_handshakes(self.now, &mut client.out) {}
                 quiet = false;
             }
             if quiet {

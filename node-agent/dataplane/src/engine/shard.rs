@@ -2,6 +2,7 @@
 
 use super::{Engine, Now, Origin};
 use crate::drops::Drop;
+use crate::initiation::Opened;
 use crate::out::Out;
 use crate::policy::TenantId;
 
@@ -49,8 +50,8 @@ pub(crate) enum ParcelKind {
     Neighbour(TenantId),
     /// A datagram addressed by an index.
     Datagram(Origin),
-    /// An initiation that passed the gate, and the key it claims.
-    Initiation(Origin, [u8; 32]),
+    /// An initiation that passed the gate, opened to the key it claims.
+    Initiation(Origin, Opened),
 }
 
 impl Engine {
@@ -80,13 +81,8 @@ impl Engine {
                 }
             }
             ParcelKind::Datagram(origin) => self.on_udp(now, &parcel.bytes, origin, out),
-            ParcelKind::Initiation(origin, key) => {
-                let slot = self.directory.get().by_key.get(&key).copied().filter(|slot| self.shard.owns(*slot));
-                let answered = match slot {
-                    Some(slot) => self.answer_initiation(now, slot, &parcel.bytes, origin, out),
-                    None => Err(Drop::UnknownPeer),
-                };
-                if let Err(reason) = answered {
+            ParcelKind::Initiation(origin, opened) => {
+                if let Err(reason) = self.on_opened(opened, &parcel.bytes, origin) {
                     self.drops.one(reason, parcel.bytes.len());
                 }
             }

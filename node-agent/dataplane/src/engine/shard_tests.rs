@@ -34,6 +34,7 @@ impl Server {
     fn at<T>(&mut self, at: usize, act: impl FnOnce(&mut Engine, &mut Out) -> T) -> T {
         self.engines[at].enter();
         let result = act(&mut self.engines[at], &mut self.outs[at]);
+        while self.engines[at].on_handshakes(START, &mut self.outs[at]) {}
         self.engines[at].leave();
         let first: Vec<_> = self.engines[at].take_parcels().map(|parcel| (at, parcel)).collect();
         let second = self.hand_over(first);
@@ -57,6 +58,7 @@ impl Server {
             assert_ne!(to, from);
             self.engines[to].enter();
             self.engines[to].on_parcel(START, &parcel, &mut self.outs[to]);
+            while self.engines[to].on_handshakes(START, &mut self.outs[to]) {}
             self.engines[to].leave();
             more.extend(self.engines[to].take_parcels().map(|parcel| (to, parcel)));
         }
@@ -146,6 +148,7 @@ fn talk(count: u16, owner: usize, wire: usize, tun: usize) {
         }
         for datagram in from_server {
             client.on_udp(START, &datagram, origin(SERVER), &mut out);
+            while client.on_handshakes(START, &mut out) {}
         }
     }
     assert_eq!(server.delivered(), [up]);
@@ -153,6 +156,7 @@ fn talk(count: u16, owner: usize, wire: usize, tun: usize) {
     server.at(tun, |engine, out| engine.on_tun(START, &down, out));
     for datagram in server.sent() {
         client.on_udp(START, &datagram, origin(SERVER), &mut out);
+        while client.on_handshakes(START, &mut out) {}
     }
     assert_eq!(out.tun().len(), 1);
     assert_eq!(server.view(owner, 2).counts.rx_packets, 0, "the shell counts, and there is none here");
@@ -196,6 +200,7 @@ fn peers_of_one_tenant_reach_each_other_wherever_they_are_served() {
                     let number = ADDRESSES.iter().position(|address| to == address.parse().unwrap()).unwrap();
                     let (engine, out) = &mut clients[number];
                     engine.on_udp(START, &datagram, origin(SERVER), out);
+                    while engine.on_handshakes(START, out) {}
                 }
                 for ((_, out), address) in clients.iter_mut().zip(ADDRESSES) {
                     for datagram in take(out) {

@@ -1,5 +1,7 @@
 //! Timers: a sweep over live peers in slices, persistent keepalives, and call-backs after a restart.
 
+use std::collections::VecDeque;
+
 use super::{Engine, Now, push};
 use crate::out::Out;
 use crate::tunnel::MIN_ROOM;
@@ -15,12 +17,39 @@ const SLICES: usize = 10;
 const IDLE_MS: u64 = 200_000;
 /// Call-backs at a time: 1,000 a second, each of which costs some 150 µs.
 const CALLBACKS_PER_TICK: usize = 10;
+/// After how long an unanswered one is repeated, and how often: boringtun would wait for five seconds.
+const CALLBACK_AGAIN_MS: u64 = 300;
+const CALLBACK_REPEATS: u8 = 3;
+
+/// Peers that were active before a restart, to be called back.
+#[derive(Default)]
+pub(super) struct Callbacks {
+    first: VecDeque<u16>,
+    /// In the order in which they are due.
+    again: VecDeque<Again>,
+}
+
+struct Again {
+    slot: u16,
+    due_ms: u64,
+    repeats_left: u8,
+}
+
+impl Callbacks {
+    pub(super) fn add(&mut self, slot: u16) {
+        self.first.push_back(slot);
+    }
+
+    fn next_again(&mut self, now: Now) -> Option<Again> {
+        self.again.pop_front_if(|again| again.due_ms <= now.mono_ms)
+    }
+}
 
 impl Engine {
     /// In how many milliseconds [`Self::on_tick`] is due after the last one.
     #[must_use]
     pub fn tick_interval_ms(&self) -> u64 {
-        if !self.callbacks.is_empty() {
+        if !self.callbacks.first.is_empty() {
             CALLBACK_TICK_MS
         } else if self.live.is_empty() {
             SECOND_MS
@@ -33,22 +62,53 @@ impl Engine {
     pub fn on_tick(&mut self, now: Now, out: &mut Out) {
         if now.mono_ms >= self.next_second_ms {
             self.next_second_ms = now.mono_ms + 1000;
-            self.sources.refill();
-            if let Some(identity) = &self.identity {
-                identity.reset_limiter();
-            }
+            self.handshakes.sources.refill();
         }
-        if self.callbacks.is_empty() || now.mono_ms >= self.next_slice_ms {
+        if self.callbacks.first.is_empty() || now.mono_ms >= self.next_slice_ms {
             self.next_slice_ms = now.mono_ms + TICK_MS;
             self.visit_slice(now, out);
         }
+        if self.identity.is_some() {
+            self.call_back(now, out);
+        }
+    }
+
+    fn call_back(&mut self, now: Now, out: &mut Out) {
         for _ in 0..CALLBACKS_PER_TICK {
-            let Some(slot) = self.callbacks.pop_front() else {
+            if let Some(Again { slot, repeats_left, .. }) = self.callbacks.next_again(now) {
+                self.repeat_callback(now, slot, repeats_left, out);
+            } else if let Some(slot) = self.callbacks.first.pop_front() {
+                if self.peers[usize::from(slot)].as_ref().is_some_and(|peer| peer.tunnel.is_none()) {
+                    self.initiate(now, slot, out);
+                    self.expect_answer(now, slot, CALLBACK_REPEATS);
+                }
+            } else {
                 break;
-            };
-            if self.peers[usize::from(slot)].as_ref().is_some_and(|peer| peer.tunnel.is_none()) {
-                self.initiate(now, slot, out);
             }
+        }
+    }
+
+    fn repeat_callback(&mut self, now: Now, slot: u16, repeats_left: u8, out: &mut Out) {
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
+            return;
+        };
+        let Some(tunnel) = peer.tunnel.as_mut().filter(|tunnel| tunnel.awaits_session()) else {
+            return;
+        };
+        let Some(room) = out.net_room(MIN_ROOM) else {
+            return;
+        };
+        if let Some(len) = tunnel.initiate_again(room) {
+            peer.last_attempt_ms = now.mono_ms;
+            push(peer, slot, len, 0, out);
+        }
+        self.expect_answer(now, slot, repeats_left);
+    }
+
+    fn expect_answer(&mut self, now: Now, slot: u16, repeats: u8) {
+        if let Some(repeats_left) = repeats.checked_sub(1) {
+            let due_ms = now.mono_ms + CALLBACK_AGAIN_MS;
+            self.callbacks.again.push_back(Again { slot, due_ms, repeats_left });
         }
     }
 

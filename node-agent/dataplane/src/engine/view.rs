@@ -72,7 +72,7 @@ impl Engine {
             public_key: self.identity.as_ref().map(Identity::public_key),
             epoch: self.counters.epoch(),
             drops: self.drops,
-            handshakes: self.handshakes,
+            handshakes: self.handshakes.done,
             overlay: self.directory.get().overlay.clone(),
             peers: self.directory.get().by_key.len(),
             live_peers: self.live.len(),

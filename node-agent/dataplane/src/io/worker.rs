@@ -157,6 +157,7 @@ impl Worker {
         let mut worked = self.receive_parcels(now);
         worked |= self.receive(now);
         worked |= self.read_tun(now)?;
+        worked |= self.engine.on_handshakes(now, &mut self.out);
         if now.mono_ms >= self.next_tick_ms {
             self.engine.on_tick(now, &mut self.out);
             self.next_tick_ms = now.mono_ms + self.engine.tick_interval_ms();

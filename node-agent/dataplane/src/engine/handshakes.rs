@@ -1,0 +1,292 @@
+//! Handshake messages: a gate, a bounded queue behind it, and public-key work a little at a time, after the data.
+//!
+//! The gate costs microseconds: MAC1, and while the queue is long a cookie, which proves the source, then a bucket for
+//! each source. A queue as the measure of load (as in the kernel) lets a thousand clients behind one address connect at
+//! once and still notices a flood of messages that are cheap to make and dear to read.
+//! An initiation is opened to its timestamp before anything is made for it: a replay creates nothing, even if the peer
+//! is cold or this process is new.
+
+use std::collections::VecDeque;
+
+use super::{Engine, Now, Origin, ParcelKind, push};
+use crate::counters::Field;
+use crate::drops::Drop;
+use crate::ecn::Ecn;
+use crate::initiation::{INITIATION_BYTES, Opened, Timestamp};
+use crate::limit::SourceLimit;
+use crate::out::{Datagram, NO_SLOT, Out};
+use crate::tunnel::{Admission, Gate, MIN_ROOM, Received, Tunnel, open_initiation};
+
+/// The least time between two initiations of one peer, as in the kernel.
+const INITIATION_GAP_MS: u64 = 20;
+/// Messages worked off in one pass: some two milliseconds.
+const PER_PASS: usize = 8;
+/// Messages that may wait: a second of work, 1.3 MB.
+pub(super) const MAX_WAITING: usize = 4096;
+/// From so many on a cookie is demanded: what is left of 6,000 in a second when 4,000 are worked off.
+pub(super) const LOADED: usize = 2048;
+/// For how long after that, as in the kernel.
+const LOADED_MS: u64 = 1000;
+
+/// A message that passed the gate.
+struct Waiting {
+    origin: Origin,
+    message: Message,
+    bytes: [u8; INITIATION_BYTES],
+    len: u8,
+}
+
+#[derive(Clone, Copy)]
+enum Message {
+    Initiation,
+    /// By another worker, who found that the peer is ours.
+    Opened(Opened),
+    Response {
+        index: u32,
+    },
+}
+
+/// What waits, and who is let in.
+#[derive(Default)]
+pub(super) struct Handshakes {
+    waiting: VecDeque<Waiting>,
+    loaded_until_ms: u64,
+    pub(super) sources: SourceLimit,
+    /// Answered, or completed as the initiator.
+    pub(super) done: u64,
+}
+
+impl Handshakes {
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    fn is_loaded(&mut self, now: Now) -> bool {
+        if self.waiting.len() >= LOADED {
+            self.loaded_until_ms = now.mono_ms + LOADED_MS;
+        }
+        now.mono_ms < self.loaded_until_ms
+    }
+
+    fn push(&mut self, message: Message, datagram: &[u8], origin: Origin) -> Result<(), Drop> {
+        if self.waiting.len() >= MAX_WAITING {
+            return Err(Drop::UnderLoad);
+        }
+        let mut bytes = [0; INITIATION_BYTES];
+        let len = u8::try_from(datagram.len()).map_err(|_| Drop::Garbage)?;
+        bytes.get_mut(..datagram.len()).ok_or(Drop::Garbage)?.copy_from_slice(datagram);
+        self.waiting.push_back(Waiting { origin, message, bytes, len });
+        Ok(())
+    }
+}
+
+impl Engine {
+    /// Works off some of the handshakes that wait; says whether there were any. Once a pass, after the data.
+    pub fn on_handshakes(&mut self, now: Now, out: &mut Out) -> bool {
+        for done in 0..PER_PASS {
+            let Some(Waiting { origin, message, bytes, len }) = self.handshakes.waiting.pop_front() else {
+                return done > 0;
+            };
+            let datagram = &bytes[..usize::from(len)];
+            let result = match message {
+                Message::Initiation => self.open(now, datagram, origin, out),
+                Message::Opened(opened) => self.answer_opened(now, opened, datagram, origin, out),
+                Message::Response { index } => self.complete(now, datagram, index, origin, out),
+            };
+            if let Err(reason) = result {
+                self.drops.one(reason, datagram.len());
+            }
+        }
+        true
+    }
+
+    pub(super) fn on_initiation(
+        &mut self,
+        now: Now,
+        datagram: &[u8],
+        origin: Origin,
+        out: &mut Out,
+    ) -> Result<(), Drop> {
+        self.admit(now, datagram, origin, out)?;
+        self.handshakes.push(Message::Initiation, datagram, origin)
+    }
+
+    /// From another worker, who let it in.
+    pub(super) fn on_opened(&mut self, opened: Opened, datagram: &[u8], origin: Origin) -> Result<(), Drop> {
+        self.handshakes.push(Message::Opened(opened), datagram, origin)
+    }
+
+    pub(super) fn on_response(
+        &mut self,
+        now: Now,
+        datagram: &[u8],
+        index: u32,
+        origin: Origin,
+        out: &mut Out,
+    ) -> Result<(), Drop> {
+        let slot = self.slot_of(index).ok_or(Drop::UnknownIndex)?;
+        let peer = self.peers[usize::from(slot)].as_deref().ok_or(Drop::UnknownIndex)?;
+        if peer.tunnel.is_none() {
+            return Err(Drop::NoSession);
+        }
+        self.admit(now, datagram, origin, out)?;
+        self.handshakes.push(Message::Response { index }, datagram, origin)
+    }
+
+    /// A cookie proves nothing about the peer: no roaming, no counters (trap 13).
+    pub(super) fn on_cookie(
+        &mut self,
+        now: Now,
+        datagram: &[u8],
+        index: u32,
+        origin: Origin,
+        out: &mut Out,
+    ) -> Result<(), Drop> {
+        let slot = self.slot_of(index).ok_or(Drop::UnknownIndex)?;
+        self.freshen(now, slot, out);
+        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
+        let tunnel = peer.tunnel.as_mut().ok_or(Drop::NoSession)?;
+        let room = out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
+        match tunnel.receive(origin.from.ip(), datagram, room) {
+            Received::Nothing => Ok(()),
+            Received::Refused(reason) => Err(reason),
+            Received::Packet(_) | Received::Answer(_) => Err(Drop::Handshake),
+        }
+    }
+
+    /// The gate in front of all public-key work.
+    fn admit(&mut self, now: Now, datagram: &[u8], origin: Origin, out: &mut Out) -> Result<(), Drop> {
+        let gate = if self.handshakes.is_loaded(now) { Gate::Cookie } else { Gate::Open };
+        let identity = self.identity.as_ref().ok_or(Drop::UnknownPeer)?;
+        let room = out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
+        match identity.admit(gate, origin.from, datagram, room) {
+            // Only now is it certain whose bucket this is.
+            Admission::Pass if gate == Gate::Cookie && !self.handshakes.sources.admit(origin.from.ip()) => {
+                Err(Drop::SourceLimited)
+            }
+            Admission::Pass => Ok(()),
+            Admission::Cookie(len) => {
+                let start = out.net_start();
+                out.push_net(Datagram {
+                    start,
+                    len,
+                    to: origin.from,
+                    via: origin.to,
+                    slot: NO_SLOT,
+                    inner: 0,
+                    ecn: Ecn::NotEct,
+                });
+                Err(Drop::UnderLoad)
+            }
+            Admission::Refused(reason) => Err(reason),
+        }
+    }
+
+    /// Whose key, and therefore whose work it is.
+    fn open(&mut self, now: Now, datagram: &[u8], origin: Origin, out: &mut Out) -> Result<(), Drop> {
+        let identity = self.identity.as_ref().ok_or(Drop::UnknownPeer)?;
+        let opened = open_initiation(identity, datagram).ok_or(Drop::Handshake)?;
+        let slot = *self.directory.get().by_key.get(&opened.public_key).ok_or(Drop::UnknownPeer)?;
+        if !self.shard.owns(slot) {
+            self.hand_on(slot, ParcelKind::Initiation(origin, opened), datagram);
+            return Ok(());
+        }
+        self.answer(now, slot, opened, datagram, origin, out)
+    }
+
+    fn answer_opened(
+        &mut self,
+        now: Now,
+        opened: Opened,
+        datagram: &[u8],
+        origin: Origin,
+        out: &mut Out,
+    ) -> Result<(), Drop> {
+        // The peer may have moved meanwhile; it is not handed on again.
+        let slot = self.directory.get().by_key.get(&opened.public_key).copied();
+        let slot = slot.filter(|slot| self.shard.owns(*slot)).ok_or(Drop::UnknownPeer)?;
+        self.answer(now, slot, opened, datagram, origin, out)
+    }
+
+    /// Nothing is made or changed for the peer unless the initiation is its own, and newer than all before.
+    fn answer(
+        &mut self,
+        now: Now,
+        slot: u16,
+        opened: Opened,
+        datagram: &[u8],
+        origin: Origin,
+        out: &mut Out,
+    ) -> Result<(), Drop> {
+        let index = self.index_of(slot);
+        let identity = self.identity.as_ref().ok_or(Drop::UnknownPeer)?;
+        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownPeer)?;
+        if peer.last_init_ms.is_some_and(|last| now.mono_ms.saturating_sub(last) < INITIATION_GAP_MS) {
+            return Err(Drop::Handshake);
+        }
+        let known = peer.static_shared.take();
+        let was_known = known.is_some();
+        let shared = known.unwrap_or_else(|| Box::new(identity.shared_with(&peer.public_key)));
+        let timestamp = opened.timestamp(&shared, datagram);
+        if was_known || timestamp.is_some() {
+            peer.static_shared = Some(shared);
+        }
+        let timestamp = timestamp.ok_or(Drop::Handshake)?;
+        if !timestamp.may_follow(Timestamp(self.counters.greatest_timestamp(slot))) {
+            return Err(Drop::Replay);
+        }
+        self.freshen(now, slot, out);
+
+        let identity = self.identity.as_ref().ok_or(Drop::UnknownPeer)?;
+        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownPeer)?;
+        let room = out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
+        let mut tunnel = peer.tunnel.take().unwrap_or_else(|| {
+            let psk = peer.preshared_key.as_deref();
+            Box::new(Tunnel::new(identity, &peer.public_key, psk, index, now.mono_ms))
+        });
+        let was_live = peer.live_at.is_some();
+        let received = tunnel.receive(origin.from.ip(), datagram, room);
+        let Received::Answer(len) = received else {
+            if was_live {
+                peer.tunnel = Some(tunnel);
+            }
+            return Err(if let Received::Refused(reason) = received { reason } else { Drop::Handshake });
+        };
+        tunnel.answered(&room[..len]);
+        peer.tunnel = Some(tunnel);
+        peer.last_init_ms = Some(now.mono_ms);
+        peer.last_attempt_ms = now.mono_ms;
+        self.counters.set_greatest_timestamp(slot, timestamp.0);
+        // The answer goes where the question came from; the endpoint follows when the peer proves itself (trap 15).
+        let start = out.net_start();
+        out.push_net(Datagram { start, len, to: origin.from, via: origin.to, slot, inner: 0, ecn: Ecn::NotEct });
+        self.counters.add(slot, Field::RxWire, datagram.len() as u64);
+        self.handshakes.done += 1;
+        self.make_live(slot);
+        Ok(())
+    }
+
+    /// The answer to an initiation of ours.
+    fn complete(&mut self, now: Now, datagram: &[u8], index: u32, origin: Origin, out: &mut Out) -> Result<(), Drop> {
+        let slot = self.slot_of(index).ok_or(Drop::UnknownIndex)?;
+        self.freshen(now, slot, out);
+        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
+        let tunnel = peer.tunnel.as_mut().ok_or(Drop::NoSession)?;
+        let room = out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
+        match tunnel.receive(origin.from.ip(), datagram, room) {
+            Received::Answer(len) => {
+                tunnel.established();
+                self.handshakes.done += 1;
+                self.authenticated(now, slot, origin, datagram.len());
+                let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
+                push(peer, slot, len, 0, out);
+                self.counters.set_last_handshake(slot, now.unix_ms);
+                self.flush_queue(now, slot, out);
+                Ok(())
+            }
+            Received::Refused(reason) => Err(reason),
+            Received::Nothing | Received::Packet(_) => Err(Drop::Handshake),
+        }
+    }
+}
