@@ -95,7 +95,8 @@ fn roams(client: Program) -> Result<()> {
     both.client.tunnel.wg_set(&both.client.machine, "listen-port 40001")?;
     is("192.0.2.11:40001")?;
     download.progress()?;
-    both.client.machine.sh("ip addr add 192.0.2.77/24 dev up0
+    both.client.machine.sh("sysctl -qw net.ipv4.conf.up0.promote_secondaries=1
+         ip addr add 192.0.2.77/24 dev up0
          ip addr del 192.0.2.11/24 dev up0
          ip route replace default via 192.0.2.1")?;
     is("192.0.2.77:40001")?;
