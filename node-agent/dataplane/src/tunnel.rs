@@ -2,7 +2,9 @@
 //!
 //! It hides boringtun's habits that a server must not inherit. The numbers are those of the trap list in the study:
 //! sessions are known before anything is encrypted (6), timers are fresh before a tunnel is touched (8), persistent
-//! keepalive is ours (10), counters near 2^64 are refused (7).
+//! keepalive is ours (10), counters near 2^64 are refused (7). That what was sent stays without an answer is noticed
+//! here too: boringtun's clock stands still between two looks at its timers, and what is sent right after something was
+//! received counts as answered.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -22,6 +24,9 @@ type Blake2s128 = Blake2s<U16>;
 
 /// How old the timers may be when a tunnel is used (trap 8).
 const FRESH_MS: u64 = 250;
+/// `KEEPALIVE_TIMEOUT` + `REKEY_TIMEOUT` of the protocol: so long after data was sent, and nothing received since, the
+/// session is taken for lost.
+const UNANSWERED_MS: u64 = 15_000;
 /// `REKEY_AFTER_MESSAGES` of the protocol.
 const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
 /// `REJECT_AFTER_MESSAGES` of the protocol.
@@ -148,6 +153,8 @@ pub(crate) struct Tunnel {
     wants_rekey: bool,
     /// The local index of a session we answered with, until the initiator uses it.
     unconfirmed: Option<u32>,
+    /// When data was sent first after the last message received.
+    unanswered_since_ms: Option<u64>,
 }
 
 impl Tunnel {
@@ -160,7 +167,15 @@ impl Tunnel {
             index,
             Some(Arc::clone(&identity.inner)),
         );
-        Self { tunn, updated_ms: now_ms, session: false, exhausted: false, wants_rekey: false, unconfirmed: None }
+        Self {
+            tunn,
+            updated_ms: now_ms,
+            session: false,
+            exhausted: false,
+            wants_rekey: false,
+            unconfirmed: None,
+            unanswered_since_ms: None,
+        }
     }
 
     /// Whether a packet can be encrypted now.
@@ -189,6 +204,12 @@ impl Tunnel {
             | TunnResult::WriteToTunnelV6(..) => Timers::Nothing,
         };
         self.look_for_session();
+        if matches!(wants, Timers::Nothing)
+            && self.unanswered_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= UNANSWERED_MS)
+        {
+            self.unanswered_since_ms = None;
+            return self.initiate(room).map_or(Timers::Nothing, Timers::Send);
+        }
         wants
     }
 
@@ -215,10 +236,12 @@ impl Tunnel {
         self.exhausted = false;
         self.wants_rekey = false;
         self.unconfirmed = None;
+        self.unanswered_since_ms = None;
     }
 
     /// A data message was authenticated. Returns true when this completes a handshake that the other side began.
     pub(crate) fn authenticated(&mut self, message: &[u8]) -> bool {
+        self.unanswered_since_ms = None;
         if self.unconfirmed.is_some() && self.unconfirmed == index_at(message, 4) {
             self.established();
             return true;
@@ -237,6 +260,9 @@ impl Tunnel {
         let TunnResult::WriteToNetwork(message) = self.tunn.encapsulate(packet, room) else {
             return None;
         };
+        if !packet.is_empty() {
+            self.unanswered_since_ms.get_or_insert(self.updated_ms);
+        }
         let counter = message.get(8..16).and_then(|c| c.try_into().ok()).map_or(u64::MAX, u64::from_le_bytes);
         if counter >= REKEY_AFTER_MESSAGES {
             self.wants_rekey = true;

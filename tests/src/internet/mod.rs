@@ -1,11 +1,14 @@
 //! What a client reaches through its tunnel: a web server that tells the caller its address, and a DNS server.
 
 mod dns;
+mod noise;
 mod web;
 
 use anyhow::Result;
 
 use crate::lab::{DNS_V4, DNS_V6};
+
+pub use noise::{Noise, digest_of};
 
 /// Serves on the internet machine until it is switched off.
 pub fn serve() -> Result<()> {

@@ -1,11 +1,14 @@
 //! HTTP/1.1, one request per connection: `GET /ip` answers the caller's address, `GET /bytes/<n>` sends n bytes,
-//! `POST /sink` swallows a body and answers its length.
+//! `POST /sink` swallows a body and answers its length. `GET /noise/<n>` and `POST /digest` are for transfers that are
+//! checked byte by byte.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+
+use super::noise::{Noise, digest_of};
 
 const CHUNK: usize = 64 * 1024;
 
@@ -46,6 +49,12 @@ fn answer(stream: &TcpStream) -> Result<()> {
         let swallowed = std::io::copy(&mut reader.take(length), &mut std::io::sink())?;
         return text(stream, "200 OK", &swallowed.to_string());
     }
+    if path == "/digest" {
+        return text(stream, "200 OK", &digest_of(&mut reader.take(length))?);
+    }
+    if let Some(Ok(count)) = path.strip_prefix("/noise/").map(str::parse::<u64>) {
+        return body(stream, count, &mut Noise::of(count));
+    }
     match path.strip_prefix("/bytes/").map(str::parse::<u64>) {
         Some(Ok(count)) => bytes(stream, count),
         Some(Err(_)) => text(stream, "400 Bad Request", "how many bytes?"),
@@ -63,12 +72,16 @@ fn text(mut stream: &TcpStream, status: &str, body: &str) -> Result<()> {
     Ok(())
 }
 
-fn bytes(mut stream: &TcpStream, count: u64) -> Result<()> {
+fn bytes(stream: &TcpStream, count: u64) -> Result<()> {
+    body(stream, count, &mut std::io::repeat(0x5a).take(count))
+}
+
+fn body(mut stream: &TcpStream, count: u64, from: &mut impl Read) -> Result<()> {
     write!(
         stream,
         "HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ncontent-length: {count}\r\nconnection: close\r\n\r\n"
     )?;
-    std::io::copy(&mut std::io::repeat(0x5a).take(count), &mut stream)?;
+    std::io::copy(from, &mut stream)?;
     Ok(())
 }
 

@@ -14,6 +14,7 @@ mod expose;
 mod folder;
 mod interrupt;
 mod machine;
+mod nat;
 mod needs;
 mod pair;
 mod process;

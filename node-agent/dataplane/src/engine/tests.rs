@@ -361,6 +361,46 @@ fn a_persistent_keepalive_makes_and_keeps_the_session() {
     assert_eq!(server.view(2).counts.rx_wire, before + 32);
 }
 
+/// What is sent right after something was received is an acknowledgement, and the last word before a path is gone.
+#[test]
+fn data_without_an_answer_for_fifteen_seconds_begins_a_handshake() {
+    let (mut server, mut client) = connected();
+    server.tun(&packet("192.0.2.99", "10.8.0.2", 100));
+    settle(&mut server, &mut client);
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    assert_eq!(client.sent().len(), 1, "lost on the way");
+    for _ in 0..14 {
+        client.tick(1000);
+    }
+    assert!(client.sent().iter().all(|(_, datagram)| datagram[0] != 1), "not yet");
+    for _ in 0..2 {
+        client.tick(1000);
+    }
+    let sent = client.sent();
+    assert_eq!(sent.iter().filter(|(_, datagram)| datagram[0] == 1).count(), 1, "one initiation");
+    // For the server as much time has passed: initiations may not follow each other at once.
+    server.tick(16_000);
+    server.sent();
+    for (_, datagram) in sent {
+        server.udp(&datagram, ELSEWHERE);
+    }
+    assert_eq!(server.sent()[0].0, ELSEWHERE.parse().unwrap(), "the answer finds the way");
+}
+
+#[test]
+fn answered_data_and_keepalives_begin_no_handshake() {
+    let (mut server, mut client) = connected();
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    server.tun(&packet("192.0.2.99", "10.8.0.2", 100));
+    settle(&mut server, &mut client);
+    client.peer(1, |p| p.persistent_keepalive = Some(5)).unwrap();
+    for _ in 0..20 {
+        client.tick(1000);
+    }
+    assert!(client.sent().iter().all(|(_, datagram)| datagram[0] == 4));
+}
+
 #[test]
 fn another_private_key_ends_the_sessions() {
     let (mut server, mut client) = connected();

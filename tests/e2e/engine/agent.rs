@@ -1,4 +1,4 @@
-//! The data plane process by itself, without control plane or agent: Debian's tools on both sides of it.
+//! The tunnel with peers of tenants, as the agent configures it, and in the place of wireguard-go.
 
 use anyhow::{Context, Result, bail};
 use cvault_tests::lab::{

@@ -1,0 +1,123 @@
+//! Floods from outside and clients of the control socket that mean no good, while a tunnel carries a transfer.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+
+use anyhow::{Context, Result, ensure};
+use cvault_tests::lab::{Network, eventually};
+use cvault_tests::platform::dropped;
+use cvault_tests::tunnel::{Both, Flood, Hostility, Inner, Keys, Outer, Program, Tunnel};
+
+/// How much more memory a flood may take. The engine's buffers are of fixed size and filled by the first traffic.
+const MORE_MEMORY_KB: u64 = 16 * 1024;
+
+fn memory_kb(both: &Both) -> Result<u64> {
+    let pid = both.server.tunnel.process().pid(&both.server.machine)?;
+    let status = both.server.machine.run("cat", [format!("/proc/{pid}/status").as_str()])?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+/// Transfers under a flood of each kind; the session is the same at the end, and the flood was seen and refused as `reasons`.
+fn withstands(hostility: Hostility, reasons: &[&str]) -> Result<()> {
+    let both = Both::start(Program::Engine, Program::WireguardGo)?;
+    both.meet(Outer::V4)?;
+    both.transfer(Inner::V4, 4_000_000)?;
+    let (server, machine) = (&both.server.tunnel, &both.server.machine);
+    let shaken = server.last_handshake(machine, &both.client.keys)?;
+    let before = memory_kb(&both)?;
+
+    let (stranger, _) = both.lab.machine("stranger", Network::Clients, 66)?;
+    let target: SocketAddr = format!("{}:51820", both.server.at.v4).parse()?;
+    let flood = Flood::start(&stranger, target, both.server.keys.public_bytes(), hostility)?;
+    flood.sends(5_000)?;
+    both.transfer(Inner::V4, 4_000_000)?;
+    both.transfer(Inner::V6, 4_000_000)?;
+    flood.sends(5_000)?;
+    ensure!(both.client.pings("10.8.0.1"), "the tunnel is quiet");
+    ensure!(server.last_handshake(machine, &both.client.keys)? == shaken, "it had to shake hands again");
+    let now = memory_kb(&both)?;
+    ensure!(now < before + MORE_MEMORY_KB, "memory grew from {before} to {now} KB");
+    let refused = reasons.iter().map(|reason| dropped(machine, "wg0", reason)).sum::<Result<u64>>()?;
+    ensure!(refused > 5_000, "of {} datagrams {refused} were seen and refused as {reasons:?}", flood.sent());
+    println!("{hostility:?}: {} sent, {refused} refused; memory {before} KB before, {now} KB after", flood.sent());
+
+    newcomer(&both)?;
+    drop(flood);
+    both.transfer(Inner::V4, 500_000)
+}
+
+/// Somebody who has not been there before is let in while the flood lasts.
+fn newcomer(both: &Both) -> Result<()> {
+    let (machine, _) = both.lab.machine("newcomer", Network::Clients, 67)?;
+    let tunnel = Tunnel::start(&machine, Program::WireguardGo, "wg0")?;
+    let keys = Keys::random()?;
+    both.server.tunnel.wg_set(&both.server.machine, &format!("peer {} allowed-ips 10.8.0.9/32", keys.public))?;
+    let text = format!(
+        "[Interface]\nPrivateKey = {}\n{}",
+        keys.private,
+        both.server.as_peer(&format!("Endpoint = {}:51820", both.server.at.v4))
+    );
+    tunnel.load(&machine, "setconf", &text)?;
+    machine.sh("ip addr add 10.8.0.9/16 dev wg0; ip link set wg0 up")?;
+    eventually("the newcomer is let in", 30, || machine.run("ping", ["-c1", "-W1", "10.8.0.1"]).map(drop))
+}
+
+#[test]
+fn garbage_of_every_length_harms_no_tunnel() {
+    withstands(Hostility::Garbage, &["garbage", "bad_mac", "unknown_index"]).unwrap();
+}
+
+#[test]
+fn initiations_with_a_valid_first_mac_from_one_address_harm_no_tunnel() {
+    withstands(Hostility::Initiations, &["source_limited", "under_load", "handshake", "unknown_peer"]).unwrap();
+}
+
+#[test]
+fn initiations_with_a_valid_first_mac_from_everywhere_harm_no_tunnel() {
+    withstands(Hostility::SpoofedInitiations, &["source_limited", "under_load", "handshake", "unknown_peer"]).unwrap();
+}
+
+#[test]
+fn clients_of_the_control_socket_that_stall_lie_or_never_read_stop_no_traffic() {
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    both.meet(Outer::V4).unwrap();
+    let path = both.server.machine.path("/run/wireguard/wg0.sock");
+    let before = memory_kb(&both).unwrap();
+    let mut held = Vec::new();
+    for beginning in [
+        &b""[..],
+        b"set=1\n",
+        b"set=1\npublic_key=00",
+        b"get=1\n",
+        b"get=1\n\nget=1\n\nget=1\n\n",
+        b"\0\0\0\0\n\n",
+        b"set=1\nlisten_port=1\n",
+    ] {
+        for _ in 0..4 {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            stream.set_nonblocking(true).unwrap();
+            // It may be shown the door already.
+            let _ = stream.write_all(beginning);
+            held.push(stream);
+        }
+    }
+    // A line without an end, and a request without an end.
+    let mut endless = UnixStream::connect(&path).unwrap();
+    endless.set_nonblocking(true).unwrap();
+    let _ = endless.write_all(&vec![b'a'; 4 << 20]);
+
+    both.transfer(Inner::V4, 8_000_000).unwrap();
+    assert!(both.client.pings("10.8.0.1"));
+    assert_eq!(memory_kb(&both).unwrap().saturating_sub(before) / MORE_MEMORY_KB, 0, "memory");
+    // Those who say nothing are sent away: others are served while they still hold on.
+    eventually("somebody else is served", 60, || {
+        let text = both.server.tunnel.get(&both.server.machine)?;
+        ensure!(text.ends_with("errno=0\n\n") && text.contains("listen_port=51820"), "{text}");
+        Ok(())
+    })
+    .unwrap();
+    drop(held);
+    both.transfer(Inner::V6, 500_000).unwrap();
+}

@@ -1,0 +1,183 @@
+//! The engine and Debian's wireguard-go, either of them in either role.
+
+use anyhow::{Context, Result, ensure};
+use cvault_tests::lab::eventually;
+use cvault_tests::tunnel::{Both, Inner, Keys, Outer, Program, Tunnel, preshared_key};
+
+const BYTES: u64 = 8_000_000;
+const FEWER_BYTES: u64 = 1_000_000;
+
+/// One of fifty datagrams of either direction is lost on the way.
+fn lose_some(both: &Both) -> Result<()> {
+    both.lab
+        .internet()
+        .sh("nft 'add table inet way; add chain inet way through { type filter hook forward priority 0; }
+             add rule inet way through udp dport 51820 numgen random mod 50 < 1 counter drop
+             add rule inet way through udp sport 51820 numgen random mod 50 < 1 counter drop'")
+        .map(drop)
+}
+
+fn lost(both: &Both) -> Result<Vec<u64>> {
+    let text = both.lab.internet().run("nft", ["list", "chain", "inet", "way", "through"])?;
+    let counts = text.lines().filter_map(|line| line.split("counter packets ").nth(1)?.split(' ').next()?.parse().ok());
+    Ok(counts.collect())
+}
+
+fn everything_arrives(server: Program, client: Program) -> Result<()> {
+    let both = Both::start(server, client)?;
+    for outer in [Outer::V4, Outer::V6] {
+        both.meet(outer)?;
+        for inner in [Inner::V4, Inner::V6] {
+            both.transfer(inner, BYTES)?;
+        }
+    }
+    lose_some(&both)?;
+    for outer in [Outer::V4, Outer::V6] {
+        both.meet(outer)?;
+        for inner in [Inner::V4, Inner::V6] {
+            both.transfer(inner, FEWER_BYTES)?;
+        }
+    }
+    let lost = lost(&both)?;
+    ensure!(lost.len() == 2 && lost.iter().all(|count| *count > 0), "nothing was lost on the way: {lost:?}");
+    Ok(())
+}
+
+#[test]
+fn what_wireguard_go_begins_the_engine_answers_and_every_byte_arrives_despite_losses() {
+    everything_arrives(Program::Engine, Program::WireguardGo).unwrap();
+}
+
+#[test]
+fn what_the_engine_begins_wireguard_go_answers_and_every_byte_arrives_despite_losses() {
+    everything_arrives(Program::WireguardGo, Program::Engine).unwrap();
+}
+
+#[test]
+fn the_engine_speaks_to_itself_despite_losses() {
+    everything_arrives(Program::Engine, Program::Engine).unwrap();
+}
+
+#[test]
+fn without_the_right_preshared_key_there_is_no_session_either_way() {
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    let wrong = preshared_key().unwrap();
+    let file = cvault_tests::tunnel::secret_file(&both.client.machine, "psk", &wrong).unwrap();
+    let server_key = &both.server.keys.public;
+    both.client.tunnel.wg_set(&both.client.machine, &format!("peer {server_key} preshared-key {file}")).unwrap();
+    let at = format!("{}:51820", both.server.at.v4);
+    both.client.tunnel.wg_set(&both.client.machine, &format!("peer {server_key} endpoint {at}")).unwrap();
+    assert!(!both.client.pings("10.8.0.1"));
+    // The server has answered, for who is right is seen by the client alone; neither sends anything on it.
+    assert!(!both.server.pings("10.8.0.2"));
+    assert_eq!(both.client.tunnel.last_handshake(&both.client.machine, &both.server.keys).unwrap(), None);
+    assert_eq!(both.server.tunnel.figure(&both.server.machine, "cvault_rx_packets").unwrap(), 0);
+
+    let right = cvault_tests::tunnel::secret_file(&both.client.machine, "psk", &both.preshared_key).unwrap();
+    both.client.tunnel.wg_set(&both.client.machine, &format!("peer {server_key} preshared-key {right}")).unwrap();
+    both.client.reaches("10.8.0.1", 20).unwrap();
+}
+
+/// The client gets another address and another port in the middle of a download.
+fn roams(client: Program) -> Result<()> {
+    let both = Both::start(Program::Engine, client)?;
+    both.meet(Outer::V4)?;
+    let endpoint = || both.server.tunnel.shown(&both.server.machine, "endpoints", &both.client.keys);
+    let is = |wanted: &str| {
+        eventually("the server's endpoint follows", 20, || {
+            ensure!(endpoint()? == wanted, "it is {}", endpoint()?);
+            Ok(())
+        })
+    };
+    is("192.0.2.11:40000")?;
+
+    let download = both.begin_download(12_000_000, "2M")?;
+    both.client.tunnel.wg_set(&both.client.machine, "listen-port 40001")?;
+    is("192.0.2.11:40001")?;
+    download.progress()?;
+    both.client.machine.sh("sysctl -qw net.ipv4.conf.up0.promote_secondaries=1
+         ip addr add 192.0.2.77/24 dev up0
+         ip addr del 192.0.2.11/24 dev up0
+         ip route replace default via 192.0.2.1")?;
+    is("192.0.2.77:40001")?;
+    download.progress()?;
+    let v6 = format!("[{}]:51820", both.server.at.v6);
+    both.client.tunnel.wg_set(&both.client.machine, &format!("peer {} endpoint '{v6}'", both.server.keys.public))?;
+    is("[2001:db8:1::11]:40001")?;
+    download.finish()
+}
+
+#[test]
+fn a_wireguard_go_that_changes_port_address_and_family_keeps_its_transfer() {
+    roams(Program::WireguardGo).unwrap();
+}
+
+#[test]
+fn an_engine_that_changes_port_address_and_family_keeps_its_transfer() {
+    roams(Program::Engine).unwrap();
+}
+
+#[test]
+fn devices_behind_one_address_each_have_their_tunnel() {
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    both.meet(Outer::V4).unwrap();
+    let mut devices = Vec::new();
+    for number in 3..=5_u8 {
+        let machine = both.lab.machine_behind(&both.client.machine, number).unwrap();
+        let tunnel = Tunnel::start(&machine, Program::WireguardGo, "wg0").unwrap();
+        let keys = Keys::random().unwrap();
+        both.server
+            .tunnel
+            .wg_set(&both.server.machine, &format!("peer {} allowed-ips 10.8.0.{number}/32", keys.public))
+            .unwrap();
+        // All of them from the same port, as devices do that were set up alike.
+        let text = format!(
+            "[Interface]\nPrivateKey = {}\nListenPort = 51820\n{}",
+            keys.private,
+            both.server.as_peer(&format!("Endpoint = {}:51820", both.server.at.v4))
+        );
+        tunnel.load(&machine, "setconf", &text).unwrap();
+        machine.sh(&format!("ip addr add 10.8.0.{number}/16 dev wg0; ip link set wg0 up")).unwrap();
+        devices.push((machine, tunnel, keys));
+    }
+    let mut ports = Vec::new();
+    for (machine, _, keys) in &devices {
+        machine.run("ping", ["-c3", "-i0.05", "-W5", "10.8.0.1"]).unwrap();
+        let endpoint = both.server.tunnel.shown(&both.server.machine, "endpoints", keys).unwrap();
+        let (address, port) = endpoint.rsplit_once(':').unwrap();
+        assert_eq!(address, both.client.at.v4, "all that is seen of them is the address they share");
+        ports.push(port.to_owned());
+    }
+    ports.sort();
+    ports.dedup();
+    assert_eq!(ports.len(), devices.len());
+    // All at the same time, and in the other direction too.
+    both.transfer(Inner::V4, FEWER_BYTES).unwrap();
+    for number in 3..=5 {
+        both.server.reaches(&format!("10.8.0.{number}"), 5).unwrap();
+    }
+}
+
+#[test]
+fn a_persistent_keepalive_is_sent_without_traffic_by_either_side() {
+    for server in [Program::Engine, Program::WireguardGo] {
+        let client = if server == Program::Engine { Program::WireguardGo } else { Program::Engine };
+        let both = Both::start(server, client).unwrap();
+        both.meet(Outer::V4).unwrap();
+        for (from, to) in [(&both.server, &both.client), (&both.client, &both.server)] {
+            let heard = || -> Result<u64> {
+                let bytes = to.tunnel.peer(&to.machine, &from.keys, "rx_bytes")?.context("rx_bytes")?;
+                Ok(bytes.parse()?)
+            };
+            from.tunnel.wg_set(&from.machine, &format!("peer {} persistent-keepalive 1", to.keys.public)).unwrap();
+            let before = heard().unwrap();
+            eventually("three keepalives of 32 bytes", 15, || {
+                let now = heard()?;
+                ensure!(now >= before + 3 * 32, "{before}, {now}");
+                Ok(())
+            })
+            .unwrap();
+            from.tunnel.wg_set(&from.machine, &format!("peer {} persistent-keepalive off", to.keys.public)).unwrap();
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Sizes: what fits passes whole, what does not is answered with the size that would, and outside anything may be cut.
+
+use anyhow::{Result, bail};
+use cvault_tests::tunnel::{Both, Inner, Outer, Program};
+
+/// An IPv4 header and an ICMP header; an IPv6 header and an ICMPv6 header.
+const HEADERS: [usize; 2] = [28, 48];
+const MTU: usize = 1420;
+
+/// A ping that must not be cut; what it printed, answered or not.
+fn uncut(machine: &cvault_tests::lab::Machine, address: &str, payload: usize) -> Result<String> {
+    machine.sh(&format!("ping -c1 -W2 -M do -s {payload} {address} 2>&1 || true"))
+}
+
+#[test]
+fn a_packet_of_exactly_the_mtu_passes_uncut_and_one_byte_more_is_told_the_mtu() {
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    // Somebody beyond the server sends to the client, without translation of addresses.
+    both.server.machine.sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1").unwrap();
+    let internet = both.lab.internet();
+    internet
+        .sh(&format!(
+            "ip route add 10.8.0.0/16 via {}; ip -6 route add fd00:cafe::/64 via {}",
+            both.server.at.v4, both.server.at.v6
+        ))
+        .unwrap();
+    let server = &both.server.keys.public;
+    both.client
+        .machine
+        .sh(&format!(
+            "wg set wg0 peer {server} allowed-ips 10.8.0.0/16,fd00:cafe::/64,203.0.113.1/32,2001:db8:2::1/128
+             ip route add 203.0.113.1/32 dev wg0; ip -6 route add 2001:db8:2::1/128 dev wg0",
+        ))
+        .unwrap();
+    for outer in [Outer::V4, Outer::V6] {
+        both.meet(outer).unwrap();
+        for (family, headers) in [Inner::V4, Inner::V6].into_iter().zip(HEADERS) {
+            let fits = MTU - headers;
+            let (server, client) = (both.server.inner(family), both.client.inner(family));
+            let there = uncut(&both.client.machine, &server, fits).unwrap();
+            assert!(there.contains(" 0% packet loss"), "{outer:?}, {family:?}: {there}");
+            let through = uncut(internet, &client, fits).unwrap();
+            assert!(through.contains(" 0% packet loss"), "{outer:?}, {family:?}: {through}");
+            let too_big = uncut(internet, &client, fits + 1).unwrap();
+            assert!(too_big.contains("mtu = 1420") || too_big.contains("mtu=1420"), "{outer:?}, {family:?}: {too_big}");
+            // The size that was told is remembered: it would spare the next family of the outside the telling.
+            internet.sh("ip route flush cache; ip -6 route flush cache").unwrap();
+        }
+    }
+}
+
+/// Everything from the internet machine to its servers, and back, goes through 1400 bytes.
+fn narrow(both: &Both) -> Result<()> {
+    both.lab
+        .internet()
+        .sh("for port in /sys/class/net/servers/brif/*; do ip link set \"${port##*/}\" mtu 1400; done; ip link set servers mtu 1400")?;
+    both.server.machine.sh("ip link set up0 mtu 1400").map(drop)
+}
+
+fn passes_a_narrow_path(server: Program, client: Program) -> Result<()> {
+    let both = Both::start(server, client)?;
+    narrow(&both)?;
+    for outer in [Outer::V4, Outer::V6] {
+        both.meet(outer)?;
+        for (family, headers) in [Inner::V4, Inner::V6].into_iter().zip(HEADERS) {
+            both.transfer(family, 2_000_000)?;
+            // The first may be lost to learning the path.
+            let _learnt = uncut(&both.client.machine, &both.server.inner(family), MTU - headers)?;
+            let whole = uncut(&both.client.machine, &both.server.inner(family), MTU - headers)?;
+            if !whole.contains(" 0% packet loss") {
+                bail!("{outer:?}, {family:?}: {whole}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn over_a_path_narrower_than_its_datagrams_everything_still_passes() {
+    passes_a_narrow_path(Program::Engine, Program::WireguardGo).unwrap();
+}
+
+#[test]
+fn over_a_narrow_path_the_engine_passes_as_the_client_too() {
+    passes_a_narrow_path(Program::WireguardGo, Program::Engine).unwrap();
+}

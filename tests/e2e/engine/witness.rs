@@ -1,0 +1,119 @@
+//! The engine's counters beside those of the kernels on both sides, while TCP goes as fast as it can.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use cvault_tests::lab::quiescent;
+use cvault_tests::platform::Counters;
+use cvault_tests::tunnel::{Both, End, Inner, Outer, Program};
+
+/// Everything the engine says about bytes at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Account {
+    rx_inner: u64,
+    tx_inner: u64,
+    rx_packets: u64,
+    tx_packets: u64,
+    read: u64,
+    split: u64,
+    written: u64,
+    merged: u64,
+    /// What the kernel handed over and no peer got.
+    not_sent: u64,
+    kernel: Counters,
+}
+
+impl Account {
+    fn of(end: &End) -> Result<Self> {
+        let figure = |name: &str| end.tunnel.figure(&end.machine, name);
+        let text = end.tunnel.get(&end.machine)?;
+        let dropped = text.lines().filter_map(|line| {
+            let (reason, bytes) = line.strip_prefix("cvault_dropped_bytes_")?.split_once('=')?;
+            if reason.starts_with("tx_") { bytes.parse::<u64>().ok() } else { None }
+        });
+        Ok(Self {
+            rx_inner: figure("cvault_rx_inner")?,
+            tx_inner: figure("cvault_tx_inner")?,
+            rx_packets: figure("cvault_rx_packets")?,
+            tx_packets: figure("cvault_tx_packets")?,
+            read: figure("cvault_tun_read_bytes")?,
+            split: figure("cvault_tun_split_bytes")?,
+            written: figure("cvault_tun_written_bytes")?,
+            merged: figure("cvault_tun_merged_bytes")?,
+            not_sent: dropped.sum(),
+            kernel: Counters::read(&end.machine, "wg0")?,
+        })
+    }
+
+    /// When nothing is under way any more.
+    fn settled(end: &End) -> Result<Self> {
+        quiescent("the counters", Duration::from_millis(500), 20, || Self::of(end))
+    }
+
+    /// The kernel's counters of the interface are the witness; the engine tells only what merging and splitting saved.
+    fn agrees(&self) -> Result<()> {
+        ensure!(self.written == self.kernel.rx_bytes, "written to the interface: {self:?}");
+        ensure!(self.read == self.kernel.tx_bytes, "read from the interface: {self:?}");
+        ensure!(self.rx_inner == self.kernel.rx_bytes + self.merged, "from peers: {self:?}");
+        ensure!(self.tx_inner + self.not_sent == self.kernel.tx_bytes + self.split, "to peers: {self:?}");
+        Ok(())
+    }
+}
+
+/// What the client's kernel got through wireguard-go, which hands over every packet by itself, is what the engine says it
+/// sent, but for packets lost between the two; these are of some size from a bare header to the MTU.
+fn agrees_with_the_client(server: &Account, client: Counters) -> Result<()> {
+    for (what, sent, arrived, sent_packets, arrived_packets) in [
+        ("to the client", server.tx_inner, client.rx_bytes, server.tx_packets, client.rx_packets),
+        ("from the client", client.tx_bytes, server.rx_inner, client.tx_packets, server.rx_packets),
+    ] {
+        ensure!(sent_packets >= arrived_packets, "{what}: {server:?}, {client:?}");
+        let (lost, packets) = (sent.checked_sub(arrived), sent_packets - arrived_packets);
+        ensure!(
+            lost.is_some_and(|lost| (packets * 28..=packets * 1420).contains(&lost)),
+            "{what}: {packets} packets and {lost:?} bytes were lost: {server:?}, {client:?}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn under_full_load_the_engine_counts_what_the_kernels_count_to_the_byte() {
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    both.meet(Outer::V4).unwrap();
+    for inner in [Inner::V4, Inner::V6] {
+        both.transfer(inner, 30_000_000).unwrap();
+        let server = Account::settled(&both.server).unwrap();
+        server.agrees().unwrap();
+        assert!(server.rx_inner > 30_000_000 && server.tx_inner > 30_000_000, "{server:?}");
+        agrees_with_the_client(&server, Counters::read(&both.client.machine, "wg0").unwrap()).unwrap();
+    }
+}
+
+#[test]
+fn two_engines_and_their_kernels_agree_too() {
+    let both = Both::start(Program::Engine, Program::Engine).unwrap();
+    both.meet(Outer::V6).unwrap();
+    both.transfer(Inner::V4, 30_000_000).unwrap();
+    for end in [&both.server, &both.client] {
+        Account::settled(end).unwrap().agrees().unwrap();
+    }
+}
+
+#[test]
+fn an_interface_set_down_and_up_again_in_the_middle_goes_on_and_counts_on() {
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    both.meet(Outer::V4).unwrap();
+    let download = both.begin_download(12_000_000, "3M").unwrap();
+    for _ in 0..3 {
+        both.server.machine.sh("ip link set wg0 down").unwrap();
+        assert!(!both.client.pings("10.8.0.1"));
+        both.server.machine.sh("ip link set wg0 up; ip -6 addr replace fd00:cafe::1/64 dev wg0 nodad").unwrap();
+        both.client.reaches("10.8.0.1", 5).unwrap();
+        download.progress().unwrap();
+    }
+    download.finish().unwrap();
+    both.transfer(Inner::V6, 500_000).unwrap();
+    both.server.tunnel.process().check_running().unwrap();
+    Account::settled(&both.server).unwrap().agrees().unwrap();
+}
