@@ -79,6 +79,7 @@ pub(super) async fn enter(app: &App, server: ServerId, request: ReportRequest) -
             Claim::Accepted { .. } => !request.nacks.is_empty(),
             Claim::Superseded => false,
         },
+        leases: Vec::new(),
     })
 }
 
