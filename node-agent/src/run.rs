@@ -3,9 +3,11 @@
 //! ```text
 //! start -> state file -> tunnel, host, peers (no network needed) -> watch
 //! delta -> checked -> applied -> state file synced -> reported
+//! look  -> leases of metered peers asked for -> engine
 //! tick  -> counters read -> spool synced -> reported -> acknowledged
 //! ```
 
+mod quota;
 mod reporting;
 mod state;
 
@@ -84,6 +86,8 @@ struct Agent {
     retry_at: Option<Instant>,
     ticks_since_state: u32,
     silences: u32,
+    quota: quota::Quota,
+    looks: Interval,
 }
 
 enum Event {
@@ -91,6 +95,7 @@ enum Event {
     TunnelEnded,
     Link(LinkEvent),
     Tick,
+    Look,
     Inspection,
     Retry,
     Reported(Reported),
@@ -105,6 +110,7 @@ pub(crate) async fn run(args: &RunArgs) -> anyhow::Result<()> {
             Event::TunnelEnded => agent.revive_tunnel().await,
             Event::Link(event) => agent.on_link(event).await?,
             Event::Tick => agent.on_tick().await,
+            Event::Look => agent.ask_leases().await,
             Event::Retry => agent.retry_at = None,
             Event::Inspection => agent.on_inspection().await,
             Event::Reported(reported) => agent.on_reported(reported).await,
@@ -134,7 +140,7 @@ impl Agent {
             metrics::serve(address).await?;
         }
         let (now, boot_id) = (Moment::now(), boot_id());
-        let (store, saved) = Store::open_or_set_aside(&dir, enrolment.server_id, now.wall_ms)?;
+        let (store, mut saved) = Store::open_or_set_aside(&dir, enrolment.server_id, now.wall_ms)?;
         let mut meter = Meter::open(&dir, boot_id, now)?;
         if let Some(saved) = saved.as_ref().filter(|saved| saved.desired.cursor().is_some()) {
             // What was counted before this start, under the state that was saved then.
@@ -151,8 +157,9 @@ impl Agent {
             state_dir: dir.path().canonicalize().context("the state directory has no path")?,
         };
         let mut engine = Engine::new(launch, enrolment.keys.wireguard_private());
-        if let Some(saved) = &saved {
+        if let Some(saved) = &mut saved {
             engine.bring_up(&dir, &saved.interface).await?;
+            quota::adopt_leases(saved, &mut meter, &engine).await;
             engine.synchronise(&saved.desired).await?;
             let revision = saved.desired.cursor().map_or(0, |cursor| cursor.revision);
             tracing::info!(revision, peers = saved.desired.peers().len(), "serving the saved state");
@@ -187,6 +194,8 @@ impl Agent {
             retry_at: None,
             ticks_since_state: 0,
             silences: 0,
+            quota: quota::Quota::default(),
+            looks: every(quota::LOOK_EVERY),
         })
     }
 
@@ -198,6 +207,7 @@ impl Agent {
                 None => std::future::pending().await,
             }
         };
+        let metered = self.any_metered();
         tokio::select! {
             _ = self.terminate.recv() => Event::Terminate,
             () = self.engine.ended() => Event::TunnelEnded,
@@ -206,6 +216,7 @@ impl Agent {
             _ = self.ticks.tick() => Event::Tick,
             _ = self.inspections.tick() => Event::Inspection,
             _ = self.hangup.recv() => Event::Inspection,
+            _ = self.looks.tick(), if metered => Event::Look,
             () = retry => Event::Retry,
         }
     }

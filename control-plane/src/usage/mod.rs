@@ -4,6 +4,7 @@
 
 pub mod arithmetic;
 mod jobs;
+pub mod leases;
 mod ledger;
 mod report;
 

@@ -20,6 +20,8 @@ impl Agent {
             metrics::tunnel(device, self.meter.spool.waiting_bytes());
         }
         self.report_usage(Some(device.unwrap_or_default()));
+        self.settle_leases().await;
+        self.ask_leases().await;
     }
 
     pub(super) async fn read_counters(&mut self) {
@@ -41,6 +43,7 @@ impl Agent {
             tracing::debug!(%error, "the tunnel keeps its journal for now");
         }
         saved.desired.forget_retired(|life| pass.counted.contains(life));
+        self.quota.metered_epoch = pass.epoch;
     }
 
     /// Sends what waits; with the server's health when the tunnel was asked.
@@ -106,6 +109,9 @@ impl Agent {
             Err(status) => {
                 metrics::reported("failed");
                 tracing::warn!(code = %status.code(), said = status.message(), "a report failed");
+                if reported.lane == Lane::Lease {
+                    self.on_lease_answer(None).await;
+                }
                 if reported.lane == Lane::State {
                     self.reports.state_due = true;
                     self.retry_at = Some(retry_instant());
@@ -114,6 +120,9 @@ impl Agent {
             }
         };
         metrics::reported("answered");
+        if reported.lane == Lane::Lease {
+            self.on_lease_answer(Some(&answer)).await;
+        }
         if let Err(error) = self.meter.spool.acknowledge(&answer.acked, Moment::now().wall_ms) {
             tracing::error!(
                 error = crate::chain(&error),
@@ -135,11 +144,13 @@ impl Agent {
         } else if reported.lane == Lane::Usage && !answer.acked.is_empty() && self.meter.spool.has_unacknowledged() {
             // More is waiting: do not wait for the next tick.
             self.report_usage(None);
+        } else if reported.lane == Lane::Usage {
+            self.ask_leases().await;
         }
     }
 
     /// Gives the engine what it misses; after the control plane's confirmation also takes what it should not have.
-    async fn synchronise(&mut self) {
+    pub(super) async fn synchronise(&mut self) {
         let Some(saved) = self.saved.as_ref().filter(|_| self.engine.is_up()) else { return };
         if let Err(refusal) = self.engine.synchronise(&saved.desired).await {
             tracing::error!(%refusal, "the engine could not be given the committed peers; trying again");
