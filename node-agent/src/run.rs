@@ -11,18 +11,20 @@ mod quota;
 mod reporting;
 mod state;
 
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use cvault_node_protocol::v1;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::clock::{Moment, boot_id};
-use crate::desired::Snapshot;
+use crate::desired::{Life, Snapshot};
 use crate::engine::Engine;
 use crate::enrolment;
 use crate::meter::Meter;
@@ -88,6 +90,10 @@ struct Agent {
     silences: u32,
     quota: quota::Quota,
     looks: Interval,
+    ticks_to_drops: u32,
+    drops_told: HashMap<Life, BTreeMap<String, u64>>,
+    /// By device, until it is sent.
+    drops_waiting: BTreeMap<[u8; 16], v1::PeerDrops>,
 }
 
 enum Event {
@@ -196,6 +202,9 @@ impl Agent {
             silences: 0,
             quota: quota::Quota::default(),
             looks: every(quota::LOOK_EVERY),
+            ticks_to_drops: 0,
+            drops_told: HashMap::new(),
+            drops_waiting: BTreeMap::new(),
         })
     }
 

@@ -1,7 +1,7 @@
 //! One `Report`: usage into the ledger, the applied position, health. Answered after COMMIT.
 
 use cvault_node_protocol::digest::Digest;
-use cvault_node_protocol::v1::{AckedWindow, Health, ReportRequest, ReportResponse};
+use cvault_node_protocol::v1::{AckedWindow, Health, ReportRequest, ReportResponse, UsageWindow};
 use cvault_node_protocol::{MAX_REPORT_WINDOWS, MAX_WINDOW_PEERS};
 use cvault_types::ServerId;
 use serde_json::json;
@@ -24,7 +24,8 @@ pub(super) fn check(request: &ReportRequest) -> Result<(), Status> {
     if request.windows.len() > MAX_REPORT_WINDOWS || request.nacks.len() > MAX_NACKS {
         return fault("too many windows or nacks in one report");
     }
-    if request.windows.iter().any(|window| window.peers.len() > MAX_WINDOW_PEERS) {
+    let too_long = |window: &UsageWindow| window.peers.len() > MAX_WINDOW_PEERS;
+    if request.windows.iter().any(too_long) || request.drops.len() > MAX_WINDOW_PEERS {
         return fault("too many peers in one window");
     }
     let ids = |bytes: &[u8]| bytes.len() == 16;
@@ -48,6 +49,7 @@ pub(super) async fn enter(app: &App, server: ServerId, request: ReportRequest) -
     let mut tx = Tx::begin(&app.db.sys).await?;
     let work = async {
         let entered = usage::ingest(&mut tx, server, &request.windows, received_at).await?;
+        usage::drops::enter(&mut tx, server, &request.drops, received_at).await?;
         let leases = match &request.leases {
             // another agent's counters are others
             Some(asked) if is_current(&mut tx, server, request.session_epoch).await? => {

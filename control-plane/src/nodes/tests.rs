@@ -108,6 +108,8 @@ fn report(session_epoch: u64, applied: Option<Cursor>) -> ReportRequest {
         nacks: Vec::new(),
         windows: Vec::new(),
         health: Some(Health { uptime_ms: 5, agent_version: "test".to_owned(), ..Health::default() }),
+        leases: None,
+        drops: Vec::new(),
     }
 }
 
@@ -121,6 +123,8 @@ async fn begin(stream: &mut Streaming<StateEvent>) -> (u64, Cursor, usize) {
     let interface = hello.interface.unwrap();
     assert_eq!(interface.addresses, ["10.8.0.1/16", "fd00:cafe::1/64"]);
     assert_eq!(interface.overlay, ["10.8.0.0/16", "fd00:cafe::/64"]);
+    let Event::Policies(policies) = next(stream).await else { panic!("no policies") };
+    assert!(policies.replace && !policies.digest.is_empty());
     let Event::SnapshotBegin(begin) = next(stream).await else { panic!("no snapshot") };
     let mut peers = 0;
     loop {

@@ -3,6 +3,7 @@
 //! Deliberately absent: any counting of packets (the servers do that) and any delta on the wire.
 
 pub mod arithmetic;
+pub mod drops;
 mod jobs;
 pub mod leases;
 mod ledger;
