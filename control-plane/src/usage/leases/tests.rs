@@ -37,7 +37,8 @@ impl Peer {
     fn new(server: ServerId, device: &Registered) -> Self {
         let generation = device.revision;
         let device = device.id.uuid();
-        Self { server, device, generation, epoch: Uuid::from_u128(1), sequence: 0, until: 0, total: 0, window: 0 }
+        let window = u64::from(rand::random::<u32>()) << 16;
+        Self { server, device, generation, epoch: Uuid::from_u128(1), sequence: 0, until: 0, total: 0, window }
     }
 
     fn state(&self) -> LeaseState {
