@@ -222,7 +222,8 @@ impl Engine {
         let other = |peer: &&Peer| {
             lives.get(&peer.public_key).is_some_and(|engine| engine.limits != target.limits(epoch, peer))
         };
-        let limited: Vec<_> = target.peers().filter(other).map(|peer| (peer.public_key, target.limits(epoch, peer))).collect();
+        let limited: Vec<_> =
+            target.peers().filter(other).map(|peer| (peer.public_key, target.limits(epoch, peer))).collect();
         self.uapi.limit(&limited).await.map_err(uapi_refusal)?;
         self.swept = true;
         if self.confirmed {
@@ -260,11 +261,7 @@ impl Engine {
     }
 
     /// Tells the engine the limits of peers as they are now.
-    pub(crate) async fn limit(
-        &self,
-        desired: &Desired,
-        peers: impl Iterator<Item = &Peer>,
-    ) -> Result<(), UapiError> {
+    pub(crate) async fn limit(&self, desired: &Desired, peers: impl Iterator<Item = &Peer>) -> Result<(), UapiError> {
         let epoch = self.epoch_for(desired);
         let limited: Vec<_> = peers.map(|peer| (peer.public_key, desired.limits(epoch, peer))).collect();
         self.uapi.limit(&limited).await

@@ -88,16 +88,16 @@ impl Leases {
     ) -> Option<Vec<v1::LeaseState>> {
         let live: HashMap<Life, &Metered> = metered.iter().map(|peer| (peer.life, peer)).collect();
         self.leases.retain(|life, _| live.contains_key(life) || unsettled(life));
-        let gone = self.leases.iter().filter(|(life, _)| !live.contains_key(*life)).map(|(life, lease)| v1::LeaseState {
-            device_id: lease.device_id.to_vec().into(),
-            generation: life.generation,
-            sequence: 0,
-            until: lease.until,
-            total: 0,
-            wanted: false,
-        });
-        let states: Vec<_> =
-            metered.iter().map(|peer| self.state(peer, self.wants(peer))).chain(gone).collect();
+        let gone =
+            self.leases.iter().filter(|(life, _)| !live.contains_key(*life)).map(|(life, lease)| v1::LeaseState {
+                device_id: lease.device_id.to_vec().into(),
+                generation: life.generation,
+                sequence: 0,
+                until: lease.until,
+                total: 0,
+                wanted: false,
+            });
+        let states: Vec<_> = metered.iter().map(|peer| self.state(peer, self.wants(peer))).chain(gone).collect();
         (states.len() <= MAX_LEASES).then_some(states)
     }
 
@@ -139,10 +139,8 @@ impl Leases {
             let device: [u8; 16] = device.try_into().ok()?;
             Some((life_of(&device, generation)?, device))
         };
-        let totals: HashMap<Life, &v1::LeaseState> = asked
-            .iter()
-            .filter_map(|state| Some((life(&state.device_id, state.generation)?.0, state)))
-            .collect();
+        let totals: HashMap<Life, &v1::LeaseState> =
+            asked.iter().filter_map(|state| Some((life(&state.device_id, state.generation)?.0, state))).collect();
         let mut told = Vec::new();
         for grant in grants {
             let Some((life, device_id)) = life(&grant.device_id, grant.generation) else { continue };
@@ -176,9 +174,9 @@ impl Leases {
     }
 
     fn wants(&self, peer: &Metered) -> bool {
-        self.leases.get(&peer.life).is_none_or(|lease| {
-            lease.sequence == 0 || lease.enforced.saturating_sub(peer.total) <= lease.granted / 2
-        })
+        self.leases
+            .get(&peer.life)
+            .is_none_or(|lease| lease.sequence == 0 || lease.enforced.saturating_sub(peer.total) <= lease.granted / 2)
     }
 
     fn state(&self, peer: &Metered, wanted: bool) -> v1::LeaseState {

@@ -13,8 +13,8 @@ use cvault_node_protocol::v1;
 
 use crate::clock::Moment;
 use crate::desired::{Desired, Life, PublicKey};
-use crate::leases::Metered;
 use crate::frames::{self, FrameError};
+use crate::leases::Metered;
 use crate::spool::{Epoch, MAX_BYTES, Span, Spool, SpoolError};
 use crate::state_dir::StateDir;
 

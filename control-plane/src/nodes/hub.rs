@@ -70,14 +70,10 @@ impl Hub {
 
     fn with<T>(&self, server: ServerId, use_channels: impl FnOnce(&Channels) -> T) -> T {
         let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
-        use_channels(
-            servers
-                .entry(server)
-                .or_insert_with(|| Channels {
-                    changes: watch::channel(0).0,
-                    policies: watch::channel(0).0,
-                    acked: watch::channel(0).0,
-                }),
-        )
+        use_channels(servers.entry(server).or_insert_with(|| Channels {
+            changes: watch::channel(0).0,
+            policies: watch::channel(0).0,
+            acked: watch::channel(0).0,
+        }))
     }
 }

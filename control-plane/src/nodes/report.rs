@@ -106,10 +106,9 @@ fn note_nacks(server: ServerId, request: &ReportRequest) {
 }
 
 async fn is_current(tx: &mut Tx, server: ServerId, session_epoch: u64) -> Result<bool, DbError> {
-    let current =
-        sqlx::query_scalar!("select session_epoch from platform.servers where server_id = $1", server.uuid())
-            .fetch_one(tx.conn())
-            .await?;
+    let current = sqlx::query_scalar!("select session_epoch from platform.servers where server_id = $1", server.uuid())
+        .fetch_one(tx.conn())
+        .await?;
     Ok(u64::try_from(current).ok() == Some(session_epoch))
 }
 

@@ -120,9 +120,9 @@ async fn next(stream: &mut Streaming<StateEvent>) -> Event {
 /// The next event that is no policy.
 async fn next_state(stream: &mut Streaming<StateEvent>) -> Event {
     loop {
-        match next(stream).await {
-            Event::Policies(_) => {}
-            event => return event,
+        let event = next(stream).await;
+        if !matches!(event, Event::Policies(_)) {
+            return event;
         }
     }
 }
@@ -435,18 +435,20 @@ async fn drops_are_kept_by_device_and_leases_come_with_no_windows() {
     for packets in [3, 5] {
         client.report(ReportRequest { drops: drops(packets), ..report(epoch, None) }).await.unwrap();
     }
-    let kept: Vec<(serde_json::Value,)> = sqlx::query_as("select drops from platform.device_drops where server_id = $1")
-        .bind(server.uuid())
-        .fetch_all(&gateway.world.app.db.sys)
-        .await
-        .unwrap();
+    let kept: Vec<(serde_json::Value,)> =
+        sqlx::query_as("select drops from platform.device_drops where server_id = $1")
+            .bind(server.uuid())
+            .fetch_all(&gateway.world.app.db.sys)
+            .await
+            .unwrap();
     assert_eq!(kept, [(serde_json::json!({ "port": 5 }),)]);
 
     sqlx::query("update cvault.tenants set bandwidth_limit_bytes = 1000000000")
         .execute(&mut gateway.world.superuser().await)
         .await
         .unwrap();
-    let state = LeaseState { device_id: device_id.into(), generation: device.revision, wanted: true, ..LeaseState::default() };
+    let state =
+        LeaseState { device_id: device_id.into(), generation: device.revision, wanted: true, ..LeaseState::default() };
     let leases = Leases { counter_epoch: vec![1; 16].into(), peers: vec![state], complete: false };
     let ask = |session| ReportRequest { leases: Some(leases.clone()), ..report(session, None) };
     let answer = client.report(ask(epoch)).await.unwrap().into_inner();

@@ -193,11 +193,7 @@ async fn holders(conn: &mut PgConnection, server: Uuid) -> Result<Vec<Uuid>, DbE
 }
 
 /// In the order of their ids, as the ledger does. Answers what was billed to each.
-async fn lock_months(
-    conn: &mut PgConnection,
-    tenants: &[Uuid],
-    month: Date,
-) -> Result<BTreeMap<Uuid, i64>, DbError> {
+async fn lock_months(conn: &mut PgConnection, tenants: &[Uuid], month: Date) -> Result<BTreeMap<Uuid, i64>, DbError> {
     sqlx::query!(
         "insert into platform.quota_months (tenant_id, month, bytes)
          select t, $2, 0 from unnest($1::uuid[]) as t order by t
@@ -308,8 +304,7 @@ async fn read_month(
         month.leased = month.leased.saturating_add((row.until_bytes - row.counted).max(0));
         if row.server_id == server && row.counter_epoch == epoch {
             let life = Life { device: row.device_id, generation: row.generation };
-            let known =
-                Known { until: row.until_bytes, sequence: row.sequence, counted: row.counted, stored: true };
+            let known = Known { until: row.until_bytes, sequence: row.sequence, counted: row.counted, stored: true };
             month.known.insert(life, known);
         }
     }
@@ -381,7 +376,6 @@ async fn write(
     .await?;
     Ok(())
 }
-
 
 #[cfg(test)]
 mod tests;

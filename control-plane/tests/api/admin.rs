@@ -57,8 +57,13 @@ async fn a_policy_has_closed_defaults_and_a_change_touches_only_what_it_names() 
     let refused = platform.admin("PATCH", &path).json(&bad).send().await;
     let pointers: Vec<_> =
         refused.body["errors"].as_array().unwrap().iter().map(|fault| fault["pointer"].as_str().unwrap()).collect();
-    let wanted = ["/policy/rate_up_mbps", "/policy/device_rate_down_mbps", "/policy/throttle_kbps",
-        "/policy/allow_private_destinations/1", "/policy/allow_private_destinations/2"];
+    let wanted = [
+        "/policy/rate_up_mbps",
+        "/policy/device_rate_down_mbps",
+        "/policy/throttle_kbps",
+        "/policy/allow_private_destinations/1",
+        "/policy/allow_private_destinations/2",
+    ];
     assert_eq!(pointers, wanted, "{}", refused.text);
     let unknown = platform.admin("PATCH", &path).json(&json!({"policy": {"allow_everything": true}})).send().await;
     assert!(unknown.status.is_client_error());

@@ -20,7 +20,8 @@ impl Agent {
         self.ticks_since_state += 1;
         self.read_counters().await;
         self.ticks_to_drops = self.ticks_to_drops.saturating_sub(1);
-        if self.ticks_to_drops == 0 && self.saved.as_ref().is_some_and(|saved| saved.desired.peers().len() <= FEW_PEERS) {
+        if self.ticks_to_drops == 0 && self.saved.as_ref().is_some_and(|saved| saved.desired.peers().len() <= FEW_PEERS)
+        {
             self.read_drops().await;
         }
         let device = self.ask_tunnel().await;
