@@ -101,8 +101,11 @@ fn roams(client: Program) -> Result<()> {
          ip route replace default via 192.0.2.1")?;
     is("192.0.2.77:40001")?;
     download.progress()?;
+    // While the server still reaches it by IPv4, every datagram from there leads the client back to IPv4.
+    both.client.machine.sh("ip addr del 192.0.2.77/24 dev up0")?;
     let v6 = format!("[{}]:51820", both.server.at.v6);
     both.client.tunnel.wg_set(&both.client.machine, &format!("peer {} endpoint '{v6}'", both.server.keys.public))?;
+    both.client.reaches("10.8.0.1", 20)?;
     is("[2001:db8:1::11]:40001")?;
     download.finish()
 }
