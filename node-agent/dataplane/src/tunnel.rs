@@ -128,7 +128,7 @@ fn with_port(source: SocketAddr) -> IpAddr {
 pub(crate) enum Received {
     /// Authenticated and empty (or a cookie was stored).
     Nothing,
-    /// An IP packet of this length lies in the buffer.
+    /// An IP packet of this length lies in the buffer; of none at all if it says so itself.
     Packet(usize),
     /// An answer of this length lies in the buffer.
     Answer(usize),

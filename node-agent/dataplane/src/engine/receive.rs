@@ -84,9 +84,9 @@ impl Engine {
         let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
         let tunnel = peer.tunnel.as_mut().ok_or(Drop::NoSession)?;
         let room = out.tun_room(datagram.len().max(MIN_ROOM)).ok_or(Drop::TunWrite)?;
-        let packet_len = match tunnel.receive(origin.from.ip(), datagram, room) {
-            Received::Nothing => 0,
-            Received::Packet(len) => len,
+        let packet = match tunnel.receive(origin.from.ip(), datagram, room) {
+            Received::Nothing => None,
+            Received::Packet(len) => Some(len),
             Received::Refused(reason) => return Err(reason),
             Received::Answer(_) => return Err(Drop::Handshake),
         };
@@ -99,9 +99,9 @@ impl Engine {
         if has_queue {
             self.flush_queue(now, slot, out);
         }
-        if packet_len == 0 {
+        let Some(packet_len) = packet else {
             return Ok(());
-        }
+        };
         let way = self.way(slot, out.tun_written(packet_len))?;
         self.charge(now, slot, Direction::Up, packet_len)?;
         ecn::decapsulate(origin.ecn, out.tun_written(packet_len))?;
