@@ -95,8 +95,11 @@ impl Net {
             1 => self.forged(input, place)?,
             2 => {
                 let inner = input.chunk()?.to_vec();
+                let (is_packet, before, drops) = (!inner.is_empty(), self.delivered_bytes, self.server.drops());
                 let message = self.encrypt(inner);
                 self.receive(&message, place);
+                let counted = self.delivered_bytes > before || self.server.drops() > drops;
+                assert_eq!(counted, is_packet, "delivered or dropped, unless it is a keepalive");
             }
             3 => {
                 let (at, flip) = (input.word()?, input.byte()?.max(1));
