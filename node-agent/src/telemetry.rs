@@ -25,9 +25,7 @@ pub(crate) fn init() -> anyhow::Result<()> {
 
 /// What is never logged, whatever the filter says.
 fn floor() -> Targets {
-    Targets::new()
-        .with_default(LevelFilter::TRACE)
-        .with_targets(LIBRARIES.map(|library| (library, LevelFilter::INFO)))
+    Targets::new().with_default(LevelFilter::TRACE).with_targets(LIBRARIES.map(|library| (library, LevelFilter::INFO)))
 }
 
 #[cfg(test)]

@@ -13,6 +13,9 @@ pub mod counters;
 pub mod drops;
 pub mod ecn;
 pub mod engine;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod journal;
 pub mod policy;
 pub mod process;

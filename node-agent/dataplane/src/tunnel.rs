@@ -101,7 +101,7 @@ impl Identity {
 pub(crate) enum Received {
     /// A keepalive.
     Nothing,
-    /// An IP packet of this length lies in the buffer.
+    /// An IP packet of this length lies in the buffer; of none at all if it says so itself.
     Packet(usize),
     Refused(Drop),
 }

@@ -10,6 +10,8 @@ mod directory;
 #[cfg(test)]
 mod handshake_tests;
 mod handshakes;
+#[cfg(test)]
+mod hostile_tests;
 mod police;
 #[cfg(test)]
 mod police_tests;

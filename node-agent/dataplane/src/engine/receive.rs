@@ -85,10 +85,11 @@ impl Engine {
         let tunnel = peer.tunnel.as_mut().ok_or(Drop::NoSession)?;
         let room = out.tun_room(datagram.len().max(MIN_ROOM)).ok_or(Drop::TunWrite)?;
         let (received, completed) = tunnel.receive(index, datagram, room);
-        let (packet_len, malformed) = match received {
-            Received::Nothing => (0, None),
-            Received::Packet(len) => (len, None),
-            Received::Refused(Drop::Malformed) => (0, Some(Drop::Malformed)),
+        let packet = match received {
+            Received::Nothing => Ok(None),
+            Received::Packet(len) => Ok(Some(len)),
+            // No packet, but the peer's own.
+            Received::Refused(Drop::Malformed) => Err(Drop::Malformed),
             Received::Refused(reason) => return Err(reason),
         };
         let has_queue = !peer.queue.is_empty() && tunnel.has_session();
@@ -99,9 +100,9 @@ impl Engine {
         if has_queue {
             self.flush_queue(now, slot, out);
         }
-        if packet_len == 0 {
-            return malformed.map_or(Ok(()), Err);
-        }
+        let Some(packet_len) = packet? else {
+            return Ok(());
+        };
         let way = self.way(slot, out.tun_written(packet_len))?;
         self.charge(now, slot, Direction::Up, packet_len)?;
         ecn::decapsulate(origin.ecn, out.tun_written(packet_len))?;
