@@ -13,6 +13,9 @@ pub mod counters;
 pub mod drops;
 pub mod ecn;
 pub mod engine;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod journal;
 pub mod policy;
 pub mod process;
@@ -20,9 +23,9 @@ pub mod uapi;
 
 mod allowed;
 mod index;
-mod initiation;
 mod io;
 mod limit;
+mod noise;
 mod out;
 mod packet;
 mod tunnel;

@@ -112,6 +112,9 @@ impl Both {
             own.prepare()?;
         }
         let web = server.machine.spawn("web", &binary("cvault-lab")?, ["web"], [])?;
+        eventually("the web server listens", 20, || {
+            server.machine.run("curl", ["-sSf", "-m", "2", "-o", "/dev/null", "http://10.8.0.1/noise/1"]).map(drop)
+        })?;
         Ok((server, client, preshared_key, web))
     }
 
@@ -162,6 +165,8 @@ impl Both {
     pub fn begin_download(&self, count: u64, bytes_per_second: &str) -> Result<Download> {
         let url = self.url(Inner::V4, &format!("noise/{count}"));
         let file = self.client.machine.dir().join("slow");
+        // One of an earlier download would look like this one's.
+        let _earlier = std::fs::remove_file(&file);
         let path = file.display().to_string();
         let arguments = ["-sSf", "-m", "100", "--limit-rate", bytes_per_second, "-o", &path, &url];
         let process = self.client.machine.spawn("download", "curl", arguments, [])?;

@@ -1,4 +1,4 @@
-//! Two engines back to back: what one sends is what the other receives. No sockets, no clock but boringtun's.
+//! Two engines back to back: what one sends is what the other receives. No sockets, no clock.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -189,7 +189,7 @@ fn data_flows_both_ways_and_is_counted_to_the_byte() {
     let counts = server.view(2).counts;
     assert_eq!((counts.rx_inner, counts.rx_packets), (1380, 2));
     assert_eq!((counts.tx_inner, counts.tx_packets), (1420, 1));
-    assert_eq!(counts.rx_wire, 148 + 32 + 132 + 1312, "initiation, keepalive, two packets");
+    assert_eq!(counts.rx_wire, 148 + 132 + 1312, "initiation, two packets");
     assert_eq!(counts.tx_wire, 92 + 1452);
     assert_eq!(counts.last_handshake_ms, START.unix_ms);
     assert_eq!(server.view(2).endpoint, Some(CLIENT.parse().unwrap()));
@@ -277,11 +277,11 @@ fn replays_are_dropped_and_move_no_endpoint() {
     assert_eq!((server.drops(Drop::Replay), server.sent().len()), (1, 0));
     client.udp(&response, SERVER);
     let datagrams = client.sent();
-    assert_eq!(datagrams.len(), 2, "keepalive and the held packet");
+    assert_eq!(datagrams.len(), 1, "the held packet");
     for (_, datagram) in datagrams.iter().chain(&datagrams) {
         server.udp(datagram, CLIENT);
     }
-    assert_eq!((server.delivered().len(), server.drops(Drop::Replay)), (1, 3));
+    assert_eq!((server.delivered().len(), server.drops(Drop::Replay)), (1, 2));
 }
 
 #[test]
@@ -385,6 +385,29 @@ fn data_without_an_answer_for_fifteen_seconds_begins_a_handshake() {
         server.udp(&datagram, ELSEWHERE);
     }
     assert_eq!(server.sent()[0].0, ELSEWHERE.parse().unwrap(), "the answer finds the way");
+}
+
+#[test]
+fn data_that_nothing_follows_is_confirmed_after_ten_seconds() {
+    let (mut server, mut client) = connected();
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    server.tun(&packet("192.0.2.99", "10.8.0.2", 100));
+    for (_, datagram) in server.sent() {
+        client.udp(&datagram, SERVER);
+    }
+    assert_eq!(client.delivered().len(), 1);
+    for _ in 0..9 {
+        client.tick(1000);
+    }
+    assert_eq!(client.sent(), [], "not yet");
+    for _ in 0..5 {
+        client.tick(1000);
+    }
+    let sent = client.sent();
+    assert_eq!(sent.iter().map(|(_, datagram)| (datagram[0], datagram.len())).collect::<Vec<_>>(), [(4, 32)]);
+    server.udp(&sent[0].1, ELSEWHERE);
+    assert_eq!(server.view(2).endpoint, ELSEWHERE.parse().ok(), "which tells where the client is now");
 }
 
 #[test]

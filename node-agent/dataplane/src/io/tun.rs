@@ -4,22 +4,20 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::net::netdevice::name_to_index;
-use tun_rs::{DeviceBuilder, ExpandBuffer, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum};
+use tun_rs::{DeviceBuilder, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr};
 
 use super::mailbox::ShellState;
+use super::merge::{MAX_PACKET, group, is_merged, merge};
 use super::offloads::Offloads;
-use super::split::split;
+use super::split::{finish_checksum, split};
 use crate::drops::Drop;
 use crate::engine::Engine;
-use crate::out::{Out, TUN_HEADROOM, TunPacket};
+use crate::out::{Out, TUN_HEADROOM};
 
 /// What WireGuard uses on Ethernet: 1500 less 80 for IPv6, UDP and its own headers.
 const MTU: u16 = 1420;
 /// A burst for many peers at once; the kernel's default of 500 drops.
 const TX_QUEUE_LEN: u32 = 1000;
-const MAX_PACKET: usize = 65_535;
-/// No virtio header begins like this: what still does after merging was merged into another packet.
-const MERGED: u8 = 0xff;
 
 /// How the device is to be opened.
 #[derive(Clone, Copy, Debug)]
@@ -150,10 +148,7 @@ impl Tun {
     /// Writes all packets of `out`, merged where they continue each other, and tells the engine what arrived.
     pub(crate) fn write(&mut self, out: &mut Out, engine: &mut Engine, shell: &mut ShellState) {
         if self.merge {
-            for packet in out.tun_mut() {
-                packet.buf[0] = MERGED;
-            }
-            if let Err(error) = self.gro.apply_gro(out.tun_mut(), TUN_HEADROOM, self.uso) {
+            if let Err(error) = merge(&mut self.gro, out.tun_mut(), self.uso) {
                 tracing::debug!(%error, "a batch could not be merged");
             }
         } else {
@@ -161,7 +156,7 @@ impl Tun {
                 packet.buf[..TUN_HEADROOM].fill(0);
             }
         }
-        for packet in out.tun().iter().filter(|packet| packet.buf[0] != MERGED) {
+        for packet in out.tun().iter().filter(|packet| !is_merged(packet)) {
             let group = group(&packet.buf);
             let bytes = if self.tso { &packet.buf[..] } else { &packet.buf[TUN_HEADROOM..] };
             match self.device.send(bytes) {
@@ -198,67 +193,4 @@ fn build(name: &str, offload: bool, queues: bool) -> io::Result<SyncDevice> {
 fn interface_exists(name: &str) -> io::Result<bool> {
     let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::DGRAM, None)?;
     Ok(name_to_index(&socket, name).is_ok())
-}
-
-/// How many packets a (merged) packet for the TUN stands for, and their bytes.
-struct Group {
-    packets: u64,
-    bytes: u64,
-}
-
-fn group(buf: &[u8]) -> Group {
-    let len = (buf.len() - TUN_HEADROOM) as u64;
-    let single = Group { packets: 1, bytes: len };
-    let Ok(header) = VirtioNetHdr::decode(&buf[..TUN_HEADROOM]) else {
-        return single;
-    };
-    let (headers, segment) = (u64::from(header.hdr_len), u64::from(header.gso_size));
-    if header.gso_type == 0 || segment == 0 || len <= headers {
-        return single;
-    }
-    let packets = (len - headers).div_ceil(segment);
-    Group { packets, bytes: len + (packets - 1) * headers }
-}
-
-/// The kernel leaves the checksum of a locally made packet to the device.
-fn finish_checksum(header: &VirtioNetHdr, packet: &mut [u8]) {
-    const NEEDS_CHECKSUM: u8 = 1;
-    let start = usize::from(header.csum_start);
-    let at = start + usize::from(header.csum_offset);
-    if header.flags & NEEDS_CHECKSUM == 0 || at + 2 > packet.len() {
-        return;
-    }
-    let pseudo_header = u16::from_be_bytes([packet[at], packet[at + 1]]);
-    packet[at..at + 2].fill(0);
-    let sum = !checksum(&packet[start..], u64::from(pseudo_header));
-    // Zero means "none" in UDP; all ones is the same sum.
-    let sum = if sum == 0 { u16::MAX } else { sum };
-    packet[at..at + 2].copy_from_slice(&sum.to_be_bytes());
-}
-
-impl AsRef<[u8]> for TunPacket {
-    fn as_ref(&self) -> &[u8] {
-        &self.buf
-    }
-}
-
-impl AsMut<[u8]> for TunPacket {
-    fn as_mut(&mut self) -> &mut [u8] {
-        &mut self.buf
-    }
-}
-
-impl ExpandBuffer for TunPacket {
-    fn buf_capacity(&self) -> usize {
-        // A vector grows; this is the largest packet the TUN takes.
-        TUN_HEADROOM + MAX_PACKET
-    }
-
-    fn buf_resize(&mut self, new_len: usize, value: u8) {
-        self.buf.resize(new_len, value);
-    }
-
-    fn buf_extend_from_slice(&mut self, src: &[u8]) {
-        self.buf.extend_from_slice(src);
-    }
 }

@@ -13,7 +13,7 @@ mod peer;
 mod ranges;
 mod rule;
 mod tenants;
-mod transport;
+pub(crate) mod transport;
 
 use std::net::IpAddr;
 

@@ -65,7 +65,8 @@ pub(crate) fn transport(packet: &[u8]) -> Transport {
     any_transport(packet)
 }
 
-fn any_transport(packet: &[u8]) -> Transport {
+/// The same without the shortcut.
+pub(crate) fn any_transport(packet: &[u8]) -> Transport {
     match packet.first().map(|byte| byte >> 4) {
         Some(4) => transport4(packet),
         Some(6) => transport6(packet),

@@ -3,7 +3,7 @@
 //! Clients get a thread each, a few at a time, with bounds on size and time: a slow or hostile one holds up neither
 //! packets nor the others. A request is read to its end before anything of it is applied.
 
-mod format;
+pub(crate) mod format;
 mod parse;
 pub(crate) mod server;
 

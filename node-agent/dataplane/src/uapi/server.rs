@@ -311,6 +311,24 @@ fn operation<R: Read>(lines: &mut Lines<R>) -> io::Result<Operation> {
     Ok(if is_whole { operation } else { Operation::Unknown })
 }
 
+/// The changes that a client's bytes ask for, until it would be refused.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn requests(client: impl Read) -> Vec<SetRequest> {
+    let mut lines = Lines::new(client);
+    let mut requests = Vec::new();
+    loop {
+        lines.begin_request();
+        match operation(&mut lines) {
+            Ok(Operation::Get) => {}
+            Ok(Operation::Set) => match read_set(&mut lines) {
+                Ok(request) => requests.push(request),
+                Err(_) => return requests,
+            },
+            Ok(Operation::Unknown | Operation::End) | Err(_) => return requests,
+        }
+    }
+}
+
 fn read_set<R: Read>(lines: &mut Lines<R>) -> io::Result<SetRequest> {
     let mut parser = SetParser::default();
     loop {
