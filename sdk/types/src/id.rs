@@ -127,6 +127,8 @@ ids! {
     PoolId = "pol";
     /// One HTTP request, as answered in `X-Request-Id`.
     RequestId = "req";
+    /// A mail on its way, or given up.
+    MailId = "eml";
 }
 
 #[cfg(test)]

@@ -17,5 +17,6 @@ pub mod usage;
 pub mod vpn;
 
 pub use error_code::ErrorCode;
+pub use id::MailId;
 pub use id::{ApiKeyId, DeviceId, PoolId, RequestId, ServerId, SessionId, TenantId, UserId};
 pub use secret::Secret;
