@@ -14,6 +14,10 @@ use zeroize::Zeroizing;
 use crate::db::DbConfig;
 use crate::keys::KeyRing;
 
+mod mail;
+
+pub use mail::MailConfig;
+
 /// One documented variable.
 #[derive(Debug)]
 pub struct Variable {
@@ -111,6 +115,48 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "Time a released address rests before it is used again; taken over by pools when they are created.",
     },
     Variable {
+        name: "CVAULT_SMTP_URL",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "Mail server: `smtps://host[:465]` (TLS), `smtp://host[:587]` (STARTTLS, required) or `smtp+plain://host[:25]` (no TLS; with a password only to this machine). Without it mails wait in the outbox (`dev`: they are written to the log).",
+    },
+    Variable {
+        name: "CVAULT_SMTP_USER",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "Name to log in with at the mail server.",
+    },
+    Variable {
+        name: "CVAULT_SMTP_PASSWORD_FILE",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "File with its password, of mode 0600 or 0400.",
+    },
+    Variable {
+        name: "CVAULT_SMTP_PASSWORD",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "The password itself, instead of CVAULT_SMTP_PASSWORD_FILE.",
+    },
+    Variable {
+        name: "CVAULT_SMTP_CA_FILE",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "PEM certificate of an authority to trust for the mail server, beside the public ones.",
+    },
+    Variable {
+        name: "CVAULT_MAIL_FROM",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "Sender of mails, such as `CVault <no-reply@example.com>`; required with CVAULT_SMTP_URL.",
+    },
+    Variable {
+        name: "CVAULT_MAIL_DIR",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "Directory into which mails are written, a file each, instead of sending them: for development and tests.",
+    },
+    Variable {
         name: "CVAULT_PG_BIN",
         default: "",
         used_by: "dev",
@@ -125,7 +171,7 @@ pub const VARIABLES: &[Variable] = &[
     Variable { name: "CVAULT_LOG_FORMAT", default: "json", used_by: "all", meaning: "`json` or `text`." },
 ];
 
-/// What the running program needs to know; holds no secret.
+/// What the running program needs to know; `Debug` shows no secret.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub listen: SocketAddr,
@@ -139,6 +185,7 @@ pub struct Config {
     /// Their `X-Forwarded-For` is believed.
     pub trusted_proxies: Vec<IpNet>,
     pub quarantine_seconds: u32,
+    pub mail: MailConfig,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -322,7 +369,9 @@ impl<'a> Reader<'a> {
             Some(endpoint) => self.endpoint(endpoint),
             None => default_endpoint(node_listen, &public_url),
         };
+        let mail = self.mail(host_of(&public_url).as_deref().unwrap_or("localhost"));
         Config {
+            mail,
             listen,
             node_listen,
             node_endpoint,
@@ -440,9 +489,12 @@ fn default_endpoint(node_listen: SocketAddr, public_url: &str) -> String {
     if !node_listen.ip().is_unspecified() {
         return node_listen.to_string();
     }
-    let uri = public_url.parse::<http::Uri>().ok();
-    let host = uri.as_ref().and_then(http::Uri::host).unwrap_or("127.0.0.1");
-    format!("{host}:{}", node_listen.port())
+    let host = host_of(public_url);
+    format!("{}:{}", host.as_deref().unwrap_or("127.0.0.1"), node_listen.port())
+}
+
+fn host_of(url: &str) -> Option<String> {
+    url.parse::<http::Uri>().ok()?.host().map(str::to_owned)
 }
 
 fn read_private(path: &str) -> Result<Zeroizing<String>, String> {

@@ -17,6 +17,7 @@ use crate::db::{ConnectError, Db, DbConfig};
 use crate::http::serve::Limits;
 use crate::http::{router, serve};
 use crate::keys::{KeyRing, PlatformSecrets, SecretsError};
+use crate::mail::Sink;
 use crate::{metrics, nodes, tasks};
 
 /// Why nothing was started, or why what was started has ended.
@@ -83,6 +84,11 @@ pub async fn run(config: ServeConfig) -> Result<(), StartError> {
     let (listeners, running) = Listeners::bind(config.config).await?;
     let shutdown = on_signal()?;
     let app = open(running, &config.database, config.keys).await?;
+    if matches!(app.config.mail.sink, Sink::Unset) {
+        tracing::warn!(
+            "no mail server is configured (CVAULT_SMTP_URL): mails, such as those that verify addresses and reset passwords, wait in the outbox and are not sent"
+        );
+    }
     until(app, listeners, shutdown).await
 }
 

@@ -1,4 +1,4 @@
-//! Periodic work: quarantine, suspensions, sessions, audit chain, usage, trimming. Each task runs by itself, is started again after a
+//! Periodic work: quarantine, suspensions, sessions, audit chain, usage, mails, trimming. Each task runs by itself, is started again after a
 //! fault, and stops cleanly. Any number of replicas may run them at once: every task is one or more statements that
 //! change nothing the second time.
 
@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::app::App;
 use crate::db::DbError;
-use crate::{audit, ipam, metrics, sessions, tenants, usage};
+use crate::{audit, ipam, mail, metrics, sessions, tenants, usage};
 
 /// One kind of periodic work; `run` returns how many rows it has dealt with.
 struct Task {
@@ -61,6 +61,16 @@ const TASKS: &[Task] = &[
         every: Duration::from_secs(6 * 3600),
         run: |app| Box::pin(async move { usage::ensure_partitions(&app.db.sys).await }),
     },
+    Task {
+        name: "deliver_mail",
+        every: Duration::from_secs(1),
+        run: |app| Box::pin(async move { mail::deliver(&app).await }),
+    },
+    Task {
+        name: "watch_outbox",
+        every: Duration::from_secs(15),
+        run: |app| Box::pin(async move { watch_outbox(&app).await }),
+    },
     Task { name: "trim", every: Duration::from_secs(600), run: |app| Box::pin(async move { trim(&app).await }) },
 ];
 
@@ -104,6 +114,12 @@ async fn repeat(app: App, task: &'static Task, shutdown: CancellationToken) {
             }
         }
     }
+}
+
+async fn watch_outbox(app: &App) -> Result<u64, DbError> {
+    let late = mail::expire(&app.db.sys, app.clock.now()).await?;
+    mail::measure(&app.db.sys, app.clock.now()).await?;
+    Ok(late)
 }
 
 /// Forgets what is past use: changes every server has long had, old windows, expired keys and tokens.

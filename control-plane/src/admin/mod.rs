@@ -4,7 +4,8 @@
 //! that makes them.
 
 mod command;
+mod mail;
 mod run;
 
-pub use command::{AdminArgs, AdminCommand, PoolCommand, ServerCommand, TenantCommand};
+pub use command::{AdminArgs, AdminCommand, MailCommand, PoolCommand, ServerCommand, TenantCommand};
 pub use run::{AdminError, run};
