@@ -11,10 +11,12 @@ use sqlx::postgres::PgConnectOptions;
 use tracing::level_filters::LevelFilter;
 use zeroize::Zeroizing;
 
+use crate::auth::passwords::Scheme;
 use crate::db::DbConfig;
 use crate::keys::KeyRing;
 
 mod mail;
+mod passwords;
 
 pub use mail::MailConfig;
 
@@ -115,6 +117,30 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "Time a released address rests before it is used again; taken over by pools when they are created.",
     },
     Variable {
+        name: "CVAULT_PASSWORD_HASH",
+        default: "bcrypt",
+        used_by: "serve, dev",
+        meaning: "`bcrypt` or `argon2id`, for new passwords; both are checked. A login replaces a hash of another scheme or cost.",
+    },
+    Variable {
+        name: "CVAULT_BCRYPT_COST",
+        default: "12",
+        used_by: "serve, dev",
+        meaning: "10 to 15; each step doubles the time.",
+    },
+    Variable {
+        name: "CVAULT_ARGON2_MEMORY_KIB",
+        default: "19456",
+        used_by: "serve, dev",
+        meaning: "Memory of one Argon2id hash, 8192 to 262144 KiB; as many run at once as there are cores.",
+    },
+    Variable {
+        name: "CVAULT_ARGON2_PASSES",
+        default: "2",
+        used_by: "serve, dev",
+        meaning: "Passes of Argon2id over its memory, 1 to 10.",
+    },
+    Variable {
         name: "CVAULT_SMTP_URL",
         default: "",
         used_by: "serve, dev, admin",
@@ -186,6 +212,8 @@ pub struct Config {
     pub trusted_proxies: Vec<IpNet>,
     pub quarantine_seconds: u32,
     pub mail: MailConfig,
+    /// How new passwords are hashed.
+    pub passwords: Scheme,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -372,6 +400,7 @@ impl<'a> Reader<'a> {
         let mail = self.mail(host_of(&public_url).as_deref().unwrap_or("localhost"));
         Config {
             mail,
+            passwords: self.passwords(),
             listen,
             node_listen,
             node_endpoint,
