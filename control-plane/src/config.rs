@@ -17,8 +17,10 @@ use crate::keys::KeyRing;
 
 mod mail;
 mod passwords;
+mod retention;
 
 pub use mail::MailConfig;
+pub use retention::Retention;
 
 /// One documented variable.
 #[derive(Debug)]
@@ -141,6 +143,30 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "Passes of Argon2id over its memory, 1 to 10.",
     },
     Variable {
+        name: "CVAULT_RETENTION_AUTH_EVENTS_DAYS",
+        default: "90",
+        used_by: "serve, dev",
+        meaning: "Days that login attempts are kept, 7 to 3650.",
+    },
+    Variable {
+        name: "CVAULT_RETENTION_HISTORY_DAYS",
+        default: "400",
+        used_by: "serve, dev",
+        meaning: "Days that closed sessions and revoked devices are kept, 62 to 3650. Hours, days and the audit log stay.",
+    },
+    Variable {
+        name: "CVAULT_RETENTION_COUNTERS_DAYS",
+        default: "35",
+        used_by: "serve, dev",
+        meaning: "Days that byte counters are kept which no server will report again, 14 to 3650; then only their sums are.",
+    },
+    Variable {
+        name: "CVAULT_RETENTION_MAIL_DAYS",
+        default: "30",
+        used_by: "serve, dev",
+        meaning: "Days that the records of delivered and given-up mails are kept, 1 to 3650.",
+    },
+    Variable {
         name: "CVAULT_SMTP_URL",
         default: "",
         used_by: "serve, dev, admin",
@@ -214,6 +240,7 @@ pub struct Config {
     pub mail: MailConfig,
     /// How new passwords are hashed.
     pub passwords: Scheme,
+    pub retention: Retention,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -401,6 +428,7 @@ impl<'a> Reader<'a> {
         Config {
             mail,
             passwords: self.passwords(),
+            retention: self.retention(),
             listen,
             node_listen,
             node_endpoint,
@@ -508,7 +536,10 @@ impl<'a> Reader<'a> {
         };
         let ring = parse_keys(&text);
         if ring.is_none() {
-            self.fault("The key-encryption key must be 64 hexadecimal digits, as `openssl rand -hex 32` prints them.");
+            self.fault(
+                "The key-encryption key must be 64 hexadecimal digits, as `openssl rand -hex 32` prints them, or lines \
+                 VERSION:DIGITS, each version once.",
+            );
         }
         ring
     }
@@ -626,7 +657,10 @@ mod tests {
         assert_eq!(parse_keys(&format!("{KEY}\n")).unwrap().version(), 1);
         assert_eq!(parse_keys(&format!("1:{KEY}\n3:{KEY}\n")).unwrap().version(), 3);
         assert!(
-            parse_keys("").is_none() && parse_keys(&KEY[1..]).is_none() && parse_keys(&format!("x:{KEY}")).is_none()
+            parse_keys(&format!("2:{KEY}\n2:{KEY}")).is_none()
+                && parse_keys("").is_none()
+                && parse_keys(&KEY[1..]).is_none()
+                && parse_keys(&format!("x:{KEY}")).is_none()
         );
     }
 }

@@ -32,6 +32,9 @@ pub enum AdminCommand {
     /// WireGuard servers
     #[command(subcommand)]
     Server(ServerCommand),
+    /// Key-encryption keys
+    #[command(subcommand)]
+    Keys(KeysCommand),
     /// Mails that wait or were given up
     #[command(subcommand)]
     Mail(MailCommand),
@@ -125,4 +128,12 @@ pub enum MailCommand {
         #[arg(long, value_name = "ADDRESS")]
         to: String,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum KeysCommand {
+    /// Which key-encryption keys this environment has, and what is wrapped with each
+    Status,
+    /// Wrap every data key and secret with the newest key-encryption key; may be interrupted and repeated
+    Rotate,
 }
