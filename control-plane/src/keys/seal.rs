@@ -104,6 +104,14 @@ impl KeyRing {
         Ok(SealedDataKey { sealed: self.rewrap_at(&data_key_aad(tenant), sealed)?, kek_version: self.version() })
     }
 
+    /// Whether a tenant's data key opens with any key of the ring.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub fn opens(&self, tenant: TenantId, sealed: &[u8]) -> Result<(), KeyError> {
+        self.data_key(sealed, tenant).map(|_| ())
+    }
+
     pub(super) fn rewrap_at(&self, aad: &[u8], sealed: &[u8]) -> Result<Vec<u8>, KeyError> {
         let plaintext = self.unwrap(aad, sealed)?;
         let rewrapped = self.wrap(aad, &plaintext);
