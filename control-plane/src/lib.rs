@@ -21,6 +21,7 @@ pub mod keys;
 pub mod metrics;
 pub mod network;
 pub mod nodes;
+pub mod portal;
 pub mod postgres;
 pub mod serve;
 pub mod servers;

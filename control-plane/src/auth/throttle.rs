@@ -8,7 +8,7 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use cvault_types::{ErrorCode, TenantId};
+use cvault_types::{ErrorCode, TenantAdminId, TenantId};
 use sha2::{Digest, Sha256};
 
 use crate::http::Problem;
@@ -22,12 +22,16 @@ const LOGINS: Allowance = Allowance::per_minute(100);
 /// Failed logins at one account.
 const ACCOUNT: Allowance = Allowance { count: 20, window: Duration::from_secs(300) };
 
+/// Requests of one person in the portal. Not the tenant's own allowance: a busy API must not lock its people out.
+const PORTAL: Allowance = Allowance::per_minute(300);
+
 /// One for the process.
 #[derive(Debug, Default)]
 pub struct Throttles {
     credentials: Limiter<Network>,
     logins: Limiter<(TenantId, Network)>,
     accounts: Limiter<Account>,
+    portal: Limiter<TenantAdminId>,
 }
 
 /// A digest: the table holds no addresses, and each key has one size.
@@ -58,6 +62,11 @@ impl Throttles {
         if let Some(network) = ip.map(Network::of) {
             self.credentials.charge(network, CREDENTIALS, Instant::now());
         }
+    }
+
+    /// Counts a request of somebody who is logged in to the portal.
+    pub fn portal(&self, admin: TenantAdminId) -> Decision {
+        self.portal.charge(admin, PORTAL, Instant::now())
     }
 
     /// Asked before a login or a registration.
