@@ -26,6 +26,7 @@ pub mod postgres;
 pub mod serve;
 pub mod servers;
 pub mod sessions;
+pub mod step_up;
 pub mod tasks;
 pub mod telemetry;
 pub mod tenancy;

@@ -12,7 +12,7 @@ use crate::app::App;
 use crate::auth::{opaque, tokens};
 use crate::http::serve::Peer;
 use crate::http::{Problem, browser, context};
-use crate::portal::sessions::{self, Credential, Found, Seen};
+use crate::portal::sessions::{self, Credential, Found};
 
 /// Whoever calls `/api/v1/tenant/*`. A suspended tenant's people may read, and change nothing.
 #[derive(Debug, Clone, Copy)]
@@ -68,7 +68,7 @@ impl Portal {
                 .limit("requests_per_minute", max, max)
                 .retry_after(seconds));
         }
-        sessions::seen(app, &found, Seen::of(parts)).await?;
+        sessions::seen(app, &found, ip).await?;
         Ok(found)
     }
 }
