@@ -18,6 +18,7 @@ pub mod devices;
 pub mod http;
 pub mod ipam;
 pub mod keys;
+pub mod mail;
 pub mod metrics;
 pub mod network;
 pub mod nodes;

@@ -47,6 +47,13 @@ impl Account {
     }
 }
 
+impl Account {
+    #[must_use]
+    pub fn bytes(self) -> [u8; 16] {
+        self.0
+    }
+}
+
 impl Throttles {
     /// Asked before credentials are looked at.
     ///

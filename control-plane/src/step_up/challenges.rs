@@ -19,12 +19,12 @@ use crate::portal::sessions::{self, End, Seen};
 use crate::portal::{accounts, attempts};
 use crate::tenancy::TenantTx;
 
+use super::risk::MAX_CHALLENGE_FAILURES;
+
 /// To find one's password.
 const LIFETIME: Duration = Duration::minutes(5);
 /// To send the request again, which a program does at once.
 const TOKEN_SECONDS: u32 = 60;
-/// The wrong answer that ends the session.
-const MAX_FAILURES: i32 = 5;
 
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
@@ -103,7 +103,7 @@ pub(super) async fn take(
 }
 
 /// Answers a challenge of the caller's session. A right answer also makes the request's network and program the session's
-/// own; the fifth wrong one in a row ends the session.
+/// own; so many wrong ones in a row end the session.
 ///
 /// # Errors
 /// See [`VerifyError`].
@@ -206,7 +206,7 @@ async fn failed(
     .fetch_one(tx.conn())
     .await?;
     note(tx, portal, challenge, seen, Outcome::Failure).await?;
-    if failures < MAX_FAILURES {
+    if u32::try_from(failures).unwrap_or(u32::MAX) < MAX_CHALLENGE_FAILURES {
         return Ok(VerifyError::Wrong);
     }
     sessions::end(tx, portal.session, End::Risk, app.clock.now()).await?;

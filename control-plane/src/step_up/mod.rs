@@ -17,6 +17,7 @@ use crate::auth::events::{self, AdminEvent, AuthKind, Outcome};
 use crate::db::DbError;
 use crate::http::context::{self, Sensitive};
 use crate::http::{Portal, Problem};
+use crate::portal::accounts::Owner;
 use crate::portal::{attempts, sessions};
 use crate::tenancy::TenantTx;
 use risk::{Signals, Verdict};
@@ -50,7 +51,8 @@ pub async fn if_risky(app: &App, portal: &Portal, action: &'static str) -> Resul
 async fn guard(app: &App, portal: &Portal, action: &'static str, at_least: Verdict) -> Result<(), Problem> {
     let request = context::sensitive().ok_or_else(|| Problem::new(ErrorCode::InternalError))?;
     let since = app.clock.now() - LOGIN_FAILURES_WITHIN;
-    let login_failures = attempts::recent_failures(&app.db.sys, portal.admin, since).await?;
+    let who = Owner { tenant: portal.tenant, admin: portal.admin };
+    let login_failures = attempts::recent_failures(&app.db.sys, who, since).await?;
     let mut tx = app.db.tenancy.begin(portal.tenant).await?;
     let Some(signals) = signals(&mut tx, app, portal, &request, login_failures).await? else {
         tx.rollback().await?;

@@ -9,8 +9,8 @@ const MANY_PER_MINUTE: u32 = 10;
 const IMPOSSIBLE_PER_MINUTE: u32 = 60;
 /// Failed logins at the account in the last quarter of an hour.
 const MANY_LOGIN_FAILURES: u32 = 5;
-/// Wrong answers to challenges in one session.
-const MAX_CHALLENGE_FAILURES: u32 = 5;
+/// Wrong answers to challenges in a row, in one session.
+pub(super) const MAX_CHALLENGE_FAILURES: u32 = 5;
 
 /// What is known when a sensitive request arrives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -133,6 +133,8 @@ ids! {
     PoolId = "pol";
     /// One HTTP request, as answered in `X-Request-Id`.
     RequestId = "req";
+    /// A mail on its way, or given up.
+    MailId = "eml";
 }
 
 #[cfg(test)]

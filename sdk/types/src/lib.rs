@@ -18,8 +18,10 @@ pub mod usage;
 pub mod vpn;
 
 pub use error_code::ErrorCode;
+pub use id::MailId;
 pub use id::{
-    ApiKeyId, ChallengeId, DeviceId, PoolId, PortalSessionId, RequestId, ServerId, SessionId, TenantAdminId, TenantId, UserId,
+    ApiKeyId, ChallengeId, DeviceId, PoolId, PortalSessionId, RequestId, ServerId, SessionId, TenantAdminId, TenantId,
+    UserId,
 };
 pub use portal::TenantRole;
 pub use secret::Secret;
