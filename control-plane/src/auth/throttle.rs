@@ -22,6 +22,8 @@ const LOGINS: Allowance = Allowance::per_minute(100);
 /// Failed logins at one account.
 const ACCOUNT: Allowance = Allowance { count: 20, window: Duration::from_secs(300) };
 
+/// Accounts made from one network.
+const SIGNUPS: Allowance = Allowance { count: 10, window: Duration::from_secs(3600) };
 /// Requests of one person in the portal. Not the tenant's own allowance: a busy API must not lock its people out.
 const PORTAL: Allowance = Allowance::per_minute(300);
 
@@ -32,6 +34,8 @@ pub struct Throttles {
     logins: Limiter<(TenantId, Network)>,
     accounts: Limiter<Account>,
     portal: Limiter<TenantAdminId>,
+    portal_logins: Limiter<Network>,
+    signups: Limiter<Network>,
 }
 
 /// A digest: the table holds no addresses, and each key has one size.
@@ -74,6 +78,39 @@ impl Throttles {
     /// Counts a request of somebody who is logged in to the portal.
     pub fn portal(&self, admin: TenantAdminId) -> Decision {
         self.portal.charge(admin, PORTAL, Instant::now())
+    }
+
+    /// Asked before a login to the portal, or a request to reset a password.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for a network that has failed too often.
+    pub fn before_portal_login(&self, ip: Option<IpAddr>) -> Result<(), Problem> {
+        let Some(network) = ip.map(Network::of) else { return Ok(()) };
+        refuse(self.portal_logins.ask(network, LOGINS, Instant::now()))
+    }
+
+    /// Notes a login to the portal that was refused, or a request to reset a password.
+    pub fn portal_login_failed(&self, ip: Option<IpAddr>) {
+        if let Some(network) = ip.map(Network::of) {
+            self.portal_logins.charge(network, LOGINS, Instant::now());
+        }
+    }
+
+    /// Asked before an account is made. Addresses can be tried out here, too.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for a network that has made too many, or failed too often.
+    pub fn before_signup(&self, ip: Option<IpAddr>) -> Result<(), Problem> {
+        let Some(network) = ip.map(Network::of) else { return Ok(()) };
+        refuse(self.signups.ask(network, SIGNUPS, Instant::now()))?;
+        refuse(self.portal_logins.ask(network, LOGINS, Instant::now()))
+    }
+
+    /// Notes an account that was made.
+    pub fn signed_up(&self, ip: Option<IpAddr>) {
+        if let Some(network) = ip.map(Network::of) {
+            self.signups.charge(network, SIGNUPS, Instant::now());
+        }
     }
 
     /// Asked before a login or a registration.

@@ -26,7 +26,7 @@ use crate::tenancy::TenantTx;
 /// A browser that is not used this long is logged out.
 const COOKIE_IDLE: Duration = Duration::hours(12);
 /// However much it is used.
-const COOKIE_LIFETIME: Duration = Duration::days(7);
+pub const COOKIE_LIFETIME: Duration = Duration::days(7);
 /// A program that does not refresh this long is logged out.
 const REFRESH_LIFETIME: Duration = Duration::days(30);
 /// How exactly it is known when a session was last seen.
@@ -93,6 +93,15 @@ pub enum How {
 pub enum NewSession {
     Cookie { id: Uuid, value: Secret },
     Tokens { id: Uuid, tokens: PortalTokens },
+}
+
+impl NewSession {
+    #[must_use]
+    pub fn id(&self) -> Uuid {
+        match self {
+            Self::Cookie { id, .. } | Self::Tokens { id, .. } => *id,
+        }
+    }
 }
 
 /// What became of a presented refresh token. `Reused` has ended the session: commit all the same.

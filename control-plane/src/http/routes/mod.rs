@@ -4,6 +4,8 @@ pub mod admin;
 pub mod auth;
 pub mod devices;
 pub mod health;
+pub mod portal;
+mod portal_attempt;
 pub mod servers;
 pub mod usage;
 pub mod vpn;
