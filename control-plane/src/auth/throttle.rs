@@ -22,6 +22,8 @@ const LOGINS: Allowance = Allowance::per_minute(100);
 /// Failed logins at one account.
 const ACCOUNT: Allowance = Allowance { count: 20, window: Duration::from_secs(300) };
 
+/// Mails that strangers can have sent to one account.
+const MAILS: Allowance = Allowance { count: 5, window: Duration::from_secs(3600) };
 /// Accounts made from one network.
 const SIGNUPS: Allowance = Allowance { count: 10, window: Duration::from_secs(3600) };
 /// Requests of one person in the portal. Not the tenant's own allowance: a busy API must not lock its people out.
@@ -36,6 +38,7 @@ pub struct Throttles {
     portal: Limiter<TenantAdminId>,
     portal_logins: Limiter<Network>,
     signups: Limiter<Network>,
+    mails: Limiter<Account>,
 }
 
 /// A digest: the table holds no addresses, and each key has one size.
@@ -94,6 +97,14 @@ impl Throttles {
         if let Some(network) = ip.map(Network::of) {
             self.portal_logins.charge(network, LOGINS, Instant::now());
         }
+    }
+
+    /// Counts a mail that is asked for, whether the account exists or not.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for an account that was asked for too often.
+    pub fn mail(&self, account: Account) -> Result<(), Problem> {
+        refuse(self.mails.charge(account, MAILS, Instant::now()))
     }
 
     /// Asked before an account is made. Addresses can be tried out here, too.

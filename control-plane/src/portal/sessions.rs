@@ -404,6 +404,23 @@ pub async fn end(tx: &mut TenantTx, session: Uuid, why: End, now: OffsetDateTime
     Ok(done.rows_affected() == 1)
 }
 
+/// Whether a session, ended or not, is this person's.
+///
+/// # Errors
+/// Those of the database.
+pub async fn belongs_to(tx: &mut TenantTx, session: Uuid, admin: TenantAdminId) -> Result<bool, DbError> {
+    let tenant = tx.tenant().uuid();
+    Ok(sqlx::query_scalar!(
+        r#"select exists (select from cvault.portal_sessions
+               where tenant_id = $1 and session_id = $2 and admin_id = $3) as "exists!""#,
+        tenant,
+        session,
+        admin.uuid()
+    )
+    .fetch_one(tx.conn())
+    .await?)
+}
+
 /// Ends the sessions of one person, `except` the one that asks. Returns how many.
 ///
 /// # Errors

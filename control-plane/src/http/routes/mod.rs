@@ -5,6 +5,7 @@ pub mod auth;
 pub mod devices;
 pub mod health;
 pub mod portal;
+pub mod portal_account;
 mod portal_attempt;
 pub mod servers;
 pub mod usage;
