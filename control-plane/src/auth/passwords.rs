@@ -17,9 +17,20 @@ pub use scheme::{HashError, MAX_MEMORY_KIB, MAX_PASSES, Scheme};
 use cvault_types::Secret;
 
 use self::pool::Pool;
+use crate::http::Problem;
 
 /// Checks that may wait for each core: about 4 s at 0.2 s each.
 const WAITING_PER_CORE: usize = 20;
+
+/// Adds a fault at `pointer` when `password` is too short or too long to be chosen.
+#[must_use]
+pub fn checked(problem: Problem, pointer: &str, password: &Secret) -> Problem {
+    match password.expose().chars().count() {
+        0..8 => problem.field(pointer, "too_short", "must have 8 characters or more"),
+        8..=128 => problem,
+        _ => problem.field(pointer, "too_long", "must have 128 characters or fewer"),
+    }
+}
 
 /// Hashes and checks, for the whole process.
 #[derive(Debug)]
