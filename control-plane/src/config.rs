@@ -13,11 +13,13 @@ use zeroize::Zeroizing;
 
 use crate::auth::passwords::Scheme;
 use crate::db::DbConfig;
+use crate::http::tls::Files as TlsFiles;
 use crate::keys::KeyRing;
 
 mod mail;
 mod passwords;
 mod retention;
+mod tls;
 
 pub use mail::MailConfig;
 pub use retention::Retention;
@@ -69,6 +71,18 @@ pub const VARIABLES: &[Variable] = &[
         default: "127.0.0.1:8080",
         used_by: "serve, dev",
         meaning: "Address of the HTTP API.",
+    },
+    Variable {
+        name: "CVAULT_TLS_CERT_FILE",
+        default: "",
+        used_by: "serve, dev",
+        meaning: "PEM certificate of the HTTP API, followed by its chain; read again when it changes and on SIGHUP. Without it the API speaks plain HTTP, for a proxy that speaks TLS.",
+    },
+    Variable {
+        name: "CVAULT_TLS_KEY_FILE",
+        default: "",
+        used_by: "serve, dev",
+        meaning: "Its private key, PEM, of mode 0600 or 0400.",
     },
     Variable {
         name: "CVAULT_NODE_LISTEN",
@@ -241,6 +255,8 @@ pub struct Config {
     /// How new passwords are hashed.
     pub passwords: Scheme,
     pub retention: Retention,
+    /// Of the HTTP API; without it a proxy has to speak TLS.
+    pub tls: Option<TlsFiles>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -419,7 +435,8 @@ impl<'a> Reader<'a> {
         if listen == node_listen && listen.port() != 0 {
             self.fault(format!("CVAULT_LISTEN and CVAULT_NODE_LISTEN are both {listen}; give each its own port."));
         }
-        let public_url = self.public_url(listen);
+        let tls = self.tls();
+        let public_url = self.public_url(listen, tls.is_some());
         let node_endpoint = match overrides.node_endpoint.clone().or_else(|| (self.lookup)("CVAULT_NODE_ENDPOINT")) {
             Some(endpoint) => self.endpoint(endpoint),
             None => default_endpoint(node_listen, &public_url),
@@ -429,6 +446,7 @@ impl<'a> Reader<'a> {
             mail,
             passwords: self.passwords(),
             retention: self.retention(),
+            tls,
             listen,
             node_listen,
             node_endpoint,
@@ -442,10 +460,11 @@ impl<'a> Reader<'a> {
     }
 
     /// Without the variable, a listener at another address is reached there.
-    fn public_url(&mut self, listen: SocketAddr) -> String {
+    fn public_url(&mut self, listen: SocketAddr, tls: bool) -> String {
         let Some(text) = (self.lookup)("CVAULT_PUBLIC_URL") else {
             let host = if listen.ip().is_unspecified() { IpAddr::from([127, 0, 0, 1]) } else { listen.ip() };
-            return format!("http://{}", SocketAddr::new(host, listen.port()));
+            let scheme = if tls { "https" } else { "http" };
+            return format!("{scheme}://{}", SocketAddr::new(host, listen.port()));
         };
         let text = text.trim_end_matches('/').to_owned();
         let valid = text.parse::<http::Uri>().is_ok_and(|uri| {

@@ -15,6 +15,7 @@ use crate::catalogue::{self, CatalogueError};
 use crate::config::{Config, ServeConfig};
 use crate::db::{ConnectError, Db, DbConfig};
 use crate::http::serve::Limits;
+use crate::http::tls::{self, Tls, TlsError};
 use crate::http::{router, serve};
 use crate::keys::{self, KeyRing, PlatformSecrets, RingError, SecretsError};
 use crate::mail::Sink;
@@ -37,6 +38,8 @@ pub enum StartError {
     Gateway(#[source] nodes::ServeError),
     #[error("the gateway for servers has failed")]
     GatewayPanicked(#[source] tokio::task::JoinError),
+    #[error("CVAULT_TLS_CERT_FILE, CVAULT_TLS_KEY_FILE: {0}")]
+    Tls(#[from] TlsError),
     #[error("the signal handler cannot be installed")]
     Signals(#[source] std::io::Error),
 }
@@ -101,6 +104,10 @@ pub async fn run(config: ServeConfig) -> Result<(), StartError> {
 /// [`StartError::Gateway`] when the gateway has failed, which ends everything else too.
 pub async fn until(app: App, listeners: Listeners, shutdown: CancellationToken) -> Result<(), StartError> {
     metrics::install();
+    let tls = match app.config.tls.clone() {
+        Some(files) => Some((Tls::new(tls::load(&files)?), files)),
+        None => None,
+    };
     let supervised = TaskTracker::new();
     let gateway = nodes::serve(listeners.nodes, app.clone(), shutdown.clone());
     let gateway = supervised.spawn(indispensable(gateway, shutdown.clone()));
@@ -113,7 +120,11 @@ pub async fn until(app: App, listeners: Listeners, shutdown: CancellationToken) 
         draining.cancel();
     });
     let limits = Limits::behind(app.config.trusted_proxies.clone());
-    serve::serve(listeners.http, router::api(app.clone()), limits, shutdown).await;
+    let tls = tls.map(|(tls, files)| {
+        supervised.spawn(tls.clone().follow(files, shutdown.clone()));
+        tls
+    });
+    serve::serve_over(tls, listeners.http, router::api(app.clone()), limits, shutdown).await;
     supervised.close();
     if tokio::time::timeout(serve::DRAIN, supervised.wait()).await.is_err() {
         tracing::warn!("some tasks did not end in time");

@@ -8,7 +8,10 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use cvault_types::ErrorCode;
-use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
+use http::header::{
+    ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, STRICT_TRANSPORT_SECURITY,
+    X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use tokio::sync::Semaphore;
 
@@ -18,6 +21,10 @@ use crate::metrics;
 
 /// Longer than the 30 s that `Prefer: wait` may ask for, shorter than a load balancer's patience.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(45);
+/// An answer of the API is data: whoever makes a page of it gets one without scripts, frames or anything else.
+const NOTHING_TO_LOAD: &str = "default-src 'none'; frame-ancestors 'none'";
+/// A year. Not for subdomains: they are not ours to decide about.
+const ONLY_TLS: HeaderValue = HeaderValue::from_static("max-age=31536000");
 /// The work goes on: nothing is known of its outcome.
 const TOO_LONG: &str = "This took too long. The change may or may not have been made.";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -90,6 +97,12 @@ pub async fn own_task(State(in_flight): State<InFlight>, request: Request, next:
     response
 }
 
+/// For an API that its callers reach over TLS.
+pub async fn only_tls(mut response: Response) -> Response {
+    response.headers_mut().insert(STRICT_TRANSPORT_SECURITY, ONLY_TLS);
+    response
+}
+
 async fn problem(context: &Arc<RequestContext>, problem: Problem) -> Response {
     Arc::clone(context).scope(async move { problem.into_response() }).await
 }
@@ -146,6 +159,7 @@ fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
     headers.insert(X_FRAME_OPTIONS, HeaderValue::from_static("DENY"));
     headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    headers.entry(CONTENT_SECURITY_POLICY).or_insert(HeaderValue::from_static(NOTHING_TO_LOAD));
     if let Some(rate) = context.rate.get() {
         // draft-ietf-httpapi-ratelimit-headers
         let policy = format!("\"tenant\";q={};w=60", rate.quota);

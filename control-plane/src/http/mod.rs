@@ -15,6 +15,7 @@ pub mod problem;
 pub mod router;
 pub mod routes;
 pub mod serve;
+pub mod tls;
 
 pub use extract::{Admin, Caller, Json, Path, Portal, Query, TenantKey};
 pub use problem::Problem;

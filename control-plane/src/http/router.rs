@@ -30,10 +30,12 @@ pub fn routes() -> OpenApiRouter<App> {
 
 /// The whole API, ready to be served.
 pub fn api(app: App) -> Router {
+    let over_tls = app.config.tls.is_some() || app.config.public_url.starts_with("https://");
     let (router, _) = routes().split_for_parts();
-    router
+    let router = router
         .fallback(async || Problem::new(ErrorCode::NotFound))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(axum::middleware::from_fn_with_state(InFlight::at_most(MAX_IN_FLIGHT), middleware::own_task))
-        .with_state(app)
+        .with_state(app);
+    if over_tls { router.layer(axum::middleware::map_response(middleware::only_tls)) } else { router }
 }

@@ -18,13 +18,16 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
 use ipnet::IpNet;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
+use crate::http::tls::Tls;
 use crate::network::{Network, Places};
 
 /// Requests that run when the shutdown begins get this long.
@@ -111,8 +114,19 @@ impl<S: Sync> FromRequestParts<S> for Peer {
     }
 }
 
-/// Serves until `shutdown`, then lets running requests finish for up to 10 s.
+/// Serves plain HTTP until `shutdown`, then lets running requests finish for up to 10 s.
 pub async fn serve(listener: TcpListener, router: Router, limits: Limits, shutdown: CancellationToken) {
+    serve_over(None, listener, router, limits, shutdown).await;
+}
+
+/// As [`serve`], over TLS where there is a certificate.
+pub async fn serve_over(
+    tls: Option<Tls>,
+    listener: TcpListener,
+    router: Router,
+    limits: Limits,
+    shutdown: CancellationToken,
+) {
     let connections = Arc::new(Semaphore::new(limits.connections));
     let places = Places::new(limits.connections_per_network);
     let limits = Arc::new(limits);
@@ -140,8 +154,9 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, shutdo
             continue;
         }
         let (router, limits, shutdown) = (router.clone(), Arc::clone(&limits), shutdown.clone());
+        let acceptor = tls.as_ref().map(Tls::acceptor);
         tracker.spawn(async move {
-            attend(stream, peer, router, limits, shutdown).await;
+            begin(stream, acceptor, peer, router, limits, shutdown).await;
             drop((permit, place));
         });
     }
@@ -152,11 +167,37 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, shutdo
     }
 }
 
-/// One connection, from its first byte to its end.
-async fn attend(stream: TcpStream, peer: IpAddr, router: Router, limits: Arc<Limits>, shutdown: CancellationToken) {
+/// Whatever has to be before the first byte of HTTP.
+async fn begin(
+    stream: TcpStream,
+    acceptor: Option<TlsAcceptor>,
+    peer: IpAddr,
+    router: Router,
+    limits: Arc<Limits>,
+    shutdown: CancellationToken,
+) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY was refused");
     }
+    let Some(acceptor) = acceptor else { return attend(stream, peer, router, limits, shutdown).await };
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        accepted = tokio::time::timeout(limits.first_request, acceptor.accept(stream)) => match accepted {
+            Ok(Ok(stream)) => attend(stream, peer, router, limits, shutdown).await,
+            Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake has failed"),
+            Err(_) => tracing::debug!("a TLS handshake took too long"),
+        },
+    }
+}
+
+/// One connection, from its first byte of HTTP to its end.
+async fn attend(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    peer: IpAddr,
+    router: Router,
+    limits: Arc<Limits>,
+    shutdown: CancellationToken,
+) {
     let activity = Arc::new(Activity::new(&limits));
     let service = {
         let activity = Arc::clone(&activity);
