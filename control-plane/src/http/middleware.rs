@@ -24,7 +24,7 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(45);
 /// An answer of the API is data: whoever makes a page of it gets one without scripts, frames or anything else.
 const NOTHING_TO_LOAD: &str = "default-src 'none'; frame-ancestors 'none'";
 /// A year. Not for subdomains: they are not ours to decide about.
-const ONLY_TLS: HeaderValue = HeaderValue::from_static("max-age=31536000");
+pub(super) const ONLY_TLS: HeaderValue = HeaderValue::from_static("max-age=31536000");
 /// The work goes on: nothing is known of its outcome.
 const TOO_LONG: &str = "This took too long. The change may or may not have been made.";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -152,7 +152,7 @@ fn log(context: &RequestContext, method: &str, route: &str, status: StatusCode, 
     );
 }
 
-fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
+pub(super) fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
     let id = HeaderValue::from_str(&context.id.to_string()).expect("ids are ASCII");
     headers.insert(REQUEST_ID, id);
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));

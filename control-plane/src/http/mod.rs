@@ -2,6 +2,7 @@
 //!
 //! Handlers parse, authorise and call an operation of a noun's folder; there is no SQL here.
 
+mod bare;
 pub mod browser;
 pub mod context;
 pub mod cursor;

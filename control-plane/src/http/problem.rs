@@ -130,7 +130,7 @@ impl Problem {
         if self.0.errors.is_empty() { Ok(value) } else { Err(self) }
     }
 
-    fn body(&self, request_id: RequestId) -> ProblemBody {
+    pub(super) fn body(&self, request_id: RequestId) -> ProblemBody {
         ProblemBody {
             kind: format!("https://docs.cvault.io/errors/{}", self.0.code.as_str()),
             title: self.0.code.title().to_owned(),

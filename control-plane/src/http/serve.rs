@@ -27,7 +27,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
-use crate::http::tls::Tls;
+use super::bare::Worded;
+use super::tls::Tls;
 use crate::network::{Network, Places};
 
 /// Requests that run when the shutdown begins get this long.
@@ -179,11 +180,13 @@ async fn begin(
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY was refused");
     }
-    let Some(acceptor) = acceptor else { return attend(stream, peer, router, limits, shutdown).await };
+    let Some(acceptor) = acceptor else {
+        return attend(Worded::new(stream, false), peer, router, limits, shutdown).await;
+    };
     tokio::select! {
         () = shutdown.cancelled() => {}
         accepted = tokio::time::timeout(limits.first_request, acceptor.accept(stream)) => match accepted {
-            Ok(Ok(stream)) => attend(stream, peer, router, limits, shutdown).await,
+            Ok(Ok(stream)) => attend(Worded::new(stream, true), peer, router, limits, shutdown).await,
             Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake has failed"),
             Err(_) => tracing::debug!("a TLS handshake took too long"),
         },
@@ -346,6 +349,30 @@ mod tests {
         stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
         let text = String::from_utf8(until_closed(&mut stream).await).unwrap();
         assert!(text.starts_with("HTTP/1.1 200 OK\r\n") && text.ends_with("127.0.0.1"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn what_is_no_http_is_answered_with_a_whole_problem() {
+        let (address, _shutdown) = start(|limits| limits.first_request = DEADLINE).await;
+        let many = format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(101));
+        for wrong in ["GET / HTTP/1.1\r\nno header\r\n\r\n", "\0\0\0\0\r\n\r\n", "GET / HTTP/7\r\n\r\n", &many] {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(wrong.as_bytes()).await.unwrap();
+            let text = String::from_utf8(until_closed(&mut stream).await).unwrap();
+            let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{:?}: {text}", &wrong[..20]));
+            assert!(head.starts_with("HTTP/1.1 400 Bad Request\r\n"), "{head}");
+            for header in [
+                "content-type: application/problem+json",
+                "x-content-type-options: nosniff",
+                "cache-control: no-store",
+                "connection: close",
+            ] {
+                assert!(head.split("\r\n").any(|line| line == header), "{header} is not in {head}");
+            }
+            let body: serde_json::Value = serde_json::from_str(body).unwrap();
+            assert_eq!((&body["code"], &body["status"]), (&"MALFORMED_REQUEST".into(), &400.into()));
+            assert!(head.contains(&format!("x-request-id: {}", body["request_id"].as_str().unwrap())));
+        }
     }
 
     #[tokio::test]

@@ -11,3 +11,4 @@ mod limits;
 mod platform;
 mod telemetry;
 mod throttle;
+mod transport;
