@@ -178,11 +178,28 @@ mod tests {
     #[tokio::test]
     async fn a_damaged_hash_is_an_error_and_not_a_wrong_password() {
         let pool = Passwords::new(SMALL);
-        for hash in
-            ["", "$1$md5", "$2b$12$short", "$argon2id$v=19$m=1", "$argon2id$v=19$m=4194304,t=3,p=1$c2FsdHNhbHQ$aGFzaA"]
-        {
+        for hash in [
+            "",
+            "$1$md5",
+            "$2b$12$short",
+            "$argon2id$v=19$m=1",
+            "$argon2id$v=19$m=4194304,t=2,p=1$c29tZXNhbHQ$CTFhFdXPJO1aFaMaO6Mm5c8y7cJHAph8ArZWb2GRPPc",
+        ] {
             let outcome = pool.verify(secret("x"), Some(hash.to_owned())).await;
             assert!(matches!(outcome, Err(PasswordError::Hash(_))), "{hash}: {outcome:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn hashes_of_the_reference_implementations_are_understood() {
+        let pool = Passwords::new(SMALL);
+        // the tests of phc-winner-argon2, and crypt(3)
+        for (password, hash) in [
+            ("password", "$argon2id$v=19$m=65536,t=2,p=1$c29tZXNhbHQ$CTFhFdXPJO1aFaMaO6Mm5c8y7cJHAph8ArZWb2GRPPc"),
+            ("U*U", "$2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW"),
+        ] {
+            assert!(pool.verify(secret(password), Some(hash.to_owned())).await.unwrap(), "{hash}");
+            assert!(!pool.verify(secret("another"), Some(hash.to_owned())).await.unwrap(), "{hash}");
         }
     }
 

@@ -1,7 +1,9 @@
 //! The two schemes, and the texts they are stored as.
 
-use argon2::password_hash::{self, PasswordHash, PasswordHasher, PasswordVerifier, SaltString};
-use argon2::{Algorithm, Argon2, Params, Version};
+use std::cell::RefCell;
+
+use argon2::password_hash::{self, Output, ParamsString, PasswordHash, SaltString};
+use argon2::{ARGON2ID_IDENT, Algorithm, Argon2, Block, Params, Version};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 use cvault_types::Secret;
@@ -57,8 +59,18 @@ impl Scheme {
     pub(super) fn hash(self, password: &Secret) -> Result<String, HashError> {
         match self {
             Self::Bcrypt { cost } => Ok(bcrypt::non_truncating_hash(&*material(password), cost)?),
-            Self::Argon2id { .. } => {
-                Ok(self.argon2().hash_password(password.expose().as_bytes(), &salt()?)?.to_string())
+            Self::Argon2id { memory_kib, passes } => {
+                let params = Params::new(memory_kib, passes, 1, None).map_err(password_hash::Error::from)?;
+                let salt = SaltString::encode_b64(&rand::random::<[u8; 16]>())?;
+                let output = argon2id(password, &salt, &params)?;
+                let text = PasswordHash {
+                    algorithm: ARGON2ID_IDENT,
+                    version: Some(Version::V0x13.into()),
+                    params: ParamsString::try_from(&params)?,
+                    salt: Some(salt.as_salt()),
+                    hash: Some(output),
+                };
+                Ok(text.to_string())
             }
         }
     }
@@ -85,20 +97,33 @@ impl Scheme {
             ),
         }
     }
-
-    fn argon2(self) -> Argon2<'static> {
-        let (memory, passes) = match self {
-            Self::Argon2id { memory_kib, passes } => (memory_kib, passes),
-            Self::Bcrypt { .. } => (Params::DEFAULT_M_COST, Params::DEFAULT_T_COST),
-        };
-        let params = Params::new(memory, passes, 1, None).expect("the configuration has checked the bounds");
-        Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
-    }
 }
 
-/// 128 bits (RFC 9106 §3.1).
-fn salt() -> Result<SaltString, password_hash::Error> {
-    SaltString::encode_b64(&rand::random::<[u8; 16]>())
+thread_local! {
+    /// The threads of the pool last as long as the process: each keeps its memory, as much as its largest hash needed, and the
+    /// allocator has no part in it.
+    static MEMORY: RefCell<Vec<Block>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Always of 32 bytes (RFC 9106 §3.1).
+fn argon2id(password: &Secret, salt: &SaltString, params: &Params) -> Result<Output, password_hash::Error> {
+    let mut bytes = [0; Params::DEFAULT_OUTPUT_LEN];
+    let mut salt_bytes = [0; 64];
+    let salt_bytes = salt.decode_b64(&mut salt_bytes)?;
+    let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params.clone());
+    MEMORY.with_borrow_mut(|memory| {
+        let blocks = params.block_count();
+        if memory.len() < blocks {
+            *memory = vec![Block::default(); blocks];
+        }
+        argon2.hash_password_into_with_memory(
+            password.expose().as_bytes(),
+            salt_bytes,
+            &mut bytes,
+            &mut memory[..blocks],
+        )
+    })?;
+    Output::new(&bytes)
 }
 
 /// Checks against a hash of either scheme, told by its prefix.
@@ -114,11 +139,12 @@ pub(super) fn verify(password: &Secret, hash: &str) -> Result<bool, HashError> {
     if params.m_cost() > MAX_MEMORY_KIB || params.t_cost() > MAX_PASSES || params.p_cost() != 1 {
         return Err(HashError::TooCostly);
     }
-    match Argon2::default().verify_password(password.expose().as_bytes(), &parsed) {
-        Ok(()) => Ok(true),
-        Err(password_hash::Error::Password) => Ok(false),
-        Err(error) => Err(error.into()),
-    }
+    let (Some(salt), Some(expected), Some(19)) = (parsed.salt, parsed.hash, parsed.version) else {
+        return Err(HashError::Unknown);
+    };
+    let salt = SaltString::from_b64(salt.as_str())?;
+    // outputs are compared in constant time
+    Ok(argon2id(password, &salt, &params)? == expected)
 }
 
 /// What bcrypt gets: 71 bytes and its own NUL at most.
