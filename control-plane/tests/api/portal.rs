@@ -129,7 +129,7 @@ impl<'a> Program<'a> {
 async fn whoever_signs_up_can_use_the_api_at_once() {
     let platform = start().await;
     let answer = sign_up(&platform, "Owner@Example.com").await;
-    assert_eq!((answer.text("role"), &answer.body["tenant"]["status"]), ("owner".to_owned(), &json!("active")));
+    assert_eq!((answer.text("role"), &answer.body["tenant"]["status"]), ("owner".to_owned(), &json!("trial")));
     assert!(answer.text("admin_id").starts_with("adm_") && answer.text("session_id").starts_with("pss_"));
     let register = platform.post("/api/v1/auth/register", &credentials("user@example.com", PASSWORD));
     let register = register.header("x-api-key", &answer.text("api_key"));
@@ -175,7 +175,7 @@ async fn a_browser_gets_a_cookie_that_works_for_our_pages_only() {
     assert_eq!(get("same-origin").send().await.status, 200);
     assert_eq!(get("none").send().await.status, 200);
     get("cross-site").refused(403, "ORIGIN_NOT_ALLOWED").await;
-    let delete = || platform.call("DELETE", SESSIONS).header("cookie", &cookie);
+    let delete = || at_home(platform.call("DELETE", SESSIONS)).header("cookie", &cookie);
     delete().refused(403, "ORIGIN_NOT_ALLOWED").await;
     for site in ["cross-site", "same-site", "none"] {
         delete().header("sec-fetch-site", site).refused(403, "ORIGIN_NOT_ALLOWED").await;
@@ -520,6 +520,43 @@ async fn a_session_that_looks_stolen_is_ended() {
     let actions = strings(&platform, "select action from cvault.audit_log order by audit_id").await;
     assert_eq!(actions.last().unwrap(), "portal_session.terminate");
     assert_eq!(log_in(&platform, EMAIL, PASSWORD).await.status, 200);
+}
+
+#[tokio::test]
+async fn ending_a_session_asks_only_when_something_looks_odd() {
+    let platform = start().await;
+    let login = sign_up(&platform, EMAIL).await;
+    let from = |ip: &str| {
+        let call = platform.call("DELETE", SESSIONS).header("authorization", &access(&login));
+        call.from(ip).header("user-agent", AGENT)
+    };
+    assert_eq!(from(HOME).send().await.status, 204);
+    let challenge = challenged(from("203.0.113.5")).await;
+    let answer = platform.post(&verify_url(&challenge), &password_answer(PASSWORD)).from("203.0.113.5");
+    let answer = answer.header("authorization", &access(&login)).header("user-agent", AGENT).send().await;
+    let token = answer.text("challenge_token");
+    assert_eq!(from("203.0.113.5").header("x-challenge-token", &token).send().await.status, 204);
+    assert_eq!(from("203.0.113.5").send().await.status, 204, "the network is the account's own now");
+
+    let other = log_in(&platform, EMAIL, PASSWORD).await;
+    for _ in 0..5 {
+        log_in(&platform, EMAIL, "wrong password").await.is_problem("a stranger", 401, "INVALID_CREDENTIALS");
+    }
+    challenged(Program::of(&platform, &other).call("DELETE", SESSIONS)).await;
+}
+
+#[tokio::test]
+async fn the_oldest_of_a_hundred_sessions_makes_room() {
+    let platform = start().await;
+    let first = sign_up(&platform, EMAIL).await;
+    let second = log_in(&platform, EMAIL, PASSWORD).await;
+    for _ in 0..99 {
+        assert_eq!(log_in(&platform, EMAIL, PASSWORD).await.status, 200);
+    }
+    Program::of(&platform, &first).call("GET", ME).refused(401, "SESSION_TERMINATED").await;
+    let list = Program::of(&platform, &second).call("GET", SESSIONS).send().await;
+    assert_eq!(list.body["data"].as_array().unwrap().len(), 100);
+    assert!(list.header("ratelimit").starts_with("\"person\";"), "{:?}", list.headers);
 }
 
 #[tokio::test]
