@@ -233,7 +233,8 @@ async fn a_program_refreshes_and_a_token_used_twice_ends_the_session() {
     Program::of(&platform, &second).call("GET", ME).refused(401, "SESSION_TERMINATED").await;
     refresh("cvr_nonsense").refused(401, "INVALID_TOKEN").await;
     let outcomes = "select kind || ' ' || outcome from cvault.auth_events order by event_id";
-    let expected = ["portal_signup success", "portal_refresh success", "portal_refresh reuse", "portal_refresh failure"];
+    let expected =
+        ["portal_signup success", "portal_refresh success", "portal_refresh reuse", "portal_refresh failure"];
     assert_eq!(strings(&platform, outcomes).await, expected);
 }
 
@@ -441,7 +442,10 @@ async fn a_sensitive_request_waits_for_its_challenge_and_happens_once() {
 
     challenged(program.change(NEW_PASSWORD).header("x-challenge-token", &token)).await;
     let actions = strings(&platform, "select action from cvault.audit_log order by audit_id").await;
-    assert!(actions.iter().any(|a| a == "step_up.verify") && actions.iter().any(|a| a == "password.change"), "{actions:?}");
+    assert!(
+        actions.iter().any(|a| a == "step_up.verify") && actions.iter().any(|a| a == "password.change"),
+        "{actions:?}"
+    );
 }
 
 #[tokio::test]
@@ -486,7 +490,8 @@ async fn challenges_and_their_tokens_expire() {
     execute(&platform, "update cvault.step_up_challenges set expires_at = now()").await;
     program.post(&verify_url(&challenge), &password_answer(PASSWORD)).refused(404, "NOT_FOUND").await;
     let token = program.answer(&challenged(program.change(NEW_PASSWORD)).await).await;
-    execute(&platform, "update cvault.step_up_challenges set token_expires_at = now() where token_hash is not null").await;
+    execute(&platform, "update cvault.step_up_challenges set token_expires_at = now() where token_hash is not null")
+        .await;
     challenged(program.change(NEW_PASSWORD).header("x-challenge-token", &token)).await;
 }
 
@@ -701,7 +706,9 @@ async fn nothing_secret_of_the_portal_is_stored_in_clear() {
     .await
     .join(" ");
     let cookie = cookie(&browser).split_once('=').unwrap().1.to_owned();
-    for secret in [PASSWORD, &challenge, &link, &cookie, &token(&program, "refresh_token"), &token(&program, "access_token")] {
+    for secret in
+        [PASSWORD, &challenge, &link, &cookie, &token(&program, "refresh_token"), &token(&program, "access_token")]
+    {
         assert!(!everything.contains(secret) && !everything.contains(&hex::encode(secret)), "{secret}");
     }
 }
