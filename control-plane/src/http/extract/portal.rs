@@ -105,3 +105,23 @@ impl FromRequestParts<App> for Portal {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_role_that_does_not_cover_what_is_needed_is_told_so() {
+        let portal = Portal {
+            tenant: TenantId::from_uuid(Uuid::nil()),
+            admin: TenantAdminId::from_uuid(Uuid::nil()),
+            role: TenantRole::Developer,
+            session: Uuid::nil(),
+            request_id: RequestId::from_uuid(Uuid::nil()),
+        };
+        assert!(portal.require(TenantRole::Viewer).is_ok() && portal.require(TenantRole::Developer).is_ok());
+        let refused = portal.require(TenantRole::Admin).unwrap_err();
+        assert_eq!(refused.code(), ErrorCode::InsufficientScope);
+        assert_eq!(refused.sentences(), "This needs the role admin or a higher one; yours is developer.");
+    }
+}
