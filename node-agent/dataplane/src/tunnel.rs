@@ -27,6 +27,8 @@ const FRESH_MS: u64 = 250;
 /// `KEEPALIVE_TIMEOUT` + `REKEY_TIMEOUT` of the protocol: so long after data was sent, and nothing received since, the
 /// session is taken for lost.
 const UNANSWERED_MS: u64 = 15_000;
+/// `KEEPALIVE_TIMEOUT`: so long after data was received, and nothing sent since, a keepalive says that it was.
+const UNCONFIRMED_MS: u64 = 10_000;
 /// `REKEY_AFTER_MESSAGES` of the protocol.
 const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
 /// `REJECT_AFTER_MESSAGES` of the protocol.
@@ -155,6 +157,9 @@ pub(crate) struct Tunnel {
     unconfirmed: Option<u32>,
     /// When data was sent first after the last message received.
     unanswered_since_ms: Option<u64>,
+    /// When data was received first after the last message sent. boringtun's timers take what happens between two of
+    /// their updates for simultaneous, and owe nothing then.
+    unconfirmed_since_ms: Option<u64>,
 }
 
 impl Tunnel {
@@ -175,6 +180,7 @@ impl Tunnel {
             wants_rekey: false,
             unconfirmed: None,
             unanswered_since_ms: None,
+            unconfirmed_since_ms: None,
         }
     }
 
@@ -204,11 +210,18 @@ impl Tunnel {
             | TunnResult::WriteToTunnelV6(..) => Timers::Nothing,
         };
         self.look_for_session();
-        if matches!(wants, Timers::Nothing)
-            && self.unanswered_since_ms.is_some_and(|since| now_ms.saturating_sub(since) >= UNANSWERED_MS)
-        {
-            self.unanswered_since_ms = None;
-            return self.initiate(room).map_or(Timers::Nothing, Timers::Send);
+        let is_due = |since: Option<u64>, after: u64| since.is_some_and(|since| now_ms.saturating_sub(since) >= after);
+        match wants {
+            Timers::Send(len) if is_data(&room[..len]) => self.unconfirmed_since_ms = None,
+            Timers::Nothing if is_due(self.unanswered_since_ms, UNANSWERED_MS) => {
+                self.unanswered_since_ms = None;
+                return self.initiate(room).map_or(Timers::Nothing, Timers::Send);
+            }
+            Timers::Nothing if is_due(self.unconfirmed_since_ms, UNCONFIRMED_MS) => {
+                self.unconfirmed_since_ms = None;
+                return self.encrypt(&[], room).map_or(Timers::Nothing, Timers::Send);
+            }
+            Timers::Nothing | Timers::Send(_) | Timers::Expired => {}
         }
         wants
     }
@@ -219,6 +232,7 @@ impl Tunnel {
             TunnResult::Done => Received::Nothing,
             TunnResult::WriteToNetwork(answer) => Received::Answer(answer.len()),
             TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
+                self.unconfirmed_since_ms.get_or_insert(self.updated_ms);
                 Received::Packet(packet.len())
             }
             TunnResult::Err(error) => Received::Refused(reason(&error)),
@@ -260,6 +274,7 @@ impl Tunnel {
         let TunnResult::WriteToNetwork(message) = self.tunn.encapsulate(packet, room) else {
             return None;
         };
+        self.unconfirmed_since_ms = None;
         if !packet.is_empty() {
             self.unanswered_since_ms.get_or_insert(self.updated_ms);
         }
@@ -312,6 +327,10 @@ impl Tunnel {
     fn look_for_session(&mut self) {
         self.session = self.tunn.time_since_last_handshake().is_some();
     }
+}
+
+fn is_data(message: &[u8]) -> bool {
+    message.first() == Some(&4)
 }
 
 fn index_at(message: &[u8], at: usize) -> Option<u32> {

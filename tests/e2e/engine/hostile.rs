@@ -41,7 +41,6 @@ fn withstands(hostility: Hostility, reasons: &[&str]) -> Result<()> {
     ensure!(now < before + MORE_MEMORY_KB, "memory grew from {before} to {now} KB");
     let refused = reasons.iter().map(|reason| dropped(machine, "wg0", reason)).sum::<Result<u64>>()?;
     ensure!(refused > 5_000, "of {} datagrams {refused} were seen and refused as {reasons:?}", flood.sent());
-    println!("{hostility:?}: {} sent, {refused} refused; memory {before} KB before, {now} KB after", flood.sent());
 
     newcomer(&both)?;
     drop(flood);

@@ -38,9 +38,15 @@ fn everything_arrives(server: Program, client: Program) -> Result<()> {
             both.transfer(inner, FEWER_BYTES)?;
         }
     }
-    let lost = lost(&both)?;
-    ensure!(lost.len() == 2 && lost.iter().all(|count| *count > 0), "nothing was lost on the way: {lost:?}");
-    Ok(())
+    // What is one buffer to the network can be many datagrams, so that chance may have spared a direction.
+    eventually("something is lost in either direction", 100, || {
+        let lost = lost(&both)?;
+        if lost.contains(&0) {
+            both.transfer(Inner::V4, FEWER_BYTES)?;
+        }
+        ensure!(lost.len() == 2 && !lost.contains(&0), "{lost:?}");
+        Ok(())
+    })
 }
 
 #[test]
@@ -84,7 +90,8 @@ fn roams(client: Program) -> Result<()> {
     both.meet(Outer::V4)?;
     let endpoint = || both.server.tunnel.shown(&both.server.machine, "endpoints", &both.client.keys);
     let is = |wanted: &str| {
-        eventually("the server's endpoint follows", 20, || {
+        // A client whose last word was lost begins again after 15 s.
+        eventually("the server's endpoint follows", 40, || {
             ensure!(endpoint()? == wanted, "it is {}", endpoint()?);
             Ok(())
         })
@@ -101,8 +108,16 @@ fn roams(client: Program) -> Result<()> {
          ip route replace default via 192.0.2.1")?;
     is("192.0.2.77:40001")?;
     download.progress()?;
+    // A datagram that is still on its way to the old address leads the client back to IPv4.
+    both.client.machine.sh("ip addr del 192.0.2.77/24 dev up0")?;
     let v6 = format!("[{}]:51820", both.server.at.v6);
-    both.client.tunnel.wg_set(&both.client.machine, &format!("peer {} endpoint '{v6}'", both.server.keys.public))?;
+    eventually("the client finds the server by IPv6", 20, || {
+        both.client
+            .tunnel
+            .wg_set(&both.client.machine, &format!("peer {} endpoint '{v6}'", both.server.keys.public))?;
+        ensure!(both.client.pings("10.8.0.1"), "no echo");
+        Ok(())
+    })?;
     is("[2001:db8:1::11]:40001")?;
     download.finish()
 }

@@ -60,7 +60,7 @@ fn a_peer_removed_while_it_receives_stops_there_and_goes_on_when_it_is_back() {
     let (server, machine) = (&both.server.tunnel, &both.server.machine);
     let before = machine.run("wg", ["showconf", "wg0"]).unwrap();
     for _ in 0..3 {
-        let download = both.begin_download(6_000_000, "3M").unwrap();
+        let download = both.begin_download(6_000_000, "2M").unwrap();
         server.wg_set(machine, &format!("peer {} remove", both.client.keys.public)).unwrap();
         assert!(!both.client.pings("10.8.0.1"));
         assert!(download.is_under_way());

@@ -162,6 +162,8 @@ impl Both {
     pub fn begin_download(&self, count: u64, bytes_per_second: &str) -> Result<Download> {
         let url = self.url(Inner::V4, &format!("noise/{count}"));
         let file = self.client.machine.dir().join("slow");
+        // One of an earlier download would look like this one's.
+        let _earlier = std::fs::remove_file(&file);
         let path = file.display().to_string();
         let arguments = ["-sSf", "-m", "100", "--limit-rate", bytes_per_second, "-o", &path, &url];
         let process = self.client.machine.spawn("download", "curl", arguments, [])?;

@@ -311,7 +311,7 @@ fn restart(lost: usize) -> Vec<u64> {
     let dir = tempfile::tempdir().unwrap();
     let counters = || CounterTable::open(dir.path(), 256, [3; 16], [1; 16]).unwrap();
     let mut clients: HashMap<SocketAddr, Host> =
-        (0..CLIENTS).map(|number| client_of(number)).map(|client| (client.addr, client)).collect();
+        (0..CLIENTS).map(client_of).map(|client| (client.addr, client)).collect();
     let mut server = server_of_many(counters(), CLIENTS);
     for client in clients.values_mut() {
         client.tun(&packet("10.8.0.2", "192.0.2.99", 100));

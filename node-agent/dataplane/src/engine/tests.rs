@@ -388,6 +388,29 @@ fn data_without_an_answer_for_fifteen_seconds_begins_a_handshake() {
 }
 
 #[test]
+fn data_that_nothing_follows_is_confirmed_after_ten_seconds() {
+    let (mut server, mut client) = connected();
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    server.tun(&packet("192.0.2.99", "10.8.0.2", 100));
+    for (_, datagram) in server.sent() {
+        client.udp(&datagram, SERVER);
+    }
+    assert_eq!(client.delivered().len(), 1);
+    for _ in 0..9 {
+        client.tick(1000);
+    }
+    assert_eq!(client.sent(), [], "not yet");
+    for _ in 0..5 {
+        client.tick(1000);
+    }
+    let sent = client.sent();
+    assert_eq!(sent.iter().map(|(_, datagram)| (datagram[0], datagram.len())).collect::<Vec<_>>(), [(4, 32)]);
+    server.udp(&sent[0].1, ELSEWHERE);
+    assert_eq!(server.view(2).endpoint, ELSEWHERE.parse().ok(), "which tells where the client is now");
+}
+
+#[test]
 fn answered_data_and_keepalives_begin_no_handshake() {
     let (mut server, mut client) = connected();
     client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
