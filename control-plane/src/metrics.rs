@@ -14,6 +14,7 @@ const NODE_ALARMS: &str = "cvault_node_alarms_total";
 const BILLED_BYTES: &str = "cvault_billed_bytes_total";
 const ORPHAN_BYTES: &str = "cvault_orphan_bytes_total";
 const TASK_RUNS: &str = "cvault_task_runs_total";
+const PORTAL_VERDICTS: &str = "cvault_portal_verdicts_total";
 const MAILS: &str = "cvault_mail_attempts_total";
 const OUTBOX: &str = "cvault_outbox_mails";
 const OUTBOX_OLDEST: &str = "cvault_outbox_oldest_seconds";
@@ -37,6 +38,7 @@ pub fn install() -> &'static PrometheusHandle {
         }
         describe_counter!(REQUESTS, "Requests answered, by route template, method and status.");
         describe_histogram!(REQUEST_SECONDS, "Time from the request's head to its answer, by route template.");
+        describe_counter!(PORTAL_VERDICTS, "Sensitive requests of portal sessions, by what was thought of them.");
         describe_gauge!(PASSWORD_QUEUE, "Password checks that run or wait.");
         describe_gauge!(POOL_CONNECTIONS, "Connections of the cvault_sys pool, by state.");
         describe_counter!(NODE_ALARMS, "Faults of servers and of their state that somebody must look at, by kind.");
@@ -67,6 +69,11 @@ pub fn request(route: &str, method: &str, status: u16, took: Duration) {
     let labels = [("route", route.to_owned()), ("method", method.to_owned()), ("status", status.to_string())];
     counter!(REQUESTS, &labels).increment(1);
     histogram!(REQUEST_SECONDS, "route" => route.to_owned()).record(took.as_secs_f64());
+}
+
+/// `verdict`: `allow`, `challenge`, `block`.
+pub fn portal_verdict(verdict: &'static str) {
+    counter!(PORTAL_VERDICTS, "verdict" => verdict).increment(1);
 }
 
 pub fn password_queue(depth: usize) {

@@ -16,7 +16,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use tokio::sync::Semaphore;
 
 use super::Problem;
-use super::context::RequestContext;
+use super::context::{Rate, RequestContext};
 use crate::metrics;
 
 /// Longer than the 30 s that `Prefer: wait` may ask for, shorter than a load balancer's patience.
@@ -160,10 +160,10 @@ pub(super) fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
     headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     headers.entry(CONTENT_SECURITY_POLICY).or_insert(HeaderValue::from_static(NOTHING_TO_LOAD));
-    if let Some(rate) = context.rate.get() {
+    if let Some(Rate { policy: name, decision: rate }) = context.rate.get() {
         // draft-ietf-httpapi-ratelimit-headers
-        let policy = format!("\"tenant\";q={};w=60", rate.quota);
-        let state = format!("\"tenant\";r={};t={}", rate.remaining, rate.reset_seconds);
+        let policy = format!("\"{name}\";q={};w=60", rate.quota);
+        let state = format!("\"{name}\";r={};t={}", rate.remaining, rate.reset_seconds);
         headers.insert(RATE_LIMIT_POLICY, HeaderValue::from_str(&policy).expect("digits are ASCII"));
         headers.insert(RATE_LIMIT, HeaderValue::from_str(&state).expect("digits are ASCII"));
     }

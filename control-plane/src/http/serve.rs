@@ -304,6 +304,7 @@ impl Drop for Running {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::tls;
     use axum::routing::get;
     use std::net::SocketAddr;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -349,6 +350,26 @@ mod tests {
         stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
         let text = String::from_utf8(until_closed(&mut stream).await).unwrap();
         assert!(text.starts_with("HTTP/1.1 200 OK\r\n") && text.ends_with("127.0.0.1"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn who_begins_tls_and_does_not_go_on_is_closed_and_a_shutdown_waits_for_nobody_in_a_handshake() {
+        let directory = tempfile::tempdir().unwrap();
+        let tls = Tls::new(tls::load(&tls::tests::written(directory.path())).unwrap());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let limits = Limits { first_request: SOON, ..Limits::behind(Vec::new()) };
+        let shutdown = CancellationToken::new();
+        let serving = tokio::spawn(serve_over(Some(tls), listener, Router::new(), limits, shutdown.clone()));
+        // the beginning of a ClientHello
+        for beginning in [b"".as_slice(), b"\x16\x03\x01\x02\x00\x01\x00"] {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(beginning).await.unwrap();
+            until_closed(&mut stream).await;
+        }
+        let _held = TcpStream::connect(address).await.unwrap();
+        shutdown.cancel();
+        tokio::time::timeout(DRAIN / 2, serving).await.expect("nobody is waited for").unwrap();
     }
 
     #[tokio::test]

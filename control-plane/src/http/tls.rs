@@ -165,7 +165,7 @@ impl Tls {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
@@ -173,7 +173,7 @@ mod tests {
 
     use super::*;
 
-    fn written(directory: &Path) -> Files {
+    pub(in crate::http) fn written(directory: &Path) -> Files {
         let CertifiedKey { cert, signing_key } = generate_simple_self_signed(["localhost".to_owned()]).unwrap();
         let files = Files { certificate: directory.join("cert.pem"), key: directory.join("key.pem") };
         fs::write(&files.certificate, cert.pem()).unwrap();

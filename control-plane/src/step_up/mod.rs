@@ -17,6 +17,7 @@ use crate::auth::events::{self, AdminEvent, AuthKind, Outcome};
 use crate::db::DbError;
 use crate::http::context::{self, Sensitive};
 use crate::http::{Portal, Problem};
+use crate::metrics;
 use crate::portal::accounts::Owner;
 use crate::portal::{attempts, sessions};
 use crate::tenancy::TenantTx;
@@ -58,10 +59,13 @@ async fn guard(app: &App, portal: &Portal, action: &'static str, at_least: Verdi
         tx.rollback().await?;
         return Err(Problem::new(ErrorCode::SessionTerminated));
     };
-    let answer = match risk::judge(signals).max(at_least) {
+    let verdict = risk::judge(signals).max(at_least);
+    metrics::portal_verdict(verdict.as_str());
+    let answer = match verdict {
         Verdict::Allow => Ok(()),
         Verdict::Challenge => challenge(&mut tx, app, portal, action, request).await?,
         Verdict::Block => {
+            tracing::warn!(tenant = %portal.tenant, session = %portal.session_id(), action, ?signals, "a portal session was ended");
             block(&mut tx, app, portal, &request, action).await?;
             Err(Problem::new(ErrorCode::SessionTerminated)
                 .detail("This session looked stolen and was ended. Log in again."))

@@ -32,6 +32,17 @@ pub enum Verdict {
     Block,
 }
 
+impl Verdict {
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Allow => "allow",
+            Self::Challenge => "challenge",
+            Self::Block => "block",
+        }
+    }
+}
+
 #[must_use]
 pub fn judge(signals: Signals) -> Verdict {
     let stolen = !signals.network_known && !signals.same_user_agent;

@@ -61,7 +61,7 @@ impl Portal {
             }
         })?;
         let decision = app.throttles.portal(found.token.admin);
-        context::identified(found.token.tenant, decision);
+        context::person_identified(found.token.tenant, decision);
         if !decision.allowed {
             let (max, seconds) = (i64::from(decision.quota), decision.retry_after_seconds);
             return Err(Problem::new(ErrorCode::RateLimited)
@@ -103,5 +103,25 @@ impl FromRequestParts<App> for Portal {
             session: found.token.session,
             request_id: context::request_id(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_role_that_does_not_cover_what_is_needed_is_told_so() {
+        let portal = Portal {
+            tenant: TenantId::from_uuid(Uuid::nil()),
+            admin: TenantAdminId::from_uuid(Uuid::nil()),
+            role: TenantRole::Developer,
+            session: Uuid::nil(),
+            request_id: RequestId::from_uuid(Uuid::nil()),
+        };
+        assert!(portal.require(TenantRole::Viewer).is_ok() && portal.require(TenantRole::Developer).is_ok());
+        let refused = portal.require(TenantRole::Admin).unwrap_err();
+        assert_eq!(refused.code(), ErrorCode::InsufficientScope);
+        assert_eq!(refused.sentences(), "This needs the role admin or a higher one; yours is developer.");
     }
 }
