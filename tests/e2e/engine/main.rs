@@ -4,6 +4,7 @@
 
 mod agent;
 mod hostile;
+mod injected;
 mod interop;
 mod life;
 mod path;

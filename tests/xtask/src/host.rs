@@ -21,7 +21,7 @@ struct Package {
 
 const DATABASE: Package = Package { name: "postgresql-15", file: "/usr/lib/postgresql/15/bin/postgres" };
 
-const LAB: [Package; 7] = [
+const LAB: [Package; 8] = [
     Package { name: "wireguard-tools", file: "/usr/bin/wg-quick" },
     Package { name: "wireguard-go", file: "/usr/bin/wireguard-go" },
     Package { name: "iproute2", file: "/sbin/ip" },
@@ -29,6 +29,7 @@ const LAB: [Package; 7] = [
     Package { name: "iputils-ping", file: "/bin/ping" },
     Package { name: "procps", file: "/sbin/sysctl" },
     Package { name: "curl", file: "/usr/bin/curl" },
+    Package { name: "strace", file: "/usr/bin/strace" },
 ];
 
 const BENCH: Package = Package { name: "iperf3", file: "/usr/bin/iperf3" };

@@ -1,0 +1,76 @@
+//! System calls that fail or hang under traffic: `strace` puts the fault into one worker of a live engine.
+
+use anyhow::{Context, Result, ensure};
+use cvault_tests::lab::{Process, Signal, eventually};
+use cvault_tests::tunnel::{Both, Inner, Outer, Program};
+
+const BYTES: u64 = 1_000_000;
+
+/// Which are called for the socket, and which for the TUN.
+const SOCKET: &str = "sendmsg,sendmmsg,sendto";
+const TUN: &str = "write,writev";
+
+/// Until the returned process ends, `fault` is put into the calls of the server's first worker.
+fn inject(both: &Both, calls: &str, fault: &str) -> Result<Process> {
+    let machine = &both.server.machine;
+    let pid = both.server.tunnel.process().pid(machine)?;
+    let worker = machine.sh(&format!("grep -l '^tunnel-worker-0$' /proc/{pid}/task/*/comm | cut -d/ -f5"))?;
+    let worker = worker.trim();
+    let (trace, inject) = (format!("trace={calls}"), format!("inject={calls}:{fault}"));
+    let arguments = ["-q", "-o", "/dev/null", "-p", worker, "-e", &trace, "-e", &inject];
+    let strace = machine.spawn("strace", "strace", arguments, [])?;
+    eventually("strace has its hands on the worker", 20, || {
+        strace.check_running()?;
+        let status = machine.sh(&format!("grep TracerPid /proc/{pid}/task/{worker}/status"))?;
+        ensure!(!status.trim().ends_with("\t0"), "{status}");
+        Ok(())
+    })?;
+    Ok(strace)
+}
+
+fn survives(calls: &str, faults: &[&str]) -> Result<()> {
+    let both = Both::start(Program::Engine, Program::WireguardGo)?;
+    both.meet(Outer::V4)?;
+    for fault in faults {
+        let strace = inject(&both, calls, fault)?;
+        for inner in [Inner::V4, Inner::V6] {
+            both.transfer(inner, BYTES).with_context(|| format!("{calls}: {fault}"))?;
+        }
+        strace.end(&both.server.machine, Signal::Terminate)?;
+    }
+    both.server.tunnel.process().check_running()?;
+    both.transfer(Inner::V4, 4 * BYTES)
+}
+
+#[test]
+fn a_socket_that_refuses_now_and_then_costs_no_connection() {
+    // EIO and EINVAL are what a network card says that cannot do what it offered; the others are of the moment.
+    survives(
+        SOCKET,
+        &["error=EIO:when=3+11", "error=EINVAL:when=3+11", "error=ENOBUFS:when=2+7", "error=EPERM:when=2+7"],
+    )
+    .unwrap();
+}
+
+#[test]
+fn a_tun_that_refuses_now_and_then_costs_no_connection() {
+    survives(TUN, &["error=EIO:when=3+11", "error=EINVAL:when=3+11", "error=ENOBUFS:when=2+7"]).unwrap();
+}
+
+#[test]
+fn a_worker_that_hangs_ends_the_process_with_a_reason() {
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    both.meet(Outer::V4).unwrap();
+    let strace = inject(&both, "all", "delay_enter=60000000").unwrap();
+    let process = both.server.tunnel.process();
+    eventually("the process says why it ends", 40, || {
+        let log = process.last_lines(20);
+        ensure!(log.contains("worker 0 has not finished a pass for ten seconds"), "{log}");
+        Ok(())
+    })
+    .unwrap();
+    // A thread that is being traced is not gone until the tracer has seen it go.
+    strace.end(&both.server.machine, Signal::Kill).unwrap();
+    let status = eventually("the process ends", 20, || process.exit_status()?.context("it goes on")).unwrap();
+    assert!(!status.success());
+}
