@@ -437,12 +437,29 @@ CREATE TABLE cvault.tenants (
     updated_at timestamp with time zone DEFAULT now() NOT NULL,
     deleted_at timestamp with time zone,
     over_limit_since timestamp with time zone,
+    rate_up_bps bigint,
+    rate_down_bps bigint,
+    device_rate_up_bps bigint,
+    device_rate_down_bps bigint,
+    allow_intra_tenant boolean DEFAULT false NOT NULL,
+    allow_private_destinations text[] DEFAULT '{}'::text[] NOT NULL,
+    allow_smtp boolean DEFAULT false NOT NULL,
+    over_quota text DEFAULT 'block'::text NOT NULL,
+    throttle_bps bigint DEFAULT 1000000 NOT NULL,
+    policy_revision bigint DEFAULT 1 NOT NULL,
     CONSTRAINT tenants_bandwidth_limit CHECK ((bandwidth_limit_bytes >= 0)),
     CONSTRAINT tenants_data_key CHECK (((data_key_sealed IS NULL) = (status = 'deleted'::text))),
+    CONSTRAINT tenants_device_rate_down CHECK ((device_rate_down_bps > 0)),
+    CONSTRAINT tenants_device_rate_up CHECK ((device_rate_up_bps > 0)),
     CONSTRAINT tenants_max_devices CHECK (((max_devices_per_user >= 0) AND (max_devices_per_user <= 1000))),
     CONSTRAINT tenants_name_length CHECK (((char_length(name) >= 1) AND (char_length(name) <= 255))),
+    CONSTRAINT tenants_over_quota CHECK ((over_quota = ANY (ARRAY['block'::text, 'throttle'::text]))),
+    CONSTRAINT tenants_private_destinations CHECK ((cardinality(allow_private_destinations) <= 64)),
+    CONSTRAINT tenants_rate_down CHECK ((rate_down_bps > 0)),
     CONSTRAINT tenants_rate_limit CHECK ((rate_limit_per_minute > 0)),
+    CONSTRAINT tenants_rate_up CHECK ((rate_up_bps > 0)),
     CONSTRAINT tenants_status CHECK ((status = ANY (ARRAY['active'::text, 'suspended'::text, 'trial'::text, 'deleted'::text]))),
+    CONSTRAINT tenants_throttle CHECK ((throttle_bps > 0)),
     CONSTRAINT tenants_user_limit CHECK ((user_limit >= 0))
 );
 ALTER TABLE ONLY cvault.tenants FORCE ROW LEVEL SECURITY;
@@ -587,6 +604,14 @@ CREATE TABLE platform.context_keys (
     CONSTRAINT context_keys_key_length CHECK ((octet_length(key) = 32))
 );
 ALTER TABLE platform.context_keys OWNER TO cvault_owner;
+CREATE TABLE platform.device_drops (
+    server_id uuid NOT NULL,
+    device_id uuid NOT NULL,
+    generation bigint NOT NULL,
+    drops jsonb NOT NULL,
+    reported_at timestamp with time zone NOT NULL
+);
+ALTER TABLE platform.device_drops OWNER TO cvault_owner;
 CREATE TABLE platform.enrol_tokens (
     token_id uuid NOT NULL,
     server_id uuid NOT NULL,
@@ -633,6 +658,26 @@ CREATE TABLE platform.peers (
     CONSTRAINT peers_public_key_length CHECK ((octet_length(public_key) = 32))
 );
 ALTER TABLE platform.peers OWNER TO cvault_owner;
+CREATE TABLE platform.quota_leases (
+    tenant_id uuid NOT NULL,
+    server_id uuid NOT NULL,
+    counter_epoch uuid NOT NULL,
+    device_id uuid NOT NULL,
+    generation bigint NOT NULL,
+    until_bytes bigint NOT NULL,
+    sequence bigint DEFAULT 1 NOT NULL,
+    granted_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT quota_leases_until CHECK ((until_bytes >= 0))
+);
+ALTER TABLE platform.quota_leases OWNER TO cvault_owner;
+CREATE TABLE platform.quota_months (
+    tenant_id uuid NOT NULL,
+    month date NOT NULL,
+    bytes bigint NOT NULL,
+    CONSTRAINT quota_months_bytes CHECK ((bytes >= 0)),
+    CONSTRAINT quota_months_month CHECK ((month = (date_trunc('month'::text, (month)::timestamp without time zone))::date))
+);
+ALTER TABLE platform.quota_months OWNER TO cvault_owner;
 CREATE TABLE platform.secrets (
     name text NOT NULL,
     kek_version smallint NOT NULL,
@@ -766,6 +811,8 @@ ALTER TABLE ONLY platform.addresses
     ADD CONSTRAINT addresses_pkey PRIMARY KEY (pool_id, host);
 ALTER TABLE ONLY platform.context_keys
     ADD CONSTRAINT context_keys_pkey PRIMARY KEY (key_id);
+ALTER TABLE ONLY platform.device_drops
+    ADD CONSTRAINT device_drops_pkey PRIMARY KEY (server_id, device_id);
 ALTER TABLE ONLY platform.enrol_tokens
     ADD CONSTRAINT enrol_tokens_pkey PRIMARY KEY (token_id);
 ALTER TABLE ONLY platform.installation
@@ -774,6 +821,10 @@ ALTER TABLE ONLY platform.node_changes
     ADD CONSTRAINT node_changes_pkey PRIMARY KEY (server_id, revision);
 ALTER TABLE ONLY platform.peers
     ADD CONSTRAINT peers_pkey PRIMARY KEY (server_id, device_id);
+ALTER TABLE ONLY platform.quota_leases
+    ADD CONSTRAINT quota_leases_pkey PRIMARY KEY (tenant_id, server_id, counter_epoch, device_id, generation);
+ALTER TABLE ONLY platform.quota_months
+    ADD CONSTRAINT quota_months_pkey PRIMARY KEY (tenant_id, month);
 ALTER TABLE ONLY platform.secrets
     ADD CONSTRAINT secrets_pkey PRIMARY KEY (name);
 ALTER TABLE ONLY platform.servers
@@ -816,6 +867,7 @@ CREATE UNIQUE INDEX peers_ipv6_unique ON platform.peers USING btree (server_id, 
 CREATE UNIQUE INDEX peers_public_key_device_unique ON platform.peers USING btree (public_key) WHERE (removed_revision IS NULL);
 CREATE UNIQUE INDEX peers_public_key_unique ON platform.peers USING btree (server_id, public_key) WHERE (removed_revision IS NULL);
 CREATE INDEX peers_removed ON platform.peers USING btree (server_id, removed_revision) WHERE (removed_revision IS NOT NULL);
+CREATE INDEX quota_leases_server ON platform.quota_leases USING btree (server_id);
 CREATE UNIQUE INDEX servers_endpoint_unique ON platform.servers USING btree (public_ip, endpoint_port) WHERE (status <> 'removed'::text);
 CREATE UNIQUE INDEX servers_name_unique ON platform.servers USING btree (name) WHERE (status <> 'removed'::text);
 CREATE INDEX usage_counters_device ON platform.usage_counters USING btree (device_id);
@@ -851,12 +903,16 @@ ALTER TABLE ONLY cvault.users
     ADD CONSTRAINT users_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
 ALTER TABLE ONLY platform.addresses
     ADD CONSTRAINT addresses_pool_fkey FOREIGN KEY (pool_id) REFERENCES platform.address_pools(pool_id);
+ALTER TABLE ONLY platform.device_drops
+    ADD CONSTRAINT device_drops_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.enrol_tokens
     ADD CONSTRAINT enrol_tokens_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.node_changes
     ADD CONSTRAINT node_changes_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.peers
     ADD CONSTRAINT peers_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
+ALTER TABLE ONLY platform.quota_leases
+    ADD CONSTRAINT quota_leases_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.servers
     ADD CONSTRAINT servers_pool_fkey FOREIGN KEY (pool_id) REFERENCES platform.address_pools(pool_id);
 ALTER TABLE ONLY platform.usage_counters
@@ -1003,6 +1059,16 @@ GRANT INSERT(created_at) ON TABLE cvault.tenants TO cvault_app;
 GRANT INSERT(updated_at),UPDATE(updated_at) ON TABLE cvault.tenants TO cvault_app;
 GRANT UPDATE(deleted_at) ON TABLE cvault.tenants TO cvault_app;
 GRANT UPDATE(over_limit_since) ON TABLE cvault.tenants TO cvault_sys;
+GRANT INSERT(rate_up_bps),UPDATE(rate_up_bps) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(rate_down_bps),UPDATE(rate_down_bps) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(device_rate_up_bps),UPDATE(device_rate_up_bps) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(device_rate_down_bps),UPDATE(device_rate_down_bps) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(allow_intra_tenant),UPDATE(allow_intra_tenant) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(allow_private_destinations),UPDATE(allow_private_destinations) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(allow_smtp),UPDATE(allow_smtp) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(over_quota),UPDATE(over_quota) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(throttle_bps),UPDATE(throttle_bps) ON TABLE cvault.tenants TO cvault_app;
+GRANT UPDATE(policy_revision) ON TABLE cvault.tenants TO cvault_app;
 GRANT SELECT ON TABLE cvault.usage_daily TO cvault_app;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.usage_daily TO cvault_sys;
 GRANT SELECT ON TABLE cvault.usage_hourly TO cvault_app;
@@ -1022,12 +1088,15 @@ GRANT UPDATE(released_device_id) ON TABLE platform.addresses TO cvault_sys;
 GRANT UPDATE(released_at) ON TABLE platform.addresses TO cvault_sys;
 GRANT SELECT ON TABLE platform.context_keys TO cvault_fn;
 GRANT SELECT ON TABLE platform.context_keys TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE platform.device_drops TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.enrol_tokens TO cvault_sys;
 GRANT SELECT ON TABLE platform.installation TO cvault_sys;
 GRANT SELECT,DELETE ON TABLE platform.node_changes TO cvault_sys;
 GRANT INSERT ON TABLE platform.node_changes TO cvault_fn;
 GRANT SELECT ON TABLE platform.peers TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.peers TO cvault_fn;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.quota_leases TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE platform.quota_months TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.secrets TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_fn;
