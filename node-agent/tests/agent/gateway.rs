@@ -258,7 +258,7 @@ impl node_gateway_server::NodeGateway for Gateway {
         state.reports.push(request);
         let superseded = std::mem::take(&mut state.superseded);
         let snapshot_wanted = std::mem::take(&mut state.snapshot_wanted) || diverged;
-        Ok(Response::new(v1::ReportResponse { acked, superseded, snapshot_wanted }))
+        Ok(Response::new(v1::ReportResponse { acked, superseded, snapshot_wanted, leases: Vec::new() }))
     }
 }
 
