@@ -1,4 +1,4 @@
-//! Session indices: a bijection between (generation, slot) and the 24 bits that boringtun lets us choose.
+//! Session indices: a bijection between (generation, slot) and the 24 bits of a session index that are not a count.
 //!
 //! `index = s * K + C (mod 2^24)` with `s = generation << 16 | slot`, K odd and K = 1, C = 0 (mod 256). It looks random
 //! on the wire, costs one multiplication to undo, and keeps the low 8 bits of the slot readable for kernel steering.

@@ -23,9 +23,9 @@ pub mod uapi;
 
 mod allowed;
 mod index;
-mod initiation;
 mod io;
 mod limit;
+mod noise;
 mod out;
 mod packet;
 mod tunnel;

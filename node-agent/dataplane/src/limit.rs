@@ -1,4 +1,4 @@
-//! A token bucket for each source of handshake messages (trap 3: boringtun's limiter is one counter for everybody). It is
+//! A token bucket for each source of handshake messages. It is
 //! asked under load only, about sources that proved themselves by a cookie: many clients may share one NAT address.
 
 use std::collections::HashMap;

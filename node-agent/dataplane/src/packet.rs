@@ -1,4 +1,4 @@
-//! IP headers, read with every length checked: what comes out of boringtun may be shorter than it says (trap 12).
+//! IP headers, read with every length checked: what comes out of a tunnel may be shorter than it says.
 
 use std::net::IpAddr;
 
@@ -7,6 +7,16 @@ use std::net::IpAddr;
 pub(crate) struct Addresses {
     pub(crate) source: IpAddr,
     pub(crate) destination: IpAddr,
+}
+
+/// How long the packet at the beginning of `bytes` says it is, if it is all there.
+pub(crate) fn len(bytes: &[u8]) -> Option<usize> {
+    let len = match bytes.first()? >> 4 {
+        4 => bytes.first_chunk::<20>().map(|header| usize::from(u16::from_be_bytes([header[2], header[3]])))?,
+        6 => bytes.first_chunk::<40>().map(|header| 40 + usize::from(u16::from_be_bytes([header[4], header[5]])))?,
+        _ => return None,
+    };
+    (len >= 20 && len <= bytes.len()).then_some(len)
 }
 
 /// Reads the addresses if header and total length fit into the packet exactly as far as forwarding needs it.

@@ -1,53 +1,39 @@
-//! The only file that names boringtun: our key with its limiters, and one peer's Noise state.
+//! A tunnel to one live peer: its sessions, the handshake under way, and when which of them is due.
 //!
-//! It hides boringtun's habits that a server must not inherit. The numbers are those of the trap list in the study:
-//! sessions are known before anything is encrypted (6), timers are fresh before a tunnel is touched (8), persistent
-//! keepalive is ours (10), counters near 2^64 are refused (7). That what was sent stays without an answer is noticed
-//! here too: boringtun's clock stands still between two looks at its timers, and what is sent right after something was
-//! received counts as answered.
+//! Timers are those of the WireGuard paper, section 6, in the engine's time. A responder's new session waits until the
+//! initiator has used it, as in the kernel, so that nothing is encrypted which nobody may be able to read.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
-use blake2::digest::consts::U16;
-use blake2::{Blake2s, Digest};
-use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::rate_limiter::RateLimiter;
-use boringtun::noise::{Tunn, TunnResult};
-use boringtun::x25519::{PublicKey, SharedSecret, StaticSecret};
+use zeroize::Zeroizing;
 
 use crate::change::Secret;
 use crate::drops::Drop;
-use crate::initiation::{Opened, Opener};
+use crate::engine::Now;
+pub(crate) use crate::noise::{INITIATION_BYTES, OVERHEAD, REJECT_AFTER_MESSAGES, RESPONSE_BYTES};
+use crate::noise::{Initiated, Jar, Local, Opened, Proof, Proved, Remote, Session, Shared, Unopened, Warden};
 
-type Blake2s128 = Blake2s<U16>;
-
-/// How old the timers may be when a tunnel is used (trap 8).
+/// How old the timers may be when a tunnel is used.
 const FRESH_MS: u64 = 250;
-/// `KEEPALIVE_TIMEOUT` + `REKEY_TIMEOUT` of the protocol: so long after data was sent, and nothing received since, the
-/// session is taken for lost.
-const UNANSWERED_MS: u64 = 15_000;
-/// `KEEPALIVE_TIMEOUT`: so long after data was received, and nothing sent since, a keepalive says that it was.
-const UNCONFIRMED_MS: u64 = 10_000;
-/// `REKEY_AFTER_MESSAGES` of the protocol.
 const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
-/// `REJECT_AFTER_MESSAGES` of the protocol.
-pub(crate) const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
-/// The least room that boringtun needs to answer.
-pub(crate) const MIN_ROOM: usize = 148;
-/// Bytes that encryption adds.
-pub(crate) const OVERHEAD: usize = 32;
+const REKEY_AFTER_TIME_MS: u64 = 120_000;
+const REJECT_AFTER_TIME_MS: u64 = 180_000;
+const REKEY_ATTEMPT_TIME_MS: u64 = 90_000;
+const REKEY_TIMEOUT_MS: u64 = 5_000;
+const KEEPALIVE_TIMEOUT_MS: u64 = 10_000;
+/// So long after data was sent, and nothing received since, the session is taken for lost.
+const UNANSWERED_MS: u64 = KEEPALIVE_TIMEOUT_MS + REKEY_TIMEOUT_MS;
+/// An initiator that only receives renews the session at this age.
+const REKEY_ON_RECEIVE_MS: u64 = REJECT_AFTER_TIME_MS - UNANSWERED_MS;
+/// Room that every message but data fits in.
+pub(crate) const MIN_ROOM: usize = INITIATION_BYTES;
 
-/// Our key pair with the limiters that belong to it.
+/// Our private key, and what follows from it.
 pub(crate) struct Identity {
     secret: Secret,
-    private: StaticSecret,
-    public: PublicKey,
-    opener: Opener,
-    /// Always under load: it demands a cookie. When, is not left to its count (traps 2 and 3).
-    strict: RateLimiter,
-    /// Never under load; shared by all tunnels so that they do not count again (trap 1).
-    inner: Arc<RateLimiter>,
+    local: Arc<Local>,
+    warden: Warden,
 }
 
 /// What a handshake message must have.
@@ -59,81 +45,64 @@ pub(crate) enum Gate {
     Cookie,
 }
 
-/// What the limiter says about a handshake message.
+/// What the gate says about a handshake message.
 pub(crate) enum Admission {
     Pass,
-    /// Send this many bytes of the buffer back.
+    /// A cookie reply of this length lies in the buffer.
     Cookie(usize),
     Refused(Drop),
 }
 
 impl Identity {
     pub(crate) fn new(secret: &Secret) -> Self {
-        let private = StaticSecret::from(*secret.0);
-        let public = PublicKey::from(&private);
-        Self {
-            secret: secret.clone(),
-            opener: Opener::new(private.clone(), &public),
-            strict: RateLimiter::new(&public, 0),
-            inner: Arc::new(RateLimiter::new(&public, u64::MAX)),
-            private,
-            public,
-        }
+        let local = Arc::new(Local::new(&secret.0));
+        Self { secret: secret.clone(), warden: Warden::new(local.public()), local }
     }
 
     pub(crate) fn public_key(&self) -> [u8; 32] {
-        self.public.to_bytes()
+        *self.local.public()
     }
 
     pub(crate) fn secret(&self) -> &Secret {
         &self.secret
     }
 
-    /// Checks MAC1 and, if the gate asks for it, the cookie. The address is always given (trap 4).
-    pub(crate) fn admit(&self, gate: Gate, source: SocketAddr, message: &[u8], reply: &mut [u8]) -> Admission {
-        let (limiter, source) = match gate {
-            Gate::Open => (&*self.inner, source.ip()),
-            Gate::Cookie => (&self.strict, with_port(source)),
-        };
-        match limiter.verify_packet(Some(source), message, reply) {
-            Ok(_) => Admission::Pass,
-            Err(TunnResult::WriteToNetwork(cookie)) => Admission::Cookie(cookie.len()),
-            Err(TunnResult::Err(WireGuardError::InvalidMac)) => Admission::Refused(Drop::BadMac),
-            Err(_) => Admission::Refused(Drop::Garbage),
+    /// Checks MAC1 and, if the gate asks for it, the cookie.
+    pub(crate) fn admit(
+        &self,
+        gate: Gate,
+        now: Now,
+        source: SocketAddr,
+        message: &[u8],
+        reply: &mut [u8],
+    ) -> Admission {
+        match (self.warden.check(now.mono_ms, source, message), gate) {
+            (Proof::Nothing, _) => Admission::Refused(Drop::BadMac),
+            (Proof::Key, Gate::Cookie) => match self.warden.reply(now.mono_ms, source, message, reply) {
+                Some(len) => Admission::Cookie(len),
+                None => Admission::Refused(Drop::UnderLoad),
+            },
+            (Proof::Key, Gate::Open) | (Proof::Address, _) => Admission::Pass,
         }
     }
 
+    /// Whose initiation this claims to be. It changes nothing: any worker can say where it belongs.
+    pub(crate) fn open(&self, initiation: &[u8]) -> Option<Opened> {
+        self.local.open(initiation)
+    }
+
     /// The secret shared with a peer, worth keeping.
-    pub(crate) fn shared_with(&self, public_key: &[u8; 32]) -> SharedSecret {
-        self.opener.shared_with(public_key)
+    pub(crate) fn shared_with(&self, public_key: &[u8; 32]) -> Option<Shared> {
+        self.local.shared_with(public_key)
     }
 }
 
-/// Whose initiation this claims to be. It changes nothing and needs no engine: any worker can say where it belongs.
-pub(crate) fn open_initiation(identity: &Identity, datagram: &[u8]) -> Option<Opened> {
-    identity.opener.open(datagram)
-}
-
-/// Address and port as one address: a cookie is for both, and boringtun takes only the former (trap 5).
-fn with_port(source: SocketAddr) -> IpAddr {
-    let mut bytes = [0; 18];
-    match source.ip() {
-        IpAddr::V4(addr) => bytes[..4].copy_from_slice(&addr.octets()),
-        IpAddr::V6(addr) => bytes[..16].copy_from_slice(&addr.octets()),
-    }
-    bytes[16..].copy_from_slice(&source.port().to_be_bytes());
-    let digest: [u8; 16] = Blake2s128::digest(bytes).into();
-    IpAddr::V6(Ipv6Addr::from(digest))
-}
-
-/// What a received message turned into.
+/// What a data message turned into.
 pub(crate) enum Received {
-    /// Authenticated and empty (or a cookie was stored).
+    /// A keepalive.
     Nothing,
     /// An IP packet of this length lies in the buffer; of none at all if it says so itself.
     Packet(usize),
-    /// An answer of this length lies in the buffer.
-    Answer(usize),
     Refused(Drop),
 }
 
@@ -146,39 +115,62 @@ pub(crate) enum Timers {
     Expired,
 }
 
-/// Noise state of one live peer, about 10 KB.
+/// A handshake that we began.
+struct UnderWay {
+    initiated: Initiated,
+    /// An earlier initiation, of which the response may still come.
+    earlier: Option<Initiated>,
+    began_ms: u64,
+    sent_ms: u64,
+}
+
+/// State of one live peer, about 4 KB with a session.
 pub(crate) struct Tunnel {
-    tunn: Tunn,
+    local: Arc<Local>,
+    remote: Remote,
+    jar: Jar,
+    /// The high 24 bits of our session indices; the low ones count.
+    index: u32,
+    indices: u8,
+    current: Option<Box<Session>>,
+    previous: Option<Box<Session>>,
+    /// A session we answered with, until the initiator uses it.
+    next: Option<Box<Session>>,
+    under_way: Option<Box<UnderWay>>,
     updated_ms: u64,
-    session: bool,
-    exhausted: bool,
     wants_rekey: bool,
-    /// The local index of a session we answered with, until the initiator uses it.
-    unconfirmed: Option<u32>,
+    /// Data came in the current session.
+    heard: bool,
     /// When data was sent first after the last message received.
     unanswered_since_ms: Option<u64>,
-    /// When data was received first after the last message sent. boringtun's timers take what happens between two of
-    /// their updates for simultaneous, and owe nothing then.
+    /// When data was received first after the last message sent.
     unconfirmed_since_ms: Option<u64>,
 }
 
 impl Tunnel {
-    pub(crate) fn new(identity: &Identity, peer: &[u8; 32], psk: Option<&Secret>, index: u32, now_ms: u64) -> Self {
-        let tunn = Tunn::new(
-            identity.private.clone(),
-            PublicKey::from(*peer),
-            psk.map(|psk| *psk.0),
-            None,
-            index,
-            Some(Arc::clone(&identity.inner)),
-        );
+    /// `shared` is that of the identity with the peer, `index` of 24 bits.
+    pub(crate) fn new(
+        identity: &Identity,
+        peer: &[u8; 32],
+        psk: Option<&Secret>,
+        shared: Shared,
+        index: u32,
+        now: Now,
+    ) -> Self {
+        let preshared = psk.map_or_else(|| Zeroizing::new([0; 32]), |psk| psk.0.clone());
         Self {
-            tunn,
-            updated_ms: now_ms,
-            session: false,
-            exhausted: false,
+            local: Arc::clone(&identity.local),
+            remote: Remote { public: *peer, preshared, shared },
+            jar: Jar::new(peer),
+            index: index << 8,
+            indices: 0,
+            current: None,
+            previous: None,
+            next: None,
+            under_way: None,
+            updated_ms: now.mono_ms,
             wants_rekey: false,
-            unconfirmed: None,
+            heard: false,
             unanswered_since_ms: None,
             unconfirmed_since_ms: None,
         }
@@ -186,175 +178,169 @@ impl Tunnel {
 
     /// Whether a packet can be encrypted now.
     pub(crate) fn has_session(&self) -> bool {
-        self.session && !self.exhausted
+        self.current.as_ref().is_some_and(|session| session.sent() < REJECT_AFTER_MESSAGES)
+    }
+
+    /// Nothing was sent in its session: the other side cannot know that it is good.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.current.as_ref().is_some_and(|session| session.sent() == 0)
     }
 
     /// Neither has it a session nor did we answer an initiation.
     pub(crate) fn awaits_session(&self) -> bool {
-        !self.session && self.unconfirmed.is_none()
+        !self.has_session() && self.next.is_none()
     }
 
-    pub(crate) fn is_fresh(&self, now_ms: u64) -> bool {
-        now_ms.saturating_sub(self.updated_ms) < FRESH_MS
+    pub(crate) fn is_fresh(&self, now: Now) -> bool {
+        now.mono_ms.saturating_sub(self.updated_ms) < FRESH_MS
     }
 
-    /// Runs boringtun's timers. `room` must have at least [`MIN_ROOM`] bytes.
-    pub(crate) fn update(&mut self, now_ms: u64, room: &mut [u8]) -> Timers {
-        self.updated_ms = now_ms;
-        let wants = match self.tunn.update_timers(room) {
-            TunnResult::WriteToNetwork(message) => Timers::Send(message.len()),
-            TunnResult::Err(WireGuardError::ConnectionExpired) => Timers::Expired,
-            TunnResult::Done
-            | TunnResult::Err(_)
-            | TunnResult::WriteToTunnelV4(..)
-            | TunnResult::WriteToTunnelV6(..) => Timers::Nothing,
+    /// Does what time has made due. `room` must have at least [`MIN_ROOM`] bytes.
+    pub(crate) fn update(&mut self, now: Now, room: &mut [u8]) -> Timers {
+        let since = |then: u64| now.mono_ms.saturating_sub(then);
+        self.updated_ms = now.mono_ms;
+        for session in [&mut self.current, &mut self.previous, &mut self.next] {
+            if session.as_ref().is_some_and(|session| since(session.born_ms) >= REJECT_AFTER_TIME_MS) {
+                *session = None;
+            }
+        }
+        let mut wants_session = false;
+        if let Some(under_way) = &self.under_way {
+            if since(under_way.began_ms) >= REKEY_ATTEMPT_TIME_MS {
+                self.under_way = None;
+                if self.current.is_none() && self.next.is_none() {
+                    return Timers::Expired;
+                }
+            } else if since(under_way.sent_ms) >= REKEY_TIMEOUT_MS + self.jitter_ms() {
+                return self.initiate_again(now, room).map_or(Timers::Nothing, Timers::Send);
+            }
+        } else {
+            let aged = self
+                .current
+                .as_ref()
+                .is_some_and(|session| session.is_ours && self.heard && since(session.born_ms) >= REKEY_ON_RECEIVE_MS);
+            let unanswered = self.unanswered_since_ms.is_some_and(|then| since(then) >= UNANSWERED_MS);
+            wants_session = aged || unanswered || std::mem::take(&mut self.wants_rekey);
+        }
+        if wants_session {
+            self.unanswered_since_ms = None;
+            return self.initiate(now, room).map_or(Timers::Nothing, Timers::Send);
+        }
+        if self.unconfirmed_since_ms.is_some_and(|then| since(then) >= KEEPALIVE_TIMEOUT_MS) {
+            self.unconfirmed_since_ms = None;
+            return self.encrypt(&[], room).map_or(Timers::Nothing, Timers::Send);
+        }
+        Timers::Nothing
+    }
+
+    /// Up to a third of a second, so that two sides that began together do not go on together.
+    fn jitter_ms(&self) -> u64 {
+        let drawn = self.under_way.as_ref().map_or(0, |under_way| under_way.initiated.local_index);
+        u64::from(drawn.wrapping_mul(0x9e37_79b1) >> 16) % 334
+    }
+
+    /// An initiation, unless one is under way. `room` must have at least [`MIN_ROOM`] bytes.
+    pub(crate) fn initiate(&mut self, now: Now, room: &mut [u8]) -> Option<usize> {
+        if self.under_way.is_some() { None } else { self.initiate_again(now, room) }
+    }
+
+    /// Another initiation although one is under way: an answer to either is accepted.
+    pub(crate) fn initiate_again(&mut self, now: Now, room: &mut [u8]) -> Option<usize> {
+        let index = self.draw_index();
+        let initiated = self.local.initiate(&self.remote, index, now.unix_ms, room)?;
+        self.jar.sign(now.mono_ms, &mut room[..INITIATION_BYTES]);
+        let (earlier, began_ms) = match self.under_way.take() {
+            Some(under_way) => (Some(under_way.initiated), under_way.began_ms),
+            None => (None, now.mono_ms),
         };
-        self.look_for_session();
-        let is_due = |since: Option<u64>, after: u64| since.is_some_and(|since| now_ms.saturating_sub(since) >= after);
-        match wants {
-            Timers::Send(len) if is_data(&room[..len]) => self.unconfirmed_since_ms = None,
-            Timers::Nothing if is_due(self.unanswered_since_ms, UNANSWERED_MS) => {
-                self.unanswered_since_ms = None;
-                return self.initiate(room).map_or(Timers::Nothing, Timers::Send);
-            }
-            Timers::Nothing if is_due(self.unconfirmed_since_ms, UNCONFIRMED_MS) => {
-                self.unconfirmed_since_ms = None;
-                return self.encrypt(&[], room).map_or(Timers::Nothing, Timers::Send);
-            }
-            Timers::Nothing | Timers::Send(_) | Timers::Expired => {}
-        }
-        wants
+        self.under_way = Some(Box::new(UnderWay { initiated, earlier, began_ms, sent_ms: now.mono_ms }));
+        Some(INITIATION_BYTES)
     }
 
-    /// Feeds one message; the caller has checked its type, and that `room` is at least as long as it and [`MIN_ROOM`].
-    pub(crate) fn receive(&mut self, source: IpAddr, message: &[u8], room: &mut [u8]) -> Received {
-        match self.tunn.decapsulate(Some(source), message, room) {
-            TunnResult::Done => Received::Nothing,
-            TunnResult::WriteToNetwork(answer) => Received::Answer(answer.len()),
-            TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
-                self.unconfirmed_since_ms.get_or_insert(self.updated_ms);
-                Received::Packet(packet.len())
-            }
-            TunnResult::Err(error) => Received::Refused(reason(&error)),
-        }
+    /// Answers an initiation of the peer. `room` must have at least [`MIN_ROOM`] bytes.
+    pub(crate) fn answer(&mut self, now: Now, proved: &Proved, room: &mut [u8]) -> Option<usize> {
+        let index = self.draw_index();
+        let keys = proved.respond(&self.remote, index, room)?;
+        self.jar.sign(now.mono_ms, &mut room[..RESPONSE_BYTES]);
+        self.next = Some(Box::new(Session::new(&keys, index, false, now.mono_ms)));
+        self.previous = None;
+        Some(RESPONSE_BYTES)
     }
 
-    /// An initiation was answered: the session exists once the initiator uses it.
-    pub(crate) fn answered(&mut self, answer: &[u8]) {
-        self.unconfirmed = index_at(answer, 4);
+    /// Takes the answer to an initiation of ours: there is a new session.
+    pub(crate) fn finish(&mut self, now: Now, index: u32, response: &[u8]) -> Result<(), Drop> {
+        let under_way = self.under_way.as_ref().ok_or(Drop::NoSession)?;
+        let initiated = [Some(&under_way.initiated), under_way.earlier.as_ref()].into_iter().flatten();
+        let initiated = initiated.into_iter().find(|one| one.local_index == index).ok_or(Drop::NoSession)?;
+        let keys = self.local.finish(&self.remote, initiated, response).ok_or(Drop::Decrypt)?;
+        let session = Box::new(Session::new(&keys, index, true, now.mono_ms));
+        self.previous = self.next.take().or_else(|| self.current.take());
+        self.current = Some(session);
+        self.began();
+        Ok(())
     }
 
-    /// A response was accepted: we have a new session.
-    pub(crate) fn established(&mut self) {
-        self.session = true;
-        self.exhausted = false;
+    fn began(&mut self) {
+        self.under_way = None;
         self.wants_rekey = false;
-        self.unconfirmed = None;
+        self.heard = false;
         self.unanswered_since_ms = None;
     }
 
-    /// A data message was authenticated. Returns true when this completes a handshake that the other side began.
-    pub(crate) fn authenticated(&mut self, message: &[u8]) -> bool {
+    /// Keeps a cookie. `false`: it is none, or not for us.
+    pub(crate) fn take_cookie(&mut self, now: Now, reply: &[u8]) -> bool {
+        self.jar.take(now.mono_ms, reply)
+    }
+
+    /// Opens a data message; `room` must be at least as long as it. `true`: it completes a handshake that the other
+    /// side began.
+    pub(crate) fn receive(&mut self, index: u32, message: &[u8], room: &mut [u8]) -> (Received, bool) {
+        let named = |session: &&mut Box<Session>| session.local_index == index;
+        let sessions = [&mut self.current, &mut self.next, &mut self.previous].into_iter();
+        let Some(session) = sessions.filter_map(Option::as_mut).find(named) else {
+            return (Received::Refused(Drop::NoSession), false);
+        };
+        let len = match session.open(message, room) {
+            Ok(len) => len,
+            Err(Unopened::Replayed) => return (Received::Refused(Drop::Replay), false),
+            Err(Unopened::Forged) => return (Received::Refused(Drop::Decrypt), false),
+        };
+        let completes = self.next.as_ref().is_some_and(|next| next.local_index == index);
+        if completes {
+            self.previous = self.current.take();
+            self.current = self.next.take();
+            self.began();
+        }
         self.unanswered_since_ms = None;
-        if self.unconfirmed.is_some() && self.unconfirmed == index_at(message, 4) {
-            self.established();
-            return true;
+        if len == 0 {
+            return (Received::Nothing, completes);
         }
-        if !self.session {
-            self.look_for_session();
-        }
-        false
+        self.heard = true;
+        self.unconfirmed_since_ms.get_or_insert(self.updated_ms);
+        let packet = crate::packet::len(&room[..len]).map_or(Received::Refused(Drop::Malformed), Received::Packet);
+        (packet, completes)
     }
 
     /// Encrypts a packet (or a keepalive when it is empty). Needs a session and `packet.len() + OVERHEAD` bytes.
     pub(crate) fn encrypt(&mut self, packet: &[u8], room: &mut [u8]) -> Option<usize> {
-        if !self.has_session() || room.len() < MIN_ROOM.max(packet.len() + OVERHEAD) {
-            return None;
-        }
-        let TunnResult::WriteToNetwork(message) = self.tunn.encapsulate(packet, room) else {
-            return None;
-        };
+        let session = self.current.as_mut()?;
+        let len = session.seal(packet, room)?;
+        let age_ms = self.updated_ms.saturating_sub(session.born_ms);
+        self.wants_rekey |= session.sent() > REKEY_AFTER_MESSAGES || session.is_ours && age_ms >= REKEY_AFTER_TIME_MS;
         self.unconfirmed_since_ms = None;
         if !packet.is_empty() {
             self.unanswered_since_ms.get_or_insert(self.updated_ms);
         }
-        let counter = message.get(8..16).and_then(|c| c.try_into().ok()).map_or(u64::MAX, u64::from_le_bytes);
-        if counter >= REKEY_AFTER_MESSAGES {
-            self.wants_rekey = true;
-            self.exhausted = counter >= REJECT_AFTER_MESSAGES - 1;
-        }
-        Some(message.len())
+        Some(len)
     }
 
-    /// Whether so many messages were sent that a new session is due.
+    /// Whether a new session is due, by age or by messages sent.
     pub(crate) fn take_wants_rekey(&mut self) -> bool {
         std::mem::take(&mut self.wants_rekey)
     }
 
-    /// An initiation, unless one is under way. `room` must have at least [`MIN_ROOM`] bytes.
-    pub(crate) fn initiate(&mut self, room: &mut [u8]) -> Option<usize> {
-        match self.tunn.format_handshake_initiation(room, false) {
-            TunnResult::WriteToNetwork(message) => Some(message.len()),
-            TunnResult::Done
-            | TunnResult::Err(_)
-            | TunnResult::WriteToTunnelV4(..)
-            | TunnResult::WriteToTunnelV6(..) => None,
-        }
-    }
-
-    /// Another initiation although one is under way: an answer to either is accepted.
-    pub(crate) fn initiate_again(&mut self, room: &mut [u8]) -> Option<usize> {
-        match self.tunn.format_handshake_initiation(room, true) {
-            TunnResult::WriteToNetwork(message) => Some(message.len()),
-            TunnResult::Done
-            | TunnResult::Err(_)
-            | TunnResult::WriteToTunnelV4(..)
-            | TunnResult::WriteToTunnelV6(..) => None,
-        }
-    }
-
-    /// What boringtun queued by itself: only keepalives that fell due without a session.
-    pub(crate) fn drain(&mut self, room: &mut [u8]) -> Option<usize> {
-        match self.tunn.decapsulate(None, &[], room) {
-            TunnResult::WriteToNetwork(message) => Some(message.len()),
-            TunnResult::Done
-            | TunnResult::Err(_)
-            | TunnResult::WriteToTunnelV4(..)
-            | TunnResult::WriteToTunnelV6(..) => None,
-        }
-    }
-
-    fn look_for_session(&mut self) {
-        self.session = self.tunn.time_since_last_handshake().is_some();
-    }
-}
-
-fn is_data(message: &[u8]) -> bool {
-    message.first() == Some(&4)
-}
-
-fn index_at(message: &[u8], at: usize) -> Option<u32> {
-    let bytes = message.get(at..at + 4)?.try_into().ok()?;
-    Some(u32::from_le_bytes(bytes))
-}
-
-fn reason(error: &WireGuardError) -> Drop {
-    match error {
-        WireGuardError::InvalidCounter | WireGuardError::DuplicateCounter | WireGuardError::WrongTai64nTimestamp => {
-            Drop::Replay
-        }
-        WireGuardError::NoCurrentSession | WireGuardError::WrongIndex => Drop::NoSession,
-        WireGuardError::InvalidAeadTag => Drop::Decrypt,
-        WireGuardError::InvalidPacket => Drop::Malformed,
-        WireGuardError::InvalidMac => Drop::BadMac,
-        WireGuardError::UnderLoad => Drop::UnderLoad,
-        WireGuardError::DestinationBufferTooSmall
-        | WireGuardError::IncorrectPacketLength
-        | WireGuardError::UnexpectedPacket
-        | WireGuardError::WrongPacketType
-        | WireGuardError::WrongKey
-        | WireGuardError::InvalidTai64nTimestamp
-        | WireGuardError::LockFailed
-        | WireGuardError::ConnectionExpired => Drop::Handshake,
+    fn draw_index(&mut self) -> u32 {
+        self.indices = self.indices.wrapping_add(1);
+        self.index | u32::from(self.indices)
     }
 }

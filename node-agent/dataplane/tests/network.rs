@@ -1,13 +1,8 @@
 //! Two engines back to back over a network that loses, delays, reorders, duplicates and corrupts, while one of them
 //! roams: hours of virtual time, driven from a seed.
-//!
-//! A process of its own: boringtun reads a clock instead of taking the time as an argument, so that the clock of this
-//! process is ours.
 
-#![expect(unsafe_code, reason = "standing in for the clock of the C library")]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
-use std::cell::Cell;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -31,32 +26,6 @@ const TICK_MS: u64 = 100;
 const HEALED_MS: u64 = 25_000;
 const HOME: &str = "198.51.100.7:40000";
 const SERVER: &str = "192.0.2.1:51820";
-
-thread_local! {
-    /// The time of this thread in nanoseconds since its start, if it has one of its own.
-    static CLOCK: Cell<Option<u64>> = const { Cell::new(None) };
-}
-
-/// What the C library calls the same.
-///
-/// # Safety
-/// As there: `time` is valid for a write.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn clock_gettime(clock: libc::clockid_t, time: *mut libc::timespec) -> libc::c_int {
-    let Some(ns) = CLOCK.get() else {
-        // SAFETY: what we were given, handed on to the kernel.
-        let result = unsafe { libc::syscall(libc::SYS_clock_gettime, clock, time) };
-        return libc::c_int::try_from(result).unwrap_or(-1);
-    };
-    // No two readings are the same, as with a real one.
-    CLOCK.set(Some(ns + 1));
-    let since = if clock == libc::CLOCK_REALTIME { UNIX_MS * 1_000_000 } else { 0 };
-    let (seconds, nanos) = ((since + ns) / 1_000_000_000, (since + ns) % 1_000_000_000);
-    let value = libc::timespec { tv_sec: seconds.cast_signed(), tv_nsec: nanos.cast_signed() };
-    // SAFETY: the caller's promise.
-    unsafe { time.write(value) };
-    0
-}
 
 /// What the network does to a datagram, in per mille, and for how long it keeps one at most.
 #[derive(Clone, Copy, Debug)]
@@ -138,7 +107,6 @@ enum Way {
 
 impl Net {
     fn new(seed: u64) -> Self {
-        CLOCK.set(Some(0));
         let mut random = StdRng::seed_from_u64(seed);
         let (mut server, mut client) = (Side::new(1, SERVER), Side::new(2, HOME));
         let key_of = |side: &Side| side.engine.device().public_key.unwrap();
@@ -210,7 +178,6 @@ impl Net {
         while self.now_ms < until {
             let flight = self.flights.peek().map_or(until, |flight| flight.0.at_ms);
             self.now_ms = flight.max(self.now_ms).min(self.next_tick_ms.max(self.now_ms + 1)).min(until);
-            CLOCK.set(Some(self.now_ms * 1_000_000));
             while self.flights.peek().is_some_and(|flight| flight.0.at_ms <= self.now_ms) {
                 let Reverse(flight) = self.flights.pop().unwrap();
                 self.arrive(&flight);
@@ -409,6 +376,5 @@ proptest! {
         }
         let minutes = net.now_ms / 60_000;
         prop_assert!(net.server.engine.device().handshakes >= minutes / 10, "keys change, in {minutes} minutes");
-        CLOCK.set(None);
     }
 }

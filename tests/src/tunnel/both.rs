@@ -112,6 +112,9 @@ impl Both {
             own.prepare()?;
         }
         let web = server.machine.spawn("web", &binary("cvault-lab")?, ["web"], [])?;
+        eventually("the web server listens", 20, || {
+            server.machine.run("curl", ["-sSf", "-m", "2", "-o", "/dev/null", "http://10.8.0.1/noise/1"]).map(drop)
+        })?;
         Ok((server, client, preshared_key, web))
     }
 

@@ -12,10 +12,10 @@ use super::{Engine, Now, Origin, ParcelKind, push};
 use crate::counters::Field;
 use crate::drops::Drop;
 use crate::ecn::Ecn;
-use crate::initiation::{INITIATION_BYTES, Opened, Timestamp};
 use crate::limit::SourceLimit;
+use crate::noise::{Opened, Timestamp};
 use crate::out::{Datagram, NO_SLOT, Out};
-use crate::tunnel::{Admission, Gate, MIN_ROOM, Received, Tunnel, open_initiation};
+use crate::tunnel::{Admission, Gate, INITIATION_BYTES, MIN_ROOM, Tunnel};
 
 /// The least time between two initiations of one peer, as in the kernel.
 const INITIATION_GAP_MS: u64 = 20;
@@ -135,24 +135,11 @@ impl Engine {
     }
 
     /// A cookie proves nothing about the peer: no roaming, no counters (trap 13).
-    pub(super) fn on_cookie(
-        &mut self,
-        now: Now,
-        datagram: &[u8],
-        index: u32,
-        origin: Origin,
-        out: &mut Out,
-    ) -> Result<(), Drop> {
+    pub(super) fn on_cookie(&mut self, now: Now, datagram: &[u8], index: u32) -> Result<(), Drop> {
         let slot = self.slot_of(index).ok_or(Drop::UnknownIndex)?;
-        self.freshen(now, slot, out);
         let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
         let tunnel = peer.tunnel.as_mut().ok_or(Drop::NoSession)?;
-        let room = out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
-        match tunnel.receive(origin.from.ip(), datagram, room) {
-            Received::Nothing => Ok(()),
-            Received::Refused(reason) => Err(reason),
-            Received::Packet(_) | Received::Answer(_) => Err(Drop::Handshake),
-        }
+        if tunnel.take_cookie(now, datagram) { Ok(()) } else { Err(Drop::Decrypt) }
     }
 
     /// The gate in front of all public-key work.
@@ -160,7 +147,7 @@ impl Engine {
         let gate = if self.handshakes.is_loaded(now) { Gate::Cookie } else { Gate::Open };
         let identity = self.identity.as_ref().ok_or(Drop::UnknownPeer)?;
         let room = out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
-        match identity.admit(gate, origin.from, datagram, room) {
+        match identity.admit(gate, now, origin.from, datagram, room) {
             // Only now is it certain whose bucket this is.
             Admission::Pass if gate == Gate::Cookie && !self.handshakes.sources.admit(origin.from.ip()) => {
                 Err(Drop::SourceLimited)
@@ -186,7 +173,7 @@ impl Engine {
     /// Whose key, and therefore whose work it is.
     fn open(&mut self, now: Now, datagram: &[u8], origin: Origin, out: &mut Out) -> Result<(), Drop> {
         let identity = self.identity.as_ref().ok_or(Drop::UnknownPeer)?;
-        let opened = open_initiation(identity, datagram).ok_or(Drop::Handshake)?;
+        let opened = identity.open(datagram).ok_or(Drop::Handshake)?;
         let slot = *self.directory.get().by_key.get(&opened.public_key).ok_or(Drop::UnknownPeer)?;
         if !self.shard.owns(slot) {
             self.hand_on(slot, ParcelKind::Initiation(origin, opened), datagram);
@@ -225,15 +212,17 @@ impl Engine {
         if peer.last_init_ms.is_some_and(|last| now.mono_ms.saturating_sub(last) < INITIATION_GAP_MS) {
             return Err(Drop::Handshake);
         }
-        let known = peer.static_shared.take();
-        let was_known = known.is_some();
-        let shared = known.unwrap_or_else(|| Box::new(identity.shared_with(&peer.public_key)));
-        let timestamp = opened.timestamp(&shared, datagram);
-        if was_known || timestamp.is_some() {
-            peer.static_shared = Some(shared);
-        }
-        let timestamp = timestamp.ok_or(Drop::Handshake)?;
-        if !timestamp.may_follow(Timestamp(self.counters.greatest_timestamp(slot))) {
+        let proved = match &peer.static_shared {
+            Some(shared) => opened.prove(shared, datagram),
+            None => {
+                let shared = identity.shared_with(&peer.public_key).ok_or(Drop::Handshake)?;
+                let proved = opened.prove(&shared, datagram);
+                peer.static_shared = proved.is_some().then(|| Box::new(shared));
+                proved
+            }
+        };
+        let proved = proved.ok_or(Drop::Handshake)?;
+        if !proved.timestamp.may_follow(Timestamp(self.counters.greatest_timestamp(slot))) {
             return Err(Drop::Replay);
         }
         self.freshen(now, slot, out);
@@ -241,23 +230,14 @@ impl Engine {
         let identity = self.identity.as_ref().ok_or(Drop::UnknownPeer)?;
         let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownPeer)?;
         let room = out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
-        let mut tunnel = peer.tunnel.take().unwrap_or_else(|| {
-            let psk = peer.preshared_key.as_deref();
-            Box::new(Tunnel::new(identity, &peer.public_key, psk, index, now.mono_ms))
-        });
-        let was_live = peer.live_at.is_some();
-        let received = tunnel.receive(origin.from.ip(), datagram, room);
-        let Received::Answer(len) = received else {
-            if was_live {
-                peer.tunnel = Some(tunnel);
-            }
-            return Err(if let Received::Refused(reason) = received { reason } else { Drop::Handshake });
-        };
-        tunnel.answered(&room[..len]);
-        peer.tunnel = Some(tunnel);
+        if peer.tunnel.is_none() {
+            peer.tunnel = Tunnel::to(peer, identity, index, now).map(Box::new);
+        }
+        let tunnel = peer.tunnel.as_mut().ok_or(Drop::Handshake)?;
+        let len = tunnel.answer(now, &proved, room).ok_or(Drop::Handshake)?;
         peer.last_init_ms = Some(now.mono_ms);
         peer.last_attempt_ms = now.mono_ms;
-        self.counters.set_greatest_timestamp(slot, timestamp.0);
+        self.counters.set_greatest_timestamp(slot, proved.timestamp.0);
         // The answer goes where the question came from; the endpoint follows when the peer proves itself (trap 15).
         let start = out.net_start();
         out.push_net(Datagram { start, len, to: origin.from, via: origin.to, slot, inner: 0, ecn: Ecn::NotEct });
@@ -273,20 +253,19 @@ impl Engine {
         self.freshen(now, slot, out);
         let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
         let tunnel = peer.tunnel.as_mut().ok_or(Drop::NoSession)?;
-        let room = out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
-        match tunnel.receive(origin.from.ip(), datagram, room) {
-            Received::Answer(len) => {
-                tunnel.established();
-                self.handshakes.done += 1;
-                self.authenticated(now, slot, origin, datagram.len());
-                let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
-                push(peer, slot, len, 0, out);
-                self.counters.set_last_handshake(slot, now.unix_ms);
-                self.flush_queue(now, slot, out);
-                Ok(())
-            }
-            Received::Refused(reason) => Err(reason),
-            Received::Nothing | Received::Packet(_) => Err(Drop::Handshake),
+        tunnel.finish(now, index, datagram)?;
+        self.handshakes.done += 1;
+        self.authenticated(now, slot, origin, datagram.len());
+        self.counters.set_last_handshake(slot, now.unix_ms);
+        self.flush_queue(now, slot, out);
+        // The peer may use the session once it has heard from us in it.
+        let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
+        if let Some(tunnel) = peer.tunnel.as_mut().filter(|tunnel| tunnel.is_silent())
+            && let Some(room) = out.net_room(MIN_ROOM)
+            && let Some(len) = tunnel.encrypt(&[], room)
+        {
+            push(peer, slot, len, 0, out);
         }
+        Ok(())
     }
 }

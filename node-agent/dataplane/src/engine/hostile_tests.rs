@@ -155,7 +155,7 @@ fn every_bit_of_a_handshake_matters() {
 
 #[test]
 fn what_was_recorded_is_refused_in_any_order_and_from_anywhere() {
-    const MESSAGES: usize = 3000;
+    const MESSAGES: usize = 9000;
     let (mut server, mut client) = connected();
     let inner = packet("10.8.0.2", "192.0.2.99", 40);
     let late = encrypted(&mut client, &inner);

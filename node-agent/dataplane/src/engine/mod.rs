@@ -1,7 +1,7 @@
 //! The engine: every peer, key and counter of one interface, as plain data owned by one thread.
 //!
 //! Sans-IO: [`Engine::on_udp`], [`Engine::on_handshakes`], [`Engine::on_tun`], [`Engine::on_tick`] and
-//! [`Engine::apply_peer`] take the time as an argument and leave their output in [`Out`]; the shell reports what it really delivered. Only boringtun reads a clock.
+//! [`Engine::apply_peer`] take the time as an argument and leave their output in [`Out`]; the shell reports what it really delivered.
 //! Invariants: nothing reaches `Out::tun` that was not authenticated by a peer and sent from that peer's addresses;
 //! endpoints change only after authentication; nothing is encrypted without a known session.
 
@@ -32,7 +32,6 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use smallvec::SmallVec;
-use x25519_dalek::SharedSecret;
 
 use crate::change::Secret;
 use crate::counters::{CounterTable, Field};
@@ -40,6 +39,7 @@ use crate::drops::{Drop, Drops};
 use crate::ecn::Ecn;
 use crate::index::{Place, Scramble};
 use crate::journal::ClosedPeer;
+use crate::noise::Shared;
 use crate::out::{Datagram, NO_SLOT, Out};
 use crate::policy::{PeerPolicy, Policy};
 use crate::tunnel::{Identity, MIN_ROOM, Timers, Tunnel};
@@ -110,7 +110,7 @@ struct Peer {
     /// Last accepted initiation.
     last_init_ms: Option<u64>,
     /// Between our key and the peer's, once that cost an X25519.
-    static_shared: Option<Box<SharedSecret>>,
+    static_shared: Option<Box<Shared>>,
     policy: PeerPolicy,
 }
 
@@ -297,7 +297,7 @@ impl Engine {
 
     /// Makes sure that a tunnel's timers are current before it is used.
     fn freshen(&mut self, now: Now, slot: u16, out: &mut Out) {
-        let stale = |peer: &Peer| peer.tunnel.as_ref().is_some_and(|tunnel| !tunnel.is_fresh(now.mono_ms));
+        let stale = |peer: &Peer| peer.tunnel.as_ref().is_some_and(|tunnel| !tunnel.is_fresh(now));
         if self.peers[usize::from(slot)].as_deref().is_some_and(stale) {
             self.update_timers(now, slot, out);
         }
@@ -310,7 +310,7 @@ impl Engine {
         let (Some(tunnel), Some(room)) = (peer.tunnel.as_mut(), out.net_room(MIN_ROOM)) else {
             return;
         };
-        match tunnel.update(now.mono_ms, room) {
+        match tunnel.update(now, room) {
             Timers::Nothing => {}
             Timers::Send(len) => {
                 peer.last_attempt_ms = now.mono_ms;
@@ -350,16 +350,30 @@ impl Engine {
         if peer.endpoint.is_none() {
             return;
         }
-        let tunnel = peer.tunnel.get_or_insert_with(|| {
+        if peer.tunnel.is_none() {
             peer.last_attempt_ms = now.mono_ms;
-            let psk = peer.preshared_key.as_deref();
-            Box::new(Tunnel::new(identity, &peer.public_key, psk, index, now.mono_ms))
-        });
-        if let Some(len) = tunnel.initiate(room) {
+            peer.tunnel = Tunnel::to(peer, identity, index, now).map(Box::new);
+        }
+        let Some(tunnel) = peer.tunnel.as_mut() else {
+            return self.drop_tunnel(slot);
+        };
+        if let Some(len) = tunnel.initiate(now, room) {
             peer.last_attempt_ms = now.mono_ms;
             push(peer, slot, len, 0, out);
         }
         self.make_live(slot);
+    }
+}
+
+impl Tunnel {
+    /// `None`: the peer's key is one with which nothing can be shared.
+    fn to(peer: &mut Peer, identity: &Identity, index: u32, now: Now) -> Option<Self> {
+        let shared = match &peer.static_shared {
+            Some(shared) => shared,
+            None => peer.static_shared.insert(Box::new(identity.shared_with(&peer.public_key)?)),
+        };
+        let psk = peer.preshared_key.as_deref();
+        Some(Self::new(identity, &peer.public_key, psk, Shared::clone(shared), index, now))
     }
 }
 

@@ -5,10 +5,10 @@ use super::{Engine, Now, Origin};
 use crate::counters::Field;
 use crate::drops::Drop;
 use crate::ecn;
-use crate::initiation::INITIATION_BYTES;
+use crate::noise::{COOKIE_REPLY_BYTES, RESPONSE_BYTES};
 use crate::out::Out;
 use crate::policy::Direction;
-use crate::tunnel::{MIN_ROOM, OVERHEAD, REJECT_AFTER_MESSAGES, Received};
+use crate::tunnel::{INITIATION_BYTES, MIN_ROOM, OVERHEAD, REJECT_AFTER_MESSAGES, Received};
 
 /// The message types, by their first four bytes and their length.
 enum Message {
@@ -33,8 +33,8 @@ fn message(datagram: &[u8]) -> Option<Message> {
     };
     match (word(0)?, datagram.len()) {
         (1, INITIATION_BYTES) => Some(Message::Initiation),
-        (2, 92) => Some(Message::Response { index: word(8)? }),
-        (3, 64) => Some(Message::Cookie { index: word(4)? }),
+        (2, RESPONSE_BYTES) => Some(Message::Response { index: word(8)? }),
+        (3, COOKIE_REPLY_BYTES) => Some(Message::Cookie { index: word(4)? }),
         (4, len) if len >= OVERHEAD => {
             let counter = u64::from(word(8)?) | u64::from(word(12)?) << 32;
             Some(Message::Data { index: word(4)?, counter })
@@ -55,7 +55,7 @@ impl Engine {
         let result = match kind {
             Some(Message::Initiation) => self.on_initiation(now, datagram, origin, out),
             Some(Message::Response { index }) => self.on_response(now, datagram, index, origin, out),
-            Some(Message::Cookie { index }) => self.on_cookie(now, datagram, index, origin, out),
+            Some(Message::Cookie { index }) => self.on_cookie(now, datagram, index),
             Some(Message::Data { index, counter }) => {
                 let result = self.on_data(now, datagram, index, counter, origin, out);
                 result.inspect_err(|reason| self.blame_index(index, *reason))
@@ -84,13 +84,14 @@ impl Engine {
         let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
         let tunnel = peer.tunnel.as_mut().ok_or(Drop::NoSession)?;
         let room = out.tun_room(datagram.len().max(MIN_ROOM)).ok_or(Drop::TunWrite)?;
-        let packet = match tunnel.receive(origin.from.ip(), datagram, room) {
-            Received::Nothing => None,
-            Received::Packet(len) => Some(len),
+        let (received, completed) = tunnel.receive(index, datagram, room);
+        let packet = match received {
+            Received::Nothing => Ok(None),
+            Received::Packet(len) => Ok(Some(len)),
+            // No packet, but the peer's own.
+            Received::Refused(Drop::Malformed) => Err(Drop::Malformed),
             Received::Refused(reason) => return Err(reason),
-            Received::Answer(_) => return Err(Drop::Handshake),
         };
-        let completed = tunnel.authenticated(datagram);
         let has_queue = !peer.queue.is_empty() && tunnel.has_session();
         self.authenticated(now, slot, origin, datagram.len());
         if completed {
@@ -99,7 +100,7 @@ impl Engine {
         if has_queue {
             self.flush_queue(now, slot, out);
         }
-        let Some(packet_len) = packet else {
+        let Some(packet_len) = packet? else {
             return Ok(());
         };
         let way = self.way(slot, out.tun_written(packet_len))?;

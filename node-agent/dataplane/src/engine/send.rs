@@ -1,6 +1,6 @@
 //! Packets from the TUN, on their way to a peer.
 
-use super::{Engine, Now, ParcelKind, QUEUE_PER_PEER, QUEUE_TOTAL, push, push_marked};
+use super::{Engine, Now, ParcelKind, QUEUE_PER_PEER, QUEUE_TOTAL, push_marked};
 use crate::drops::Drop;
 use crate::ecn::Ecn;
 use crate::out::Out;
@@ -82,13 +82,6 @@ impl Engine {
 
     /// There is a session now: sends what waited for it.
     pub(super) fn flush_queue(&mut self, now: Now, slot: u16, out: &mut Out) {
-        while let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
-            let (Some(tunnel), Some(room)) = (peer.tunnel.as_mut(), out.net_room(MIN_ROOM)) else {
-                break;
-            };
-            let Some(len) = tunnel.drain(room) else { break };
-            push(peer, slot, len, 0, out);
-        }
         let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
             return;
         };

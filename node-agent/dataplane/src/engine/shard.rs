@@ -2,7 +2,7 @@
 
 use super::{Engine, Now, Origin};
 use crate::drops::Drop;
-use crate::initiation::Opened;
+use crate::noise::Opened;
 use crate::out::Out;
 use crate::policy::TenantId;
 

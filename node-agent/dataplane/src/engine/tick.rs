@@ -17,7 +17,7 @@ const SLICES: usize = 10;
 const IDLE_MS: u64 = 200_000;
 /// Call-backs at a time: 1,000 a second, each of which costs some 150 µs.
 const CALLBACKS_PER_TICK: usize = 10;
-/// After how long an unanswered one is repeated, and how often: boringtun would wait for five seconds.
+/// After how long an unanswered one is repeated, and how often: the protocol would wait for five seconds.
 const CALLBACK_AGAIN_MS: u64 = 300;
 const CALLBACK_REPEATS: u8 = 3;
 
@@ -98,7 +98,7 @@ impl Engine {
         let Some(room) = out.net_room(MIN_ROOM) else {
             return;
         };
-        if let Some(len) = tunnel.initiate_again(room) {
+        if let Some(len) = tunnel.initiate_again(now, room) {
             peer.last_attempt_ms = now.mono_ms;
             push(peer, slot, len, 0, out);
         }
@@ -138,7 +138,6 @@ impl Engine {
         }
     }
 
-    /// Ours, because boringtun's fires on busy tunnels and queues without a session (trap 10).
     fn keep_alive(&mut self, now: Now, slot: u16, out: &mut Out) {
         let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
             return;

@@ -15,15 +15,17 @@ use super::server::Server;
 use crate::change::{PeerChange, Secret};
 use crate::ecn::Ecn;
 use crate::engine::{Origin, PeerView};
+use crate::noise::Shared;
 use crate::packet;
 use crate::tunnel::{Identity, MIN_ROOM, OVERHEAD, Received, Tunnel};
 
-const SERVER: &str = "192.0.2.1:51820";
 const PLACES: [&str; 4] = ["198.51.100.7:40000", "198.51.100.7:40001", "203.0.113.9:50000", "[2001:db8::9]:50000"];
 const OWN: [&str; 2] = ["10.8.0.2", "fd00:cafe::2"];
 const TENANT: [u8; 16] = [1; 16];
 const MAX_STEPS: usize = 32;
 const MAX_DATAGRAM: usize = 65_507;
+/// A session is good for a little longer.
+const SESSION_MS: u64 = 170_000;
 /// Indices are 24 bits of a peer and 8 of a session.
 const CLIENT_INDEX: u32 = 7;
 
@@ -47,6 +49,9 @@ struct Net {
     server: Server,
     server_key: [u8; 32],
     client_key: [u8; 32],
+    identity: Identity,
+    /// Between the two static keys.
+    shared: Shared,
     client: Tunnel,
     /// Every datagram that came to the engine, for replays.
     seen: Vec<Vec<u8>>,
@@ -54,6 +59,7 @@ struct Net {
     sent: Vec<Vec<u8>>,
     delivered_bytes: u64,
     endpoint: Option<SocketAddr>,
+    renewed_ms: u64,
 }
 
 impl Net {
@@ -73,12 +79,25 @@ impl Net {
             let change = PeerChange { public_key, preshared_key, tenant, allowed_ips, ..PeerChange::default() };
             engines.peer(at, change);
         }
-        let client = Tunnel::new(&identity, &server_key, psk.as_ref(), CLIENT_INDEX, engines.now.mono_ms);
+        let shared = identity.shared_with(&server_key).expect("a good key");
+        let client = Tunnel::new(&identity, &server_key, psk.as_ref(), shared.clone(), CLIENT_INDEX, engines.now);
         let (seen, sent) = (Vec::new(), Vec::new());
         let (delivered_bytes, endpoint) = (0, None);
-        let mut net = Self { server: engines, server_key, client_key, client, seen, sent, delivered_bytes, endpoint };
+        let mut net = Self {
+            server: engines,
+            server_key,
+            client_key,
+            identity,
+            shared,
+            client,
+            seen,
+            sent,
+            delivered_bytes,
+            endpoint,
+            renewed_ms: 0,
+        };
         let mut room = [0; MIN_ROOM];
-        let len = net.client.initiate(&mut room).expect("the first");
+        let len = net.client.initiate(net.server.now, &mut room).expect("the first");
         net.receive(&room[..len], 0);
         net.still_works();
         net
@@ -174,7 +193,7 @@ impl Net {
     fn initiation(&mut self, input: &mut Input<'_>, place: usize) -> Option<()> {
         let (at, flip, signed) = (input.byte()?, input.byte()?, input.byte()?);
         let mut room = [0; MIN_ROOM];
-        let len = self.client.initiate_again(&mut room)?;
+        let len = self.client.initiate_again(self.server.now, &mut room)?;
         let message = &mut room[..len];
         message[usize::from(at) % len] ^= flip;
         if signed & 1 == 1 {
@@ -195,6 +214,7 @@ impl Net {
     }
 
     fn encrypt(&mut self, inner: Vec<u8>) -> Vec<u8> {
+        self.renew();
         let mut room = vec![0; MIN_ROOM.max(inner.len() + OVERHEAD)];
         let len = self.client.encrypt(&inner, &mut room).expect("a session");
         room.truncate(len);
@@ -233,20 +253,30 @@ impl Net {
     /// What the peer says to that.
     fn answer(&mut self, message: &[u8]) {
         let mut room = vec![0; MIN_ROOM.max(message.len())];
-        let server: SocketAddr = SERVER.parse().expect("an address");
-        match self.client.receive(server.ip(), message, &mut room) {
-            Received::Answer(len) => {
-                if message[0] == 1 {
-                    self.client.answered(&room[..len]);
-                } else {
-                    self.client.established();
-                }
-                self.receive(&room[..len], 0);
+        let now = self.server.now;
+        let index = |at: usize| u32::from_le_bytes(message[at..at + 4].try_into().expect("four bytes"));
+        let len = match message[0] {
+            1 => self
+                .identity
+                .open(message)
+                .and_then(|opened| opened.prove(&self.shared, message))
+                .and_then(|proved| self.client.answer(now, &proved, &mut room)),
+            2 => match self.client.finish(now, index(8), message) {
+                Ok(()) => self.client.encrypt(&[], &mut room),
+                Err(_) => None,
+            },
+            3 => {
+                self.client.take_cookie(now, message);
+                None
             }
-            Received::Nothing | Received::Packet(_) if message[0] == 4 => {
-                self.client.authenticated(message);
+            _ => {
+                let (Received::Nothing | Received::Packet(_) | Received::Refused(_), _) =
+                    self.client.receive(index(4), message, &mut room);
+                None
             }
-            Received::Nothing | Received::Packet(_) | Received::Refused(_) => {}
+        };
+        if let Some(len) = len {
+            self.receive(&room[..len], 0);
         }
     }
 
@@ -270,6 +300,20 @@ impl Net {
             let message = self.encrypt(inner);
             self.receive(&message, 0);
             assert_eq!(self.delivered_bytes, before + len, "the tunnel does not deliver any more");
+        }
+    }
+
+    /// Time may have passed: the session is dead at an age that the peer, which has no timers here, does not notice.
+    fn renew(&mut self) {
+        let now = self.server.now;
+        let mut room = [0; MIN_ROOM];
+        if now.mono_ms - self.renewed_ms < SESSION_MS {
+            return;
+        }
+        if let Some(len) = self.client.initiate_again(now, &mut room) {
+            self.renewed_ms = now.mono_ms;
+            let message = room[..len].to_vec();
+            self.receive(&message, 0);
         }
     }
 

@@ -1,0 +1,368 @@
+//! The two messages of a handshake, from either side.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
+
+use super::cookies::MACS_BYTES;
+use super::keys::{Shared, agree, public, random};
+use super::symmetric::{derive, hash, seal, unseal};
+
+/// Length of an initiation.
+pub(crate) const INITIATION_BYTES: usize = 148;
+/// Length of a response.
+pub(crate) const RESPONSE_BYTES: usize = 92;
+const CONSTRUCTION: &[u8] = b"Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s";
+const IDENTIFIER: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
+/// TAI64 counts from here to 1970 (and ten leap seconds).
+const TAI64_1970: u64 = 1 << 62;
+
+/// Our key pair.
+pub(crate) struct Local {
+    private: Zeroizing<[u8; 32]>,
+    public: [u8; 32],
+    /// Of the construction, and of what is known before any message to us.
+    chaining_key: [u8; 32],
+    hash: [u8; 32],
+    /// Of the construction alone, for messages to others.
+    hash_to: [u8; 32],
+    /// Tells initiations of one millisecond apart.
+    initiations: AtomicU32,
+}
+
+/// The other side of a tunnel.
+pub(crate) struct Remote {
+    pub(crate) public: [u8; 32],
+    /// All zeroes: none.
+    pub(crate) preshared: Zeroizing<[u8; 32]>,
+    /// Between its static key and ours.
+    pub(crate) shared: Shared,
+}
+
+/// What an initiator has to remember until the response.
+#[derive(Zeroize, ZeroizeOnDrop)]
+pub(crate) struct Initiated {
+    pub(crate) local_index: u32,
+    ephemeral: [u8; 32],
+    chaining_key: [u8; 32],
+    hash: [u8; 32],
+}
+
+/// An initiation whose static key was decrypted. Anybody can write any public key there: only a timestamp that decrypts
+/// proves it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Opened {
+    pub(crate) public_key: [u8; 32],
+    chaining_key: [u8; 32],
+    hash: [u8; 32],
+}
+
+/// An initiation by whoever has the private key of the public one.
+pub(crate) struct Proved {
+    pub(crate) timestamp: Timestamp,
+    index: u32,
+    ephemeral: [u8; 32],
+    chaining_key: [u8; 32],
+    hash: [u8; 32],
+}
+
+/// What a handshake ends with.
+pub(crate) struct SessionKeys {
+    pub(crate) send: Zeroizing<[u8; 32]>,
+    pub(crate) receive: Zeroizing<[u8; 32]>,
+    /// The other side's name of the session.
+    pub(crate) remote_index: u32,
+}
+
+impl std::fmt::Debug for Opened {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Opened(..)")
+    }
+}
+
+impl Local {
+    pub(crate) fn new(private: &[u8; 32]) -> Self {
+        let private = Zeroizing::new(*private);
+        let public = public(&private);
+        let chaining_key = hash(CONSTRUCTION, &[]);
+        let hash_to = hash(&chaining_key, IDENTIFIER);
+        let initiations = AtomicU32::new(0);
+        Self { private, public, chaining_key, hash: hash(&hash_to, &public), hash_to, initiations }
+    }
+
+    pub(crate) fn public(&self) -> &[u8; 32] {
+        &self.public
+    }
+
+    /// The secret shared with another static key, worth keeping: it costs one X25519. `None` for keys of small order.
+    pub(crate) fn shared_with(&self, public_key: &[u8; 32]) -> Option<Shared> {
+        agree(&self.private, public_key)
+    }
+
+    /// Whose initiation this claims to be. Costs one X25519. The MACs are the caller's business.
+    pub(crate) fn open(&self, initiation: &[u8]) -> Option<Opened> {
+        let initiation: &[u8; INITIATION_BYTES] = initiation.try_into().ok()?;
+        let ephemeral: [u8; 32] = part(initiation, 8)?;
+        let sealed = &initiation[40..88];
+        let before = hash(&self.hash, &ephemeral);
+        let [chaining_key] = derive(&self.chaining_key, &ephemeral);
+        let [chaining_key, key] = derive(&chaining_key, agree(&self.private, &ephemeral)?.as_bytes());
+        let public_key = unseal(&key, sealed, &before)?;
+        Some(Opened { public_key, chaining_key, hash: hash(&before, sealed) })
+    }
+
+    /// Writes an initiation without MACs. Costs one X25519 and a key.
+    pub(crate) fn initiate(
+        &self,
+        remote: &Remote,
+        local_index: u32,
+        unix_ms: u64,
+        room: &mut [u8],
+    ) -> Option<Initiated> {
+        let room = room.first_chunk_mut::<INITIATION_BYTES>()?;
+        let ephemeral: [u8; 32] = random();
+        let ephemeral_public = public(&ephemeral);
+        let before = hash(&hash(&self.hash_to, &remote.public), &ephemeral_public);
+        let [chaining_key] = derive(&self.chaining_key, &ephemeral_public);
+        let [chaining_key, key] = derive(&chaining_key, agree(&ephemeral, &remote.public)?.as_bytes());
+        room[..4].copy_from_slice(&1_u32.to_le_bytes());
+        room[4..8].copy_from_slice(&local_index.to_le_bytes());
+        room[8..40].copy_from_slice(&ephemeral_public);
+        seal(&key, &self.public, &before, &mut room[40..88]);
+        let before = hash(&before, &room[40..88]);
+        let [chaining_key, key] = derive(&chaining_key, remote.shared.as_bytes());
+        let number = self.initiations.fetch_add(1, Ordering::Relaxed);
+        seal(&key, &tai64n(unix_ms, number), &before, &mut room[88..116]);
+        let hash = hash(&before, &room[88..116]);
+        Some(Initiated { local_index, ephemeral, chaining_key, hash })
+    }
+
+    /// Reads the response to an initiation of ours. Costs two X25519.
+    pub(crate) fn finish(&self, remote: &Remote, initiated: &Initiated, response: &[u8]) -> Option<SessionKeys> {
+        let response: &[u8; RESPONSE_BYTES] = response.try_into().ok()?;
+        let ephemeral: [u8; 32] = part(response, 12)?;
+        let before = hash(&initiated.hash, &ephemeral);
+        let [chaining_key] = derive(&initiated.chaining_key, &ephemeral);
+        let [chaining_key] = derive(&chaining_key, agree(&initiated.ephemeral, &ephemeral)?.as_bytes());
+        let [chaining_key] = derive(&chaining_key, agree(&self.private, &ephemeral)?.as_bytes());
+        let [chaining_key, temporary, key] = derive(&chaining_key, &*remote.preshared);
+        let []: [u8; 0] = unseal(&key, &response[44..60], &hash(&before, &temporary))?;
+        let [send, receive] = derive(&chaining_key, &[]).map(Zeroizing::new);
+        Some(SessionKeys { send, receive, remote_index: u32::from_le_bytes(part(response, 4)?) })
+    }
+}
+
+impl Opened {
+    /// `None` if the sender does not have the private key of `public_key`, with which `shared` is shared.
+    pub(crate) fn prove(&self, shared: &Shared, initiation: &[u8]) -> Option<Proved> {
+        let initiation: &[u8; INITIATION_BYTES] = initiation.try_into().ok()?;
+        let sealed = &initiation[88..116];
+        let [chaining_key, key] = derive(&self.chaining_key, shared.as_bytes());
+        Some(Proved {
+            timestamp: Timestamp::of(unseal(&key, sealed, &self.hash)?),
+            index: u32::from_le_bytes(part(initiation, 4)?),
+            ephemeral: part(initiation, 8)?,
+            chaining_key,
+            hash: hash(&self.hash, sealed),
+        })
+    }
+}
+
+impl Proved {
+    /// Writes the response without MACs. Costs two X25519 and a key.
+    pub(crate) fn respond(&self, remote: &Remote, local_index: u32, room: &mut [u8]) -> Option<SessionKeys> {
+        let room = room.first_chunk_mut::<RESPONSE_BYTES>()?;
+        let ephemeral: Zeroizing<[u8; 32]> = Zeroizing::new(random());
+        let ephemeral_public = public(&ephemeral);
+        let before = hash(&self.hash, &ephemeral_public);
+        let [chaining_key] = derive(&self.chaining_key, &ephemeral_public);
+        let [chaining_key] = derive(&chaining_key, agree(&ephemeral, &self.ephemeral)?.as_bytes());
+        let [chaining_key] = derive(&chaining_key, agree(&ephemeral, &remote.public)?.as_bytes());
+        let [chaining_key, temporary, key] = derive(&chaining_key, &*remote.preshared);
+        room[..4].copy_from_slice(&2_u32.to_le_bytes());
+        room[4..8].copy_from_slice(&local_index.to_le_bytes());
+        room[8..12].copy_from_slice(&self.index.to_le_bytes());
+        room[12..44].copy_from_slice(&ephemeral_public);
+        seal(&key, &[], &hash(&before, &temporary), &mut room[44..RESPONSE_BYTES - MACS_BYTES]);
+        let [receive, send] = derive(&chaining_key, &[]).map(Zeroizing::new);
+        Some(SessionKeys { send, receive, remote_index: self.index })
+    }
+}
+
+fn part<const N: usize>(message: &[u8], at: usize) -> Option<[u8; N]> {
+    message.get(at..at + N)?.try_into().ok()
+}
+
+/// Of which the nanoseconds below a millisecond are a number.
+fn tai64n(unix_ms: u64, number: u32) -> [u8; 12] {
+    let nanos = u32::try_from(unix_ms % 1000).expect("less than 1000") * 1_000_000 + number % 1_000_000;
+    let mut bytes = [0; 12];
+    bytes[..8].copy_from_slice(&(TAI64_1970 + 10 + unix_ms / 1000).to_be_bytes());
+    bytes[8..].copy_from_slice(&nanos.to_be_bytes());
+    bytes
+}
+/// A TAI64N timestamp in 64 bits that keep its order: 34 of seconds since 1970 (enough until 2514), 30 of nanoseconds.
+/// What lies beyond is as the end of the range. 0 is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Timestamp(pub(crate) u64);
+
+impl Timestamp {
+    fn of(tai64n: [u8; 12]) -> Self {
+        const MAX_SECONDS: u64 = (1 << 34) - 1;
+        const MAX_NANOS: u64 = (1 << 30) - 1;
+        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3] = tai64n;
+        let seconds = u64::from_be_bytes([s0, s1, s2, s3, s4, s5, s6, s7]).checked_sub(TAI64_1970);
+        let nanos = u64::from(u32::from_be_bytes([n0, n1, n2, n3])).min(MAX_NANOS);
+        match seconds {
+            None => Self(0),
+            Some(seconds) if seconds > MAX_SECONDS => Self(u64::MAX),
+            Some(seconds) => Self(seconds << 30 | nanos),
+        }
+    }
+
+    /// Whether an initiation with this timestamp may follow one with `greatest`. Whoever counts beyond the range is not
+    /// locked out: only the tunnel's own guard tells its messages apart.
+    pub(crate) fn may_follow(self, greatest: Self) -> bool {
+        greatest == Self(0) || self > greatest || self == Self(u64::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use boringtun::noise::{Tunn, TunnResult};
+    use boringtun::x25519::{PublicKey, StaticSecret};
+    use proptest::prelude::*;
+
+    use super::super::Jar;
+    use super::*;
+
+    const NOW_MS: u64 = 1_800_000_000_000;
+
+    fn remote(local: &Local, other: &Local, preshared: u8) -> Remote {
+        let shared = local.shared_with(&other.public).unwrap();
+        Remote { public: other.public, preshared: Zeroizing::new([preshared; 32]), shared }
+    }
+
+    /// Both sides' keys, if the handshake succeeds.
+    fn shake(ours: u8, theirs: u8) -> Option<(SessionKeys, SessionKeys)> {
+        let (alice, bob) = (Local::new(&[1; 32]), Local::new(&[2; 32]));
+        let (to_bob, to_alice) = (remote(&alice, &bob, ours), remote(&bob, &alice, theirs));
+        let mut initiation = [0; INITIATION_BYTES];
+        let initiated = alice.initiate(&to_bob, 7, NOW_MS, &mut initiation).unwrap();
+        let opened = bob.open(&initiation).unwrap();
+        assert_eq!(opened.public_key, alice.public);
+        let proved = opened.prove(&to_alice.shared, &initiation).unwrap();
+        let mut response = [0; RESPONSE_BYTES];
+        let at_bob = proved.respond(&to_alice, 9, &mut response).unwrap();
+        for at in (4..8).chain(12..60) {
+            let mut changed = response;
+            changed[at] ^= 1;
+            let keys = alice.finish(&to_bob, &initiated, &changed);
+            assert!(keys.is_none() || at < 8, "byte {at}");
+        }
+        alice.finish(&to_bob, &initiated, &response).map(|at_alice| (at_alice, at_bob))
+    }
+
+    #[test]
+    fn both_sides_end_with_the_same_keys_if_they_have_the_same_preshared_one() {
+        for preshared in [0, 5] {
+            let (alice, bob) = shake(preshared, preshared).unwrap();
+            assert_eq!((&*alice.send, &*alice.receive), (&*bob.receive, &*bob.send));
+            assert_ne!(*alice.send, *alice.receive);
+            assert_eq!((alice.remote_index, bob.remote_index), (9, 7));
+        }
+        assert!(shake(5, 6).is_none());
+    }
+
+    fn tunn(own: u8, other: u8) -> Tunn {
+        let public = PublicKey::from(&StaticSecret::from([other; 32]));
+        Tunn::new(StaticSecret::from([own; 32]), public, Some([5; 32]), None, 7, None)
+    }
+
+    fn written(result: TunnResult<'_>) -> Vec<u8> {
+        match result {
+            TunnResult::WriteToNetwork(message) => message.to_vec(),
+            TunnResult::Done
+            | TunnResult::Err(_)
+            | TunnResult::WriteToTunnelV4(..)
+            | TunnResult::WriteToTunnelV6(..) => {
+                panic!("{result:?}")
+            }
+        }
+    }
+
+    #[test]
+    fn boringtun_understands_us_and_we_it() {
+        let (us, it) = (Local::new(&[1; 32]), Local::new(&[2; 32]));
+        let to_it = remote(&us, &it, 5);
+        let (mut room, mut theirs) = ([0; INITIATION_BYTES], vec![0; 200]);
+
+        let initiation = written(tunn(2, 1).format_handshake_initiation(&mut theirs, false));
+        let opened = us.open(&initiation).unwrap();
+        assert_eq!(opened.public_key, it.public);
+        let proved = opened.prove(&to_it.shared, &initiation).unwrap();
+        let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        assert!((proved.timestamp.0 >> 30).abs_diff(seconds) < 100, "now, give or take the leap seconds");
+
+        let mut responder = tunn(2, 1);
+        let initiated = us.initiate(&to_it, 0x700, NOW_MS, &mut room).unwrap();
+        Jar::new(&it.public).sign(0, &mut room);
+        let response = written(responder.decapsulate(None, &room, &mut theirs));
+        assert!(us.finish(&to_it, &initiated, &response).is_some());
+    }
+
+    #[test]
+    fn nothing_else_is_opened() {
+        let (alice, bob, eve) = (Local::new(&[1; 32]), Local::new(&[2; 32]), Local::new(&[3; 32]));
+        let to_bob = remote(&alice, &bob, 0);
+        let mut initiation = [0; INITIATION_BYTES];
+        alice.initiate(&to_bob, 7, NOW_MS, &mut initiation).unwrap();
+        assert!(eve.open(&initiation).is_none(), "another server");
+        assert!(bob.open(&initiation[..147]).is_none());
+        let opened = bob.open(&initiation).unwrap();
+        assert!(opened.prove(&bob.shared_with(&eve.public).unwrap(), &initiation).is_none(), "the claim is not proved");
+        let shared = bob.shared_with(&alice.public).unwrap();
+        for at in 8..116 {
+            let mut changed = initiation;
+            changed[at] ^= 1;
+            assert!(bob.open(&changed).and_then(|opened| opened.prove(&shared, &changed)).is_none(), "byte {at}");
+        }
+        initiation[8..40].fill(0);
+        assert!(bob.open(&initiation).is_none(), "an ephemeral key of small order");
+        assert!(bob.shared_with(&[0; 32]).is_none());
+    }
+
+    fn stamp(seconds: u64, nanos: u32) -> [u8; 12] {
+        let mut bytes = [0; 12];
+        bytes[..8].copy_from_slice(&seconds.to_be_bytes());
+        bytes[8..].copy_from_slice(&nanos.to_be_bytes());
+        bytes
+    }
+
+    #[test]
+    fn beyond_the_range_nobody_is_locked_out() {
+        let (early, late) = (Timestamp::of(stamp(0, 5)), Timestamp::of([0xff; 12]));
+        let now = Timestamp::of(stamp(TAI64_1970 + 1_800_000_000, 1));
+        assert!(early.may_follow(Timestamp(0)) && !early.may_follow(now));
+        assert!(late.may_follow(now) && late.may_follow(late));
+        assert!(!now.may_follow(now) && !now.may_follow(late));
+    }
+
+    proptest! {
+        #[test]
+        fn packing_keeps_the_order(
+            a in 0_u64..1 << 34, b in 0_u64..1 << 34, n in 0_u32..1_000_000_000, m in 0_u32..1_000_000_000,
+        ) {
+            let (one, other) = (stamp(TAI64_1970 + a, n), stamp(TAI64_1970 + b, m));
+            prop_assert_eq!(Timestamp::of(one).cmp(&Timestamp::of(other)), one.cmp(&other));
+            let same = stamp(TAI64_1970 + a, m);
+            prop_assert_eq!(Timestamp::of(one).cmp(&Timestamp::of(same)), n.cmp(&m));
+        }
+
+        #[test]
+        fn timestamps_follow_each_other(ms in 0_u64..1 << 42, number in 0_u32..999_999, later in 1_u64..1000) {
+            let one = tai64n(ms, number);
+            prop_assert!(tai64n(ms, number + 1) > one && tai64n(ms + later, 0) > one);
+        }
+    }
+}

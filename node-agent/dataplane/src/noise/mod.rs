@@ -1,0 +1,14 @@
+//! The protocol's cryptography as plain values: Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s, cookies and sessions, as in the
+//! WireGuard paper, section 5.4. No clock and no sockets here; randomness is drawn for keys and nonces only.
+
+mod cookies;
+mod handshake;
+mod keys;
+mod replay;
+mod session;
+mod symmetric;
+
+pub(crate) use cookies::{COOKIE_REPLY_BYTES, Jar, Proof, Warden};
+pub(crate) use handshake::{INITIATION_BYTES, Initiated, Local, Opened, Proved, RESPONSE_BYTES, Remote, Timestamp};
+pub(crate) use keys::Shared;
+pub(crate) use session::{OVERHEAD, REJECT_AFTER_MESSAGES, Session, Unopened};

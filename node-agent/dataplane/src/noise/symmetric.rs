@@ -1,0 +1,59 @@
+//! BLAKE2s, HMAC, the key derivation and the AEAD of handshake messages.
+
+use blake2::digest::consts::U16;
+use blake2::digest::{FixedOutput, Mac, Update};
+use blake2::{Blake2s256, Blake2sMac, Digest};
+use chacha20poly1305::aead::AeadInPlace;
+use chacha20poly1305::{ChaCha20Poly1305, KeyInit};
+use hmac::SimpleHmac;
+
+pub(super) const TAG_BYTES: usize = 16;
+
+pub(super) fn hash(data1: &[u8], data2: &[u8]) -> [u8; 32] {
+    Blake2s256::new().chain(data1).chain(data2).finalize_fixed().into()
+}
+
+/// Keyed BLAKE2s of 16 bytes: `MAC` of the paper.
+pub(super) fn keyed(key: &[u8], data: &[u8]) -> [u8; 16] {
+    let mut mac = <Blake2sMac<U16> as KeyInit>::new_from_slice(key).expect("BLAKE2s takes keys of up to 32 bytes");
+    Update::update(&mut mac, data);
+    mac.finalize_fixed().into()
+}
+
+fn hmac(key: &[u8; 32], parts: [&[u8]; 2]) -> [u8; 32] {
+    let mut mac = <SimpleHmac<Blake2s256> as Mac>::new_from_slice(key).expect("HMAC takes keys of any length");
+    for part in parts {
+        Mac::update(&mut mac, part);
+    }
+    mac.finalize().into_bytes().into()
+}
+
+/// `KDF_N` of the paper.
+pub(super) fn derive<const N: usize>(key: &[u8; 32], input: &[u8]) -> [[u8; 32]; N] {
+    let secret = hmac(key, [input, &[]]);
+    let mut last: &[u8] = &[];
+    let mut outputs = [[0; 32]; N];
+    for (number, output) in (1_u8..).zip(&mut outputs) {
+        *output = hmac(&secret, [last, &[number]]);
+        last = output;
+    }
+    outputs
+}
+
+/// Seals under a key that is used once: `sealed` is `text` and a tag.
+pub(super) fn seal(key: &[u8; 32], text: &[u8], hash: &[u8; 32], sealed: &mut [u8]) {
+    let (body, tag) = sealed.split_at_mut(text.len());
+    body.copy_from_slice(text);
+    let made = ChaCha20Poly1305::new(key.into()).encrypt_in_place_detached(&[0; 12].into(), hash, body);
+    tag.copy_from_slice(&made.expect("a few bytes are not too many"));
+}
+
+/// Opens a message of `N` bytes under a key that is used once.
+pub(super) fn unseal<const N: usize>(key: &[u8; 32], sealed: &[u8], hash: &[u8; 32]) -> Option<[u8; N]> {
+    let (text, tag) = sealed.split_at_checked(sealed.len().checked_sub(TAG_BYTES)?)?;
+    let tag: [u8; TAG_BYTES] = tag.try_into().ok()?;
+    let mut opened: [u8; N] = text.try_into().ok()?;
+    let cipher = ChaCha20Poly1305::new(key.into());
+    cipher.decrypt_in_place_detached(&[0; 12].into(), hash, &mut opened, &tag.into()).ok()?;
+    Some(opened)
+}
