@@ -15,8 +15,10 @@ use crate::catalogue::{self, CatalogueError};
 use crate::config::{Config, ServeConfig};
 use crate::db::{ConnectError, Db, DbConfig};
 use crate::http::serve::Limits;
+use crate::http::tls::{self, Tls, TlsError};
 use crate::http::{router, serve};
-use crate::keys::{KeyRing, PlatformSecrets, SecretsError};
+use crate::keys::{self, KeyRing, PlatformSecrets, RingError, SecretsError};
+use crate::mail::Sink;
 use crate::{metrics, nodes, tasks};
 
 /// Why nothing was started, or why what was started has ended.
@@ -30,10 +32,14 @@ pub enum StartError {
     Catalogue(#[from] CatalogueError),
     #[error(transparent)]
     Secrets(#[from] SecretsError),
+    #[error(transparent)]
+    Keys(#[from] RingError),
     #[error("the gateway for servers has failed")]
     Gateway(#[source] nodes::ServeError),
     #[error("the gateway for servers has failed")]
     GatewayPanicked(#[source] tokio::task::JoinError),
+    #[error("CVAULT_TLS_CERT_FILE, CVAULT_TLS_KEY_FILE: {0}")]
+    Tls(#[from] TlsError),
     #[error("the signal handler cannot be installed")]
     Signals(#[source] std::io::Error),
 }
@@ -72,6 +78,7 @@ pub async fn open(config: Config, database: &DbConfig, keys: KeyRing) -> Result<
     catalogue::check(&db).await?;
     let mut rng = rand::rngs::StdRng::from_os_rng();
     let secrets = PlatformSecrets::load(&db.sys, &keys, &mut rng).await?;
+    keys::check(&db.sys, &keys).await?;
     Ok(App::new(config, db, keys, secrets))
 }
 
@@ -83,6 +90,11 @@ pub async fn run(config: ServeConfig) -> Result<(), StartError> {
     let (listeners, running) = Listeners::bind(config.config).await?;
     let shutdown = on_signal()?;
     let app = open(running, &config.database, config.keys).await?;
+    if matches!(app.config.mail.sink, Sink::Unset) {
+        tracing::warn!(
+            "no mail server is configured (CVAULT_SMTP_URL): mails, such as those that verify addresses and reset passwords, wait in the outbox and are not sent"
+        );
+    }
     until(app, listeners, shutdown).await
 }
 
@@ -92,6 +104,10 @@ pub async fn run(config: ServeConfig) -> Result<(), StartError> {
 /// [`StartError::Gateway`] when the gateway has failed, which ends everything else too.
 pub async fn until(app: App, listeners: Listeners, shutdown: CancellationToken) -> Result<(), StartError> {
     metrics::install();
+    let tls = match app.config.tls.clone() {
+        Some(files) => Some((Tls::new(tls::load(&files)?), files)),
+        None => None,
+    };
     let supervised = TaskTracker::new();
     let gateway = nodes::serve(listeners.nodes, app.clone(), shutdown.clone());
     let gateway = supervised.spawn(indispensable(gateway, shutdown.clone()));
@@ -104,7 +120,11 @@ pub async fn until(app: App, listeners: Listeners, shutdown: CancellationToken) 
         draining.cancel();
     });
     let limits = Limits::behind(app.config.trusted_proxies.clone());
-    serve::serve(listeners.http, router::api(app.clone()), limits, shutdown).await;
+    let tls = tls.map(|(tls, files)| {
+        supervised.spawn(tls.clone().follow(files, shutdown.clone()));
+        tls
+    });
+    serve::serve_over(tls, listeners.http, router::api(app.clone()), limits, shutdown).await;
     supervised.close();
     if tokio::time::timeout(serve::DRAIN, supervised.wait()).await.is_err() {
         tracing::warn!("some tasks did not end in time");

@@ -7,11 +7,15 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use cvault_dataplane::counters::Epoch;
 use cvault_node_protocol::digest::{Digest, PeerRecord};
 use cvault_node_protocol::{MASS_REMOVAL_MIN, MASS_REMOVAL_PERCENT, v1};
 use ipnet::IpNet;
 use sha2::Digest as _;
 use zeroize::Zeroizing;
+
+use crate::leases::Leases;
+use crate::policies::Policies;
 
 /// A WireGuard public key. `Debug` shows how WireGuard tools print it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -168,6 +172,8 @@ pub(crate) enum Refusal {
     Order(&'static str),
     #[error("this agent does not know the message")]
     UnknownMessage,
+    #[error("the policies do not have the announced digest")]
+    Policies,
     #[error("the engine refused the change: {0}")]
     Engine(String),
 }
@@ -213,6 +219,18 @@ pub(crate) struct Desired {
     owners: HashMap<IpAddr, PublicKey>,
     /// Removed or replaced lives whose final counters may still be outstanding, with their device.
     retired: HashMap<Life, [u8; 16]>,
+    pub(crate) policies: Policies,
+    pub(crate) leases: Leases,
+}
+
+/// What the engine is told of a peer beside its addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Limits {
+    pub(crate) rate_up: u64,
+    pub(crate) rate_down: u64,
+    pub(crate) lease: Option<u64>,
+    /// Beyond the lease; 0: nothing passes.
+    pub(crate) throttle: u64,
 }
 
 impl Desired {
@@ -228,7 +246,24 @@ impl Desired {
             peers: HashMap::new(),
             owners: HashMap::new(),
             retired: HashMap::new(),
+            policies: Policies::default(),
+            leases: Leases::default(),
         }
+    }
+
+    /// What holds for a peer while the counters are of `epoch`.
+    pub(crate) fn limits(&self, epoch: Option<Epoch>, peer: &Peer) -> Limits {
+        let metered = self.policies.is_metered(&peer.tenant_id);
+        let lease = metered.then(|| self.leases.enforced(epoch, &peer.life()));
+        let Some(policy) = self.policies.get(&peer.tenant_id) else { return Limits { lease, ..Limits::default() } };
+        let policy = policy.wire();
+        let throttle = if metered { policy.throttle } else { 0 };
+        Limits { rate_up: policy.device_rate_up, rate_down: policy.device_rate_down, lease, throttle }
+    }
+
+    /// The peers that need leases.
+    pub(crate) fn metered(&self) -> impl Iterator<Item = &Peer> {
+        self.peers.values().filter(|peer| self.policies.is_metered(&peer.tenant_id))
     }
 
     pub(crate) fn cursor(&self) -> Option<Cursor> {

@@ -5,13 +5,14 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use cvault_dataplane::counters::{self, CounterReader};
+use cvault_dataplane::counters::{self, CounterReader, Epoch};
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use crate::desired::{Change, Desired, Life, Peer, PublicKey, Refusal, check_mass_removal};
 use crate::host::{self, Forget};
 use crate::interface::Interface;
+use crate::policies::PolicyChange;
 use crate::state_dir::StateDir;
 use crate::store::Saved;
 use crate::tunnel::{Launch, Tunnel};
@@ -173,7 +174,8 @@ impl Engine {
 
     async fn push(&mut self, desired: &Desired, change: &Change, freed: &HashSet<IpAddr>) -> Result<(), Refusal> {
         if self.in_sync {
-            return self.replace(&change.removed, &change.upserted, Forget::Of(freed.clone())).await;
+            let forget = Forget::Of(freed.clone());
+            return self.replace(desired, &change.removed, &change.upserted, forget).await;
         }
         self.reconcile(desired, change.expected_removed, freed.clone()).await
     }
@@ -192,6 +194,8 @@ impl Engine {
             .map(|peer| peer.public_key)
             .collect();
         check_mass_removal(running.len(), removed.len(), expected_removed)?;
+        let tenants: Vec<_> = target.policies.all().map(|(tenant, policy)| (*tenant, Some(policy))).collect();
+        self.uapi.set_tenants(&tenants).await.map_err(uapi_refusal)?;
         let lives: HashMap<PublicKey, _> = running.iter().map(|peer| (peer.public_key, peer)).collect();
         let stays = |key: &PublicKey, peer| lives.get(key).is_some_and(|engine| engine.is(peer));
         let upserted: Vec<_> = target.peers().filter(|peer| !stays(&peer.public_key, peer)).cloned().collect();
@@ -213,7 +217,14 @@ impl Engine {
             let kept = known.chain(strangers.flat_map(|peer| peer.addresses())).collect();
             Forget::AllBut { overlay: target.overlay().to_vec(), kept }
         };
-        self.replace(&removed, &upserted, forget).await?;
+        self.replace(target, &removed, &upserted, forget).await?;
+        let epoch = self.epoch_for(target);
+        let other = |peer: &&Peer| {
+            lives.get(&peer.public_key).is_some_and(|engine| engine.limits != target.limits(epoch, peer))
+        };
+        let limited: Vec<_> =
+            target.peers().filter(other).map(|peer| (peer.public_key, target.limits(epoch, peer))).collect();
+        self.uapi.limit(&limited).await.map_err(uapi_refusal)?;
         self.swept = true;
         if self.confirmed {
             self.uapi.end_replace().await.map_err(uapi_refusal)?;
@@ -224,10 +235,45 @@ impl Engine {
 
     /// Removes, makes the host forget what was begun from addresses that are free now, then adds: nothing that an earlier
     /// owner began is delivered to the next.
-    async fn replace(&self, removed: &[PublicKey], upserted: &[Peer], forget: Forget) -> Result<(), Refusal> {
+    async fn replace(
+        &self,
+        desired: &Desired,
+        removed: &[PublicKey],
+        upserted: &[Peer],
+        forget: Forget,
+    ) -> Result<(), Refusal> {
         self.uapi.remove(removed).await.map_err(uapi_refusal)?;
         host::forget_connections(forget).await.map_err(engine_refusal)?;
-        self.uapi.add(upserted).await.map_err(uapi_refusal)
+        let epoch = self.epoch_for(desired);
+        self.uapi.add(upserted, |peer| desired.limits(epoch, peer)).await.map_err(uapi_refusal)
+    }
+
+    /// Tells the engine policies that `desired` holds already, and the limits of the peers concerned.
+    pub(crate) async fn police(&mut self, desired: &Desired, change: &PolicyChange) -> Result<(), UapiError> {
+        if !self.is_up() {
+            return Ok(());
+        }
+        let changed = change.upserted.iter().chain(&change.removed);
+        let tenants: Vec<_> = changed.map(|tenant| (*tenant, desired.policies.get(tenant))).collect();
+        self.uapi.set_tenants(&tenants).await?;
+        let concerned: HashSet<_> = tenants.iter().map(|(tenant, _)| *tenant).collect();
+        self.limit(desired, desired.peers().filter(|peer| concerned.contains(&peer.tenant_id))).await
+    }
+
+    /// Tells the engine the limits of peers as they are now.
+    pub(crate) async fn limit(&self, desired: &Desired, peers: impl Iterator<Item = &Peer>) -> Result<(), UapiError> {
+        let epoch = self.epoch_for(desired);
+        let limited: Vec<_> = peers.map(|peer| (peer.public_key, desired.limits(epoch, peer))).collect();
+        self.uapi.limit(&limited).await
+    }
+
+    /// Of the counters that the engine writes now; only looked up where leases depend on it.
+    fn epoch_for(&self, desired: &Desired) -> Option<Epoch> {
+        if !desired.policies.any_metered() {
+            return None;
+        }
+        let reader = CounterReader::open(&self.launch.state_dir.join(counters::FILE_NAME));
+        reader.ok().map(|reader| reader.epoch())
     }
 
     fn counted_lives(&self) -> HashSet<Life> {

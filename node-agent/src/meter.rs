@@ -14,6 +14,7 @@ use cvault_node_protocol::v1;
 use crate::clock::Moment;
 use crate::desired::{Desired, Life, PublicKey};
 use crate::frames::{self, FrameError};
+use crate::leases::Metered;
 use crate::spool::{Epoch, MAX_BYTES, Span, Spool, SpoolError};
 use crate::state_dir::StateDir;
 
@@ -49,6 +50,8 @@ pub(crate) struct Pass {
     pub(crate) journal: Option<JournalAck>,
     /// The lives that the tunnel counts now.
     pub(crate) counted: HashSet<Life>,
+    /// Of the counters read.
+    pub(crate) epoch: Option<Epoch>,
     /// Readings that belong to no known device; they are not billed.
     pub(crate) strangers: usize,
 }
@@ -121,6 +124,7 @@ impl Meter {
         self.known.extend(read);
         self.known.retain(|(_, life), _| pass.counted.contains(life));
         self.last_pass = now;
+        pass.epoch = self.reader.as_ref().map(CounterReader::epoch);
         if closed.damaged > 0 && fresh > 0 {
             tracing::error!(
                 count = closed.damaged,
@@ -165,10 +169,7 @@ impl Meter {
         readings: &mut Readings<'_>,
         counted: &mut HashSet<Life>,
     ) -> Result<HashMap<(Epoch, Life), Counts>, MeterError> {
-        if !self.reader.as_ref().is_some_and(CounterReader::is_current) {
-            self.reader = open_counters(&self.dir.join(counters::FILE_NAME))?;
-            self.known.clear();
-        }
+        self.refresh_reader()?;
         let Some(reader) = &self.reader else { return Ok(HashMap::new()) };
         let mut read = HashMap::new();
         for peer in reader.peers() {
@@ -180,6 +181,34 @@ impl Meter {
             }
         }
         Ok(read)
+    }
+
+    fn refresh_reader(&mut self) -> Result<(), CounterFileError> {
+        if !self.reader.as_ref().is_some_and(CounterReader::is_current) {
+            self.reader = open_counters(&self.dir.join(counters::FILE_NAME))?;
+            self.known.clear();
+        }
+        Ok(())
+    }
+
+    /// The sums of the counters of peers that need leases, and their epoch; `None` while there are no counters.
+    pub(crate) fn totals(&mut self, desired: &Desired) -> Option<(Epoch, Vec<Metered>)> {
+        if let Err(error) = self.refresh_reader() {
+            tracing::error!(error = crate::chain(&error), "the counters cannot be read: leases are not renewed");
+            return None;
+        }
+        let reader = self.reader.as_ref()?;
+        let mut wanted: HashMap<Life, Metered> = desired
+            .metered()
+            .map(|peer| (peer.life(), Metered { life: peer.life(), device_id: peer.device_id, total: 0 }))
+            .collect();
+        for counters in reader.peers() {
+            let life = Life { public_key: PublicKey(counters.public_key), generation: counters.generation };
+            if let Some(metered) = wanted.get_mut(&life) {
+                metered.total = counters.counts.rx_inner.saturating_add(counters.counts.tx_inner);
+            }
+        }
+        Some((reader.epoch(), wanted.into_values().collect()))
     }
 
     /// The counters of epochs before, which the tunnel kept when it began a new one. Answers the files that may go now.

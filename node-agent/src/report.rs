@@ -1,6 +1,6 @@
 //! Reports: what is sent, in which lane, and what an answer means.
 //!
-//! Two lanes, so that a large report of usage never holds up the acknowledgement of a change. Only the state lane tells
+//! Lanes, so that a large report of usage never holds up the acknowledgement of a change or a lease. Only the state lane tells
 //! the applied cursor, one report at a time, so that an older state never arrives behind a newer one.
 
 use std::collections::HashMap;
@@ -22,6 +22,8 @@ pub(crate) enum Lane {
     State,
     /// Usage windows and health.
     Usage,
+    /// Leases, one question at a time.
+    Lease,
 }
 
 /// An answered or failed report.

@@ -3,24 +3,28 @@
 //! ```text
 //! start -> state file -> tunnel, host, peers (no network needed) -> watch
 //! delta -> checked -> applied -> state file synced -> reported
+//! look  -> leases of metered peers asked for -> engine
 //! tick  -> counters read -> spool synced -> reported -> acknowledged
 //! ```
 
+mod quota;
 mod reporting;
 mod state;
 
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use cvault_node_protocol::v1;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::clock::{Moment, boot_id};
-use crate::desired::Snapshot;
+use crate::desired::{Life, Snapshot};
 use crate::engine::Engine;
 use crate::enrolment;
 use crate::meter::Meter;
@@ -84,6 +88,12 @@ struct Agent {
     retry_at: Option<Instant>,
     ticks_since_state: u32,
     silences: u32,
+    quota: quota::Quota,
+    looks: Interval,
+    ticks_to_drops: u32,
+    drops_told: HashMap<Life, BTreeMap<String, u64>>,
+    /// By device, until it is sent.
+    drops_waiting: BTreeMap<[u8; 16], v1::PeerDrops>,
 }
 
 enum Event {
@@ -91,6 +101,7 @@ enum Event {
     TunnelEnded,
     Link(LinkEvent),
     Tick,
+    Look,
     Inspection,
     Retry,
     Reported(Reported),
@@ -105,6 +116,7 @@ pub(crate) async fn run(args: &RunArgs) -> anyhow::Result<()> {
             Event::TunnelEnded => agent.revive_tunnel().await,
             Event::Link(event) => agent.on_link(event).await?,
             Event::Tick => agent.on_tick().await,
+            Event::Look => agent.ask_leases().await,
             Event::Retry => agent.retry_at = None,
             Event::Inspection => agent.on_inspection().await,
             Event::Reported(reported) => agent.on_reported(reported).await,
@@ -134,7 +146,7 @@ impl Agent {
             metrics::serve(address).await?;
         }
         let (now, boot_id) = (Moment::now(), boot_id());
-        let (store, saved) = Store::open_or_set_aside(&dir, enrolment.server_id, now.wall_ms)?;
+        let (store, mut saved) = Store::open_or_set_aside(&dir, enrolment.server_id, now.wall_ms)?;
         let mut meter = Meter::open(&dir, boot_id, now)?;
         if let Some(saved) = saved.as_ref().filter(|saved| saved.desired.cursor().is_some()) {
             // What was counted before this start, under the state that was saved then.
@@ -151,8 +163,9 @@ impl Agent {
             state_dir: dir.path().canonicalize().context("the state directory has no path")?,
         };
         let mut engine = Engine::new(launch, enrolment.keys.wireguard_private());
-        if let Some(saved) = &saved {
+        if let Some(saved) = &mut saved {
             engine.bring_up(&dir, &saved.interface).await?;
+            quota::adopt_leases(saved, &mut meter, &engine).await;
             engine.synchronise(&saved.desired).await?;
             let revision = saved.desired.cursor().map_or(0, |cursor| cursor.revision);
             tracing::info!(revision, peers = saved.desired.peers().len(), "serving the saved state");
@@ -187,6 +200,11 @@ impl Agent {
             retry_at: None,
             ticks_since_state: 0,
             silences: 0,
+            quota: quota::Quota::default(),
+            looks: every(quota::LOOK_EVERY),
+            ticks_to_drops: 0,
+            drops_told: HashMap::new(),
+            drops_waiting: BTreeMap::new(),
         })
     }
 
@@ -198,6 +216,7 @@ impl Agent {
                 None => std::future::pending().await,
             }
         };
+        let metered = self.any_metered();
         tokio::select! {
             _ = self.terminate.recv() => Event::Terminate,
             () = self.engine.ended() => Event::TunnelEnded,
@@ -206,6 +225,7 @@ impl Agent {
             _ = self.ticks.tick() => Event::Tick,
             _ = self.inspections.tick() => Event::Inspection,
             _ = self.hangup.recv() => Event::Inspection,
+            _ = self.looks.tick(), if metered => Event::Look,
             () = retry => Event::Retry,
         }
     }

@@ -93,6 +93,9 @@ struct Record {
     base: Option<Base>,
     #[prost(message, optional, tag = "2")]
     delta: Option<v1::Delta>,
+    /// All of them: they are few.
+    #[prost(message, optional, tag = "3")]
+    policies: Option<v1::Policies>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -110,6 +113,9 @@ struct Base {
     /// Of the peers, under the digest key of the Hello beside them.
     #[prost(bytes = "bytes", tag = "6")]
     digest: prost::bytes::Bytes,
+    /// Absent: none were told yet.
+    #[prost(message, optional, tag = "7")]
+    policies: Option<v1::Policies>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -139,6 +145,9 @@ impl Store {
             if let Some(base) = record.base {
                 saved = load_base(&base, server_id)?;
                 base_bytes = location.bytes();
+            }
+            if let (Some(policies), Some(saved)) = (record.policies, saved.as_mut()) {
+                saved.desired.policies.restore(policies.upserted)?;
             }
             if let (Some(delta), Some(saved)) = (record.delta, saved.as_mut()) {
                 saved.desired.commit(&load_change(&delta)?);
@@ -191,7 +200,22 @@ impl Store {
             upserted: change.upserted.iter().map(Peer::to_wire).collect(),
             ..v1::Delta::default()
         };
-        let record = Record { base: None, delta: Some(delta) }.encode_to_vec();
+        self.append_record(&Record { delta: Some(delta), ..Record::default() }, saved)
+    }
+
+    /// Appends the policies that `saved` holds already, as [`Store::append`] does a change.
+    pub(crate) fn append_policies(&mut self, saved: &Saved) -> io::Result<()> {
+        let appended = if self.base_bytes == 0 || self.behind {
+            self.rewrite(saved)
+        } else {
+            self.append_record(&Record { policies: policies(&saved.desired), ..Record::default() }, saved)
+        };
+        self.behind |= appended.is_err();
+        appended
+    }
+
+    fn append_record(&mut self, record: &Record, saved: &Saved) -> io::Result<()> {
+        let record = record.encode_to_vec();
         let grown = self.file.length() + record.len() as u64 - self.base_bytes;
         if grown > self.base_bytes.max(MIN_COMPACT_BYTES) {
             return self.rewrite(saved);
@@ -234,13 +258,19 @@ impl Store {
                 })
                 .collect(),
             digest: desired.digest().to_bytes().to_vec().into(),
+            policies: policies(desired),
         };
-        let record = Record { base: Some(base), delta: None }.encode_to_vec();
+        let record = Record { base: Some(base), ..Record::default() }.encode_to_vec();
         let locations = self.file.rewrite(MAGIC, &[record])?;
         self.base_bytes = locations.iter().map(|location| location.bytes()).sum();
         self.behind = false;
         Ok(())
     }
+}
+
+fn policies(desired: &Desired) -> Option<v1::Policies> {
+    let upserted = desired.policies.all().map(|(_, policy)| policy.wire().clone()).collect();
+    desired.policies.are_known().then(|| v1::Policies { upserted, ..v1::Policies::default() })
 }
 
 fn load_base(base: &Base, server_id: [u8; 16]) -> Result<Option<Saved>, StoreError> {
@@ -254,6 +284,9 @@ fn load_base(base: &Base, server_id: [u8; 16]) -> Result<Option<Saved>, StoreErr
     let digest = Digest::from_bytes(&base.digest).ok_or(Refusal::Malformed("digest"))?;
     let peers = base.peers.iter().map(Peer::parse).collect::<Result<_, _>>()?;
     saved.desired.restore(cursor, digest, peers)?;
+    if let Some(policies) = &base.policies {
+        saved.desired.policies.restore(policies.upserted.clone())?;
+    }
     for retired in &base.retired {
         let life = Life { public_key: parse_key(&retired.public_key)?, generation: retired.generation };
         let device_id = retired.device_id.as_ref().try_into().map_err(|_| Refusal::Malformed("device_id"))?;
@@ -391,6 +424,25 @@ mod tests {
         store.take_back(&saved).unwrap();
         let (_, loaded) = Store::open(&dir, SERVER).unwrap();
         assert_eq!(loaded.unwrap().desired.cursor(), saved.desired.cursor());
+    }
+
+    #[test]
+    fn policies_are_loaded_again_also_over_rewrites() {
+        let root = private_directory();
+        let dir = StateDir::open(root.path()).unwrap();
+        let (mut store, _) = Store::open(&dir, SERVER).unwrap();
+        let mut saved = first();
+        store.rewrite(&saved).unwrap();
+        assert!(!Store::open(&dir, SERVER).unwrap().1.unwrap().desired.policies.are_known());
+        let tenant = |rate_up| v1::TenantPolicy { tenant_id: vec![1; 16].into(), rate_up, ..Default::default() };
+        saved.desired.policies.restore(vec![tenant(5)]).unwrap();
+        store.append_policies(&saved).unwrap();
+        add_peer(&mut saved, &mut store, 1);
+        let rate = |saved: Option<Saved>| saved.unwrap().desired.policies.get(&[1; 16]).unwrap().wire().rate_up;
+        assert_eq!(rate(Store::open(&dir, SERVER).unwrap().1), 5);
+        saved.desired.policies.restore(vec![tenant(7)]).unwrap();
+        store.rewrite(&saved).unwrap();
+        assert_eq!(rate(Store::open(&dir, SERVER).unwrap().1), 7);
     }
 
     #[test]

@@ -17,8 +17,9 @@ use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use zeroize::Zeroizing;
 
-use crate::desired::{Life, Peer, PresharedKey, PublicKey};
+use crate::desired::{Life, Limits, Peer, PresharedKey, PublicKey};
 use crate::interface::Interface;
+use crate::policies::{Policy, TenantId};
 
 /// Peers in one `set`: about 700 KiB of text.
 const BATCH_PEERS: usize = 2_000;
@@ -29,6 +30,10 @@ const GET_TIMEOUT: Duration = Duration::from_secs(20);
 /// The device part alone is answered at once.
 const DEVICE_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Tenants in one `set`: about 1 MiB of text at most.
+const BATCH_TENANTS: usize = 500;
+/// What answers there gives a machine's secrets to whoever asks: closed to every tenant, also inside a prefix it may reach.
+const METADATA: [&str; 4] = ["169.254.0.0/16", "100.100.100.200/32", "192.0.0.192/32", "fd00:ec2::254/128"];
 
 #[derive(Clone, Debug)]
 pub(crate) struct Uapi {
@@ -74,11 +79,22 @@ pub(crate) struct EnginePeer {
     allowed_ips: Vec<IpNet>,
     tenant: Option<[u8; 16]>,
     generation: u64,
+    pub(crate) limits: Limits,
+    /// Packets dropped, by reason.
+    pub(crate) drops: BTreeMap<String, u64>,
 }
 
 impl EnginePeer {
     fn new(public_key: PublicKey) -> Self {
-        Self { public_key, preshared_key: None, allowed_ips: Vec::new(), tenant: None, generation: 0 }
+        Self {
+            public_key,
+            preshared_key: None,
+            allowed_ips: Vec::new(),
+            tenant: None,
+            generation: 0,
+            limits: Limits::default(),
+            drops: BTreeMap::new(),
+        }
     }
 
     pub(crate) fn life(&self) -> Life {
@@ -142,9 +158,31 @@ impl Uapi {
     }
 
     /// In batches: after an error a part of them may be there.
-    pub(crate) async fn add(&self, peers: &[Peer]) -> Result<(), UapiError> {
+    pub(crate) async fn add(&self, peers: &[Peer], limits: impl Fn(&Peer) -> Limits) -> Result<(), UapiError> {
         for batch in peers.chunks(BATCH_PEERS) {
-            self.set(&peers_text(batch)).await?;
+            self.set(&peers_text(batch, &limits)).await?;
+        }
+        Ok(())
+    }
+
+    /// Peers that are not there stay away.
+    pub(crate) async fn limit(&self, peers: &[(PublicKey, Limits)]) -> Result<(), UapiError> {
+        for batch in peers.chunks(BATCH_PEERS) {
+            let mut text = String::from("set=1\n");
+            for (key, limits) in batch {
+                writeln!(text, "public_key={}\nupdate_only=true", hex::encode(key.0)).expect(TO_STRING);
+                limits_text(&mut text, limits);
+            }
+            text.push('\n');
+            self.set(&text).await?;
+        }
+        Ok(())
+    }
+
+    /// What tenants may do; one without a policy has the defaults.
+    pub(crate) async fn set_tenants(&self, tenants: &[(TenantId, Option<&Policy>)]) -> Result<(), UapiError> {
+        for batch in tenants.chunks(BATCH_TENANTS) {
+            self.set(&tenants_text(batch)).await?;
         }
         Ok(())
     }
@@ -265,7 +303,49 @@ fn removal_text(keys: &[PublicKey]) -> String {
     text
 }
 
-fn peers_text(peers: &[Peer]) -> Zeroizing<String> {
+fn tenants_text(tenants: &[(TenantId, Option<&Policy>)]) -> String {
+    let mut text = String::from("set=1\n");
+    for (tenant, policy) in tenants {
+        writeln!(text, "cvault_tenant_settings={}", hex::encode(tenant)).expect(TO_STRING);
+        let Some(policy) = policy else {
+            text.push_str("cvault_tenant_remove=true\n");
+            continue;
+        };
+        let wire = policy.wire();
+        let smtp = if wire.allow_smtp { "allow" } else { "deny" };
+        write!(
+            text,
+            "cvault_tenant_replace=true\ncvault_allow_intra={}\ncvault_tenant_rate_up={}\ncvault_tenant_rate_down={}\n\
+             cvault_smtp={smtp}\n",
+            wire.allow_intra, wire.rate_up, wire.rate_down
+        )
+        .expect(TO_STRING);
+        for prefix in &policy.allow_to {
+            writeln!(text, "cvault_allow_to={prefix}").expect(TO_STRING);
+        }
+        // without an opened prefix they are closed already
+        for prefix in METADATA.iter().filter(|_| !policy.allow_to.is_empty()) {
+            writeln!(text, "cvault_deny_to={prefix}").expect(TO_STRING);
+        }
+    }
+    text.push('\n');
+    text
+}
+
+fn limits_text(text: &mut String, limits: &Limits) {
+    let Limits { rate_up, rate_down, lease, throttle } = limits;
+    writeln!(text, "cvault_rate_up={rate_up}\ncvault_rate_down={rate_down}").expect(TO_STRING);
+    match lease {
+        Some(until) => writeln!(text, "cvault_lease={until}").expect(TO_STRING),
+        None => text.push_str("cvault_lease=none\n"),
+    }
+    match throttle {
+        0 => text.push_str("cvault_lease_then=block\n"),
+        bits => writeln!(text, "cvault_lease_then=throttle:{bits}").expect(TO_STRING),
+    }
+}
+
+fn peers_text(peers: &[Peer], limits: impl Fn(&Peer) -> Limits) -> Zeroizing<String> {
     let mut text = Zeroizing::new(String::with_capacity(512 * peers.len() + 16));
     text.push_str("set=1\n");
     for peer in peers {
@@ -283,6 +363,11 @@ fn peers_text(peers: &[Peer]) -> Zeroizing<String> {
             peer.ipv6
         )
         .expect(TO_STRING);
+        // most of 65,000 have none, and those of another life ended with it
+        let limits = limits(peer);
+        if limits != Limits::default() {
+            limits_text(&mut text, &limits);
+        }
     }
     text.push('\n');
     text
@@ -317,10 +402,22 @@ fn peer_line(peers: &mut Vec<EnginePeer>, key: &str, value: &str) -> Result<(), 
         }
         "allowed_ip" => peer.allowed_ips.push(value.parse().map_err(|_| UapiError::Malformed)?),
         "cvault_tenant" => peer.tenant = Some(bytes(value)?),
-        "cvault_generation" => peer.generation = value.parse().map_err(|_| UapiError::Malformed)?,
-        _ => {}
+        "cvault_generation" => peer.generation = number(value)?,
+        "cvault_rate_up" => peer.limits.rate_up = number(value)?,
+        "cvault_rate_down" => peer.limits.rate_down = number(value)?,
+        "cvault_lease" => peer.limits.lease = Some(number(value)?),
+        "cvault_lease_then" => peer.limits.throttle = value.strip_prefix("throttle:").map_or(Ok(0), number)?,
+        _ => {
+            if let Some(reason) = key.strip_prefix("cvault_peer_drop_") {
+                peer.drops.insert(reason.to_owned(), number(value)?);
+            }
+        }
     }
     Ok(())
+}
+
+fn number(value: &str) -> Result<u64, UapiError> {
+    value.parse().map_err(|_| UapiError::Malformed)
 }
 
 fn bytes<const N: usize>(text: &str) -> Result<[u8; N], UapiError> {
@@ -355,11 +452,37 @@ mod tests {
             "00".repeat(32),
             "03".repeat(16)
         );
-        assert_eq!(*peers_text(&[peer()]), expected);
+        assert_eq!(*peers_text(&[peer()], |_| Limits::default()), expected);
+        let limits = Limits { rate_up: 1_000, rate_down: 0, lease: Some(5), throttle: 64_000 };
+        let limited = expected.trim_end().to_owned()
+            + "\ncvault_rate_up=1000\ncvault_rate_down=0\ncvault_lease=5\ncvault_lease_then=throttle:64000\n\n";
+        assert_eq!(*peers_text(&[peer()], |_| limits), limited);
         assert_eq!(
             removal_text(&[PublicKey([1; 32])]),
             format!("set=1\npublic_key={}\nremove=true\n\n", "01".repeat(32))
         );
+    }
+
+    #[test]
+    fn the_text_of_a_tenant_is_literally_this() {
+        let mut policies = crate::policies::Policies::default();
+        let wire = cvault_node_protocol::v1::TenantPolicy {
+            tenant_id: vec![3; 16].into(),
+            rate_up: 1_000,
+            allow_intra: true,
+            allow_to: vec!["10.20.0.0/16".to_owned()],
+            ..Default::default()
+        };
+        policies.restore(vec![wire]).unwrap();
+        let expected = format!(
+            "set=1\ncvault_tenant_settings={}\ncvault_tenant_replace=true\ncvault_allow_intra=true\n\
+             cvault_tenant_rate_up=1000\ncvault_tenant_rate_down=0\ncvault_smtp=deny\ncvault_allow_to=10.20.0.0/16\n\
+             cvault_deny_to=169.254.0.0/16\ncvault_deny_to=100.100.100.200/32\ncvault_deny_to=192.0.0.192/32\n\
+             cvault_deny_to=fd00:ec2::254/128\ncvault_tenant_settings={}\ncvault_tenant_remove=true\n\n",
+            "03".repeat(16),
+            "04".repeat(16)
+        );
+        assert_eq!(tenants_text(&[([3; 16], policies.get(&[3; 16])), ([4; 16], None)]), expected);
     }
 
     #[test]

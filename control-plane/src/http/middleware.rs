@@ -8,16 +8,23 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use cvault_types::ErrorCode;
-use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS};
+use http::header::{
+    ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, STRICT_TRANSPORT_SECURITY,
+    X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use tokio::sync::Semaphore;
 
 use super::Problem;
-use super::context::RequestContext;
+use super::context::{Rate, RequestContext};
 use crate::metrics;
 
 /// Longer than the 30 s that `Prefer: wait` may ask for, shorter than a load balancer's patience.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(45);
+/// An answer of the API is data: whoever makes a page of it gets one without scripts, frames or anything else.
+const NOTHING_TO_LOAD: &str = "default-src 'none'; frame-ancestors 'none'";
+/// A year. Not for subdomains: they are not ours to decide about.
+pub(super) const ONLY_TLS: HeaderValue = HeaderValue::from_static("max-age=31536000");
 /// The work goes on: nothing is known of its outcome.
 const TOO_LONG: &str = "This took too long. The change may or may not have been made.";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -90,6 +97,12 @@ pub async fn own_task(State(in_flight): State<InFlight>, request: Request, next:
     response
 }
 
+/// For an API that its callers reach over TLS.
+pub async fn only_tls(mut response: Response) -> Response {
+    response.headers_mut().insert(STRICT_TRANSPORT_SECURITY, ONLY_TLS);
+    response
+}
+
 async fn problem(context: &Arc<RequestContext>, problem: Problem) -> Response {
     Arc::clone(context).scope(async move { problem.into_response() }).await
 }
@@ -139,17 +152,18 @@ fn log(context: &RequestContext, method: &str, route: &str, status: StatusCode, 
     );
 }
 
-fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
+pub(super) fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
     let id = HeaderValue::from_str(&context.id.to_string()).expect("ids are ASCII");
     headers.insert(REQUEST_ID, id);
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(X_FRAME_OPTIONS, HeaderValue::from_static("DENY"));
     headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    if let Some(rate) = context.rate.get() {
+    headers.entry(CONTENT_SECURITY_POLICY).or_insert(HeaderValue::from_static(NOTHING_TO_LOAD));
+    if let Some(Rate { policy: name, decision: rate }) = context.rate.get() {
         // draft-ietf-httpapi-ratelimit-headers
-        let policy = format!("\"tenant\";q={};w=60", rate.quota);
-        let state = format!("\"tenant\";r={};t={}", rate.remaining, rate.reset_seconds);
+        let policy = format!("\"{name}\";q={};w=60", rate.quota);
+        let state = format!("\"{name}\";r={};t={}", rate.remaining, rate.reset_seconds);
         headers.insert(RATE_LIMIT_POLICY, HeaderValue::from_str(&policy).expect("digits are ASCII"));
         headers.insert(RATE_LIMIT, HeaderValue::from_str(&state).expect("digits are ASCII"));
     }

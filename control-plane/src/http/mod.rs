@@ -2,6 +2,8 @@
 //!
 //! Handlers parse, authorise and call an operation of a noun's folder; there is no SQL here.
 
+mod bare;
+pub mod browser;
 pub mod context;
 pub mod cursor;
 pub mod extract;
@@ -14,6 +16,7 @@ pub mod problem;
 pub mod router;
 pub mod routes;
 pub mod serve;
+pub mod tls;
 
-pub use extract::{Admin, Caller, Json, Path, Query, TenantKey};
+pub use extract::{Admin, Caller, Json, Path, Portal, Query, TenantKey};
 pub use problem::Problem;

@@ -20,6 +20,8 @@ pub fn routes() -> OpenApiRouter<App> {
         .merge(routes::health::router()) // GET /health /health/ready /metrics /.well-known/jwks.json /api/v1/openapi.json
         .merge(routes::admin::router()) // /admin/tenants
         .merge(routes::auth::router()) // POST /api/v1/auth/{register,login,refresh,logout}
+        .merge(routes::portal::router()) // /api/v1/tenant/auth /api/v1/tenant/me
+        .merge(routes::portal_account::router()) // /api/v1/tenant/{auth/password…, auth/verify-email, sessions, step-up}
         .merge(routes::devices::router()) // /api/v1/devices
         .merge(routes::vpn::router()) // /api/v1/vpn/{connect,disconnect,status}
         .merge(routes::servers::router()) // GET /api/v1/servers
@@ -28,10 +30,12 @@ pub fn routes() -> OpenApiRouter<App> {
 
 /// The whole API, ready to be served.
 pub fn api(app: App) -> Router {
+    let over_tls = app.config.tls.is_some() || app.config.public_url.starts_with("https://");
     let (router, _) = routes().split_for_parts();
-    router
+    let router = router
         .fallback(async || Problem::new(ErrorCode::NotFound))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(axum::middleware::from_fn_with_state(InFlight::at_most(MAX_IN_FLIGHT), middleware::own_task))
-        .with_state(app)
+        .with_state(app);
+    if over_tls { router.layer(axum::middleware::map_response(middleware::only_tls)) } else { router }
 }

@@ -18,13 +18,17 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
 use ipnet::IpNet;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
+use super::bare::Worded;
+use super::tls::Tls;
 use crate::network::{Network, Places};
 
 /// Requests that run when the shutdown begins get this long.
@@ -111,8 +115,19 @@ impl<S: Sync> FromRequestParts<S> for Peer {
     }
 }
 
-/// Serves until `shutdown`, then lets running requests finish for up to 10 s.
+/// Serves plain HTTP until `shutdown`, then lets running requests finish for up to 10 s.
 pub async fn serve(listener: TcpListener, router: Router, limits: Limits, shutdown: CancellationToken) {
+    serve_over(None, listener, router, limits, shutdown).await;
+}
+
+/// As [`serve`], over TLS where there is a certificate.
+pub async fn serve_over(
+    tls: Option<Tls>,
+    listener: TcpListener,
+    router: Router,
+    limits: Limits,
+    shutdown: CancellationToken,
+) {
     let connections = Arc::new(Semaphore::new(limits.connections));
     let places = Places::new(limits.connections_per_network);
     let limits = Arc::new(limits);
@@ -140,8 +155,9 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, shutdo
             continue;
         }
         let (router, limits, shutdown) = (router.clone(), Arc::clone(&limits), shutdown.clone());
+        let acceptor = tls.as_ref().map(Tls::acceptor);
         tracker.spawn(async move {
-            attend(stream, peer, router, limits, shutdown).await;
+            begin(stream, acceptor, peer, router, limits, shutdown).await;
             drop((permit, place));
         });
     }
@@ -152,11 +168,39 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, shutdo
     }
 }
 
-/// One connection, from its first byte to its end.
-async fn attend(stream: TcpStream, peer: IpAddr, router: Router, limits: Arc<Limits>, shutdown: CancellationToken) {
+/// Whatever has to be before the first byte of HTTP.
+async fn begin(
+    stream: TcpStream,
+    acceptor: Option<TlsAcceptor>,
+    peer: IpAddr,
+    router: Router,
+    limits: Arc<Limits>,
+    shutdown: CancellationToken,
+) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY was refused");
     }
+    let Some(acceptor) = acceptor else {
+        return attend(Worded::new(stream, false), peer, router, limits, shutdown).await;
+    };
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        accepted = tokio::time::timeout(limits.first_request, acceptor.accept(stream)) => match accepted {
+            Ok(Ok(stream)) => attend(Worded::new(stream, true), peer, router, limits, shutdown).await,
+            Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake has failed"),
+            Err(_) => tracing::debug!("a TLS handshake took too long"),
+        },
+    }
+}
+
+/// One connection, from its first byte of HTTP to its end.
+async fn attend(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    peer: IpAddr,
+    router: Router,
+    limits: Arc<Limits>,
+    shutdown: CancellationToken,
+) {
     let activity = Arc::new(Activity::new(&limits));
     let service = {
         let activity = Arc::clone(&activity);
@@ -260,6 +304,7 @@ impl Drop for Running {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::tls;
     use axum::routing::get;
     use std::net::SocketAddr;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -305,6 +350,50 @@ mod tests {
         stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
         let text = String::from_utf8(until_closed(&mut stream).await).unwrap();
         assert!(text.starts_with("HTTP/1.1 200 OK\r\n") && text.ends_with("127.0.0.1"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn who_begins_tls_and_does_not_go_on_is_closed_and_a_shutdown_waits_for_nobody_in_a_handshake() {
+        let directory = tempfile::tempdir().unwrap();
+        let tls = Tls::new(tls::load(&tls::tests::written(directory.path())).unwrap());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let limits = Limits { first_request: SOON, ..Limits::behind(Vec::new()) };
+        let shutdown = CancellationToken::new();
+        let serving = tokio::spawn(serve_over(Some(tls), listener, Router::new(), limits, shutdown.clone()));
+        // the beginning of a ClientHello
+        for beginning in [b"".as_slice(), b"\x16\x03\x01\x02\x00\x01\x00"] {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(beginning).await.unwrap();
+            until_closed(&mut stream).await;
+        }
+        let _held = TcpStream::connect(address).await.unwrap();
+        shutdown.cancel();
+        tokio::time::timeout(DRAIN / 2, serving).await.expect("nobody is waited for").unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_no_http_is_answered_with_a_whole_problem() {
+        let (address, _shutdown) = start(|limits| limits.first_request = DEADLINE).await;
+        let many = format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(101));
+        for wrong in ["GET / HTTP/1.1\r\nno header\r\n\r\n", "\0\0\0\0\r\n\r\n", "GET / HTTP/7\r\n\r\n", &many] {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(wrong.as_bytes()).await.unwrap();
+            let text = String::from_utf8(until_closed(&mut stream).await).unwrap();
+            let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{:?}: {text}", &wrong[..20]));
+            assert!(head.starts_with("HTTP/1.1 400 Bad Request\r\n"), "{head}");
+            for header in [
+                "content-type: application/problem+json",
+                "x-content-type-options: nosniff",
+                "cache-control: no-store",
+                "connection: close",
+            ] {
+                assert!(head.split("\r\n").any(|line| line == header), "{header} is not in {head}");
+            }
+            let body: serde_json::Value = serde_json::from_str(body).unwrap();
+            assert_eq!((&body["code"], &body["status"]), (&"MALFORMED_REQUEST".into(), &400.into()));
+            assert!(head.contains(&format!("x-request-id: {}", body["request_id"].as_str().unwrap())));
+        }
     }
 
     #[tokio::test]

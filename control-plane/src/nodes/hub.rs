@@ -19,6 +19,7 @@ pub struct Hub {
 #[derive(Debug)]
 struct Channels {
     changes: watch::Sender<u64>,
+    policies: watch::Sender<u64>,
     acked: watch::Sender<u64>,
 }
 
@@ -37,6 +38,17 @@ impl Hub {
     #[must_use]
     pub fn changes(&self, server: ServerId) -> watch::Receiver<u64> {
         self.with(server, |channels| channels.changes.subscribe())
+    }
+
+    /// Call after COMMIT of a tenant's policy, for every server that has devices of it.
+    pub fn policies_changed(&self, server: ServerId) {
+        self.with(server, |channels| channels.policies.send_modify(|count| *count += 1));
+    }
+
+    /// Wakes at each [`Hub::policies_changed`]; the value itself means nothing.
+    #[must_use]
+    pub fn policies(&self, server: ServerId) -> watch::Receiver<u64> {
+        self.with(server, |channels| channels.policies.subscribe())
     }
 
     /// The greatest revision this process has seen the server acknowledge; 0 when it has seen none.
@@ -58,10 +70,10 @@ impl Hub {
 
     fn with<T>(&self, server: ServerId, use_channels: impl FnOnce(&Channels) -> T) -> T {
         let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
-        use_channels(
-            servers
-                .entry(server)
-                .or_insert_with(|| Channels { changes: watch::channel(0).0, acked: watch::channel(0).0 }),
-        )
+        use_channels(servers.entry(server).or_insert_with(|| Channels {
+            changes: watch::channel(0).0,
+            policies: watch::channel(0).0,
+            acked: watch::channel(0).0,
+        }))
     }
 }

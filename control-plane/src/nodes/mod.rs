@@ -5,6 +5,7 @@
 
 mod hub;
 mod listener;
+mod policies;
 mod report;
 mod service;
 mod stream;

@@ -1,7 +1,7 @@
 //! One `Report`: usage into the ledger, the applied position, health. Answered after COMMIT.
 
 use cvault_node_protocol::digest::Digest;
-use cvault_node_protocol::v1::{AckedWindow, Health, ReportRequest, ReportResponse};
+use cvault_node_protocol::v1::{AckedWindow, Health, ReportRequest, ReportResponse, UsageWindow};
 use cvault_node_protocol::{MAX_REPORT_WINDOWS, MAX_WINDOW_PEERS};
 use cvault_types::ServerId;
 use serde_json::json;
@@ -10,7 +10,8 @@ use tonic::Status;
 use crate::app::App;
 use crate::db::{DbError, Tx};
 use crate::desired::Position;
-use crate::{metrics, usage};
+use crate::metrics;
+use crate::usage::{self, leases};
 
 /// Reasons an agent may give in one report; the rest is noise.
 const MAX_NACKS: usize = 16;
@@ -23,7 +24,8 @@ pub(super) fn check(request: &ReportRequest) -> Result<(), Status> {
     if request.windows.len() > MAX_REPORT_WINDOWS || request.nacks.len() > MAX_NACKS {
         return fault("too many windows or nacks in one report");
     }
-    if request.windows.iter().any(|window| window.peers.len() > MAX_WINDOW_PEERS) {
+    let too_long = |window: &UsageWindow| window.peers.len() > MAX_WINDOW_PEERS;
+    if request.windows.iter().any(too_long) || request.drops.len() > MAX_WINDOW_PEERS {
         return fault("too many peers in one window");
     }
     let ids = |bytes: &[u8]| bytes.len() == 16;
@@ -33,6 +35,9 @@ pub(super) fn check(request: &ReportRequest) -> Result<(), Status> {
         .all(|window| ids(&window.counter_epoch) && window.peers.iter().all(|peer| ids(&peer.device_id)))
     {
         return fault("an id must have 16 bytes");
+    }
+    if request.leases.as_ref().is_some_and(|leases| !request.windows.is_empty() || !leases::is_well_formed(leases)) {
+        return fault("leases must be well-formed and come without windows");
     }
     Ok(())
 }
@@ -44,11 +49,19 @@ pub(super) async fn enter(app: &App, server: ServerId, request: ReportRequest) -
     let mut tx = Tx::begin(&app.db.sys).await?;
     let work = async {
         let entered = usage::ingest(&mut tx, server, &request.windows, received_at).await?;
+        usage::drops::enter(&mut tx, server, &request.drops, received_at).await?;
+        let leases = match &request.leases {
+            // another agent's counters are others
+            Some(asked) if is_current(&mut tx, server, request.session_epoch).await? => {
+                leases::lease(&mut tx, server, asked, received_at).await?
+            }
+            Some(_) | None => Vec::new(),
+        };
         let state = apply_claim(&mut tx, server, &request).await?;
-        Ok::<_, DbError>((entered, state))
+        Ok::<_, DbError>((entered, leases, state))
     }
     .await;
-    let (entered, claim) = tx.finish(work).await?;
+    let (entered, leases, claim) = tx.finish(work).await?;
     if entered.implausible > 0 {
         metrics::node_alarm("implausible_counter");
         tracing::error!(%server, values = entered.implausible, "a server has reported counters no server can have");
@@ -79,6 +92,7 @@ pub(super) async fn enter(app: &App, server: ServerId, request: ReportRequest) -
             Claim::Accepted { .. } => !request.nacks.is_empty(),
             Claim::Superseded => false,
         },
+        leases,
     })
 }
 
@@ -89,6 +103,13 @@ fn note_nacks(server: ServerId, request: &ReportRequest) {
         let reason: String = nack.reason.chars().filter(|c| !c.is_control()).take(200).collect();
         tracing::error!(%server, revision, reason, "a server has refused a state");
     }
+}
+
+async fn is_current(tx: &mut Tx, server: ServerId, session_epoch: u64) -> Result<bool, DbError> {
+    let current = sqlx::query_scalar!("select session_epoch from platform.servers where server_id = $1", server.uuid())
+        .fetch_one(tx.conn())
+        .await?;
+    Ok(u64::try_from(current).ok() == Some(session_epoch))
 }
 
 /// What became of what the agent says it runs.

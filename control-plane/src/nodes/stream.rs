@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use uuid::Uuid;
 
+use super::policies::Told;
 use crate::app::App;
 use crate::db::DbError;
 use crate::desired::{self, DesiredError, Position, Update};
@@ -23,6 +24,8 @@ use crate::metrics;
 
 /// How soon a change made by another replica, or a lost wake-up, is noticed.
 const POLL: Duration = Duration::from_millis(300);
+/// How many polls pass between comparisons of the tenants' policies: a change that another replica made waits so long.
+const POLICY_POLLS: u32 = 7;
 /// Lets the agent notice a dead control plane, and us a dead agent.
 const PING: Duration = Duration::from_secs(15);
 /// A reader that has not taken an update after this long is gone; it comes back with its cursor. A snapshot of a full
@@ -124,6 +127,8 @@ async fn feed(app: &App, session: Session, have: Option<Position>, events: &Even
     let Session { server, epoch, hello, .. } = session;
     // subscribed before the first read: no change falls between
     let mut changes = app.nodes.changes(server);
+    let mut policies = app.nodes.policies(server);
+    let (mut told, mut policies_due, mut polls) = (Told::default(), true, 0_u32);
     let mut poll = interval(POLL);
     poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut last_sent = Instant::now();
@@ -133,9 +138,22 @@ async fn feed(app: &App, session: Session, have: Option<Position>, events: &Even
     let mut have = have;
     let mut stale = true;
     loop {
+        if policies_due {
+            policies.mark_unchanged();
+            match tell_policies(app, server, &mut told, events).await {
+                Ok(()) => policies_due = false,
+                Err(Fault::Reader) => return End::Reader,
+                Err(Fault::Desired(error)) => {
+                    alarm(server, &error);
+                    tokio::time::sleep(FAULT_PAUSE).await;
+                    // peers come after their policies
+                    continue;
+                }
+            }
+        }
         if stale {
             changes.mark_unchanged();
-            match bring_up_to_date(app, server, have, events, snapshots).await {
+            match bring_up_to_date(app, server, have, &mut told, events, snapshots).await {
                 Ok(Some(now_has)) => {
                     (have, last_sent) = (Some(now_has), Instant::now());
                 }
@@ -149,8 +167,16 @@ async fn feed(app: &App, session: Session, have: Option<Position>, events: &Even
         }
         stale = tokio::select! {
             changed = changes.changed() => changed.is_ok(),
+            changed = policies.changed() => {
+                policies_due = changed.is_ok();
+                false
+            }
             _ = poll.tick() => match revision(app, server, epoch).await {
-                Ok(Some(revision)) => have.is_none_or(|have| have.revision != revision),
+                Ok(Some(revision)) => {
+                    polls = (polls + 1) % POLICY_POLLS;
+                    policies_due = polls == 0;
+                    have.is_none_or(|have| have.revision != revision)
+                }
                 Ok(None) => return End::Superseded("a newer session of this server exists, or it was removed"),
                 // the poll after the next one may succeed
                 Err(_) => false,
@@ -168,6 +194,19 @@ async fn feed(app: &App, session: Session, have: Option<Position>, events: &Even
 enum Fault {
     Reader,
     Desired(DesiredError),
+}
+
+impl From<DbError> for Fault {
+    fn from(error: DbError) -> Self {
+        Self::Desired(error.into())
+    }
+}
+
+async fn tell_policies(app: &App, server: ServerId, told: &mut Told, events: &Events) -> Result<(), Fault> {
+    for event in told.refresh(&app.db.sys, server).await? {
+        send(events, event).await?;
+    }
+    Ok(())
 }
 
 fn alarm(server: ServerId, error: &DesiredError) {
@@ -199,16 +238,23 @@ async fn bring_up_to_date(
     app: &App,
     server: ServerId,
     have: Option<Position>,
+    told: &mut Told,
     events: &Events,
     snapshots: &Semaphore,
 ) -> Result<Option<Position>, Fault> {
     let (sys, keys) = (&app.db.sys, &app.keys);
     if let Some(update) = desired::read_changes(sys, keys, server, have).await.map_err(Fault::Desired)? {
+        for event in told.before(sys, &update).await? {
+            send(events, event).await?;
+        }
         return send_update(events, update, SEND_TIMEOUT).await;
     }
     // whatever the reason, after a restored database that of every agent at once: snapshots take turns
     let _turn = snapshots.acquire().await.expect("the semaphore is never closed");
     let update = desired::read_snapshot(sys, keys, server, have).await.map_err(Fault::Desired)?;
+    for event in told.before(sys, &update).await? {
+        send(events, event).await?;
+    }
     send_update(events, update, SEND_TIMEOUT).await
 }
 

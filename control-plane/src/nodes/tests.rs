@@ -108,11 +108,23 @@ fn report(session_epoch: u64, applied: Option<Cursor>) -> ReportRequest {
         nacks: Vec::new(),
         windows: Vec::new(),
         health: Some(Health { uptime_ms: 5, agent_version: "test".to_owned(), ..Health::default() }),
+        leases: None,
+        drops: Vec::new(),
     }
 }
 
 async fn next(stream: &mut Streaming<StateEvent>) -> Event {
     tokio::time::timeout(Duration::from_secs(10), stream.message()).await.unwrap().unwrap().unwrap().event.unwrap()
+}
+
+/// The next event that is no policy.
+async fn next_state(stream: &mut Streaming<StateEvent>) -> Event {
+    loop {
+        let event = next(stream).await;
+        if !matches!(event, Event::Policies(_)) {
+            return event;
+        }
+    }
 }
 
 /// Hello and the first snapshot: the fencing token and what it brought.
@@ -121,6 +133,8 @@ async fn begin(stream: &mut Streaming<StateEvent>) -> (u64, Cursor, usize) {
     let interface = hello.interface.unwrap();
     assert_eq!(interface.addresses, ["10.8.0.1/16", "fd00:cafe::1/64"]);
     assert_eq!(interface.overlay, ["10.8.0.0/16", "fd00:cafe::/64"]);
+    let Event::Policies(policies) = next(stream).await else { panic!("no policies") };
+    assert!(policies.replace && !policies.digest.is_empty());
     let Event::SnapshotBegin(begin) = next(stream).await else { panic!("no snapshot") };
     let mut peers = 0;
     loop {
@@ -172,7 +186,7 @@ async fn a_change_reaches_the_agent_at_once_and_its_acknowledgement_the_waiting_
 
     let device = gateway.world.register(person, "d").await.unwrap();
     gateway.world.app.nodes.server_changed(server);
-    let Event::Delta(delta) = next(&mut stream).await else { panic!("no delta") };
+    let Event::Delta(delta) = next_state(&mut stream).await else { panic!("no delta") };
     assert_eq!((delta.from_revision, delta.peer_count, delta.upserted.len()), (0, 1, 1));
     assert_eq!(delta.upserted[0].device_id.as_ref(), device.id.uuid().as_bytes());
 
@@ -187,14 +201,14 @@ async fn a_change_reaches_the_agent_at_once_and_its_acknowledgement_the_waiting_
 
     // a change of another replica is found by polling
     gateway.world.revoke(person, device.id).await;
-    let Event::Delta(delta) = next(&mut stream).await else { panic!("no delta") };
+    let Event::Delta(delta) = next_state(&mut stream).await else { panic!("no delta") };
     assert_eq!((delta.removed.len(), delta.peer_count, delta.expected_removed), (1, 0, 1));
 
     // a new stream continues where the agent says it is
     let mut stream = agent.watch(watch(delta.target.clone())).await.unwrap().into_inner();
     let Event::Hello(_) = next(&mut stream).await else { panic!("no hello") };
     gateway.world.register(person, "e").await.unwrap();
-    let Event::Delta(again) = next(&mut stream).await else { panic!("no delta") };
+    let Event::Delta(again) = next_state(&mut stream).await else { panic!("no delta") };
     assert_eq!(again.from_revision, delta.target.unwrap().revision);
     gateway.shutdown.cancel();
     let Event::GoAway(_) = next(&mut stream).await else { panic!("no farewell") };
@@ -280,7 +294,7 @@ async fn within_a_session_the_acknowledged_revision_only_grows() {
     let mut stream = agent.watch(watch(None)).await.unwrap().into_inner();
     let (epoch, empty, _) = begin(&mut stream).await;
     gateway.world.register(person, "d").await.unwrap();
-    let Event::Delta(delta) = next(&mut stream).await else { panic!("no delta") };
+    let Event::Delta(delta) = next_state(&mut stream).await else { panic!("no delta") };
     agent.report(report(epoch, delta.target.clone())).await.unwrap();
     let acked_at = acked_at(&gateway.world, server).await;
     // overtaken on its way, and said again
@@ -354,4 +368,94 @@ async fn tenant_bytes(world: &World, person: Person) -> i64 {
     let totals = crate::usage::totals(&mut tx, None, period).await.unwrap();
     tx.commit().await.unwrap();
     totals.rx_bytes + totals.tx_bytes
+}
+
+#[tokio::test]
+async fn a_tenants_policy_comes_before_its_first_peer_and_again_when_it_changes_and_whole_with_each_stream() {
+    use cvault_node_protocol::digest::of_policies;
+    use cvault_types::tenant::{UpdateTenantPolicy, UpdateTenantRequest};
+
+    let gateway = Gateway::start().await;
+    let (server, mut client, _identity) = gateway.agent().await;
+    let mut stream = client.watch(watch(None)).await.unwrap().into_inner();
+    begin(&mut stream).await;
+    let person = gateway.world.person().await;
+    gateway.world.register(person, "d").await.unwrap();
+    gateway.world.app.nodes.server_changed(server);
+    let Event::Policies(first) = next(&mut stream).await else { panic!("no policy") };
+    assert!(!first.replace && first.upserted.len() == 1 && !first.upserted[0].metered);
+    assert_eq!(first.digest.as_ref(), of_policies(first.upserted.iter()));
+    assert!(matches!(next(&mut stream).await, Event::Delta(_)));
+
+    let policy = UpdateTenantPolicy {
+        rate_up_mbps: Some(Some(7)),
+        allow_private_destinations: Some(vec!["10.9.0.0/16".to_owned()]),
+        over_quota: Some(cvault_types::tenant::OverQuota::Throttle),
+        ..UpdateTenantPolicy::default()
+    };
+    let request = UpdateTenantRequest {
+        bandwidth_limit_gb: Some(Some(1)),
+        policy: Some(policy),
+        ..UpdateTenantRequest::default()
+    };
+    let actor = crate::tenants::Actor { name: "test".to_owned(), request_id: None };
+    let app = &gateway.world.app;
+    crate::tenants::update(app, person.tenant, request.clone(), &actor).await.map_err(|_| "refused").unwrap();
+    let Event::Policies(changed) = next(&mut stream).await else { panic!("no policy") };
+    let told = &changed.upserted[0];
+    assert!(told.metered && told.revision == first.upserted[0].revision + 1);
+    assert_eq!((told.rate_up, told.rate_down, told.throttle), (7_000_000, 0, 1_000_000));
+    assert_eq!(told.allow_to, ["10.9.0.0/16"]);
+
+    // the same again changes nothing; a stream of its own begins with everything
+    crate::tenants::update(app, person.tenant, request, &actor).await.map_err(|_| "refused").unwrap();
+    let mut again = client.watch(watch(None)).await.unwrap().into_inner();
+    assert!(matches!(next(&mut again).await, Event::Hello(_)));
+    let Event::Policies(whole) = next(&mut again).await else { panic!("no policies") };
+    assert!(whole.replace);
+    assert_eq!((&whole.upserted, &whole.digest), (&changed.upserted, &changed.digest));
+}
+
+#[tokio::test]
+async fn drops_are_kept_by_device_and_leases_come_with_no_windows() {
+    use cvault_node_protocol::v1::{LeaseState, Leases, PeerDrops};
+
+    let gateway = Gateway::start().await;
+    let (server, mut client, _identity) = gateway.agent().await;
+    let mut stream = client.watch(watch(None)).await.unwrap().into_inner();
+    let (epoch, ..) = begin(&mut stream).await;
+    let person = gateway.world.person().await;
+    let device = gateway.world.register(person, "d").await.unwrap();
+    let device_id = device.id.uuid().as_bytes().to_vec();
+    let drops = |packets| {
+        let stranger = PeerDrops { device_id: vec![9; 16].into(), ..PeerDrops::default() };
+        let packets = [("port".to_owned(), packets)].into();
+        vec![stranger, PeerDrops { device_id: device_id.clone().into(), generation: device.revision, packets }]
+    };
+    for packets in [3, 5] {
+        client.report(ReportRequest { drops: drops(packets), ..report(epoch, None) }).await.unwrap();
+    }
+    let kept: Vec<(serde_json::Value,)> =
+        sqlx::query_as("select drops from platform.device_drops where server_id = $1")
+            .bind(server.uuid())
+            .fetch_all(&gateway.world.app.db.sys)
+            .await
+            .unwrap();
+    assert_eq!(kept, [(serde_json::json!({ "port": 5 }),)]);
+
+    sqlx::query("update cvault.tenants set bandwidth_limit_bytes = 1000000000")
+        .execute(&mut gateway.world.superuser().await)
+        .await
+        .unwrap();
+    let state =
+        LeaseState { device_id: device_id.into(), generation: device.revision, wanted: true, ..LeaseState::default() };
+    let leases = Leases { counter_epoch: vec![1; 16].into(), peers: vec![state], complete: false };
+    let ask = |session| ReportRequest { leases: Some(leases.clone()), ..report(session, None) };
+    let answer = client.report(ask(epoch)).await.unwrap().into_inner();
+    assert_eq!((answer.leases.len(), answer.leases[0].until, answer.leases[0].sequence), (1, 10_000_000, 1));
+    let older = client.report(ask(epoch - 1)).await.unwrap().into_inner();
+    assert!(older.superseded && older.leases.is_empty());
+    let windows = vec![UsageWindow { counter_epoch: vec![1; 16].into(), ..UsageWindow::default() }];
+    let refused = client.report(ReportRequest { windows, ..ask(epoch) }).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
 }

@@ -4,10 +4,11 @@
 //! tenants, with role `cvault_sys`.
 
 mod delete;
+pub mod policy;
 mod suspension;
 
-use cvault_types::tenant::{CreateTenantRequest, Tenant, TenantStatus, UpdateTenantRequest};
-use cvault_types::{RequestId, TenantId};
+use cvault_types::tenant::{CreateTenantRequest, Tenant, TenantPolicy, TenantStatus, UpdateTenantRequest};
+use cvault_types::{RequestId, ServerId, TenantId};
 use rand::CryptoRng;
 use serde_json::json;
 use sqlx::PgPool;
@@ -55,6 +56,7 @@ pub struct Settings {
     pub max_devices_per_user: i32,
     pub rate_limit_per_minute: Option<i32>,
     pub whitelabel_config: serde_json::Map<String, serde_json::Value>,
+    pub policy: TenantPolicy,
 }
 
 impl Settings {
@@ -69,6 +71,7 @@ impl Settings {
             max_devices_per_user: 5,
             rate_limit_per_minute: None,
             whitelabel_config: serde_json::Map::new(),
+            policy: TenantPolicy::default(),
         }
     }
 
@@ -83,6 +86,7 @@ impl Settings {
             max_devices_per_user: request.max_devices_per_user.unwrap_or(defaults.max_devices_per_user),
             rate_limit_per_minute: request.rate_limit_per_minute,
             whitelabel_config: request.whitelabel_config.unwrap_or_default(),
+            policy: policy::changed(defaults.policy, request.policy.unwrap_or_default()),
             name: defaults.name,
         }
         .checked()
@@ -97,6 +101,7 @@ impl Settings {
             max_devices_per_user: request.max_devices_per_user.unwrap_or(self.max_devices_per_user),
             rate_limit_per_minute: request.rate_limit_per_minute.unwrap_or(self.rate_limit_per_minute),
             whitelabel_config: request.whitelabel_config.unwrap_or(self.whitelabel_config),
+            policy: policy::changed(self.policy, request.policy.unwrap_or_default()),
         }
         .checked()
     }
@@ -132,6 +137,7 @@ impl Settings {
         {
             problem = problem.field("/whitelabel_config", "too_long", "must be at most 16 KiB of JSON without NUL");
         }
+        problem = policy::check(&mut self.policy, problem);
         problem.or_ok(self)
     }
 }
@@ -146,14 +152,30 @@ pub async fn create(
     actor: &Actor,
     rng: &mut impl CryptoRng,
 ) -> Result<(Tenant, NewKey), TenantError> {
-    let id = TenantId::from_uuid(Uuid::now_v7());
-    let now = app.clock.now();
+    let mut tx = app.db.tenancy.begin(TenantId::from_uuid(Uuid::now_v7())).await?;
+    let made = create_in(&mut tx, app, settings, actor, rng).await;
+    tx.finish(made).await
+}
+
+/// Makes the tenant of the transaction, which was begun for a fresh id.
+///
+/// # Errors
+/// Those of the database.
+pub async fn create_in(
+    tx: &mut TenantTx,
+    app: &App,
+    settings: Settings,
+    actor: &Actor,
+    rng: &mut impl CryptoRng,
+) -> Result<(Tenant, NewKey), TenantError> {
+    let (id, now) = (tx.tenant(), app.clock.now());
     let data_key = app.keys.new_data_key(id, rng);
-    let mut tx = app.db.tenancy.begin(id).await?;
     sqlx::query!(
         "insert into cvault.tenants (tenant_id, name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user,
-             whitelabel_config, rate_limit_per_minute, data_key_version, data_key_sealed, created_at, updated_at)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $11)",
+             whitelabel_config, rate_limit_per_minute, data_key_version, data_key_sealed, created_at, updated_at,
+             rate_up_bps, rate_down_bps, device_rate_up_bps, device_rate_down_bps, allow_intra_tenant,
+             allow_private_destinations, allow_smtp, over_quota, throttle_bps)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)",
         id.uuid(),
         settings.name,
         status_text(settings.status),
@@ -164,14 +186,22 @@ pub async fn create(
         settings.rate_limit_per_minute,
         data_key.kek_version,
         data_key.sealed,
-        now
+        now,
+        bps(settings.policy.rate_up_mbps),
+        bps(settings.policy.rate_down_mbps),
+        bps(settings.policy.device_rate_up_mbps),
+        bps(settings.policy.device_rate_down_mbps),
+        settings.policy.allow_intra_tenant,
+        &settings.policy.allow_private_destinations,
+        settings.policy.allow_smtp,
+        policy::over_quota_text(settings.policy.over_quota),
+        i64::from(settings.policy.throttle_kbps) * policy::KBIT,
     )
     .execute(tx.conn())
     .await
     .map_err(DbError::from)?;
-    let key = api_keys::create(&mut tx, &app.secrets, now, rng).await?;
-    note(&mut tx, actor, "tenant.create", json!({"name": settings.name})).await?;
-    tx.commit().await?;
+    let key = api_keys::create(tx, &app.secrets, now, rng).await?;
+    note(tx, actor, "tenant.create", json!({"name": settings.name})).await?;
     Ok((tenant(id, settings, now), key))
 }
 
@@ -188,30 +218,18 @@ pub async fn get(app: &App, id: TenantId) -> Result<Tenant, TenantError> {
 /// # Errors
 /// Those of the database.
 pub async fn list(sys: &PgPool, after: Option<TenantId>, limit: i64) -> Result<Vec<Tenant>, DbError> {
-    let rows = sqlx::query!(
+    let rows = sqlx::query_as!(
+        Row,
         "select tenant_id, name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user, rate_limit_per_minute,
-                whitelabel_config, created_at
+                whitelabel_config, created_at, rate_up_bps, rate_down_bps, device_rate_up_bps, device_rate_down_bps,
+                allow_intra_tenant, allow_private_destinations, allow_smtp, over_quota, throttle_bps
          from cvault.tenants where status <> 'deleted' and tenant_id > $1 order by tenant_id limit $2",
         after.map_or(Uuid::nil(), TenantId::uuid),
         limit
     )
     .fetch_all(sys)
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| {
-            let settings = Settings {
-                name: row.name,
-                status: parse_status(&row.status),
-                bandwidth_limit_gb: row.bandwidth_limit_bytes.map(|bytes| bytes / GB),
-                user_limit: row.user_limit,
-                max_devices_per_user: row.max_devices_per_user,
-                rate_limit_per_minute: row.rate_limit_per_minute,
-                whitelabel_config: object(row.whitelabel_config),
-            };
-            tenant(TenantId::from_uuid(row.tenant_id), settings, row.created_at)
-        })
-        .collect())
+    Ok(rows.into_iter().map(Row::into_tenant).collect())
 }
 
 /// Changes the fields that `request` names.
@@ -221,18 +239,22 @@ pub async fn list(sys: &PgPool, after: Option<TenantId>, limit: i64) -> Result<V
 pub async fn update(app: &App, id: TenantId, request: UpdateTenantRequest, actor: &Actor) -> Result<Tenant, Problem> {
     let mut tx = app.db.tenancy.begin(id).await?;
     let work = change(&mut tx, request, actor, app.clock.now()).await;
-    tx.finish(work).await
+    let (tenant, servers) = tx.finish(work).await?;
+    servers.into_iter().for_each(|server| app.nodes.policies_changed(server));
+    Ok(tenant)
 }
 
+/// Returns the servers that are to be told.
 async fn change(
     tx: &mut TenantTx,
     request: UpdateTenantRequest,
     actor: &Actor,
     now: OffsetDateTime,
-) -> Result<Tenant, Problem> {
+) -> Result<(Tenant, Vec<ServerId>), Problem> {
     let id = tx.tenant();
     let details = serde_json::to_value(&request).unwrap_or_default();
     let before = load(tx).await?;
+    let told = (before.policy.clone(), before.bandwidth_limit_gb);
     let settings = Settings {
         name: before.name,
         status: before.status,
@@ -241,11 +263,16 @@ async fn change(
         max_devices_per_user: before.max_devices_per_user,
         rate_limit_per_minute: before.rate_limit_per_minute,
         whitelabel_config: before.whitelabel_config,
+        policy: before.policy,
     }
     .changed(request)?;
+    let concerns_servers = told != (settings.policy.clone(), settings.bandwidth_limit_gb);
     sqlx::query!(
         "update cvault.tenants set name = $2, status = $3, bandwidth_limit_bytes = $4, user_limit = $5,
-             max_devices_per_user = $6, whitelabel_config = $7, rate_limit_per_minute = $8, updated_at = $9
+             max_devices_per_user = $6, whitelabel_config = $7, rate_limit_per_minute = $8, updated_at = $9,
+             rate_up_bps = $10, rate_down_bps = $11, device_rate_up_bps = $12, device_rate_down_bps = $13,
+             allow_intra_tenant = $14, allow_private_destinations = $15, allow_smtp = $16, over_quota = $17,
+             throttle_bps = $18, policy_revision = policy_revision + case when $19 then 1 else 0 end
          where tenant_id = $1",
         id.uuid(),
         settings.name,
@@ -255,21 +282,45 @@ async fn change(
         settings.max_devices_per_user,
         serde_json::Value::Object(settings.whitelabel_config.clone()),
         settings.rate_limit_per_minute,
-        now
+        now,
+        bps(settings.policy.rate_up_mbps),
+        bps(settings.policy.rate_down_mbps),
+        bps(settings.policy.device_rate_up_mbps),
+        bps(settings.policy.device_rate_down_mbps),
+        settings.policy.allow_intra_tenant,
+        &settings.policy.allow_private_destinations,
+        settings.policy.allow_smtp,
+        policy::over_quota_text(settings.policy.over_quota),
+        i64::from(settings.policy.throttle_kbps) * policy::KBIT,
+        concerns_servers
     )
     .execute(tx.conn())
     .await
     .map_err(DbError::from)?;
     note(tx, actor, "tenant.update", details).await?;
-    Ok(tenant(id, settings, before.created_at))
+    let servers = if concerns_servers { servers_of(tx).await? } else { Vec::new() };
+    Ok((tenant(id, settings, before.created_at), servers))
+}
+
+async fn servers_of(tx: &mut TenantTx) -> Result<Vec<ServerId>, DbError> {
+    let tenant = tx.tenant().uuid();
+    let servers = sqlx::query_scalar!(
+        "select distinct server_id from cvault.devices where tenant_id = $1 and status = 'active'",
+        tenant
+    )
+    .fetch_all(tx.conn())
+    .await?;
+    Ok(servers.into_iter().map(ServerId::from_uuid).collect())
 }
 
 /// The row, locked until the transaction ends.
 async fn load(tx: &mut TenantTx) -> Result<Tenant, TenantError> {
     let id = tx.tenant();
-    let row = sqlx::query!(
-        "select name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user, rate_limit_per_minute,
-                whitelabel_config, created_at
+    let row = sqlx::query_as!(
+        Row,
+        "select tenant_id, name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user, rate_limit_per_minute,
+                whitelabel_config, created_at, rate_up_bps, rate_down_bps, device_rate_up_bps, device_rate_down_bps,
+                allow_intra_tenant, allow_private_destinations, allow_smtp, over_quota, throttle_bps
          from cvault.tenants where tenant_id = $1 and status <> 'deleted' for no key update",
         id.uuid()
     )
@@ -277,16 +328,59 @@ async fn load(tx: &mut TenantTx) -> Result<Tenant, TenantError> {
     .await
     .map_err(DbError::from)?
     .ok_or(TenantError::NotFound)?;
-    let settings = Settings {
-        name: row.name,
-        status: parse_status(&row.status),
-        bandwidth_limit_gb: row.bandwidth_limit_bytes.map(|bytes| bytes / GB),
-        user_limit: row.user_limit,
-        max_devices_per_user: row.max_devices_per_user,
-        rate_limit_per_minute: row.rate_limit_per_minute,
-        whitelabel_config: object(row.whitelabel_config),
-    };
-    Ok(tenant(id, settings, row.created_at))
+    Ok(row.into_tenant())
+}
+
+struct Row {
+    tenant_id: Uuid,
+    name: String,
+    status: String,
+    bandwidth_limit_bytes: Option<i64>,
+    user_limit: Option<i32>,
+    max_devices_per_user: i32,
+    rate_limit_per_minute: Option<i32>,
+    whitelabel_config: serde_json::Value,
+    created_at: OffsetDateTime,
+    rate_up_bps: Option<i64>,
+    rate_down_bps: Option<i64>,
+    device_rate_up_bps: Option<i64>,
+    device_rate_down_bps: Option<i64>,
+    allow_intra_tenant: bool,
+    allow_private_destinations: Vec<String>,
+    allow_smtp: bool,
+    over_quota: String,
+    throttle_bps: i64,
+}
+
+impl Row {
+    fn into_tenant(self) -> Tenant {
+        let mbps = |bps: Option<i64>| bps.and_then(|bps| i32::try_from(bps / policy::MBIT).ok());
+        let settings = Settings {
+            name: self.name,
+            status: parse_status(&self.status),
+            bandwidth_limit_gb: self.bandwidth_limit_bytes.map(|bytes| bytes / GB),
+            user_limit: self.user_limit,
+            max_devices_per_user: self.max_devices_per_user,
+            rate_limit_per_minute: self.rate_limit_per_minute,
+            whitelabel_config: object(self.whitelabel_config),
+            policy: TenantPolicy {
+                rate_up_mbps: mbps(self.rate_up_bps),
+                rate_down_mbps: mbps(self.rate_down_bps),
+                device_rate_up_mbps: mbps(self.device_rate_up_bps),
+                device_rate_down_mbps: mbps(self.device_rate_down_bps),
+                allow_intra_tenant: self.allow_intra_tenant,
+                allow_private_destinations: self.allow_private_destinations,
+                allow_smtp: self.allow_smtp,
+                over_quota: policy::parse_over_quota(&self.over_quota),
+                throttle_kbps: i32::try_from(self.throttle_bps / policy::KBIT).unwrap_or(i32::MAX),
+            },
+        };
+        tenant(TenantId::from_uuid(self.tenant_id), settings, self.created_at)
+    }
+}
+
+fn bps(mbps: Option<i32>) -> Option<i64> {
+    mbps.map(|mbps| i64::from(mbps) * policy::MBIT)
 }
 
 async fn note(
@@ -310,6 +404,7 @@ fn tenant(id: TenantId, settings: Settings, created_at: OffsetDateTime) -> Tenan
         max_devices_per_user: settings.max_devices_per_user,
         rate_limit_per_minute: settings.rate_limit_per_minute,
         whitelabel_config: settings.whitelabel_config,
+        policy: settings.policy,
         created_at,
     }
 }

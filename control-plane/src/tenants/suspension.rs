@@ -58,14 +58,16 @@ pub async fn enforce(app: &App) -> Result<u64, DbError> {
 }
 
 /// Marks the tenants that have reached their limit of this month, UTC, and those that are below it again. Returns how many
-/// changed. What they have used is known to the minute (`usage_daily`).
+/// changed. What they have used is known to the minute (`usage_daily`); their traffic has ended before, at the byte, with its
+/// leases. A tenant whose traffic is throttled stays open.
 ///
 /// # Errors
 /// Those of the database.
 pub async fn mark_over_limit(sys: &PgPool, now: OffsetDateTime) -> Result<u64, DbError> {
     let changed = sqlx::query!(
         "with used as (
-             select t.tenant_id, t.bandwidth_limit_bytes <= (
+             -- 20 bytes are the smallest packet: with less left nothing passes any more
+             select t.tenant_id, t.over_quota = 'block' and t.bandwidth_limit_bytes - 20 < (
                  select coalesce(sum(u.rx_bytes + u.tx_bytes), 0) from cvault.usage_daily u
                  where u.tenant_id = t.tenant_id
                    and u.day >= date_trunc('month', $1::timestamptz, 'UTC')::date) as over
@@ -193,8 +195,8 @@ mod tests {
             .bind(bytes)
             .execute(&world.app.db.sys)
         };
-        used(2_000_000_000 - 2).await.unwrap();
-        assert_eq!((mark().await, enforce(&world.app).await.unwrap()), (0, 0), "one byte is left");
+        used(2_000_000_000 - 21).await.unwrap();
+        assert_eq!((mark().await, enforce(&world.app).await.unwrap()), (0, 0), "one packet is left");
         used(2_000_000_000 - 1).await.unwrap();
         assert_eq!((mark().await, enforce(&world.app).await.unwrap()), (1, 1));
         assert_eq!((mark().await, peers(&world, server).await), (0, 0));

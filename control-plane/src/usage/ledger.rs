@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use cvault_node_protocol::v1::UsageWindow;
 use cvault_types::ServerId;
 use sqlx::PgConnection;
-use time::OffsetDateTime;
+use time::{Date, OffsetDateTime, UtcOffset};
 use uuid::Uuid;
 
 use super::arithmetic::{self, MAX_PLAUSIBLE};
@@ -319,7 +319,8 @@ impl Entries {
             .collect();
         // before the bytes: they belong to the session that this handshake opens
         sessions::note_handshakes(conn, server, &handshakes, self.received_at).await?;
-        write_sessions(conn, &self.owners, &self.devices).await
+        write_sessions(conn, &self.owners, &self.devices).await?;
+        write_months(conn, &self.owners, &self.hours).await
     }
 }
 
@@ -419,6 +420,38 @@ async fn write_hours(
         &orphan_times,
         &orphan_rx,
         &orphan_tx,
+    )
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// What the limits are compared with; in the order of the tenants, as the leases lock them.
+async fn write_months(
+    conn: &mut PgConnection,
+    owners: &BTreeMap<Uuid, Owner>,
+    hours: &BTreeMap<(Uuid, OffsetDateTime), Values>,
+) -> Result<(), DbError> {
+    let mut sums: BTreeMap<(Uuid, Date), u64> = BTreeMap::new();
+    for ((device, hour), values) in hours {
+        let Some(owner) = owners.get(device) else { continue };
+        let month = hour.to_offset(UtcOffset::UTC).date().replace_day(1).expect("every month has a first day");
+        let sum = sums.entry((owner.tenant, month)).or_default();
+        *sum = sum.saturating_add(values.rx).saturating_add(values.tx);
+    }
+    if sums.is_empty() {
+        return Ok(());
+    }
+    let (tenants, months): (Vec<_>, Vec<_>) = sums.keys().copied().unzip();
+    let bytes: Vec<_> = sums.values().map(|sum| signed(*sum)).collect();
+    sqlx::query!(
+        "insert into platform.quota_months (tenant_id, month, bytes)
+         select * from unnest($1::uuid[], $2::date[], $3::bigint[])
+         on conflict on constraint quota_months_pkey do update
+         set bytes = least(quota_months.bytes::numeric + excluded.bytes, 9223372036854775807)::bigint",
+        &tenants,
+        &months,
+        &bytes,
     )
     .execute(conn)
     .await?;

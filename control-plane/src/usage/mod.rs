@@ -3,11 +3,13 @@
 //! Deliberately absent: any counting of packets (the servers do that) and any delta on the wire.
 
 pub mod arithmetic;
+pub mod drops;
 mod jobs;
+pub mod leases;
 mod ledger;
 mod report;
 
-pub use jobs::{Verified, ensure_partitions, refresh_daily, refresh_week, trim_windows, verify_ledger};
+pub use jobs::{Verified, ensure_partitions, refresh_daily, refresh_week, verify_ledger};
 pub use ledger::{Ingested, ingest};
 pub use report::{Day, Limits, Period, Totals, days, limits, totals};
 

@@ -34,6 +34,42 @@ async fn a_change_touches_only_what_it_names_and_null_takes_a_limit_away() {
 }
 
 #[tokio::test]
+async fn a_policy_has_closed_defaults_and_a_change_touches_only_what_it_names() {
+    let platform = Platform::start().await;
+    let policy = json!({"rate_down_mbps": 100, "allow_private_destinations": ["10.20.30.40/16", "fd00:7::/48"]});
+    let body = json!({"name": "Acme", "policy": policy});
+    let created = platform.admin("POST", "/admin/tenants").json(&body).send().await;
+    assert_eq!(created.status, 201, "{}", created.text);
+    let mut wanted = json!({"rate_up_mbps": null, "rate_down_mbps": 100, "device_rate_up_mbps": null,
+        "device_rate_down_mbps": null, "allow_intra_tenant": false, "allow_smtp": false, "over_quota": "block",
+        "allow_private_destinations": ["10.20.0.0/16", "fd00:7::/48"], "throttle_kbps": 1000});
+    assert_eq!(created.body["policy"], wanted);
+    let path = format!("/admin/tenants/{}", created.text("id"));
+    let change = json!({"policy": {"rate_down_mbps": null, "over_quota": "throttle", "throttle_kbps": 64}});
+    let changed = platform.admin("PATCH", &path).json(&change).send().await;
+    wanted["rate_down_mbps"] = Value::Null;
+    wanted["over_quota"] = json!("throttle");
+    wanted["throttle_kbps"] = json!(64);
+    assert_eq!(changed.body["policy"], wanted);
+    assert_eq!(platform.admin("GET", &path).send().await.body, changed.body);
+    let bad = json!({"policy": {"rate_up_mbps": 0, "device_rate_down_mbps": 100_001, "throttle_kbps": 63,
+        "allow_private_destinations": ["10.0.0.0/8", "169.254.169.254/32", "0.0.0.0/0"]}});
+    let refused = platform.admin("PATCH", &path).json(&bad).send().await;
+    let pointers: Vec<_> =
+        refused.body["errors"].as_array().unwrap().iter().map(|fault| fault["pointer"].as_str().unwrap()).collect();
+    let wanted = [
+        "/policy/rate_up_mbps",
+        "/policy/device_rate_down_mbps",
+        "/policy/throttle_kbps",
+        "/policy/allow_private_destinations/1",
+        "/policy/allow_private_destinations/2",
+    ];
+    assert_eq!(pointers, wanted, "{}", refused.text);
+    let unknown = platform.admin("PATCH", &path).json(&json!({"policy": {"allow_everything": true}})).send().await;
+    assert!(unknown.status.is_client_error());
+}
+
+#[tokio::test]
 async fn impossible_settings_are_all_named() {
     let platform = Platform::start().await;
     let body = json!({"name": "", "bandwidth_limit_gb": -1, "user_limit": -1, "max_devices_per_user": 1001,

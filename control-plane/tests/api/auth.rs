@@ -1,7 +1,8 @@
 //! Keys, secrets, tokens, passwords: the right ones work, and each wrong one has its exact answer.
 
+use cvault_control_plane::auth::passwords::{Passwords, Scheme};
 use cvault_control_plane::auth::tokens::{self, ClientToken};
-use cvault_types::{TenantId, UserId};
+use cvault_types::{Secret, TenantId, UserId};
 use serde_json::{Value, json};
 use sqlx::Connection;
 use time::Duration;
@@ -42,6 +43,32 @@ async fn a_user_registers_logs_in_refreshes_and_logs_out() {
     assert_eq!(after.status, 401, "{}", after.text);
     let elsewhere = refresh(&platform, &tenant, &registered.text("refresh_token")).await;
     assert_eq!(elsewhere.status, 200, "another login of the same user goes on");
+}
+
+#[tokio::test]
+async fn a_login_brings_an_old_hash_up_to_the_configured_scheme() {
+    let scheme = Scheme::Argon2id { memory_kib: 8192, passes: 1 };
+    let platform = Platform::with(|config| config.passwords = scheme).await;
+    let tenant = platform.tenant().await;
+    platform.register(&tenant, "a@example.com").await;
+    let old = Passwords::new(Scheme::Bcrypt { cost: 10 }).hash(Secret::new(PASSWORD)).await.unwrap();
+    let mut superuser = sqlx::PgConnection::connect_with(&platform.database.superuser()).await.unwrap();
+    let mut stored = async || -> String {
+        sqlx::query_scalar("select password_hash from cvault.users").fetch_one(&mut superuser).await.unwrap()
+    };
+    let first = stored().await;
+    assert!(first.starts_with("$argon2id$v=19$m=8192,t=1,p=1$"), "{first}");
+    let login = async |password: &str| {
+        platform.post(LOGIN, &login_body("a@example.com", password)).backend(&tenant).send().await.status.as_u16()
+    };
+    assert_eq!((login(PASSWORD).await, stored().await), (200, first), "what is as configured stays");
+    let mut connection = sqlx::PgConnection::connect_with(&platform.database.superuser()).await.unwrap();
+    sqlx::query("update cvault.users set password_hash = $1").bind(&old).execute(&mut connection).await.unwrap();
+    assert_eq!((login("another password").await, stored().await), (401, old.clone()));
+    assert_eq!(login(PASSWORD).await, 200);
+    let fresh = stored().await;
+    assert!(fresh.starts_with("$argon2id$"), "{fresh}");
+    assert_eq!(login(PASSWORD).await, 200);
 }
 
 #[tokio::test]

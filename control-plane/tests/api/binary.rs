@@ -18,7 +18,7 @@ const KEK: &str = "0707070707070707070707070707070707070707070707070707070707070
 const OTHER_KEK: &str = "0808080808080808080808080808080808080808080808080808080808080808";
 const DEADLINE: Duration = Duration::from_secs(60);
 
-fn program() -> Command {
+pub(crate) fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cvault-control-plane"));
     command.env_clear().env("PATH", "/usr/bin:/bin").stdin(Stdio::null()).current_dir("/");
     if let Some(bin) = std::env::var_os("CVAULT_PG_BIN") {
@@ -27,7 +27,7 @@ fn program() -> Command {
     command
 }
 
-fn serve(database: &ScratchDatabase, kek: &str) -> Command {
+pub(crate) fn serve(database: &ScratchDatabase, kek: &str) -> Command {
     let mut command = program();
     command.arg("serve").env("CVAULT_LISTEN", "127.0.0.1:0").env("CVAULT_NODE_LISTEN", "127.0.0.1:0");
     command.env("DATABASE_URL", database.url("cvault_app")).env("CVAULT_DATABASE_SYS_URL", database.url("cvault_sys"));
@@ -46,7 +46,7 @@ fn refused(mut command: Command) -> Vec<String> {
     text.lines().filter_map(|line| line.strip_prefix("error: ")).map(str::to_owned).collect()
 }
 
-fn eventually(what: &str, mut check: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut check: impl FnMut() -> bool) {
     let deadline = Instant::now() + DEADLINE;
     while !check() {
         assert!(Instant::now() < deadline, "{what} did not happen within {DEADLINE:?}");
@@ -212,7 +212,7 @@ fn read(dir: &Path, name: &str) -> String {
     fs::read_to_string(dir.join(name)).unwrap_or_default()
 }
 
-fn signal(pid: i32, signal: Signal) {
+pub(crate) fn signal(pid: i32, signal: Signal) {
     if let Some(pid) = Pid::from_raw(pid) {
         let _ = kill_process(pid, signal);
     }

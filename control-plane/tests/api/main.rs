@@ -9,5 +9,7 @@ mod devices;
 mod idempotency;
 mod limits;
 mod platform;
+mod portal;
 mod telemetry;
 mod throttle;
+mod transport;

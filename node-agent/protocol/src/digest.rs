@@ -3,8 +3,11 @@
 //! A sum, so that adding or removing one peer is one addition or subtraction, in any order; keyed, so that nobody can
 //! choose records that cancel; modulo 2^128 and not XOR, because XOR loses a record that is present twice.
 //! The same arithmetic stands in SQL (`platform.peer_record_digest` in `migrations/`); a test compares both.
+//! The policies of tenants have a plain hash of their own ([`of_policies`]): they are few, and always told whole first.
 
 use sha2::{Digest as _, Sha256};
+
+use crate::v1::TenantPolicy;
 
 /// What the digest covers of one peer. Byte order and field order are part of the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +64,20 @@ impl PeerRecord {
         let out = Sha256::new().chain_update(key).chain_update(inner).finalize();
         u128::from_be_bytes(out[..16].try_into().expect("SHA-256 has 32 bytes"))
     }
+}
+
+/// The digest of all policies of a server: SHA-256 over (tenant, revision), in the order of the tenants. A tenant and its
+/// revision stand for the content.
+#[must_use]
+pub fn of_policies<'a>(policies: impl Iterator<Item = &'a TenantPolicy>) -> [u8; 32] {
+    let mut records: Vec<_> = policies.map(|policy| (&policy.tenant_id, policy.revision)).collect();
+    records.sort_unstable();
+    let mut hash = Sha256::new();
+    for (tenant, revision) in records {
+        hash.update(tenant);
+        hash.update(revision.to_be_bytes());
+    }
+    hash.finalize().into()
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What is told to the control plane: usage at every tick, the applied state at once; and what its answers mean.
 
-use cvault_node_protocol::v1;
+use cvault_node_protocol::{MAX_WINDOW_PEERS, v1};
 
 use super::{Agent, MAX_SILENCES, STATE_EVERY_TICKS, retry_instant};
 use crate::clock::Moment;
@@ -10,16 +10,27 @@ use crate::report::{self, Lane, Reported};
 use crate::tunnel;
 use crate::uapi::DeviceStatus;
 
+/// Reading every peer of a full server takes half a second: then its drops are read with each inspection only.
+const FEW_PEERS: usize = 5_000;
+const DROPS_EVERY_TICKS: u32 = 5;
+
 impl Agent {
     pub(super) async fn on_tick(&mut self) {
         self.reports.state_due |= self.ticks_since_state >= STATE_EVERY_TICKS;
         self.ticks_since_state += 1;
         self.read_counters().await;
+        self.ticks_to_drops = self.ticks_to_drops.saturating_sub(1);
+        if self.ticks_to_drops == 0 && self.saved.as_ref().is_some_and(|saved| saved.desired.peers().len() <= FEW_PEERS)
+        {
+            self.read_drops().await;
+        }
         let device = self.ask_tunnel().await;
         if let Some(device) = &device {
             metrics::tunnel(device, self.meter.spool.waiting_bytes());
         }
         self.report_usage(Some(device.unwrap_or_default()));
+        self.settle_leases().await;
+        self.ask_leases().await;
     }
 
     pub(super) async fn read_counters(&mut self) {
@@ -41,6 +52,29 @@ impl Agent {
             tracing::debug!(%error, "the tunnel keeps its journal for now");
         }
         saved.desired.forget_retired(|life| pass.counted.contains(life));
+        self.quota.metered_epoch = pass.epoch;
+    }
+
+    /// What the tunnel dropped of each peer, as far as it has changed.
+    pub(super) async fn read_drops(&mut self) {
+        self.ticks_to_drops = DROPS_EVERY_TICKS;
+        let Some(saved) = self.saved.as_ref().filter(|_| self.engine.is_up()) else { return };
+        let Ok(running) = self.engine.uapi().peers().await else { return };
+        for peer in running.into_iter().filter(|peer| !peer.drops.is_empty()) {
+            let life = peer.life();
+            let Some(device_id) = saved.desired.device_of(&life) else { continue };
+            if self.drops_told.get(&life) == Some(&peer.drops) {
+                continue;
+            }
+            self.drops_told.insert(life, peer.drops.clone());
+            let told = v1::PeerDrops {
+                device_id: device_id.to_vec().into(),
+                generation: life.generation,
+                packets: peer.drops.into_iter().collect(),
+            };
+            self.drops_waiting.insert(device_id, told);
+        }
+        self.drops_told.retain(|life, _| saved.desired.device_of(life).is_some());
     }
 
     /// Sends what waits; with the server's health when the tunnel was asked.
@@ -51,7 +85,13 @@ impl Agent {
                 let spool_bytes = self.meter.spool.waiting_bytes();
                 let uptime = self.started.elapsed();
                 let health = device.map(|device| report::health(uptime, self.engine.restarts, spool_bytes, device));
-                let request = v1::ReportRequest { windows, health, ..v1::ReportRequest::default() };
+                let mut drops = Vec::new();
+                while drops.len() < MAX_WINDOW_PEERS
+                    && let Some((_, next)) = self.drops_waiting.pop_first()
+                {
+                    drops.push(next);
+                }
+                let request = v1::ReportRequest { windows, health, drops, ..v1::ReportRequest::default() };
                 self.reports.send(Lane::Usage, session, request);
             }
             Err(error) => tracing::error!(error = crate::chain(&error), "the usage spool cannot be read"),
@@ -106,6 +146,14 @@ impl Agent {
             Err(status) => {
                 metrics::reported("failed");
                 tracing::warn!(code = %status.code(), said = status.message(), "a report failed");
+                if reported.lane == Lane::Lease {
+                    self.on_lease_answer(None).await;
+                }
+                if reported.lane == Lane::Usage {
+                    // whatever it held is told anew
+                    self.drops_told.clear();
+                    self.drops_waiting.clear();
+                }
                 if reported.lane == Lane::State {
                     self.reports.state_due = true;
                     self.retry_at = Some(retry_instant());
@@ -114,6 +162,9 @@ impl Agent {
             }
         };
         metrics::reported("answered");
+        if reported.lane == Lane::Lease {
+            self.on_lease_answer(Some(&answer)).await;
+        }
         if let Err(error) = self.meter.spool.acknowledge(&answer.acked, Moment::now().wall_ms) {
             tracing::error!(
                 error = crate::chain(&error),
@@ -135,11 +186,13 @@ impl Agent {
         } else if reported.lane == Lane::Usage && !answer.acked.is_empty() && self.meter.spool.has_unacknowledged() {
             // More is waiting: do not wait for the next tick.
             self.report_usage(None);
+        } else if reported.lane == Lane::Usage {
+            self.ask_leases().await;
         }
     }
 
     /// Gives the engine what it misses; after the control plane's confirmation also takes what it should not have.
-    async fn synchronise(&mut self) {
+    pub(super) async fn synchronise(&mut self) {
         let Some(saved) = self.saved.as_ref().filter(|_| self.engine.is_up()) else { return };
         if let Err(refusal) = self.engine.synchronise(&saved.desired).await {
             tracing::error!(%refusal, "the engine could not be given the committed peers; trying again");
@@ -155,5 +208,6 @@ impl Agent {
         }
         self.engine.doubt();
         self.synchronise().await;
+        self.read_drops().await;
     }
 }

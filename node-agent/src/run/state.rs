@@ -67,11 +67,38 @@ impl Agent {
                 let plan = self.desired().and_then(|saved| saved.desired.plan_delta(&delta));
                 self.apply(delta.target, plan).await;
             }
+            Some(StateEvent::Policies(policies)) => self.on_policies(policies).await,
             // The watcher acts on GoAway itself; a Ping only shows that the stream lives.
             Some(StateEvent::Ping(_) | StateEvent::GoAway(_)) => {}
             None => self.refuse(None, &Refusal::UnknownMessage),
         }
         Ok(())
+    }
+
+    /// A message that does not fit what was told before is answered by a new stream, which tells everything.
+    async fn on_policies(&mut self, message: v1::Policies) {
+        let Some(saved) = self.saved.as_mut() else { return };
+        let change = match saved.desired.policies.take(message) {
+            Ok(Some(change)) => change,
+            Ok(None) => return,
+            Err(refusal) => {
+                self.refuse(None, &refusal);
+                return self.reopen();
+            }
+        };
+        if change.is_empty() {
+            return;
+        }
+        tracing::info!(changed = change.upserted.len(), removed = change.removed.len(), "policies of tenants");
+        if let Err(error) = self.store.append_policies(saved) {
+            tracing::error!(%error, "the state file cannot be written: policies are forgotten by a restart until it can");
+        }
+        if let Err(error) = self.engine.police(&saved.desired, &change).await {
+            tracing::error!(error = crate::chain(&error), "the engine did not take the policies; trying again");
+            self.engine.doubt();
+            self.synchronise().await;
+        }
+        self.ask_leases().await;
     }
 
     fn desired(&self) -> Result<&Saved, Refusal> {
@@ -159,6 +186,7 @@ impl Agent {
         );
         self.reports.state_due = true;
         self.resume.send_modify(|resume| resume.cursor = Some(change.target));
+        self.ask_leases().await;
     }
 
     /// Keeps the old state and tells why. A wrong change is not asked for again: the one that repairs it arrives as a gap.

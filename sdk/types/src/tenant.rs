@@ -16,6 +16,85 @@ pub enum TenantStatus {
     Deleted,
 }
 
+/// What happens to a tenant's traffic when its month is used up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OverQuota {
+    /// It stops at the byte.
+    #[default]
+    Block,
+    /// It goes on at `throttle_kbps`, each device and direction.
+    Throttle,
+}
+
+/// What a tenant's traffic may do. Addresses of the servers themselves and metadata services are always closed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TenantPolicy {
+    /// All devices on one server together, Mbit/s from them; null: no limit.
+    pub rate_up_mbps: Option<i32>,
+    /// … and to them.
+    pub rate_down_mbps: Option<i32>,
+    /// Each device, Mbit/s from it; null: no limit.
+    pub device_rate_up_mbps: Option<i32>,
+    /// … and to it.
+    pub device_rate_down_mbps: Option<i32>,
+    /// The tenant's devices on a server reach each other.
+    pub allow_intra_tenant: bool,
+    /// Private prefixes that its devices reach behind the server, such as `10.20.0.0/16`.
+    pub allow_private_destinations: Vec<String>,
+    /// TCP port 25.
+    pub allow_smtp: bool,
+    pub over_quota: OverQuota,
+    pub throttle_kbps: i32,
+}
+
+impl Default for TenantPolicy {
+    fn default() -> Self {
+        Self {
+            rate_up_mbps: None,
+            rate_down_mbps: None,
+            device_rate_up_mbps: None,
+            device_rate_down_mbps: None,
+            allow_intra_tenant: false,
+            allow_private_destinations: Vec::new(),
+            allow_smtp: false,
+            over_quota: OverQuota::Block,
+            throttle_kbps: 1_000,
+        }
+    }
+}
+
+/// Absent fields stay as they are; `null` takes a limit away.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UpdateTenantPolicy {
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<i32>, minimum = 1, maximum = 100_000)]
+    pub rate_up_mbps: Option<Option<i32>>,
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<i32>, minimum = 1, maximum = 100_000)]
+    pub rate_down_mbps: Option<Option<i32>>,
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<i32>, minimum = 1, maximum = 100_000)]
+    pub device_rate_up_mbps: Option<Option<i32>>,
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<i32>, minimum = 1, maximum = 100_000)]
+    pub device_rate_down_mbps: Option<Option<i32>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow_intra_tenant: Option<bool>,
+    /// Replaces the list. At most 64 prefixes inside 10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, 100.64.0.0/10 or fc00::/7.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(max_items = 64)]
+    pub allow_private_destinations: Option<Vec<String>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow_smtp: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub over_quota: Option<OverQuota>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 64, maximum = 100_000_000)]
+    pub throttle_kbps: Option<i32>,
+}
+
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateTenantRequest {
@@ -39,6 +118,9 @@ pub struct CreateTenantRequest {
     /// `active` (default) or `trial`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<TenantStatus>,
+    /// What its traffic may do; absent fields have their defaults.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<UpdateTenantPolicy>,
 }
 
 /// Absent fields stay as they are; `null` takes a limit away.
@@ -64,6 +146,9 @@ pub struct UpdateTenantRequest {
     /// `active`, `trial` or `suspended`; a tenant is deleted with DELETE.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<TenantStatus>,
+    /// In force on all servers within a second, for traffic that flows too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<UpdateTenantPolicy>,
 }
 
 /// Tells `null` from an absent field.
@@ -82,6 +167,7 @@ pub struct Tenant {
     pub rate_limit_per_minute: Option<i32>,
     #[schema(value_type = Object)]
     pub whitelabel_config: serde_json::Map<String, serde_json::Value>,
+    pub policy: TenantPolicy,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
 }

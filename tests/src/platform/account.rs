@@ -1,6 +1,7 @@
 //! Tenants, users, devices and usage, by the API's own calls.
 
 use anyhow::{Context, Result, bail};
+use reqwest::Method;
 use serde_json::{Value, json};
 
 use super::client::Counters;
@@ -108,6 +109,13 @@ impl Admin {
     pub fn create_tenant_request(&self, name: &str) -> Request {
         Request::post("/admin/tenants", &json!({ "name": name }))
             .header("Authorization", &format!("Bearer {}", self.token))
+    }
+
+    pub fn update_tenant_request(&self, tenant: &Tenant, changes: &Value) -> Request {
+        Request::new(Method::PATCH, &format!("/admin/tenants/{}", tenant.id))
+            .header("Authorization", &format!("Bearer {}", self.token))
+            .header("Content-Type", "application/json")
+            .raw_body(changes.to_string().into_bytes())
     }
 
     pub(super) fn create_tenant(&self, lab: &Lab, http: &Http, name: &str) -> Result<Tenant> {

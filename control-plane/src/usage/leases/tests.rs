@@ -1,0 +1,255 @@
+//! Leases against a real database, with agents that lose answers, die and start again: never a byte beyond the limit.
+
+use cvault_node_protocol::v1::{PeerUsage, UsageWindow};
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+
+use super::*;
+use crate::devices::Registered;
+use crate::testing::{Person, World};
+use crate::usage;
+
+const GB: i64 = 1_000_000_000;
+
+async fn set_limit(world: &World, person: Person, bytes: Option<i64>) {
+    let mut superuser = world.superuser().await;
+    sqlx::query("update cvault.tenants set bandwidth_limit_bytes = $2 where tenant_id = $1")
+        .bind(person.tenant.uuid())
+        .bind(bytes)
+        .execute(&mut superuser)
+        .await
+        .unwrap();
+}
+
+/// One device on one server as its agent sees it.
+struct Peer {
+    server: ServerId,
+    device: Uuid,
+    generation: u64,
+    epoch: Uuid,
+    sequence: u64,
+    until: u64,
+    total: u64,
+    window: u64,
+}
+
+impl Peer {
+    fn new(server: ServerId, device: &Registered) -> Self {
+        let generation = device.revision;
+        let device = device.id.uuid();
+        let window = u64::from(rand::random::<u32>()) << 16;
+        Self { server, device, generation, epoch: Uuid::from_u128(1), sequence: 0, until: 0, total: 0, window }
+    }
+
+    fn state(&self) -> LeaseState {
+        LeaseState {
+            device_id: self.device.as_bytes().to_vec().into(),
+            generation: self.generation,
+            sequence: self.sequence,
+            until: self.until,
+            total: self.total,
+            wanted: true,
+        }
+    }
+
+    fn question(&self, complete: bool) -> Leases {
+        Leases { counter_epoch: self.epoch.as_bytes().to_vec().into(), peers: vec![self.state()], complete }
+    }
+
+    async fn ask(&self, world: &World, question: &Leases, now: OffsetDateTime) -> Vec<LeaseGrant> {
+        let mut tx = Tx::begin(&world.app.db.sys).await.unwrap();
+        let grants = lease(&mut tx, self.server, question, now).await.unwrap();
+        tx.commit().await.unwrap();
+        grants
+    }
+
+    fn take(&mut self, grants: &[LeaseGrant]) {
+        for grant in grants {
+            assert_eq!(grant.device_id, self.device.as_bytes().as_slice());
+            (self.sequence, self.until) = (grant.sequence, grant.until);
+        }
+    }
+
+    async fn renew(&mut self, world: &World) {
+        let grants = self.ask(world, &self.question(false), world.app.clock.now()).await;
+        self.take(&grants);
+    }
+
+    async fn report(&mut self, world: &World) {
+        self.window += 1;
+        let window = UsageWindow {
+            counter_epoch: self.epoch.as_bytes().to_vec().into(),
+            sequence: self.window,
+            age_start_ms: 100,
+            age_end_ms: 0,
+            peers: vec![PeerUsage {
+                device_id: self.device.as_bytes().to_vec().into(),
+                generation: self.generation,
+                rx_bytes: self.total / 3,
+                tx_bytes: self.total - self.total / 3,
+                handshake_age_ms: u64::MAX,
+                ..PeerUsage::default()
+            }],
+        };
+        let mut tx = Tx::begin(&world.app.db.sys).await.unwrap();
+        let done = usage::ingest(&mut tx, self.server, &[window], world.app.clock.now()).await.unwrap();
+        assert_eq!(done.implausible, 0);
+        tx.commit().await.unwrap();
+    }
+}
+
+async fn billed(world: &World, person: Person) -> i64 {
+    let sum = "select coalesce(sum(rx_bytes + tx_bytes), 0)::bigint from cvault.usage_hourly where tenant_id = $1";
+    let month = "select bytes from platform.quota_months where tenant_id = $1";
+    let one = async |query: &'static str| {
+        sqlx::query_scalar::<_, i64>(query).bind(person.tenant.uuid()).fetch_one(&world.app.db.sys).await.unwrap()
+    };
+    let billed = one(sum).await;
+    assert_eq!(billed, one(month).await, "the month is the sum of its hours");
+    billed
+}
+
+#[tokio::test]
+async fn one_device_comes_to_the_limit_and_not_a_byte_further_in_shrinking_steps() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    set_limit(&world, person, Some(GB)).await;
+    let device = world.register(person, "d").await.unwrap();
+    let mut peer = Peer::new(server, &device);
+    let mut steps = Vec::new();
+    loop {
+        let before = peer.until;
+        peer.renew(&world).await;
+        if peer.until == before {
+            break;
+        }
+        steps.push(peer.until - before);
+        peer.total = peer.until;
+        if steps.len() % 3 == 0 {
+            peer.report(&world).await;
+        }
+    }
+    assert_eq!(steps[0], 10_000_000, "a hundredth of the limit");
+    assert!(steps.iter().rev().nth(1).unwrap() < &2_000_000, "near the limit less: {steps:?}");
+    assert_eq!(peer.total, GB as u64);
+    peer.report(&world).await;
+    assert_eq!(billed(&world, person).await, GB);
+    peer.renew(&world).await;
+    assert_eq!(peer.until, GB as u64);
+    set_limit(&world, person, Some(GB + 5_000)).await;
+    peer.renew(&world).await;
+    assert_eq!(peer.until, GB as u64 + 5_000, "a raised limit is leased at once");
+    // the next month begins with nothing used
+    let next = world.app.clock.now() + time::Duration::days(32);
+    let grants = peer.ask(&world, &peer.question(false), next).await;
+    assert!(grants[0].until > GB as u64 + 5_000 && !grants[0].scarce);
+    set_limit(&world, person, None).await;
+    assert!(peer.ask(&world, &peer.question(false), next).await.is_empty(), "without a limit there is no lease");
+}
+
+#[tokio::test]
+async fn a_foreign_device_and_another_life_get_nothing() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    set_limit(&world, person, Some(GB)).await;
+    let device = world.register(person, "d").await.unwrap();
+    let second = world.server("s2", "default", "lab-2").await;
+    for wrong in [
+        Peer { server: second, ..Peer::new(server, &device) },
+        Peer { generation: device.revision + 1, ..Peer::new(server, &device) },
+        Peer { device: Uuid::from_u128(9), ..Peer::new(server, &device) },
+    ] {
+        assert!(wrong.ask(&world, &wrong.question(false), world.app.clock.now()).await.is_empty());
+    }
+    sqlx::query("update cvault.tenants set status = 'suspended'").execute(&mut world.superuser().await).await.unwrap();
+    let peer = Peer::new(server, &device);
+    assert!(peer.ask(&world, &peer.question(false), world.app.clock.now()).await.is_empty());
+}
+
+#[tokio::test]
+async fn what_is_given_back_or_was_never_used_goes_to_others() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    set_limit(&world, person, Some(20_000_000)).await;
+    let (first, second) = (world.register(person, "a").await.unwrap(), world.register(person, "b").await.unwrap());
+    let (mut idle, mut busy) = (Peer::new(server, &first), Peer::new(server, &second));
+    idle.renew(&world).await;
+    assert!(idle.until > 0);
+    let drain = async |busy: &mut Peer| loop {
+        let before = busy.until;
+        busy.renew(&world).await;
+        busy.total = busy.until;
+        if busy.until == before {
+            return;
+        }
+    };
+    drain(&mut busy).await;
+    assert_eq!(busy.total + idle.until, 20_000_000);
+    // an answer was lost: the agent does not know the newest grant, so it cannot give it back
+    let mut late = idle.question(false);
+    late.peers[0].sequence -= 1;
+    late.peers[0].until = 0;
+    late.peers[0].wanted = false;
+    idle.ask(&world, &late, world.app.clock.now()).await;
+    drain(&mut busy).await;
+    assert_eq!(busy.total + idle.until, 20_000_000);
+    let mut back = idle.question(false);
+    back.peers[0].until = 1_000;
+    back.peers[0].wanted = false;
+    let grants = idle.ask(&world, &back, world.app.clock.now()).await;
+    assert!(grants[0].scarce);
+    idle.take(&grants);
+    assert_eq!(idle.until, 1_000);
+    drain(&mut busy).await;
+    assert_eq!(busy.total + 1_000, 20_000_000);
+    // the idle one is gone: a complete list without it settles what it never used, but not before it can be late
+    let whole = Leases { peers: vec![busy.state()], ..busy.question(true) };
+    busy.report(&world).await;
+    busy.ask(&world, &whole, world.app.clock.now()).await;
+    drain(&mut busy).await;
+    assert_eq!(busy.total + 1_000, 20_000_000);
+    busy.ask(&world, &whole, world.app.clock.now() + time::Duration::minutes(1)).await;
+    drain(&mut busy).await;
+    assert_eq!(busy.total, 20_000_000);
+}
+
+#[tokio::test]
+async fn agents_that_lose_answers_and_die_at_any_moment_never_pass_the_limit() {
+    let (world, first) = World::with_server().await;
+    let second = world.server("s2", "default", "lab-2").await;
+    let person = world.person().await;
+    let limit = 50_000_000;
+    set_limit(&world, person, Some(limit)).await;
+    let mut peers = Vec::new();
+    for name in ["a", "b", "c", "d"] {
+        let device = world.register(person, name).await.unwrap();
+        let server = if device.server.id == first { first } else { second };
+        peers.push(Peer::new(server, &device));
+    }
+    let seed = rand::random();
+    let mut rng = StdRng::seed_from_u64(seed);
+    for step in 0..600 {
+        let at = rng.random_range(0..peers.len());
+        let peer = &mut peers[at];
+        match rng.random_range(0..10) {
+            // traffic, as far as the engine lets it
+            0..4 => peer.total += rng.random_range(0..=peer.until.saturating_sub(peer.total)),
+            4..7 => peer.renew(&world).await,
+            // the answer is lost
+            7 => drop(peer.ask(&world, &peer.question(false), world.app.clock.now()).await),
+            8 => peer.report(&world).await,
+            // the agent dies; the engine goes on, and says what it enforces
+            _ => peer.sequence = 0,
+        }
+        let used: u64 = peers.iter().map(|peer| peer.total).sum();
+        assert!(used <= limit.unsigned_abs(), "step {step} of seed {seed}");
+    }
+    for peer in &mut peers {
+        for _ in 0..100 {
+            peer.renew(&world).await;
+            peer.total = peer.until;
+        }
+        peer.report(&world).await;
+    }
+    assert_eq!(billed(&world, person).await, limit, "seed {seed}");
+}
