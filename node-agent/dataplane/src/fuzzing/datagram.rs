@@ -114,8 +114,9 @@ impl Net {
             1 => self.forged(input, place)?,
             2 => {
                 let inner = input.chunk()?.to_vec();
-                let (is_packet, before, drops) = (!inner.is_empty(), self.delivered_bytes, self.server.drops());
+                let is_packet = !inner.is_empty();
                 let message = self.encrypt(inner);
+                let (before, drops) = (self.delivered_bytes, self.server.drops());
                 self.receive(&message, place);
                 let counted = self.delivered_bytes > before || self.server.drops() > drops;
                 assert_eq!(counted, is_packet, "delivered or dropped, unless it is a keepalive");
