@@ -61,6 +61,11 @@ const TASKS: &[Task] = &[
         every: Duration::from_secs(6 * 3600),
         run: |app| Box::pin(async move { usage::ensure_partitions(&app.db.sys).await }),
     },
+    Task {
+        name: "note_key_uses",
+        every: Duration::from_secs(15),
+        run: |app| Box::pin(async move { app.uses.flush(&app.db.sys).await }),
+    },
     Task { name: "trim", every: Duration::from_secs(600), run: |app| Box::pin(async move { trim(&app).await }) },
 ];
 

@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use axum::extract::Request;
 use cvault_types::{RequestId, TenantId};
+use http::HeaderValue;
 use http::uri::PathAndQuery;
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
@@ -23,6 +24,8 @@ pub struct RequestContext {
     pub id: RequestId,
     pub tenant: OnceLock<TenantId>,
     pub rate: OnceLock<Decision>,
+    /// The caller's origin, when its tenant has allowed it.
+    pub origin: OnceLock<HeaderValue>,
     /// When the request's head was complete.
     arrived: Instant,
     /// Method, path and query.
@@ -53,6 +56,7 @@ impl RequestContext {
             id: RequestId::from_uuid(Uuid::now_v7()),
             tenant: OnceLock::new(),
             rate: OnceLock::new(),
+            origin: OnceLock::new(),
             arrived: Instant::now(),
             // without scheme and host: HTTP/2 sends them, HTTP/1.1 does not
             line: format!("{} {}", request.method(), request.uri().path_and_query().map_or("/", PathAndQuery::as_str)),
@@ -87,6 +91,16 @@ pub(crate) fn identified(tenant: TenantId, decision: Decision) {
     });
     if noted.is_err() {
         tracing::debug!("identified outside of a request");
+    }
+}
+
+/// Notes that the caller's tenant lets pages of this origin read its answers.
+pub(crate) fn origin_allowed(origin: &HeaderValue) {
+    let noted = CONTEXT.try_with(|context| {
+        context.origin.get_or_init(|| origin.clone());
+    });
+    if noted.is_err() {
+        tracing::debug!("an origin outside of a request");
     }
 }
 

@@ -12,8 +12,8 @@ use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, REFERRER_POLICY, X_CONTEN
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use tokio::sync::Semaphore;
 
-use super::Problem;
 use super::context::RequestContext;
+use super::{Problem, cors};
 use crate::metrics;
 
 /// Longer than the 30 s that `Prefer: wait` may ask for, shorter than a load balancer's patience.
@@ -146,6 +146,9 @@ fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
     headers.insert(X_FRAME_OPTIONS, HeaderValue::from_static("DENY"));
     headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    if let Some(origin) = context.origin.get() {
+        cors::allow(headers, origin.clone());
+    }
     if let Some(rate) = context.rate.get() {
         // draft-ietf-httpapi-ratelimit-headers
         let policy = format!("\"tenant\";q={};w=60", rate.quota);

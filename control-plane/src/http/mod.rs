@@ -3,6 +3,7 @@
 //! Handlers parse, authorise and call an operation of a noun's folder; there is no SQL here.
 
 pub mod context;
+pub mod cors;
 pub mod cursor;
 pub mod extract;
 pub mod health_cache;
@@ -15,5 +16,5 @@ pub mod router;
 pub mod routes;
 pub mod serve;
 
-pub use extract::{Admin, Caller, Json, Path, Query, TenantKey};
+pub use extract::{Admin, Caller, ClientKey, Json, Path, Query, TenantKey};
 pub use problem::Problem;

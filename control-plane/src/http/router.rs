@@ -8,7 +8,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::extract::MAX_BODY_BYTES;
 use super::middleware::InFlight;
-use super::{Problem, middleware, openapi, routes};
+use super::{Problem, cors, middleware, openapi, routes};
 use crate::app::App;
 
 /// About a second's work of the database; those that wait for an activation hold no connection.
@@ -24,6 +24,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .merge(routes::vpn::router()) // /api/v1/vpn/{connect,disconnect,status}
         .merge(routes::servers::router()) // GET /api/v1/servers
         .merge(routes::usage::router()) // GET /api/v1/usage
+        .merge(routes::users::router()) // /api/v1/users
 }
 
 /// The whole API, ready to be served.
@@ -32,6 +33,7 @@ pub fn api(app: App) -> Router {
     router
         .fallback(async || Problem::new(ErrorCode::NotFound))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(axum::middleware::from_fn(cors::preflight))
         .layer(axum::middleware::from_fn_with_state(InFlight::at_most(MAX_IN_FLIGHT), middleware::own_task))
         .with_state(app)
 }

@@ -22,7 +22,7 @@ use crate::http::Problem;
 use crate::tenancy::TenantTx;
 
 pub use delete::delete;
-pub use suspension::{enforce as enforce_suspensions, mark_over_limit};
+pub use suspension::{enforce as enforce_suspensions, enforce_users, mark_over_limit};
 
 /// Decimal, as bandwidth is sold: 1 GB = 10⁹ bytes.
 const GB: i64 = 1_000_000_000;

@@ -4,6 +4,7 @@
 //! exists here or nowhere.
 #![forbid(unsafe_code)]
 
+pub mod api_key;
 pub mod auth;
 pub mod device;
 pub mod error_code;
@@ -14,6 +15,7 @@ pub mod secret;
 pub mod server;
 pub mod tenant;
 pub mod usage;
+pub mod user;
 pub mod vpn;
 
 pub use error_code::ErrorCode;

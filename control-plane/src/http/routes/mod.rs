@@ -6,4 +6,5 @@ pub mod devices;
 pub mod health;
 pub mod servers;
 pub mod usage;
+pub mod users;
 pub mod vpn;
