@@ -69,6 +69,8 @@ where schema = 'cvault' and i.indisunique
   -- found before the tenant is known; none may claim another's
   and not (i.indexrelid::regclass::text = 'cvault.api_keys_key_text'
            and pg_get_indexdef(i.indexrelid) = 'CREATE UNIQUE INDEX api_keys_key_text ON cvault.api_keys USING btree (key_text)')
+  and not (i.indexrelid::regclass::text = 'cvault.tenant_admins_email'
+           and pg_get_indexdef(i.indexrelid) = 'CREATE UNIQUE INDEX tenant_admins_email ON cvault.tenant_admins USING btree (email)')
   and not exists (
     select from pg_attribute a where a.attrelid = t.oid and a.attnum = i.indkey[0] and a.attname = 'tenant_id')
 union all

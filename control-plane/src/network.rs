@@ -8,6 +8,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Network(IpAddr);
 
+impl From<Network> for ipnet::IpNet {
+    fn from(network: Network) -> Self {
+        let length = if network.0.is_ipv4() { 32 } else { 64 };
+        Self::new_assert(network.0, length)
+    }
+}
+
 impl Network {
     #[must_use]
     pub fn of(ip: IpAddr) -> Self {

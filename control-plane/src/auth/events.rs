@@ -1,8 +1,8 @@
-//! One row for each authentication attempt of a tenant's user (guide §3.6).
+//! One row for each authentication attempt of a tenant's user or portal account (guide §3.6).
 
 use std::net::IpAddr;
 
-use cvault_types::{RequestId, UserId};
+use cvault_types::{RequestId, TenantAdminId, UserId};
 use uuid::Uuid;
 
 use crate::db::DbError;
@@ -18,12 +18,52 @@ pub struct AuthEvent {
     pub request_id: RequestId,
 }
 
+/// The same of somebody who manages the tenant.
+#[derive(Debug, Clone, Copy)]
+pub struct AdminEvent {
+    pub kind: AuthKind,
+    pub outcome: Outcome,
+    pub admin: Option<TenantAdminId>,
+    pub client_ip: Option<IpAddr>,
+    pub request_id: RequestId,
+}
+
 #[derive(Debug, Clone, Copy)]
 pub enum AuthKind {
     Register,
     Login,
     Refresh,
     Logout,
+    PortalSignup,
+    PortalLogin,
+    PortalRefresh,
+    PortalLogout,
+    PortalEmailVerify,
+    PortalPasswordReset,
+    PortalPasswordChange,
+    PortalStepUp,
+    /// A session was ended by the risk check.
+    PortalRisk,
+}
+
+impl AuthKind {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Register => "register",
+            Self::Login => "login",
+            Self::Refresh => "refresh",
+            Self::Logout => "logout",
+            Self::PortalSignup => "portal_signup",
+            Self::PortalLogin => "portal_login",
+            Self::PortalRefresh => "portal_refresh",
+            Self::PortalLogout => "portal_logout",
+            Self::PortalEmailVerify => "portal_email_verify",
+            Self::PortalPasswordReset => "portal_password_reset",
+            Self::PortalPasswordChange => "portal_password_change",
+            Self::PortalStepUp => "portal_step_up",
+            Self::PortalRisk => "portal_risk",
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -35,32 +75,53 @@ pub enum Outcome {
     Limited,
 }
 
+impl Outcome {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Success => "success",
+            Self::Failure => "failure",
+            Self::Reuse => "reuse",
+            Self::Limited => "limited",
+        }
+    }
+}
+
 /// Adds the event to the transaction's tenant.
 ///
 /// # Errors
 /// Those of the database.
 pub async fn record(tx: &mut TenantTx, event: AuthEvent) -> Result<(), DbError> {
     let tenant = tx.tenant().uuid();
-    let kind = match event.kind {
-        AuthKind::Register => "register",
-        AuthKind::Login => "login",
-        AuthKind::Refresh => "refresh",
-        AuthKind::Logout => "logout",
-    };
-    let outcome = match event.outcome {
-        Outcome::Success => "success",
-        Outcome::Failure => "failure",
-        Outcome::Reuse => "reuse",
-        Outcome::Limited => "limited",
-    };
     sqlx::query!(
         "insert into cvault.auth_events (tenant_id, event_id, kind, outcome, user_id, client_ip, request_id)
          values ($1, $2, $3, $4, $5, $6, $7)",
         tenant,
         Uuid::now_v7(),
-        kind,
-        outcome,
+        event.kind.as_str(),
+        event.outcome.as_str(),
         event.user.map(UserId::uuid),
+        event.client_ip.map(ipnet::IpNet::from),
+        event.request_id.uuid()
+    )
+    .execute(tx.conn())
+    .await?;
+    Ok(())
+}
+
+/// Adds the event to the transaction's tenant.
+///
+/// # Errors
+/// Those of the database.
+pub async fn record_admin(tx: &mut TenantTx, event: AdminEvent) -> Result<(), DbError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "insert into cvault.auth_events (tenant_id, event_id, kind, outcome, admin_id, client_ip, request_id)
+         values ($1, $2, $3, $4, $5, $6, $7)",
+        tenant,
+        Uuid::now_v7(),
+        event.kind.as_str(),
+        event.outcome.as_str(),
+        event.admin.map(TenantAdminId::uuid),
         event.client_ip.map(ipnet::IpNet::from),
         event.request_id.uuid()
     )

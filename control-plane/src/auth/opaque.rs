@@ -1,5 +1,6 @@
 //! Random credentials as text: a prefix, hexadecimal digits, and a CRC-32 that tells a mistyped one without a look into
-//! the database. `cvk_` API key (160 bits), `cvs_` API secret (256), `cvr_` refresh token (256).
+//! the database. `cvk_` API key (160 bits), `cvs_` API secret (256), `cvr_` refresh token (256), `cvb_` portal
+//! session of a browser (256), `cvl_` mailed link (256), `cvc_` answered challenge (256).
 
 use cvault_types::Secret;
 use rand::CryptoRng;
@@ -15,6 +16,9 @@ pub struct Kind {
 pub const API_KEY: Kind = Kind { prefix: "cvk_", bytes: 20 };
 pub const API_SECRET: Kind = Kind { prefix: "cvs_", bytes: 32 };
 pub const REFRESH_TOKEN: Kind = Kind { prefix: "cvr_", bytes: 32 };
+pub const SESSION_COOKIE: Kind = Kind { prefix: "cvb_", bytes: 32 };
+pub const LINK: Kind = Kind { prefix: "cvl_", bytes: 32 };
+pub const CHALLENGE_TOKEN: Kind = Kind { prefix: "cvc_", bytes: 32 };
 
 impl Kind {
     /// Draws a new one.

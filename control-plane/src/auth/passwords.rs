@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
+use crate::http::Problem;
 use crate::metrics;
 
 /// Required by the guide, §3.6.
@@ -22,6 +23,16 @@ const COST: u32 = 12;
 const WAITING_PER_CORE: usize = 20;
 /// The hash of 32 random bytes nobody kept; checked in the place of an unknown user's, so that both take the same time.
 const NOBODY: &str = "$2b$12$49o4uvkpZ3rDrQbwWLaxxuI5LRxY2ooe8uC87Tg400ajLdXM0.Y.K";
+
+/// Adds a fault at `pointer` when `password` is too short or too long to be chosen.
+#[must_use]
+pub fn checked(problem: Problem, pointer: &str, password: &Secret) -> Problem {
+    match password.expose().chars().count() {
+        0..8 => problem.field(pointer, "too_short", "must have 8 characters or more"),
+        8..=128 => problem,
+        _ => problem.field(pointer, "too_long", "must have 128 characters or fewer"),
+    }
+}
 
 /// The bounded pool.
 #[derive(Debug)]

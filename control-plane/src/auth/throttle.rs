@@ -8,7 +8,7 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use cvault_types::{ErrorCode, TenantId};
+use cvault_types::{ErrorCode, TenantAdminId, TenantId};
 use sha2::{Digest, Sha256};
 
 use crate::http::Problem;
@@ -26,6 +26,8 @@ const ACCOUNT: Allowance = Allowance { count: 20, window: Duration::from_secs(30
 const PUBLIC_CALLS: Allowance = Allowance::per_minute(30);
 /// Users registered so.
 const PUBLIC_REGISTRATIONS: Allowance = Allowance { count: 10, window: Duration::from_secs(600) };
+/// Requests of one person in the portal. Not the tenant's own allowance: a busy API must not lock its people out.
+const PORTAL: Allowance = Allowance::per_minute(300);
 
 /// One for the process.
 #[derive(Debug, Default)]
@@ -36,6 +38,7 @@ pub struct Throttles {
     credentials: Limiter<Network>,
     logins: Limiter<(TenantId, Network)>,
     accounts: Limiter<Account>,
+    portal: Limiter<TenantAdminId>,
 }
 
 /// A digest: the table holds no addresses, and each key has one size.
@@ -48,6 +51,13 @@ impl Account {
         let text = email.to_ascii_lowercase();
         let digest = Sha256::new().chain_update(tenant.uuid().as_bytes()).chain_update(text).finalize();
         Self(std::array::from_fn(|index| digest[index]))
+    }
+}
+
+impl Account {
+    #[must_use]
+    pub fn bytes(self) -> [u8; 16] {
+        self.0
     }
 }
 
@@ -89,6 +99,11 @@ impl Throttles {
     pub fn public_registration(&self, tenant: TenantId, ip: Option<IpAddr>) -> Result<(), Problem> {
         let Some(network) = ip.map(Network::of) else { return Ok(()) };
         refuse(self.public_registrations.charge((tenant, network), PUBLIC_REGISTRATIONS, Instant::now()))
+    }
+
+    /// Counts a request of somebody who is logged in to the portal.
+    pub fn portal(&self, admin: TenantAdminId) -> Decision {
+        self.portal.charge(admin, PORTAL, Instant::now())
     }
 
     /// Asked before a login or a registration.

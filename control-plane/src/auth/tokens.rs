@@ -3,7 +3,7 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use cvault_types::{ErrorCode, Secret, TenantId, UserId};
+use cvault_types::{ErrorCode, Secret, TenantAdminId, TenantId, UserId};
 use jsonwebtoken::{Algorithm, Header, Validation};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,7 @@ pub const ACCESS_SECONDS: u64 = 15 * 60;
 /// Seconds an admin token lives.
 pub const ADMIN_SECONDS: u64 = 12 * 3600;
 const CLIENT: &str = "client";
+const PORTAL: &str = "portal";
 const ADMIN: &str = "admin";
 
 /// Claims of a user's access token.
@@ -29,6 +30,20 @@ struct ClientClaims {
     /// The tenant.
     tid: TenantId,
     /// The refresh family this token was given with.
+    sid: Uuid,
+    iat: i64,
+    exp: i64,
+    jti: Uuid,
+}
+
+/// Claims of the access token of a portal session.
+#[derive(Debug, Serialize, Deserialize)]
+struct PortalClaims {
+    iss: String,
+    aud: String,
+    sub: TenantAdminId,
+    tid: TenantId,
+    /// The session.
     sid: Uuid,
     iat: i64,
     exp: i64,
@@ -52,6 +67,14 @@ pub struct ClientToken {
     pub user: UserId,
 }
 
+/// The session a verified portal token belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PortalToken {
+    pub tenant: TenantId,
+    pub admin: TenantAdminId,
+    pub session: Uuid,
+}
+
 /// A token for a tenant's user, valid for [`ACCESS_SECONDS`].
 #[must_use]
 pub fn mint_client(key: &TokenKey, issuer: &str, who: ClientToken, family: Uuid, now: OffsetDateTime) -> Secret {
@@ -64,6 +87,25 @@ pub fn mint_client(key: &TokenKey, issuer: &str, who: ClientToken, family: Uuid,
             sub: who.user,
             tid: who.tenant,
             sid: family,
+            iat,
+            exp: iat + ACCESS_SECONDS.cast_signed(),
+            jti: Uuid::now_v7(),
+        },
+    )
+}
+
+/// A token for a program that uses the portal, valid for [`ACCESS_SECONDS`].
+#[must_use]
+pub fn mint_portal(key: &TokenKey, issuer: &str, who: PortalToken, now: OffsetDateTime) -> Secret {
+    let iat = now.unix_timestamp();
+    sign(
+        key,
+        &PortalClaims {
+            iss: issuer.to_owned(),
+            aud: PORTAL.to_owned(),
+            sub: who.admin,
+            tid: who.tenant,
+            sid: who.session,
             iat,
             exp: iat + ACCESS_SECONDS.cast_signed(),
             jti: Uuid::now_v7(),
@@ -94,6 +136,16 @@ pub fn verify_client(key: &TokenKey, issuer: &str, token: &str, now: OffsetDateT
     let claims: ClientClaims = verify(key, issuer, CLIENT, token)?;
     not_expired(claims.exp, now)?;
     Ok(ClientToken { tenant: claims.tid, user: claims.sub })
+}
+
+/// Whether the session still lives is for the database to say.
+///
+/// # Errors
+/// As [`verify_client`].
+pub fn verify_portal(key: &TokenKey, issuer: &str, token: &str, now: OffsetDateTime) -> Result<PortalToken, Problem> {
+    let claims: PortalClaims = verify(key, issuer, PORTAL, token)?;
+    not_expired(claims.exp, now)?;
+    Ok(PortalToken { tenant: claims.tid, admin: claims.sub, session: claims.sid })
 }
 
 /// The subject of an admin token.

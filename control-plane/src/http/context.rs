@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::extract::single;
 use super::limit::Decision;
+use crate::portal::sessions::Seen;
 
 tokio::task_local! {
     /// Set for the whole task of a request.
@@ -33,6 +34,18 @@ pub struct RequestContext {
     /// `None`: there is none. `Some(None)`: there is one, and it is malformed.
     idempotency_key: Option<Option<String>>,
     body_digest: OnceLock<[u8; 32]>,
+    /// Of a request to the portal only.
+    sensitive: Option<(Option<String>, Seen)>,
+}
+
+/// What a request that may be challenged brings.
+#[derive(Debug)]
+pub(crate) struct Sensitive {
+    /// `X-Challenge-Token`.
+    pub(crate) token: Option<String>,
+    /// SHA-256 of method, path, query and body: what a challenge is bound to.
+    pub(crate) digest: [u8; 32],
+    pub(crate) seen: Seen,
 }
 
 /// A request's `Idempotency-Key`, and what it was sent with.
@@ -52,6 +65,11 @@ impl RequestContext {
             .headers()
             .contains_key(header)
             .then(|| single(request.headers(), header).filter(|key| (1..=255).contains(&key.len())).map(str::to_owned));
+        let sensitive = request
+            .uri()
+            .path()
+            .starts_with("/api/v1/tenant/")
+            .then(|| (single(request.headers(), "x-challenge-token").map(str::to_owned), Seen::of(request)));
         Self {
             id: RequestId::from_uuid(Uuid::now_v7()),
             tenant: OnceLock::new(),
@@ -62,7 +80,13 @@ impl RequestContext {
             line: format!("{} {}", request.method(), request.uri().path_and_query().map_or("/", PathAndQuery::as_str)),
             idempotency_key: key,
             body_digest: OnceLock::new(),
+            sensitive,
         }
+    }
+
+    fn fingerprint(&self) -> [u8; 32] {
+        let body = self.body_digest.get().copied().unwrap_or_default();
+        Sha256::new().chain_update(&self.line).chain_update([0]).chain_update(body).finalize().into()
     }
 
     /// Runs `work` as the work of this request.
@@ -104,10 +128,10 @@ pub(crate) fn origin_allowed(origin: &HeaderValue) {
     }
 }
 
-/// Notes what the body was, for the fingerprint of an idempotent request.
+/// Notes what the body was, for the fingerprint of a request that is idempotent or may be challenged.
 pub(super) fn body_was(bytes: &[u8]) {
     let noted = CONTEXT.try_with(|context| {
-        if context.idempotency_key.is_some() {
+        if context.idempotency_key.is_some() || context.sensitive.is_some() {
             context.body_digest.get_or_init(|| Sha256::digest(bytes).into());
         }
     });
@@ -121,10 +145,18 @@ pub(super) fn idempotency() -> Option<Idempotency> {
     CONTEXT
         .try_with(|context| {
             let key = context.idempotency_key.clone()?;
-            let body = context.body_digest.get().copied().unwrap_or_default();
-            let fingerprint =
-                Sha256::new().chain_update(&context.line).chain_update([0]).chain_update(body).finalize().into();
-            Some(Idempotency { key, fingerprint })
+            Some(Idempotency { key, fingerprint: context.fingerprint() })
+        })
+        .ok()
+        .flatten()
+}
+
+/// What the request brings for a challenge; nothing outside of the portal's paths.
+pub(crate) fn sensitive() -> Option<Sensitive> {
+    CONTEXT
+        .try_with(|context| {
+            let (token, seen) = context.sensitive.clone()?;
+            Some(Sensitive { token, digest: context.fingerprint(), seen })
         })
         .ok()
         .flatten()

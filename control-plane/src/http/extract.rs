@@ -12,6 +12,10 @@ use http::request::Parts;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 
+mod portal;
+
+pub use portal::Portal;
+
 use super::{Problem, context};
 use crate::app::App;
 use crate::auth::api_keys::{self, AuthenticatedKey, Proof};
@@ -118,7 +122,7 @@ impl FromRequestParts<App> for Admin {
     }
 }
 
-fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {
+pub(super) fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {
     let missing =
         || Problem::new(ErrorCode::InvalidToken).detail("An Authorization header `Bearer <token>` is needed, once.");
     let text = single(headers, AUTHORIZATION.as_str()).ok_or_else(missing)?;

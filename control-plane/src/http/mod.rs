@@ -2,6 +2,7 @@
 //!
 //! Handlers parse, authorise and call an operation of a noun's folder; there is no SQL here.
 
+pub mod browser;
 pub mod context;
 pub mod cors;
 pub mod cursor;
@@ -16,5 +17,5 @@ pub mod router;
 pub mod routes;
 pub mod serve;
 
-pub use extract::{Admin, Caller, ClientKey, Json, Path, Query, TenantKey};
+pub use extract::{Admin, Caller, ClientKey, Json, Path, Portal, Query, TenantKey};
 pub use problem::Problem;

@@ -3,15 +3,19 @@
 //! Two texts: `detail` is what the caller may read; what the operator needs is logged where the problem is made.
 
 use axum::response::{IntoResponse, Response};
-use http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
-use http::{HeaderValue, StatusCode};
+use http::header::{CONTENT_TYPE, RETRY_AFTER, SET_COOKIE, WWW_AUTHENTICATE};
+use http::{HeaderName, HeaderValue, StatusCode};
 use time::OffsetDateTime;
 
+use cvault_types::portal::Challenge;
 use cvault_types::problem::{FieldFault, Limit, ProblemBody};
 use cvault_types::{ErrorCode, RequestId};
 
-use super::context;
+use super::{browser, context};
 use crate::db::DbError;
+
+/// With every `SESSION_TERMINATED`: a client forgets what it knows of the session.
+const SESSION_TERMINATED: HeaderName = HeaderName::from_static("x-session-terminated");
 
 /// An error on its way to the caller. Boxed: it travels in every `Result` of the API.
 #[derive(Debug, Clone)]
@@ -25,6 +29,7 @@ struct Parts {
     limit: Option<Limit>,
     retry_after_seconds: Option<u64>,
     allow: Option<HeaderValue>,
+    challenge: Option<Challenge>,
 }
 
 impl Problem {
@@ -37,6 +42,7 @@ impl Problem {
             limit: None,
             retry_after_seconds: None,
             allow: None,
+            challenge: None,
         }))
     }
 
@@ -85,6 +91,12 @@ impl Problem {
         self
     }
 
+    #[must_use]
+    pub fn challenge(mut self, challenge: Challenge) -> Self {
+        self.0.challenge = Some(challenge);
+        self
+    }
+
     pub(super) fn allow(mut self, allow: Option<HeaderValue>) -> Self {
         self.0.allow = allow;
         self
@@ -129,6 +141,7 @@ impl Problem {
             retryable: self.0.code.retryable(),
             errors: self.0.errors.clone(),
             limit: self.0.limit.clone(),
+            challenge: self.0.challenge.clone(),
         }
     }
 }
@@ -143,6 +156,12 @@ fn default_detail(code: ErrorCode) -> &'static str {
         ErrorCode::TokenReused => {
             "This refresh token was used before. All tokens of this login are revoked; log in again."
         }
+        ErrorCode::SessionTerminated => "This session was ended. Log in again.",
+        ErrorCode::ChallengeRequired => {
+            "Show that it is you: answer the challenge, then send the request again with X-Challenge-Token."
+        }
+        ErrorCode::InsufficientScope => "Your role does not allow this.",
+        ErrorCode::OriginNotAllowed => "A page of another origin sent this request.",
         ErrorCode::TenantSuspended => "This tenant is suspended.",
         ErrorCode::NotFound => "There is nothing here under this address, or it is not yours.",
         ErrorCode::MethodNotAllowed => "This address does not answer this method.",
@@ -206,6 +225,10 @@ impl IntoResponse for Problem {
         }
         if let Some(allow) = self.0.allow {
             headers.insert(http::header::ALLOW, allow);
+        }
+        if self.0.code == ErrorCode::SessionTerminated {
+            headers.insert(SESSION_TERMINATED, HeaderValue::from_static("true"));
+            headers.insert(SET_COOKIE, HeaderValue::from_static(browser::EXPIRED_COOKIE));
         }
         if status == StatusCode::UNAUTHORIZED {
             let scheme = if self.0.code == ErrorCode::InvalidApiKey {

@@ -10,6 +10,7 @@ use crate::app::App;
 use crate::auth::{api_keys, refresh};
 use crate::db::DbError;
 use crate::devices::{self, RevokeError};
+use crate::portal::accounts;
 use crate::tenancy::TenantTx;
 
 /// Devices looked up at once; each is withdrawn in a transaction of its own.
@@ -31,7 +32,7 @@ pub async fn delete(app: &App, id: TenantId, actor: &Actor) -> Result<(), Tenant
     }
 }
 
-/// From here nobody of the tenant gets in.
+/// From here nobody of the tenant gets in, neither its users nor its own people, whose addresses are free again.
 async fn close(app: &App, id: TenantId) -> Result<(), TenantError> {
     let now = app.clock.now();
     let mut tx = app.db.tenancy.begin(id).await?;
@@ -48,6 +49,7 @@ async fn close(app: &App, id: TenantId) -> Result<(), TenantError> {
     }
     api_keys::revoke_all(&mut tx, now).await?;
     refresh::revoke_all(&mut tx, now).await?;
+    accounts::delete_all(&mut tx).await?;
     Ok(tx.commit().await?)
 }
 

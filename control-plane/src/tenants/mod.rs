@@ -146,10 +146,24 @@ pub async fn create(
     actor: &Actor,
     rng: &mut impl CryptoRng,
 ) -> Result<(Tenant, NewKey), TenantError> {
-    let id = TenantId::from_uuid(Uuid::now_v7());
-    let now = app.clock.now();
+    let mut tx = app.db.tenancy.begin(TenantId::from_uuid(Uuid::now_v7())).await?;
+    let made = create_in(&mut tx, app, settings, actor, rng).await;
+    tx.finish(made).await
+}
+
+/// Makes the tenant of the transaction, which was begun for a fresh id.
+///
+/// # Errors
+/// Those of the database.
+pub async fn create_in(
+    tx: &mut TenantTx,
+    app: &App,
+    settings: Settings,
+    actor: &Actor,
+    rng: &mut impl CryptoRng,
+) -> Result<(Tenant, NewKey), TenantError> {
+    let (id, now) = (tx.tenant(), app.clock.now());
     let data_key = app.keys.new_data_key(id, rng);
-    let mut tx = app.db.tenancy.begin(id).await?;
     sqlx::query!(
         "insert into cvault.tenants (tenant_id, name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user,
              whitelabel_config, rate_limit_per_minute, data_key_version, data_key_sealed, created_at, updated_at)
@@ -169,9 +183,8 @@ pub async fn create(
     .execute(tx.conn())
     .await
     .map_err(DbError::from)?;
-    let key = api_keys::create(&mut tx, &app.secrets, now, rng).await?;
-    note(&mut tx, actor, "tenant.create", json!({"name": settings.name})).await?;
-    tx.commit().await?;
+    let key = api_keys::create(tx, &app.secrets, now, rng).await?;
+    note(tx, actor, "tenant.create", json!({"name": settings.name})).await?;
     Ok((tenant(id, settings, now), key))
 }
 

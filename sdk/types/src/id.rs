@@ -123,10 +123,18 @@ ids! {
     SessionId = "ses";
     /// An API key of a tenant.
     ApiKeyId = "key";
+    /// A person of a tenant who uses the portal.
+    TenantAdminId = "adm";
+    /// A login of such a person.
+    PortalSessionId = "pss";
+    /// A step-up challenge.
+    ChallengeId = "chl";
     /// An address pool.
     PoolId = "pol";
     /// One HTTP request, as answered in `X-Request-Id`.
     RequestId = "req";
+    /// A mail on its way, or given up.
+    MailId = "eml";
 }
 
 #[cfg(test)]

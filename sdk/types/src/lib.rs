@@ -10,6 +10,7 @@ pub mod device;
 pub mod error_code;
 pub mod health;
 pub mod id;
+pub mod portal;
 pub mod problem;
 pub mod secret;
 pub mod server;
@@ -19,5 +20,10 @@ pub mod user;
 pub mod vpn;
 
 pub use error_code::ErrorCode;
-pub use id::{ApiKeyId, DeviceId, PoolId, RequestId, ServerId, SessionId, TenantId, UserId};
+pub use id::MailId;
+pub use id::{
+    ApiKeyId, ChallengeId, DeviceId, PoolId, PortalSessionId, RequestId, ServerId, SessionId, TenantAdminId, TenantId,
+    UserId,
+};
+pub use portal::TenantRole;
 pub use secret::Secret;

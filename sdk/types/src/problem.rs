@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 
+use crate::portal::Challenge;
 use crate::{ErrorCode, RequestId};
 
 /// Why a request was refused (`application/problem+json`).
@@ -24,6 +25,9 @@ pub struct ProblemBody {
     pub errors: Vec<FieldFault>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<Limit>,
+    /// With `CHALLENGE_REQUIRED`: what to answer before the request is sent again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub challenge: Option<Challenge>,
 }
 
 /// One fault of one field.

@@ -17,7 +17,7 @@ use crate::app::App;
 use crate::auth::api_keys::Proof;
 use crate::auth::email::Email;
 use crate::auth::events::{self, AuthEvent, AuthKind, Outcome};
-use crate::auth::passwords::PasswordError;
+use crate::auth::passwords::{self, PasswordError};
 use crate::auth::refresh::{self, Family, Taken};
 use crate::auth::throttle::Account;
 use crate::auth::tokens::{self, ClientToken};
@@ -274,11 +274,7 @@ fn checked(body: &RegisterRequest) -> Result<(Email, Secret), Problem> {
     if email.is_none() {
         problem = problem.field("/email", "invalid_format", "must be an e-mail address");
     }
-    match body.password.expose().chars().count() {
-        0..8 => problem = problem.field("/password", "too_short", "must have 8 characters or more"),
-        8..=128 => {}
-        _ => problem = problem.field("/password", "too_long", "must have 128 characters or fewer"),
-    }
+    problem = passwords::checked(problem, "/password", &body.password);
     match email {
         Some(email) => problem.or_ok((email, body.password.clone())),
         None => Err(problem),

@@ -1,0 +1,107 @@
+//! Somebody of a tenant, logged in to the portal: a browser's cookie, or a program's bearer token.
+
+use axum::extract::FromRequestParts;
+use cvault_types::{ErrorCode, PortalSessionId, RequestId, TenantAdminId, TenantId, TenantRole};
+use http::Method;
+use http::header::AUTHORIZATION;
+use http::request::Parts;
+use uuid::Uuid;
+
+use super::bearer;
+use crate::app::App;
+use crate::auth::{opaque, tokens};
+use crate::http::serve::Peer;
+use crate::http::{Problem, browser, context};
+use crate::portal::sessions::{self, Credential, Found};
+
+/// Whoever calls `/api/v1/tenant/*`. A suspended tenant's people may read, and change nothing.
+#[derive(Debug, Clone, Copy)]
+pub struct Portal {
+    pub tenant: TenantId,
+    pub admin: TenantAdminId,
+    pub role: TenantRole,
+    pub session: Uuid,
+    pub request_id: RequestId,
+}
+
+impl Portal {
+    /// # Errors
+    /// `INSUFFICIENT_SCOPE` for a role that does not cover `needed`.
+    pub fn require(&self, needed: TenantRole) -> Result<(), Problem> {
+        if self.role.covers(needed) {
+            return Ok(());
+        }
+        let (needed, role) = (needed.as_str(), self.role.as_str());
+        Err(Problem::new(ErrorCode::InsufficientScope)
+            .detail(format!("This needs the role {needed} or a higher one; yours is {role}.")))
+    }
+
+    /// How the audit log names the caller.
+    #[must_use]
+    pub fn actor(&self) -> String {
+        self.admin.to_string()
+    }
+
+    #[must_use]
+    pub fn session_id(&self) -> PortalSessionId {
+        PortalSessionId::from_uuid(self.session)
+    }
+
+    /// The session behind the request's credentials, also of a suspended tenant.
+    pub(crate) async fn find(parts: &Parts, app: &App) -> Result<Found, Problem> {
+        let ip = Peer::of(parts).ip();
+        app.throttles.before_credentials(ip)?;
+        let found = match credential(parts, app) {
+            Ok(credential) => sessions::find(app, credential).await,
+            Err(problem) => Err(problem),
+        };
+        let found = found.inspect_err(|problem| {
+            if matches!(problem.code(), ErrorCode::InvalidToken | ErrorCode::TokenExpired) {
+                app.throttles.credentials_failed(ip);
+            }
+        })?;
+        let decision = app.throttles.portal(found.token.admin);
+        context::identified(found.token.tenant, decision);
+        if !decision.allowed {
+            let (max, seconds) = (i64::from(decision.quota), decision.retry_after_seconds);
+            return Err(Problem::new(ErrorCode::RateLimited)
+                .limit("requests_per_minute", max, max)
+                .retry_after(seconds));
+        }
+        sessions::seen(app, &found, ip).await?;
+        Ok(found)
+    }
+}
+
+fn credential(parts: &Parts, app: &App) -> Result<Credential, Problem> {
+    let headers = &parts.headers;
+    if headers.contains_key(AUTHORIZATION) {
+        let token = bearer(headers)?;
+        let (key, issuer) = (&app.secrets.token_key, &app.config.public_url);
+        return Ok(Credential::Token(tokens::verify_portal(key, issuer, token, app.clock.now())?));
+    }
+    let cookie = browser::session_cookie(headers).filter(|text| opaque::SESSION_COOKIE.is_well_formed(text));
+    let cookie = cookie.ok_or_else(|| {
+        Problem::new(ErrorCode::InvalidToken).detail("A session cookie or an Authorization header is needed.")
+    })?;
+    browser::same_origin(&parts.method, headers, &app.config.public_url)?;
+    Ok(Credential::cookie(&app.secrets, cookie))
+}
+
+impl FromRequestParts<App> for Portal {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        let found = Self::find(parts, app).await?;
+        if found.suspended && !matches!(parts.method, Method::GET | Method::HEAD) {
+            return Err(Problem::new(ErrorCode::TenantSuspended));
+        }
+        Ok(Self {
+            tenant: found.token.tenant,
+            admin: found.token.admin,
+            role: found.role,
+            session: found.token.session,
+            request_id: context::request_id(),
+        })
+    }
+}

@@ -1,0 +1,59 @@
+//! Mails to people: written into the outbox by the transaction that wants them, sent afterwards by a periodic task.
+//!
+//! A mail exists if and only if its transaction was committed, and is sent at least once: twice only when a replica dies,
+//! or its mail server stops answering, between the mail's last byte and the note that it was delivered. Its
+//! `Message-ID` is the same then. Address and link lie sealed in the database and are destroyed on delivery.
+//!
+//! Deliberately absent: mails to the end users of tenants, who are the tenants' to talk to.
+
+mod outbox;
+
+pub use outbox::{EnqueueError, enqueue};
+
+use cvault_types::Secret;
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+
+use crate::auth::email::Email;
+
+/// What somebody is to be told.
+#[derive(Debug, Clone)]
+pub struct Mail {
+    pub to: Email,
+    pub kind: Kind,
+    pub data: Data,
+}
+
+/// Which template; also a column of the outbox and a label of metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    VerifyEmail,
+    ResetPassword,
+    /// Tells the owner of an account that its password is another one now.
+    PasswordChanged,
+}
+
+/// What the templates are filled with.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Data {
+    /// Where to go: a whole URL of ours, with its single-use token.
+    pub link: Secret,
+    /// What the link is good for ends then; a mail that could not be sent before is given up.
+    #[serde(with = "time::serde::rfc3339")]
+    pub valid_until: OffsetDateTime,
+}
+
+impl Kind {
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::VerifyEmail => "verify_email",
+            Self::ResetPassword => "reset_password",
+            Self::PasswordChanged => "password_changed",
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        [Self::VerifyEmail, Self::ResetPassword, Self::PasswordChanged].into_iter().find(|kind| kind.as_str() == text)
+    }
+}

@@ -1,0 +1,160 @@
+//! Accounts of people who use the portal. An address belongs to one account of the whole platform.
+
+use cvault_types::{TenantAdminId, TenantId, TenantRole};
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::auth::email::Email;
+use crate::db::DbError;
+use crate::tenancy::TenantTx;
+
+/// An account as its own tenant sees it.
+#[derive(Debug)]
+pub struct Account {
+    pub id: TenantAdminId,
+    pub email: String,
+    pub email_verified: bool,
+    pub role: TenantRole,
+    pub active: bool,
+    pub password_hash: Option<String>,
+}
+
+/// Whose an address is.
+#[derive(Debug, Clone, Copy)]
+pub struct Owner {
+    pub tenant: TenantId,
+    pub admin: TenantAdminId,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    #[error("somebody has an account with this e-mail address")]
+    EmailTaken,
+    #[error(transparent)]
+    Db(#[from] DbError),
+}
+
+/// Looks across tenants, with role `cvault_sys`.
+///
+/// # Errors
+/// Those of the database.
+pub async fn find(sys: &PgPool, email: &Email) -> Result<Option<Owner>, DbError> {
+    let row = sqlx::query!("select tenant_id, admin_id from cvault.tenant_admins where email = $1", email.as_str())
+        .fetch_optional(sys)
+        .await?;
+    Ok(row.map(|row| Owner {
+        tenant: TenantId::from_uuid(row.tenant_id),
+        admin: TenantAdminId::from_uuid(row.admin_id),
+    }))
+}
+
+/// # Errors
+/// Those of the database.
+pub async fn load(tx: &mut TenantTx, admin: TenantAdminId) -> Result<Option<Account>, DbError> {
+    let tenant = tx.tenant().uuid();
+    let row = sqlx::query!(
+        r#"select email, email_verified_at is not null as "email_verified!", role, status, password_hash
+           from cvault.tenant_admins where tenant_id = $1 and admin_id = $2"#,
+        tenant,
+        admin.uuid()
+    )
+    .fetch_optional(tx.conn())
+    .await?;
+    Ok(row.map(|row| Account {
+        id: admin,
+        email: row.email,
+        email_verified: row.email_verified,
+        role: TenantRole::parse(&row.role).unwrap_or(TenantRole::Viewer),
+        active: row.status == "active",
+        password_hash: row.password_hash,
+    }))
+}
+
+/// Adds an account to the transaction's tenant.
+///
+/// # Errors
+/// [`CreateError::EmailTaken`], also by another tenant's account.
+pub async fn create(
+    tx: &mut TenantTx,
+    email: &Email,
+    password_hash: &str,
+    role: TenantRole,
+    now: OffsetDateTime,
+) -> Result<TenantAdminId, CreateError> {
+    let admin = TenantAdminId::from_uuid(Uuid::now_v7());
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "insert into cvault.tenant_admins (tenant_id, admin_id, email, password_hash, role, password_changed_at, created_at)
+         values ($1, $2, $3, $4, $5, $6, $6)",
+        tenant,
+        admin.uuid(),
+        email.as_str(),
+        password_hash,
+        role.as_str(),
+        now
+    )
+    .execute(tx.conn())
+    .await
+    .map_err(|error| {
+        let error = DbError::from(error);
+        if error.constraint() == Some("tenant_admins_email") { CreateError::EmailTaken } else { error.into() }
+    })?;
+    Ok(admin)
+}
+
+/// # Errors
+/// Those of the database.
+pub async fn set_password(
+    tx: &mut TenantTx,
+    admin: TenantAdminId,
+    password_hash: &str,
+    now: OffsetDateTime,
+) -> Result<(), DbError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "update cvault.tenant_admins set password_hash = $3, password_changed_at = $4
+         where tenant_id = $1 and admin_id = $2",
+        tenant,
+        admin.uuid(),
+        password_hash,
+        now
+    )
+    .execute(tx.conn())
+    .await?;
+    Ok(())
+}
+
+/// Whoever opened a link mailed to `email` reads it; an address that was changed meanwhile proves nothing.
+///
+/// # Errors
+/// Those of the database.
+pub async fn set_email_verified(
+    tx: &mut TenantTx,
+    admin: TenantAdminId,
+    email: &str,
+    now: OffsetDateTime,
+) -> Result<bool, DbError> {
+    let tenant = tx.tenant().uuid();
+    let done = sqlx::query!(
+        "update cvault.tenant_admins set email_verified_at = coalesce(email_verified_at, $4)
+         where tenant_id = $1 and admin_id = $2 and email = $3 and status = 'active'",
+        tenant,
+        admin.uuid(),
+        email,
+        now
+    )
+    .execute(tx.conn())
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Removes every account of the transaction's tenant, with its sessions.
+///
+/// # Errors
+/// Those of the database.
+pub async fn delete_all(tx: &mut TenantTx) -> Result<(), DbError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!("delete from cvault.tenant_admins where tenant_id = $1", tenant).execute(tx.conn()).await?;
+    Ok(())
+}

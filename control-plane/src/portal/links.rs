@@ -1,0 +1,166 @@
+//! Links mailed to people: verify an address, choose a new password. Each is good once, for a while.
+//!
+//! The token stands behind a `#`: browsers do not send it to servers, so that it is in no log on the way.
+
+use cvault_types::{Secret, TenantAdminId, TenantId};
+use rand::CryptoRng;
+use time::{Duration, OffsetDateTime};
+
+use crate::app::App;
+use crate::auth::email::Email;
+use crate::auth::opaque;
+use crate::db::DbError;
+use crate::keys::PlatformSecrets;
+use crate::mail::{self, Data, EnqueueError, Kind, Mail};
+use crate::tenancy::TenantTx;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    VerifyEmail,
+    ResetPassword,
+}
+
+/// Whom a link was mailed to.
+#[derive(Debug)]
+pub struct Used {
+    pub admin: TenantAdminId,
+    pub email: String,
+}
+
+impl Purpose {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::VerifyEmail => "verify_email",
+            Self::ResetPassword => "reset_password",
+        }
+    }
+
+    const fn lifetime(self) -> Duration {
+        match self {
+            Self::VerifyEmail => Duration::days(7),
+            Self::ResetPassword => Duration::hours(1),
+        }
+    }
+
+    const fn page(self) -> &'static str {
+        match self {
+            Self::VerifyEmail => "verify-email",
+            Self::ResetPassword => "reset-password",
+        }
+    }
+
+    const fn mail(self) -> Kind {
+        match self {
+            Self::VerifyEmail => Kind::VerifyEmail,
+            Self::ResetPassword => Kind::ResetPassword,
+        }
+    }
+}
+
+/// Mails a link when the transaction is committed. Earlier links of the same purpose are worth nothing from then on.
+///
+/// # Errors
+/// [`EnqueueError::Full`] when the mail server has been away for long.
+pub async fn send(
+    tx: &mut TenantTx,
+    app: &App,
+    admin: TenantAdminId,
+    email: &Email,
+    purpose: Purpose,
+    rng: &mut impl CryptoRng,
+) -> Result<(), EnqueueError> {
+    let (tenant, now) = (tx.tenant().uuid(), app.clock.now());
+    use_up(tx, admin, purpose, now).await?;
+    let token = opaque::LINK.draw(rng);
+    let hash = hash(&app.secrets, &token);
+    let valid_until = now + purpose.lifetime();
+    sqlx::query!(
+        "insert into cvault.portal_links (tenant_id, token_hash, admin_id, purpose, email, created_at, expires_at)
+         values ($1, $2, $3, $4, $5, $6, $7)",
+        tenant,
+        hash.as_slice(),
+        admin.uuid(),
+        purpose.as_str(),
+        email.as_str(),
+        now,
+        valid_until
+    )
+    .execute(tx.conn())
+    .await
+    .map_err(DbError::from)?;
+    let link = Secret::new(format!("{}/portal/{}#token={}", app.config.public_url, purpose.page(), token.expose()));
+    let mail = Mail { to: email.clone(), kind: purpose.mail(), data: Data { link, valid_until } };
+    mail::enqueue(tx, &app.keys, &mail, now).await.map(drop)
+}
+
+/// Ends the links of one purpose that somebody has been mailed.
+///
+/// # Errors
+/// Those of the database.
+pub async fn use_up(
+    tx: &mut TenantTx,
+    admin: TenantAdminId,
+    purpose: Purpose,
+    now: OffsetDateTime,
+) -> Result<(), DbError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "update cvault.portal_links set used_at = $4
+         where tenant_id = $1 and admin_id = $2 and purpose = $3 and used_at is null",
+        tenant,
+        admin.uuid(),
+        purpose.as_str(),
+        now
+    )
+    .execute(tx.conn())
+    .await?;
+    Ok(())
+}
+
+/// The tenant whose link this is, with role `cvault_sys`.
+///
+/// # Errors
+/// Those of the database.
+pub async fn tenant_of(app: &App, token: &Secret) -> Result<Option<TenantId>, DbError> {
+    if !opaque::LINK.is_well_formed(token.expose()) {
+        return Ok(None);
+    }
+    let hash = hash(&app.secrets, token);
+    let tenant = sqlx::query_scalar!(
+        "select tenant_id from cvault.portal_links where token_hash = $1 limit 1",
+        hash.as_slice()
+    )
+    .fetch_optional(&app.db.sys)
+    .await?;
+    Ok(tenant.map(TenantId::from_uuid))
+}
+
+/// Uses the link up. `None`: used, replaced or expired.
+///
+/// # Errors
+/// Those of the database.
+pub async fn take(
+    tx: &mut TenantTx,
+    app: &App,
+    token: &Secret,
+    purpose: Purpose,
+) -> Result<Option<Used>, DbError> {
+    let tenant = tx.tenant().uuid();
+    let hash = hash(&app.secrets, token);
+    let row = sqlx::query!(
+        "update cvault.portal_links set used_at = $4
+         where tenant_id = $1 and token_hash = $2 and purpose = $3 and used_at is null and expires_at > $4
+         returning admin_id, email",
+        tenant,
+        hash.as_slice(),
+        purpose.as_str(),
+        app.clock.now()
+    )
+    .fetch_optional(tx.conn())
+    .await?;
+    Ok(row.map(|row| Used { admin: TenantAdminId::from_uuid(row.admin_id), email: row.email }))
+}
+
+fn hash(secrets: &PlatformSecrets, token: &Secret) -> [u8; 32] {
+    secrets.peppered("portal_link", token.expose())
+}
