@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::app::App;
 use crate::db::DbError;
-use crate::{audit, ipam, metrics, sessions, tenants, usage};
+use crate::{audit, ipam, metrics, portal, sessions, tenants, usage};
 
 /// One kind of periodic work; `run` returns how many rows it has dealt with.
 struct Task {
@@ -131,7 +131,7 @@ async fn trim(app: &App) -> Result<u64, DbError> {
         .execute(sys)
         .await?
         .rows_affected();
-    Ok(changes + keys + tokens + usage::trim_windows(sys).await?)
+    Ok(changes + keys + tokens + portal::trim(sys).await? + usage::trim_windows(sys).await?)
 }
 
 #[cfg(test)]

@@ -26,6 +26,10 @@ const ACCOUNT: Allowance = Allowance { count: 20, window: Duration::from_secs(30
 const PUBLIC_CALLS: Allowance = Allowance::per_minute(30);
 /// Users registered so.
 const PUBLIC_REGISTRATIONS: Allowance = Allowance { count: 10, window: Duration::from_secs(600) };
+/// Mails that strangers can have sent to one account.
+const MAILS: Allowance = Allowance { count: 5, window: Duration::from_secs(3600) };
+/// Accounts made from one network.
+const SIGNUPS: Allowance = Allowance { count: 10, window: Duration::from_secs(3600) };
 /// Requests of one person in the portal. Not the tenant's own allowance: a busy API must not lock its people out.
 const PORTAL: Allowance = Allowance::per_minute(300);
 
@@ -39,6 +43,9 @@ pub struct Throttles {
     logins: Limiter<(TenantId, Network)>,
     accounts: Limiter<Account>,
     portal: Limiter<TenantAdminId>,
+    portal_logins: Limiter<Network>,
+    signups: Limiter<Network>,
+    mails: Limiter<Account>,
 }
 
 /// A digest: the table holds no addresses, and each key has one size.
@@ -104,6 +111,47 @@ impl Throttles {
     /// Counts a request of somebody who is logged in to the portal.
     pub fn portal(&self, admin: TenantAdminId) -> Decision {
         self.portal.charge(admin, PORTAL, Instant::now())
+    }
+
+    /// Asked before a login to the portal, or a request to reset a password.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for a network that has failed too often.
+    pub fn before_portal_login(&self, ip: Option<IpAddr>) -> Result<(), Problem> {
+        let Some(network) = ip.map(Network::of) else { return Ok(()) };
+        refuse(self.portal_logins.ask(network, LOGINS, Instant::now()))
+    }
+
+    /// Notes a login to the portal that was refused, or a request to reset a password.
+    pub fn portal_login_failed(&self, ip: Option<IpAddr>) {
+        if let Some(network) = ip.map(Network::of) {
+            self.portal_logins.charge(network, LOGINS, Instant::now());
+        }
+    }
+
+    /// Counts a mail that is asked for, whether the account exists or not.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for an account that was asked for too often.
+    pub fn mail(&self, account: Account) -> Result<(), Problem> {
+        refuse(self.mails.charge(account, MAILS, Instant::now()))
+    }
+
+    /// Asked before an account is made. Addresses can be tried out here, too.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for a network that has made too many, or failed too often.
+    pub fn before_signup(&self, ip: Option<IpAddr>) -> Result<(), Problem> {
+        let Some(network) = ip.map(Network::of) else { return Ok(()) };
+        refuse(self.signups.ask(network, SIGNUPS, Instant::now()))?;
+        refuse(self.portal_logins.ask(network, LOGINS, Instant::now()))
+    }
+
+    /// Notes an account that was made.
+    pub fn signed_up(&self, ip: Option<IpAddr>) {
+        if let Some(network) = ip.map(Network::of) {
+            self.signups.charge(network, SIGNUPS, Instant::now());
+        }
     }
 
     /// Asked before a login or a registration.

@@ -17,6 +17,7 @@ use super::router;
     modifiers(&Credentials),
     tags((name = "auth", description = "A tenant's users log in"), (name = "users", description = "A tenant's users, for its backend"), (name = "devices", description = "Devices and their WireGuard configurations"),
         (name = "vpn", description = "Connections"), (name = "servers", description = "Servers"), (name = "usage", description = "Metering"),
+        (name = "portal", description = "The people of a tenant who manage it"),
         (name = "admin", description = "Platform staff"), (name = "platform", description = "Health, metrics, keys"))
 )]
 pub struct Description;
@@ -30,6 +31,9 @@ impl Modify for Credentials {
         components.add_security_scheme("api_key", header("X-API-Key"));
         components.add_security_scheme("api_secret", header("X-API-Secret"));
         components.add_security_scheme("user_token", SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)));
+        let cookie = ApiKeyValue::with_description("__Host-cvault_session", "A browser's session. A page of another origin cannot use it.");
+        components.add_security_scheme("portal_cookie", SecurityScheme::ApiKey(ApiKey::Cookie(cookie)));
+        components.add_security_scheme("portal", SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)));
         components.add_security_scheme("admin", SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)));
     }
 }

@@ -20,6 +20,8 @@ pub fn routes() -> OpenApiRouter<App> {
         .merge(routes::health::router()) // GET /health /health/ready /metrics /.well-known/jwks.json /api/v1/openapi.json
         .merge(routes::admin::router()) // /admin/tenants
         .merge(routes::auth::router()) // POST /api/v1/auth/{register,login,refresh,logout}
+        .merge(routes::portal::router()) // /api/v1/tenant/auth /api/v1/tenant/me
+        .merge(routes::portal_account::router()) // /api/v1/tenant/{auth/password…, auth/verify-email, sessions, step-up}
         .merge(routes::devices::router()) // /api/v1/devices
         .merge(routes::vpn::router()) // /api/v1/vpn/{connect,disconnect,status}
         .merge(routes::servers::router()) // GET /api/v1/servers

@@ -20,6 +20,15 @@ pub enum AttemptKind {
     PasswordReset,
 }
 
+/// What was tried at an account, and how it ended.
+#[derive(Debug, Clone, Copy)]
+pub struct Attempt {
+    pub kind: AttemptKind,
+    pub outcome: Outcome,
+    pub account: Account,
+    pub client_ip: Option<IpAddr>,
+}
+
 /// The account of an address, of whatever tenant.
 #[must_use]
 pub fn account(email: &str) -> Account {
@@ -30,19 +39,16 @@ pub fn account(email: &str) -> Account {
 /// Those of the database.
 pub async fn record(
     sys: &PgPool,
-    kind: AttemptKind,
-    outcome: Outcome,
-    account: Account,
-    client_ip: Option<IpAddr>,
+    attempt: Attempt,
     request_id: RequestId,
     now: OffsetDateTime,
 ) -> Result<(), DbError> {
-    let kind = match kind {
+    let kind = match attempt.kind {
         AttemptKind::Signup => "signup",
         AttemptKind::Login => "login",
         AttemptKind::PasswordReset => "password_reset",
     };
-    let account = account.bytes();
+    let account = attempt.account.bytes();
     sqlx::query!(
         "insert into platform.portal_attempts (attempt_id, at, account, kind, outcome, client_ip, request_id)
          values ($1, $2, $3, $4, $5, $6, $7)",
@@ -50,8 +56,8 @@ pub async fn record(
         now,
         account.as_slice(),
         kind,
-        outcome.as_str(),
-        client_ip.map(ipnet::IpNet::from),
+        attempt.outcome.as_str(),
+        attempt.client_ip.map(ipnet::IpNet::from),
         request_id.uuid()
     )
     .execute(sys)

@@ -26,7 +26,7 @@ use crate::tenancy::TenantTx;
 /// A browser that is not used this long is logged out.
 const COOKIE_IDLE: Duration = Duration::hours(12);
 /// However much it is used.
-const COOKIE_LIFETIME: Duration = Duration::days(7);
+pub const COOKIE_LIFETIME: Duration = Duration::days(7);
 /// A program that does not refresh this long is logged out.
 const REFRESH_LIFETIME: Duration = Duration::days(30);
 /// How exactly it is known when a session was last seen.
@@ -93,6 +93,15 @@ pub enum How {
 pub enum NewSession {
     Cookie { id: Uuid, value: Secret },
     Tokens { id: Uuid, tokens: PortalTokens },
+}
+
+impl NewSession {
+    #[must_use]
+    pub fn id(&self) -> Uuid {
+        match self {
+            Self::Cookie { id, .. } | Self::Tokens { id, .. } => *id,
+        }
+    }
 }
 
 /// What became of a presented refresh token. `Reused` has ended the session: commit all the same.
@@ -393,6 +402,23 @@ pub async fn end(tx: &mut TenantTx, session: Uuid, why: End, now: OffsetDateTime
     .execute(tx.conn())
     .await?;
     Ok(done.rows_affected() == 1)
+}
+
+/// Whether a session, ended or not, is this person's.
+///
+/// # Errors
+/// Those of the database.
+pub async fn belongs_to(tx: &mut TenantTx, session: Uuid, admin: TenantAdminId) -> Result<bool, DbError> {
+    let tenant = tx.tenant().uuid();
+    Ok(sqlx::query_scalar!(
+        r#"select exists (select from cvault.portal_sessions
+               where tenant_id = $1 and session_id = $2 and admin_id = $3) as "exists!""#,
+        tenant,
+        session,
+        admin.uuid()
+    )
+    .fetch_one(tx.conn())
+    .await?)
 }
 
 /// Ends the sessions of one person, `except` the one that asks. Returns how many.

@@ -5,7 +5,9 @@
 #![forbid(unsafe_code)]
 
 pub mod api_key;
+pub mod audit;
 pub mod auth;
+pub mod dashboard;
 pub mod device;
 pub mod error_code;
 pub mod health;
@@ -14,6 +16,7 @@ pub mod portal;
 pub mod problem;
 pub mod secret;
 pub mod server;
+pub mod settings;
 pub mod tenant;
 pub mod usage;
 pub mod user;
@@ -22,7 +25,7 @@ pub mod vpn;
 pub use error_code::ErrorCode;
 pub use id::MailId;
 pub use id::{
-    ApiKeyId, ChallengeId, DeviceId, PoolId, PortalSessionId, RequestId, ServerId, SessionId, TenantAdminId, TenantId,
+    ApiKeyId, AuditId, ChallengeId, DeviceId, PoolId, PortalSessionId, RequestId, ServerId, SessionId, TenantAdminId, TenantId,
     UserId,
 };
 pub use portal::TenantRole;

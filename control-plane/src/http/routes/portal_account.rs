@@ -1,0 +1,230 @@
+//! `/api/v1/tenant/auth/{verify-email,password-reset,password}`, `/api/v1/tenant/sessions`, `/api/v1/tenant/step-up`: what
+//! people do with their own account.
+
+use axum::extract::State;
+use cvault_types::portal::{
+    ChallengeToken, ChangePasswordRequest, PasswordResetConfirm, PasswordResetRequest, PortalSessionList, StepUpAnswer,
+    VerifyEmailRequest,
+};
+use cvault_types::problem::ProblemBody;
+use cvault_types::{ChallengeId, ErrorCode, PortalSessionId};
+use http::StatusCode;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use tokio::time::{Duration, sleep_until};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::portal::Origin;
+use super::portal_attempt::Attempt;
+use crate::app::App;
+use crate::auth::email::Email;
+use crate::auth::events::Outcome;
+use crate::auth::passwords;
+use crate::http::{Json, Path, Portal, Problem, context};
+use crate::portal::attempts::{self, AttemptKind};
+use crate::portal::links;
+use crate::portal::recovery::{self, Caller};
+use crate::portal::sessions;
+use crate::step_up;
+
+/// Longer than the database takes to write a mail down: the answer comes no sooner when there is nobody to write to.
+const RESET_TAKES: Duration = Duration::from_millis(400);
+
+pub fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(routes!(verify_email))
+        .routes(routes!(resend_verification))
+        .routes(routes!(request_reset))
+        .routes(routes!(confirm_reset))
+        .routes(routes!(change_password))
+        .routes(routes!(list_sessions, revoke_other_sessions))
+        .routes(routes!(revoke_session))
+        .routes(routes!(verify_step_up))
+}
+
+/// Verify an address with the token of a mailed link.
+#[utoipa::path(post, path = "/api/v1/tenant/auth/verify-email", tag = "portal", request_body = VerifyEmailRequest,
+    responses((status = 204),
+        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN: unknown, used, replaced or expired"),
+        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
+async fn verify_email(
+    State(app): State<App>,
+    origin: Origin,
+    Json(body): Json<VerifyEmailRequest>,
+) -> Result<StatusCode, Problem> {
+    app.throttles.before_credentials(origin.seen.ip)?;
+    let Some(tenant) = links::tenant_of(&app, &body.token).await? else {
+        app.throttles.credentials_failed(origin.seen.ip);
+        return Err(invalid_link());
+    };
+    let caller = Caller { ip: origin.seen.ip, request_id: context::request_id() };
+    if recovery::verify_email(&app, tenant, &body.token, caller).await? {
+        return Ok(StatusCode::NO_CONTENT);
+    }
+    Err(invalid_link())
+}
+
+/// Mail the link that verifies the caller's address once more; earlier ones stop working.
+#[utoipa::path(post, path = "/api/v1/tenant/auth/verify-email/resend", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
+    responses((status = 202, description = "Nothing is mailed for an address that is verified."),
+        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
+        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE, OVERLOADED")))]
+async fn resend_verification(State(app): State<App>, portal: Portal) -> Result<StatusCode, Problem> {
+    app.throttles.mail(attempts::account(&portal.actor()))?;
+    recovery::resend_verification(&app, &portal, &mut StdRng::from_os_rng()).await?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// Mail a link to choose a new password. The answer is the same whether the address has an account or not.
+#[utoipa::path(post, path = "/api/v1/tenant/auth/password-reset", tag = "portal", request_body = PasswordResetRequest,
+    responses((status = 202),
+        (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "ORIGIN_NOT_ALLOWED"),
+        (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
+        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
+        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
+async fn request_reset(
+    State(app): State<App>,
+    origin: Origin,
+    Json(body): Json<PasswordResetRequest>,
+) -> Result<StatusCode, Problem> {
+    let answer_at = context::arrived() + RESET_TAKES;
+    let Some(email) = Email::parse(&body.email) else {
+        return Err(Problem::validation().field("/email", "invalid_format", "must be an e-mail address"));
+    };
+    let attempt = Attempt::at(&app, AttemptKind::PasswordReset, &body.email, &origin.seen);
+    let admitted = app.throttles.before_portal_login(origin.seen.ip);
+    attempt.admitted(admitted.and_then(|()| app.throttles.mail(attempts::account(&body.email)))).await?;
+    app.throttles.portal_login_failed(origin.seen.ip);
+    attempt.note(Outcome::Success).await?;
+    let caller = Caller { ip: origin.seen.ip, request_id: context::request_id() };
+    let sent = recovery::send_reset(&app, &email, caller, &mut StdRng::from_os_rng()).await;
+    if let Err(error) = sent {
+        // said of an account that exists only: so it is for the log
+        tracing::warn!(error = crate::http::problem::chain(&error), "a reset link could not be mailed");
+    }
+    sleep_until(answer_at).await;
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// Choose a new password with the token of a mailed link. Ends every session of the account.
+#[utoipa::path(post, path = "/api/v1/tenant/auth/password-reset/confirm", tag = "portal", request_body = PasswordResetConfirm,
+    responses((status = 204),
+        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN: unknown, used, replaced or expired"),
+        (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
+        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
+        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "OVERLOADED, DATABASE_UNAVAILABLE")))]
+async fn confirm_reset(
+    State(app): State<App>,
+    origin: Origin,
+    Json(body): Json<PasswordResetConfirm>,
+) -> Result<StatusCode, Problem> {
+    passwords::checked(Problem::validation(), "/password", &body.password).or_ok(())?;
+    app.throttles.before_credentials(origin.seen.ip)?;
+    let Some(tenant) = links::tenant_of(&app, &body.token).await? else {
+        app.throttles.credentials_failed(origin.seen.ip);
+        return Err(invalid_link());
+    };
+    let hash = app.passwords.hash(body.password).await?;
+    let caller = Caller { ip: origin.seen.ip, request_id: context::request_id() };
+    if recovery::reset_password(&app, tenant, &body.token, &hash, caller).await? {
+        return Ok(StatusCode::NO_CONTENT);
+    }
+    app.throttles.credentials_failed(origin.seen.ip);
+    Err(invalid_link())
+}
+
+/// Change the caller's password. Needs a step-up challenge, which asks for the old one; ends every other session.
+#[utoipa::path(post, path = "/api/v1/tenant/auth/password", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
+    params(("X-Challenge-Token" = Option<String>, Header, description = "Of an answered challenge, for exactly this request.")),
+    request_body = ChangePasswordRequest,
+    responses((status = 204),
+        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
+        (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
+        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "OVERLOADED, DATABASE_UNAVAILABLE")))]
+async fn change_password(
+    State(app): State<App>,
+    portal: Portal,
+    origin: Origin,
+    Json(body): Json<ChangePasswordRequest>,
+) -> Result<StatusCode, Problem> {
+    passwords::checked(Problem::validation(), "/password", &body.password).or_ok(())?;
+    step_up::require(&app, &portal, "password.change").await?;
+    let hash = app.passwords.hash(body.password).await?;
+    recovery::change_password(&app, &portal, &hash, origin.seen.ip).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The caller's own sessions, newest first.
+#[utoipa::path(get, path = "/api/v1/tenant/sessions", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
+    responses((status = 200, body = PortalSessionList),
+        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
+async fn list_sessions(State(app): State<App>, portal: Portal) -> Result<Json<PortalSessionList>, Problem> {
+    let mut tx = app.db.tenancy.begin(portal.tenant).await?;
+    let data = sessions::list(&mut tx, portal.admin, portal.session, app.clock.now()).await?;
+    tx.commit().await?;
+    Ok(Json(PortalSessionList { data }))
+}
+
+/// End every session of the caller but this one.
+#[utoipa::path(delete, path = "/api/v1/tenant/sessions", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
+    responses((status = 204),
+        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
+async fn revoke_other_sessions(State(app): State<App>, portal: Portal) -> Result<StatusCode, Problem> {
+    recovery::revoke_others(&app, &portal).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// End one of the caller's own sessions. May be repeated.
+#[utoipa::path(delete, path = "/api/v1/tenant/sessions/{session_id}", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
+    params(("session_id" = PortalSessionId, Path)),
+    responses((status = 204),
+        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND, also for another person's session"),
+        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
+async fn revoke_session(
+    State(app): State<App>,
+    portal: Portal,
+    Path(session): Path<PortalSessionId>,
+) -> Result<StatusCode, Problem> {
+    if recovery::revoke_session(&app, &portal, session).await? {
+        return Ok(StatusCode::NO_CONTENT);
+    }
+    Err(Problem::new(ErrorCode::NotFound))
+}
+
+/// Answer a challenge. The token is good once, for 60 s, for the request that was challenged; so many wrong answers in a
+/// row end the session.
+#[utoipa::path(post, path = "/api/v1/tenant/step-up/{challenge_id}/verify", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
+    params(("challenge_id" = ChallengeId, Path)), request_body = StepUpAnswer,
+    responses((status = 200, body = ChallengeToken),
+        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_CREDENTIALS: the answer is wrong. INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED: the session is."),
+        (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND: no open challenge of this session"),
+        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
+        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "OVERLOADED, DATABASE_UNAVAILABLE")))]
+async fn verify_step_up(
+    State(app): State<App>,
+    portal: Portal,
+    Path(challenge): Path<ChallengeId>,
+    origin: Origin,
+    Json(body): Json<StepUpAnswer>,
+) -> Result<Json<ChallengeToken>, Problem> {
+    Ok(Json(step_up::verify(&app, &portal, challenge, body, &origin.seen).await?))
+}
+
+fn invalid_link() -> Problem {
+    Problem::new(ErrorCode::InvalidToken).detail("The link is used, replaced by a newer one, or expired. Ask for a new one.")
+}
