@@ -59,8 +59,7 @@ pub fn session_cookie(headers: &HeaderMap) -> Option<&str> {
 /// The `Set-Cookie` that gives a browser its session.
 #[must_use]
 pub fn set_cookie(value: &Secret, max_age_seconds: i64) -> HeaderValue {
-    let text =
-        format!("{NAME}={}; Path=/; Max-Age={max_age_seconds}; Secure; HttpOnly; SameSite=Lax", value.expose());
+    let text = format!("{NAME}={}; Path=/; Max-Age={max_age_seconds}; Secure; HttpOnly; SameSite=Lax", value.expose());
     let mut header = HeaderValue::from_str(&text).expect("a drawn credential is ASCII");
     header.set_sensitive(true);
     header
@@ -92,7 +91,8 @@ mod tests {
         assert!(allowed(&Method::DELETE, &[(SITE, "same-origin")]));
         assert!(!allowed(&Method::POST, &[(SITE, "same-origin"), (SITE, "cross-site")]));
         assert!(allowed(&Method::POST, &[("origin", OURS)]));
-        for origin in ["null", "https://evil.example", "http://api.example.com", "https://api.example.com.evil.example"] {
+        for origin in ["null", "https://evil.example", "http://api.example.com", "https://api.example.com.evil.example"]
+        {
             assert!(!allowed(&Method::POST, &[("origin", origin)]), "{origin}");
         }
         assert!(!allowed(&Method::POST, &[]), "a cookie without a word about where it comes from");

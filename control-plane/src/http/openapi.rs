@@ -31,7 +31,10 @@ impl Modify for Credentials {
         components.add_security_scheme("api_key", header("X-API-Key"));
         components.add_security_scheme("api_secret", header("X-API-Secret"));
         components.add_security_scheme("user_token", SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)));
-        let cookie = ApiKeyValue::with_description("__Host-cvault_session", "A browser's session. A page of another origin cannot use it.");
+        let cookie = ApiKeyValue::with_description(
+            "__Host-cvault_session",
+            "A browser's session. A page of another origin cannot use it.",
+        );
         components.add_security_scheme("portal_cookie", SecurityScheme::ApiKey(ApiKey::Cookie(cookie)));
         components.add_security_scheme("portal", SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)));
         components.add_security_scheme("admin", SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)));

@@ -27,6 +27,10 @@ pub fn routes() -> OpenApiRouter<App> {
         .merge(routes::servers::router()) // GET /api/v1/servers
         .merge(routes::usage::router()) // GET /api/v1/usage
         .merge(routes::users::router()) // /api/v1/users
+        .merge(routes::tenant_api_keys::router()) // /api/v1/tenant/api-keys
+        .merge(routes::tenant_settings::router()) // /api/v1/tenant/settings
+        .merge(routes::tenant_dashboard::router()) // GET /api/v1/tenant/dashboard/{stats,usage,activity}
+        .merge(routes::tenant_lists::router()) // GET /api/v1/tenant/{audit,users,devices}
 }
 
 /// The whole API, ready to be served.

@@ -43,10 +43,8 @@ pub async fn find(sys: &PgPool, email: &Email) -> Result<Option<Owner>, DbError>
     let row = sqlx::query!("select tenant_id, admin_id from cvault.tenant_admins where email = $1", email.as_str())
         .fetch_optional(sys)
         .await?;
-    Ok(row.map(|row| Owner {
-        tenant: TenantId::from_uuid(row.tenant_id),
-        admin: TenantAdminId::from_uuid(row.admin_id),
-    }))
+    Ok(row
+        .map(|row| Owner { tenant: TenantId::from_uuid(row.tenant_id), admin: TenantAdminId::from_uuid(row.admin_id) }))
 }
 
 /// # Errors

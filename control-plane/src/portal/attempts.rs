@@ -37,12 +37,7 @@ pub fn account(email: &str) -> Account {
 
 /// # Errors
 /// Those of the database.
-pub async fn record(
-    sys: &PgPool,
-    attempt: Attempt,
-    request_id: RequestId,
-    now: OffsetDateTime,
-) -> Result<(), DbError> {
+pub async fn record(sys: &PgPool, attempt: Attempt, request_id: RequestId, now: OffsetDateTime) -> Result<(), DbError> {
     let kind = match attempt.kind {
         AttemptKind::Signup => "signup",
         AttemptKind::Login => "login",

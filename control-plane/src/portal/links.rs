@@ -126,12 +126,10 @@ pub async fn tenant_of(app: &App, token: &Secret) -> Result<Option<TenantId>, Db
         return Ok(None);
     }
     let hash = hash(&app.secrets, token);
-    let tenant = sqlx::query_scalar!(
-        "select tenant_id from cvault.portal_links where token_hash = $1 limit 1",
-        hash.as_slice()
-    )
-    .fetch_optional(&app.db.sys)
-    .await?;
+    let tenant =
+        sqlx::query_scalar!("select tenant_id from cvault.portal_links where token_hash = $1 limit 1", hash.as_slice())
+            .fetch_optional(&app.db.sys)
+            .await?;
     Ok(tenant.map(TenantId::from_uuid))
 }
 
@@ -139,12 +137,7 @@ pub async fn tenant_of(app: &App, token: &Secret) -> Result<Option<TenantId>, Db
 ///
 /// # Errors
 /// Those of the database.
-pub async fn take(
-    tx: &mut TenantTx,
-    app: &App,
-    token: &Secret,
-    purpose: Purpose,
-) -> Result<Option<Used>, DbError> {
+pub async fn take(tx: &mut TenantTx, app: &App, token: &Secret, purpose: Purpose) -> Result<Option<Used>, DbError> {
     let tenant = tx.tenant().uuid();
     let hash = hash(&app.secrets, token);
     let row = sqlx::query!(

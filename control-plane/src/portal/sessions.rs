@@ -7,15 +7,15 @@ use std::net::IpAddr;
 
 use cvault_types::portal::{PortalSession, PortalTokens};
 use cvault_types::{ErrorCode, PortalSessionId, Secret, TenantAdminId, TenantId, TenantRole};
-use http::header::USER_AGENT;
 use http::Request;
+use http::header::USER_AGENT;
 use rand::CryptoRng;
 use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
 
 use crate::app::App;
-use crate::auth::tokens::{self, PortalToken};
 use crate::auth::opaque;
+use crate::auth::tokens::{self, PortalToken};
 use crate::db::DbError;
 use crate::http::Problem;
 use crate::http::serve::Peer;

@@ -69,7 +69,13 @@ pub async fn sign_up(
         let admin = accounts::create(&mut tx, &form.email, &form.password_hash, TenantRole::Owner, now).await?;
         let target = admin.to_string();
         let details = json!({"role": TenantRole::Owner});
-        let entry = audit::Entry { actor: &actor.name, action: "tenant_admin.create", target: &target, details, request_id: actor.request_id };
+        let entry = audit::Entry {
+            actor: &actor.name,
+            action: "tenant_admin.create",
+            target: &target,
+            details,
+            request_id: actor.request_id,
+        };
         audit::record(&mut tx, entry).await?;
         let event = AdminEvent {
             kind: AuthKind::PortalSignup,

@@ -230,7 +230,13 @@ async fn note(
     events::record_admin(tx, event).await?;
     let (actor, target) = (portal.actor(), challenge.to_string());
     let action = if matches!(outcome, Outcome::Success) { "step_up.verify" } else { "step_up.fail" };
-    let entry = audit::Entry { actor: &actor, action, target: &target, details: json!({}), request_id: Some(portal.request_id) };
+    let entry = audit::Entry {
+        actor: &actor,
+        action,
+        target: &target,
+        details: json!({}),
+        request_id: Some(portal.request_id),
+    };
     audit::record(tx, entry).await
 }
 

@@ -63,7 +63,8 @@ async fn guard(app: &App, portal: &Portal, action: &'static str, at_least: Verdi
         Verdict::Challenge => challenge(&mut tx, app, portal, action, request).await?,
         Verdict::Block => {
             block(&mut tx, app, portal, &request, action).await?;
-            Err(Problem::new(ErrorCode::SessionTerminated).detail("This session looked stolen and was ended. Log in again."))
+            Err(Problem::new(ErrorCode::SessionTerminated)
+                .detail("This session looked stolen and was ended. Log in again."))
         }
     };
     tx.commit().await?;
@@ -86,7 +87,9 @@ async fn challenge(
     let challenge = challenges::create(tx, app, portal, action, &request.digest).await?;
     let problem = Problem::new(ErrorCode::ChallengeRequired).challenge(challenge);
     Ok(Err(if request.token.is_some() {
-        problem.detail("The challenge token is used up, expired, or of another session or request. Here is a new challenge.")
+        problem.detail(
+            "The challenge token is used up, expired, or of another session or request. Here is a new challenge.",
+        )
     } else {
         problem
     }))
@@ -148,6 +151,9 @@ async fn block(
     let target = portal.session_id().to_string();
     let details = json!({"action": action, "admin": portal.admin});
     let request_id = Some(portal.request_id);
-    audit::record(tx, audit::Entry { actor: "system", action: "portal_session.terminate", target: &target, details, request_id })
-        .await
+    audit::record(
+        tx,
+        audit::Entry { actor: "system", action: "portal_session.terminate", target: &target, details, request_id },
+    )
+    .await
 }

@@ -92,12 +92,14 @@ mod tests {
 
     fn signals() -> impl Strategy<Value = Signals> {
         (any::<bool>(), any::<bool>(), 0..100_u32, 0..10_u32, 0..10_u32).prop_map(
-            |(network_known, same_user_agent, requests_per_minute, challenge_failures, recent_login_failures)| Signals {
-                network_known,
-                same_user_agent,
-                requests_per_minute,
-                challenge_failures,
-                recent_login_failures,
+            |(network_known, same_user_agent, requests_per_minute, challenge_failures, recent_login_failures)| {
+                Signals {
+                    network_known,
+                    same_user_agent,
+                    requests_per_minute,
+                    challenge_failures,
+                    recent_login_failures,
+                }
             },
         )
     }

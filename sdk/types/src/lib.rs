@@ -25,8 +25,8 @@ pub mod vpn;
 pub use error_code::ErrorCode;
 pub use id::MailId;
 pub use id::{
-    ApiKeyId, AuditId, ChallengeId, DeviceId, PoolId, PortalSessionId, RequestId, ServerId, SessionId, TenantAdminId, TenantId,
-    UserId,
+    ApiKeyId, AuditId, ChallengeId, DeviceId, PoolId, PortalSessionId, RequestId, ServerId, SessionId, TenantAdminId,
+    TenantId, UserId,
 };
 pub use portal::TenantRole;
 pub use secret::Secret;

@@ -155,7 +155,13 @@ async fn refresh(
         let found = Portal::find(&origin.parts, &app).await?;
         let PortalToken { tenant, admin, session } = found.token;
         let session_id = PortalSessionId::from_uuid(session);
-        return Ok(Json(PortalLogin { admin_id: admin, tenant_id: tenant, role: found.role, session_id, tokens: None }));
+        return Ok(Json(PortalLogin {
+            admin_id: admin,
+            tenant_id: tenant,
+            role: found.role,
+            session_id,
+            tokens: None,
+        }));
     };
     app.throttles.before_credentials(origin.seen.ip)?;
     let Some(tenant) = sessions::tenant_of(&app, &token).await? else {
@@ -314,7 +320,8 @@ fn checked(body: &SignupRequest) -> Result<(Settings, Email), Problem> {
 }
 
 fn email_taken() -> Problem {
-    Problem::new(ErrorCode::EmailTaken).detail("There is an account with this e-mail address. Log in, or reset its password.")
+    Problem::new(ErrorCode::EmailTaken)
+        .detail("There is an account with this e-mail address. Log in, or reset its password.")
 }
 
 impl From<SignupError> for Problem {

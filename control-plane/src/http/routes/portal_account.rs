@@ -226,5 +226,6 @@ async fn verify_step_up(
 }
 
 fn invalid_link() -> Problem {
-    Problem::new(ErrorCode::InvalidToken).detail("The link is used, replaced by a newer one, or expired. Ask for a new one.")
+    Problem::new(ErrorCode::InvalidToken)
+        .detail("The link is used, replaced by a newer one, or expired. Ask for a new one.")
 }

@@ -57,7 +57,7 @@ async fn list(
     }
     let name = format!("users:{}", key.tenant);
     let after = query.cursor.as_deref().map(|text| cursor::decode(&app.secrets, &name, text)).transpose()?;
-    let filter = filter(&query)?;
+    let filter = filter(query.email.as_deref(), query.external_id.as_deref())?;
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
     let mut data = users::list(&mut tx, &filter, after.map(UserId::from_uuid), limit + 1).await?;
     tx.commit().await?;
@@ -68,13 +68,13 @@ async fn list(
     Ok(Json(UserPage { data, has_more, next_cursor }))
 }
 
-fn filter(query: &ListQuery) -> Result<Filter, Problem> {
+pub(super) fn filter(email: Option<&str>, external_id: Option<&str>) -> Result<Filter, Problem> {
     let mut problem = Problem::validation();
-    let email = query.email.as_deref().map(Email::parse);
+    let email = email.map(Email::parse);
     if let Some(None) = email {
         problem = problem.field("?email", "invalid_format", "must be an e-mail address");
     }
-    let external_id = match query.external_id.as_deref().map(ExternalId::parse).transpose() {
+    let external_id = match external_id.map(ExternalId::parse).transpose() {
         Ok(id) => id,
         Err(fault) => {
             problem = problem.field("?external_id", fault.code, fault.detail);
