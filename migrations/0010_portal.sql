@@ -136,8 +136,8 @@ grant select (tenant_id, session_id, admin_id, cookie_hash, created_at, expires_
     on cvault.portal_sessions to cvault_sys;
 grant select (tenant_id, token_hash, expires_at) on cvault.portal_refresh_tokens to cvault_sys;
 grant select (tenant_id, token_hash, expires_at) on cvault.portal_links to cvault_sys;
-grant select (expires_at) on cvault.step_up_challenges to cvault_sys;
-grant select (last_seen_at) on cvault.portal_networks to cvault_sys;
+grant select (tenant_id, challenge_id, expires_at) on cvault.step_up_challenges to cvault_sys;
+grant select (tenant_id, admin_id, network, last_seen_at) on cvault.portal_networks to cvault_sys;
 grant delete on cvault.portal_sessions, cvault.portal_networks, cvault.portal_refresh_tokens, cvault.portal_links,
     cvault.step_up_challenges to cvault_sys;
 
@@ -155,6 +155,7 @@ create table platform.portal_attempts (
     constraint portal_attempts_outcome check (outcome in ('success', 'failure', 'limited'))
 );
 create index portal_attempts_account on platform.portal_attempts (account, at);
+create index portal_attempts_at on platform.portal_attempts (at);
 grant select, insert, delete on platform.portal_attempts to cvault_sys;
 
 alter table cvault.auth_events add column admin_id uuid;

@@ -38,6 +38,7 @@ pub struct Inner {
 impl App {
     #[must_use]
     pub fn new(config: Config, db: Db, keys: KeyRing, secrets: PlatformSecrets) -> Self {
+        let passwords = Passwords::new(config.passwords);
         Self(Arc::new(Inner {
             config,
             db,
@@ -45,7 +46,7 @@ impl App {
             secrets,
             clock: Clock,
             nodes: Hub::default(),
-            passwords: Passwords::default(),
+            passwords,
             limiter: Limiter::default(),
             throttles: Throttles::default(),
             uses: Uses::default(),

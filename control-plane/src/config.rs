@@ -11,8 +11,16 @@ use sqlx::postgres::PgConnectOptions;
 use tracing::level_filters::LevelFilter;
 use zeroize::Zeroizing;
 
+use crate::auth::passwords::Scheme;
 use crate::db::DbConfig;
 use crate::keys::KeyRing;
+
+mod mail;
+mod passwords;
+mod retention;
+
+pub use mail::MailConfig;
+pub use retention::Retention;
 
 /// One documented variable.
 #[derive(Debug)]
@@ -111,6 +119,96 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "Time a released address rests before it is used again; taken over by pools when they are created.",
     },
     Variable {
+        name: "CVAULT_PASSWORD_HASH",
+        default: "bcrypt",
+        used_by: "serve, dev",
+        meaning: "`bcrypt` or `argon2id`, for new passwords; both are checked. A login replaces a hash of another scheme or cost.",
+    },
+    Variable {
+        name: "CVAULT_BCRYPT_COST",
+        default: "12",
+        used_by: "serve, dev",
+        meaning: "10 to 15; each step doubles the time.",
+    },
+    Variable {
+        name: "CVAULT_ARGON2_MEMORY_KIB",
+        default: "19456",
+        used_by: "serve, dev",
+        meaning: "Memory of one Argon2id hash, 8192 to 262144 KiB; as many run at once as there are cores.",
+    },
+    Variable {
+        name: "CVAULT_ARGON2_PASSES",
+        default: "2",
+        used_by: "serve, dev",
+        meaning: "Passes of Argon2id over its memory, 1 to 10.",
+    },
+    Variable {
+        name: "CVAULT_RETENTION_AUTH_EVENTS_DAYS",
+        default: "90",
+        used_by: "serve, dev",
+        meaning: "Days that login attempts are kept, 7 to 3650.",
+    },
+    Variable {
+        name: "CVAULT_RETENTION_HISTORY_DAYS",
+        default: "400",
+        used_by: "serve, dev",
+        meaning: "Days that closed sessions and revoked devices are kept, 62 to 3650. Hours, days and the audit log stay.",
+    },
+    Variable {
+        name: "CVAULT_RETENTION_COUNTERS_DAYS",
+        default: "35",
+        used_by: "serve, dev",
+        meaning: "Days that byte counters are kept which no server will report again, 14 to 3650; then only their sums are.",
+    },
+    Variable {
+        name: "CVAULT_RETENTION_MAIL_DAYS",
+        default: "30",
+        used_by: "serve, dev",
+        meaning: "Days that the records of delivered and given-up mails are kept, 1 to 3650.",
+    },
+    Variable {
+        name: "CVAULT_SMTP_URL",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "Mail server: `smtps://host[:465]` (TLS), `smtp://host[:587]` (STARTTLS, required) or `smtp+plain://host[:25]` (no TLS; with a password only to this machine). Without it mails wait in the outbox (`dev`: they are written to the log).",
+    },
+    Variable {
+        name: "CVAULT_SMTP_USER",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "Name to log in with at the mail server.",
+    },
+    Variable {
+        name: "CVAULT_SMTP_PASSWORD_FILE",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "File with its password, of mode 0600 or 0400.",
+    },
+    Variable {
+        name: "CVAULT_SMTP_PASSWORD",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "The password itself, instead of CVAULT_SMTP_PASSWORD_FILE.",
+    },
+    Variable {
+        name: "CVAULT_SMTP_CA_FILE",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "PEM certificate of an authority to trust for the mail server, beside the public ones.",
+    },
+    Variable {
+        name: "CVAULT_MAIL_FROM",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "Sender of mails, such as `CVault <no-reply@example.com>`; required with CVAULT_SMTP_URL.",
+    },
+    Variable {
+        name: "CVAULT_MAIL_DIR",
+        default: "",
+        used_by: "serve, dev, admin",
+        meaning: "Directory into which mails are written, a file each, instead of sending them: for development and tests.",
+    },
+    Variable {
         name: "CVAULT_PG_BIN",
         default: "",
         used_by: "dev",
@@ -125,7 +223,7 @@ pub const VARIABLES: &[Variable] = &[
     Variable { name: "CVAULT_LOG_FORMAT", default: "json", used_by: "all", meaning: "`json` or `text`." },
 ];
 
-/// What the running program needs to know; holds no secret.
+/// What the running program needs to know; `Debug` shows no secret.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub listen: SocketAddr,
@@ -139,6 +237,10 @@ pub struct Config {
     /// Their `X-Forwarded-For` is believed.
     pub trusted_proxies: Vec<IpNet>,
     pub quarantine_seconds: u32,
+    pub mail: MailConfig,
+    /// How new passwords are hashed.
+    pub passwords: Scheme,
+    pub retention: Retention,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -322,7 +424,11 @@ impl<'a> Reader<'a> {
             Some(endpoint) => self.endpoint(endpoint),
             None => default_endpoint(node_listen, &public_url),
         };
+        let mail = self.mail(host_of(&public_url).as_deref().unwrap_or("localhost"));
         Config {
+            mail,
+            passwords: self.passwords(),
+            retention: self.retention(),
             listen,
             node_listen,
             node_endpoint,
@@ -430,7 +536,10 @@ impl<'a> Reader<'a> {
         };
         let ring = parse_keys(&text);
         if ring.is_none() {
-            self.fault("The key-encryption key must be 64 hexadecimal digits, as `openssl rand -hex 32` prints them.");
+            self.fault(
+                "The key-encryption key must be 64 hexadecimal digits, as `openssl rand -hex 32` prints them, or lines \
+                 VERSION:DIGITS, each version once.",
+            );
         }
         ring
     }
@@ -440,9 +549,12 @@ fn default_endpoint(node_listen: SocketAddr, public_url: &str) -> String {
     if !node_listen.ip().is_unspecified() {
         return node_listen.to_string();
     }
-    let uri = public_url.parse::<http::Uri>().ok();
-    let host = uri.as_ref().and_then(http::Uri::host).unwrap_or("127.0.0.1");
-    format!("{host}:{}", node_listen.port())
+    let host = host_of(public_url);
+    format!("{}:{}", host.as_deref().unwrap_or("127.0.0.1"), node_listen.port())
+}
+
+fn host_of(url: &str) -> Option<String> {
+    url.parse::<http::Uri>().ok()?.host().map(str::to_owned)
 }
 
 fn read_private(path: &str) -> Result<Zeroizing<String>, String> {
@@ -545,7 +657,10 @@ mod tests {
         assert_eq!(parse_keys(&format!("{KEY}\n")).unwrap().version(), 1);
         assert_eq!(parse_keys(&format!("1:{KEY}\n3:{KEY}\n")).unwrap().version(), 3);
         assert!(
-            parse_keys("").is_none() && parse_keys(&KEY[1..]).is_none() && parse_keys(&format!("x:{KEY}")).is_none()
+            parse_keys(&format!("2:{KEY}\n2:{KEY}")).is_none()
+                && parse_keys("").is_none()
+                && parse_keys(&KEY[1..]).is_none()
+                && parse_keys(&format!("x:{KEY}")).is_none()
         );
     }
 }

@@ -18,6 +18,7 @@ use crate::config::{self, Config};
 use crate::db::{self, DbConfig, MigrateError};
 use crate::ipam::{self, CreatePoolError, NewPool};
 use crate::keys::KeyRing;
+use crate::mail::Sink;
 use crate::postgres::{Cluster, ClusterError, Durability};
 use crate::serve::{self, Listeners, StartError};
 use crate::tenants::{self, Actor, Settings, TenantError};
@@ -64,7 +65,10 @@ pub enum DevError {
 ///
 /// # Errors
 /// When something cannot be started; what had been started is stopped then.
-pub async fn run(config: Config, dir: &Path, pg_bin: Option<PathBuf>) -> Result<(), DevError> {
+pub async fn run(mut config: Config, dir: &Path, pg_bin: Option<PathBuf>) -> Result<(), DevError> {
+    if matches!(config.mail.sink, Sink::Unset) {
+        config.mail.sink = Sink::Log;
+    }
     let (listeners, config) = Listeners::bind(config).await?;
     let shutdown = serve::on_signal()?;
     let cluster = match Cluster::start(dir, pg_bin, Durability::Durable, &shutdown).await {

@@ -33,6 +33,7 @@ pub mod tasks;
 pub mod telemetry;
 pub mod tenancy;
 pub mod tenants;
+pub mod trim;
 pub mod usage;
 pub mod users;
 

@@ -14,6 +14,9 @@ const NODE_ALARMS: &str = "cvault_node_alarms_total";
 const BILLED_BYTES: &str = "cvault_billed_bytes_total";
 const ORPHAN_BYTES: &str = "cvault_orphan_bytes_total";
 const TASK_RUNS: &str = "cvault_task_runs_total";
+const MAILS: &str = "cvault_mail_attempts_total";
+const OUTBOX: &str = "cvault_outbox_mails";
+const OUTBOX_OLDEST: &str = "cvault_outbox_oldest_seconds";
 
 /// Seconds. From a cached answer to bcrypt at cost 12 under load.
 const BUCKETS: [f64; 12] = [0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
@@ -40,6 +43,12 @@ pub fn install() -> &'static PrometheusHandle {
         describe_counter!(BILLED_BYTES, "Bytes entered into the ledger of a tenant.");
         describe_counter!(ORPHAN_BYTES, "Bytes of unknown devices: kept, billed to nobody.");
         describe_counter!(TASK_RUNS, "Runs of periodic tasks, by task and outcome.");
+        describe_counter!(
+            MAILS,
+            "Attempts to deliver a mail, by outcome: sent, failed (will be repeated), dead (given up)."
+        );
+        describe_gauge!(OUTBOX, "Mails that wait, and mails that were given up and are still kept, by state.");
+        describe_gauge!(OUTBOX_OLDEST, "Age of the oldest mail that waits.");
         handle
     })
 }
@@ -80,4 +89,14 @@ pub fn billed(bytes: u64, orphan_bytes: u64) {
 
 pub fn task_run(task: &'static str, outcome: &'static str) {
     counter!(TASK_RUNS, "task" => task, "outcome" => outcome).increment(1);
+}
+
+pub fn mail(outcome: &'static str) {
+    counter!(MAILS, "outcome" => outcome).increment(1);
+}
+
+pub fn outbox(waiting: i64, dead: i64, oldest_seconds: f64) {
+    gauge!(OUTBOX, "state" => "waiting").set(u32::try_from(waiting).unwrap_or(u32::MAX));
+    gauge!(OUTBOX, "state" => "dead").set(u32::try_from(dead).unwrap_or(u32::MAX));
+    gauge!(OUTBOX_OLDEST).set(oldest_seconds);
 }

@@ -16,7 +16,8 @@ use crate::config::{Config, ServeConfig};
 use crate::db::{ConnectError, Db, DbConfig};
 use crate::http::serve::Limits;
 use crate::http::{router, serve};
-use crate::keys::{KeyRing, PlatformSecrets, SecretsError};
+use crate::keys::{self, KeyRing, PlatformSecrets, RingError, SecretsError};
+use crate::mail::Sink;
 use crate::{metrics, nodes, tasks};
 
 /// Why nothing was started, or why what was started has ended.
@@ -30,6 +31,8 @@ pub enum StartError {
     Catalogue(#[from] CatalogueError),
     #[error(transparent)]
     Secrets(#[from] SecretsError),
+    #[error(transparent)]
+    Keys(#[from] RingError),
     #[error("the gateway for servers has failed")]
     Gateway(#[source] nodes::ServeError),
     #[error("the gateway for servers has failed")]
@@ -72,6 +75,7 @@ pub async fn open(config: Config, database: &DbConfig, keys: KeyRing) -> Result<
     catalogue::check(&db).await?;
     let mut rng = rand::rngs::StdRng::from_os_rng();
     let secrets = PlatformSecrets::load(&db.sys, &keys, &mut rng).await?;
+    keys::check(&db.sys, &keys).await?;
     Ok(App::new(config, db, keys, secrets))
 }
 
@@ -83,6 +87,11 @@ pub async fn run(config: ServeConfig) -> Result<(), StartError> {
     let (listeners, running) = Listeners::bind(config.config).await?;
     let shutdown = on_signal()?;
     let app = open(running, &config.database, config.keys).await?;
+    if matches!(app.config.mail.sink, Sink::Unset) {
+        tracing::warn!(
+            "no mail server is configured (CVAULT_SMTP_URL): mails, such as those that verify addresses and reset passwords, wait in the outbox and are not sent"
+        );
+    }
     until(app, listeners, shutdown).await
 }
 

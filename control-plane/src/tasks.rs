@@ -1,4 +1,4 @@
-//! Periodic work: quarantine, suspensions, sessions, audit chain, usage, trimming. Each task runs by itself, is started again after a
+//! Periodic work: quarantine, suspensions, sessions, audit chain, usage, mails, trimming. Each task runs by itself, is started again after a
 //! fault, and stops cleanly. Any number of replicas may run them at once: every task is one or more statements that
 //! change nothing the second time.
 
@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::app::App;
 use crate::db::DbError;
-use crate::{audit, ipam, metrics, portal, sessions, tenants, usage};
+use crate::{audit, ipam, mail, metrics, sessions, tenants, trim, usage};
 
 /// One kind of periodic work; `run` returns how many rows it has dealt with.
 struct Task {
@@ -66,7 +66,17 @@ const TASKS: &[Task] = &[
         every: Duration::from_secs(15),
         run: |app| Box::pin(async move { app.uses.flush(&app.db.sys).await }),
     },
-    Task { name: "trim", every: Duration::from_secs(600), run: |app| Box::pin(async move { trim(&app).await }) },
+    Task {
+        name: "deliver_mail",
+        every: Duration::from_secs(1),
+        run: |app| Box::pin(async move { mail::deliver(&app).await }),
+    },
+    Task {
+        name: "watch_outbox",
+        every: Duration::from_secs(15),
+        run: |app| Box::pin(async move { watch_outbox(&app).await }),
+    },
+    Task { name: "trim", every: Duration::from_secs(600), run: |app| Box::pin(async move { trim::trim(&app).await }) },
 ];
 
 /// Runs all tasks until `shutdown`; returns when the last one has finished what it was doing.
@@ -111,27 +121,10 @@ async fn repeat(app: App, task: &'static Task, shutdown: CancellationToken) {
     }
 }
 
-/// Forgets what is past use: changes every server has long had, old windows, expired keys and tokens.
-async fn trim(app: &App) -> Result<u64, DbError> {
-    let sys = &app.db.sys;
-    let changes = sqlx::query!(
-        // a server that needs an older change gets a snapshot
-        "delete from platform.node_changes c using platform.servers s
-         where s.server_id = c.server_id
-           and (c.at < now() - interval '7 days' or c.revision < s.revision - 100000)"
-    )
-    .execute(sys)
-    .await?
-    .rows_affected();
-    let keys = sqlx::query!("delete from cvault.idempotency_keys where created_at < now() - interval '24 hours'")
-        .execute(sys)
-        .await?
-        .rows_affected();
-    let tokens = sqlx::query!("delete from cvault.refresh_tokens where expires_at < now() - interval '1 day'")
-        .execute(sys)
-        .await?
-        .rows_affected();
-    Ok(changes + keys + tokens + portal::trim(sys).await? + usage::trim_windows(sys).await?)
+async fn watch_outbox(app: &App) -> Result<u64, DbError> {
+    let late = mail::expire(&app.db.sys, app.clock.now()).await?;
+    mail::measure(&app.db.sys, app.clock.now()).await?;
+    Ok(late)
 }
 
 #[cfg(test)]

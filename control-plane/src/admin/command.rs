@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use cvault_types::{ServerId, TenantId};
+use cvault_types::{MailId, ServerId, TenantId};
 use ipnet::{Ipv4Net, Ipv6Net};
 
 #[derive(Debug, Args)]
@@ -32,6 +32,12 @@ pub enum AdminCommand {
     /// WireGuard servers
     #[command(subcommand)]
     Server(ServerCommand),
+    /// Key-encryption keys
+    #[command(subcommand)]
+    Keys(KeysCommand),
+    /// Mails that wait or were given up
+    #[command(subcommand)]
+    Mail(MailCommand),
     /// Check that what was billed is what the servers counted; exit status 1 when it is not
     VerifyLedger,
 }
@@ -105,4 +111,29 @@ pub enum ServerCommand {
         #[arg(long)]
         force: bool,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum MailCommand {
+    /// Mails that wait to be sent, oldest first
+    List {
+        /// Those that were given up, instead
+        #[arg(long)]
+        dead: bool,
+    },
+    /// Try a mail again that was given up
+    Retry { id: MailId },
+    /// Send a test mail now, past the outbox, with the configuration of this command's environment
+    Test {
+        #[arg(long, value_name = "ADDRESS")]
+        to: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum KeysCommand {
+    /// Which key-encryption keys this environment has, and what is wrapped with each
+    Status,
+    /// Wrap every data key and secret with the newest key-encryption key; may be interrupted and repeated
+    Rotate,
 }

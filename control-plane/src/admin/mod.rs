@@ -4,7 +4,9 @@
 //! that makes them.
 
 mod command;
+mod keys;
+mod mail;
 mod run;
 
-pub use command::{AdminArgs, AdminCommand, PoolCommand, ServerCommand, TenantCommand};
+pub use command::{AdminArgs, AdminCommand, KeysCommand, MailCommand, PoolCommand, ServerCommand, TenantCommand};
 pub use run::{AdminError, run};

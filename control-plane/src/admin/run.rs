@@ -18,6 +18,8 @@ use crate::db::{DbError, Tx};
 use crate::dev::{self, DevError};
 use crate::http::Problem;
 use crate::ipam::{self, CreatePoolError, NewPool};
+use crate::keys::RotateError;
+use crate::mail::{RetryError, SendError};
 use crate::serve::{self, StartError};
 use crate::servers::{self, CreateServerError, NewServer, Removal, RemoveServerError};
 use crate::tenants::{self, Actor, Settings, TenantError};
@@ -43,6 +45,12 @@ pub enum AdminError {
     RemoveServer(#[from] RemoveServerError),
     #[error("there is no such server")]
     NoServer,
+    #[error(transparent)]
+    Rotate(#[from] RotateError),
+    #[error(transparent)]
+    RetryMail(#[from] RetryError),
+    #[error("the test mail was not taken")]
+    TestMail(#[from] SendError),
     #[error(transparent)]
     Db(#[from] DbError),
     #[error("the answer cannot be printed")]
@@ -84,6 +92,8 @@ async fn answer(app: &App, command: AdminCommand) -> Result<Value, AdminError> {
         AdminCommand::Tenant(command) => tenant(app, command).await,
         AdminCommand::Pool(command) => pool(app, command).await,
         AdminCommand::Server(command) => server(app, command).await,
+        AdminCommand::Keys(command) => super::keys::run(app, command).await,
+        AdminCommand::Mail(command) => super::mail::run(app, command).await,
         AdminCommand::VerifyLedger => verify_ledger(app).await,
     }
 }

@@ -3,8 +3,9 @@
 mod chain;
 mod of_tenant;
 
-use cvault_types::RequestId;
+use cvault_types::{RequestId, TenantId};
 use serde_json::Value;
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::db::DbError;
@@ -31,11 +32,19 @@ pub struct Entry<'a> {
 /// # Errors
 /// Those of the database.
 pub async fn record(tx: &mut TenantTx, entry: Entry<'_>) -> Result<(), DbError> {
-    let tenant = tx.tenant().uuid();
+    let tenant = tx.tenant();
+    record_for(tx.conn(), tenant, entry).await
+}
+
+/// The same in a transaction of role `cvault_sys`, which sees all tenants.
+///
+/// # Errors
+/// Those of the database.
+pub async fn record_for(conn: &mut PgConnection, tenant: TenantId, entry: Entry<'_>) -> Result<(), DbError> {
     sqlx::query!(
         "insert into cvault.audit_log (tenant_id, audit_id, actor, action, target, details, request_id)
          values ($1, $2, $3, $4, $5, $6, $7)",
-        tenant,
+        tenant.uuid(),
         Uuid::now_v7(),
         entry.actor,
         entry.action,
@@ -43,7 +52,7 @@ pub async fn record(tx: &mut TenantTx, entry: Entry<'_>) -> Result<(), DbError> 
         entry.details,
         entry.request_id.map(RequestId::uuid),
     )
-    .execute(tx.conn())
+    .execute(conn)
     .await?;
     Ok(())
 }

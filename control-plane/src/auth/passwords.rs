@@ -1,28 +1,26 @@
-//! Passwords: bcrypt at cost 12, on a bounded number of blocking threads.
+//! Passwords: bcrypt at cost 12 or Argon2id, on threads of their own.
 //!
-//! One check takes about 0.2 s of a core, so as many run as there are cores, a few wait, and the rest is answered
-//! OVERLOADED at once; nothing else in the process waits for them. bcrypt reads 72 bytes and stops at a NUL: longer
-//! passwords and those with a NUL are hashed with SHA-256 first, never cut.
+//! One check takes about 0.2 s of a core (bcrypt) or some megabytes (Argon2id), so as many run as there are cores, a few
+//! wait, and the rest is answered OVERLOADED at once. The threads are neither tokio's nor its blocking pool's and yield to
+//! everything else (nice 19): nothing else in the process waits for them. What they hold at most is the number of threads
+//! times the memory of one Argon2id hash.
+//!
+//! A stored hash tells its scheme by its prefix; one of another scheme or cost than the configured is made anew by the next
+//! login that brings the password. bcrypt reads 72 bytes and stops at a NUL: longer passwords and those with a NUL are
+//! hashed with SHA-256 first, never cut.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+mod pool;
+mod scheme;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD_NO_PAD;
+pub use scheme::{HashError, MAX_MEMORY_KIB, MAX_PASSES, Scheme};
+
 use cvault_types::Secret;
-use sha2::{Digest, Sha256};
-use tokio::sync::Semaphore;
-use zeroize::Zeroizing;
 
+use self::pool::Pool;
 use crate::http::Problem;
-use crate::metrics;
 
-/// Required by the guide, §3.6.
-const COST: u32 = 12;
 /// Checks that may wait for each core: about 4 s at 0.2 s each.
 const WAITING_PER_CORE: usize = 20;
-/// The hash of 32 random bytes nobody kept; checked in the place of an unknown user's, so that both take the same time.
-const NOBODY: &str = "$2b$12$49o4uvkpZ3rDrQbwWLaxxuI5LRxY2ooe8uC87Tg400ajLdXM0.Y.K";
 
 /// Adds a fault at `pointer` when `password` is too short or too long to be chosen.
 #[must_use]
@@ -34,12 +32,21 @@ pub fn checked(problem: Problem, pointer: &str, password: &Secret) -> Problem {
     }
 }
 
-/// The bounded pool.
+/// Hashes and checks, for the whole process.
 #[derive(Debug)]
 pub struct Passwords {
-    running: Arc<Semaphore>,
-    admitted: Arc<AtomicUsize>,
-    max_admitted: usize,
+    pool: Pool,
+    scheme: Scheme,
+    /// Checked in the place of an unknown user's, so that both take the same time.
+    nobody: String,
+}
+
+/// How a check ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verified {
+    pub right: bool,
+    /// To be stored in the place of the old hash, if that is still the same.
+    pub rehashed: Option<String>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -47,34 +54,38 @@ pub enum PasswordError {
     #[error("too many password checks are waiting")]
     Overloaded,
     #[error("the password hash cannot be computed")]
-    Hash(#[source] bcrypt::BcryptError),
+    Hash(#[source] HashError),
     #[error("the password check was interrupted")]
     Interrupted,
 }
 
 impl Default for Passwords {
     fn default() -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self::with_bounds(cores, cores * WAITING_PER_CORE)
+        Self::new(Scheme::default())
     }
 }
 
 impl Passwords {
     #[must_use]
-    pub fn with_bounds(running: usize, waiting: usize) -> Self {
-        Self {
-            running: Arc::new(Semaphore::new(running)),
-            admitted: Arc::new(AtomicUsize::new(0)),
-            max_admitted: running + waiting,
-        }
+    pub fn new(scheme: Scheme) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self::with_bounds(scheme, cores, cores * WAITING_PER_CORE)
     }
 
-    /// The bcrypt text (`$2b$12$…`) to store.
+    /// # Panics
+    /// When the system has no thread to give at the start.
+    #[must_use]
+    pub fn with_bounds(scheme: Scheme, running: usize, waiting: usize) -> Self {
+        Self { pool: Pool::start(running, waiting), scheme, nobody: scheme.nobody() }
+    }
+
+    /// The text to store: `$2b$12$…` or `$argon2id$…`.
     ///
     /// # Errors
     /// [`PasswordError::Overloaded`] when the queue is full.
     pub async fn hash(&self, password: Secret) -> Result<String, PasswordError> {
-        self.run(move || bcrypt::non_truncating_hash(&*material(&password), COST)).await
+        let scheme = self.scheme;
+        self.run(move || scheme.hash(&password)).await
     }
 
     /// Whether `password` is the one of `hash`; without a hash the same work is done and the answer is no.
@@ -82,85 +93,102 @@ impl Passwords {
     /// # Errors
     /// [`PasswordError::Overloaded`] when the queue is full.
     pub async fn verify(&self, password: Secret, hash: Option<String>) -> Result<bool, PasswordError> {
-        self.run(move || {
-            let same = bcrypt::non_truncating_verify(&*material(&password), hash.as_deref().unwrap_or(NOBODY))?;
-            Ok(same && hash.is_some())
-        })
-        .await
+        let against = hash.clone().unwrap_or_else(|| self.nobody.clone());
+        Ok(self.run(move || scheme::verify(&password, &against)).await? && hash.is_some())
+    }
+
+    /// As [`Passwords::verify`], and makes a right password's hash anew where the configuration wants another than is
+    /// stored. A queue that is full by then leaves the old one for the next login.
+    ///
+    /// # Errors
+    /// [`PasswordError::Overloaded`] when the queue is full.
+    pub async fn verify_login(&self, password: Secret, hash: Option<String>) -> Result<Verified, PasswordError> {
+        let wanted = hash.as_deref().is_some_and(|hash| !self.scheme.made(hash));
+        let right = self.verify(password.clone(), hash).await?;
+        let rehashed = match right && wanted {
+            true => match self.hash(password).await {
+                Ok(rehashed) => Some(rehashed),
+                Err(PasswordError::Overloaded) => None,
+                Err(error) => return Err(error),
+            },
+            false => None,
+        };
+        Ok(Verified { right, rehashed })
     }
 
     async fn run<T: Send + 'static>(
         &self,
-        work: impl FnOnce() -> Result<T, bcrypt::BcryptError> + Send + 'static,
+        work: impl FnOnce() -> Result<T, HashError> + Send + 'static,
     ) -> Result<T, PasswordError> {
-        let place = Place::take(&self.admitted, self.max_admitted).ok_or(PasswordError::Overloaded)?;
-        let permit = Arc::clone(&self.running).acquire_owned().await.map_err(|_| PasswordError::Interrupted)?;
-        tokio::task::spawn_blocking(move || {
-            // held until the work is done, even when nobody waits for it any more
-            let _held = (place, permit);
-            work()
-        })
-        .await
-        .map_err(|_| PasswordError::Interrupted)?
-        .map_err(PasswordError::Hash)
+        self.pool.run(work).await?.map_err(PasswordError::Hash)
     }
-}
-
-/// One place in the pool, running or waiting.
-struct Place(Arc<AtomicUsize>);
-
-impl Place {
-    fn take(admitted: &Arc<AtomicUsize>, max: usize) -> Option<Self> {
-        let taken = admitted
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| (count < max).then_some(count + 1))
-            .ok()?;
-        metrics::password_queue(taken + 1);
-        Some(Self(Arc::clone(admitted)))
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        metrics::password_queue(self.0.fetch_sub(1, Ordering::Relaxed) - 1);
-    }
-}
-
-/// What bcrypt gets: 71 bytes and its own NUL at most.
-fn material(password: &Secret) -> Zeroizing<Vec<u8>> {
-    let bytes = password.expose().as_bytes();
-    if bytes.len() <= 71 && !bytes.contains(&0) {
-        return Zeroizing::new(bytes.to_vec());
-    }
-    let digest = Sha256::new().chain_update(b"cvault-long-password\0").chain_update(bytes).finalize();
-    Zeroizing::new(STANDARD_NO_PAD.encode(digest).into_bytes())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     fn secret(text: impl Into<String>) -> Secret {
         Secret::new(text)
     }
 
+    const SMALL: Scheme = Scheme::Argon2id { memory_kib: 8192, passes: 1 };
+
     #[tokio::test]
     async fn long_passwords_differ_in_their_last_byte_and_after_a_nul() {
-        let pool = Passwords::default();
-        let hash = pool.hash(secret(format!("{}x", "a".repeat(100)))).await.unwrap();
-        assert!(hash.starts_with("$2b$12$"), "{hash}");
-        assert!(!pool.verify(secret(format!("{}y", "a".repeat(100))), Some(hash.clone())).await.unwrap());
-        assert!(pool.verify(secret(format!("{}x", "a".repeat(100))), Some(hash)).await.unwrap());
-        assert_ne!(*material(&secret("abcdefgh\0one")), *material(&secret("abcdefgh\0two")));
+        for scheme in [Scheme::default(), SMALL] {
+            let pool = Passwords::new(scheme);
+            let hash = pool.hash(secret(format!("{}x", "a".repeat(100)))).await.unwrap();
+            assert!(!pool.verify(secret(format!("{}y", "a".repeat(100))), Some(hash.clone())).await.unwrap());
+            assert!(pool.verify(secret(format!("{}x", "a".repeat(100))), Some(hash)).await.unwrap());
+            let hash = pool.hash(secret("abcdefgh\0one")).await.unwrap();
+            assert!(!pool.verify(secret("abcdefgh\0two"), Some(hash)).await.unwrap());
+        }
     }
 
     #[tokio::test]
     async fn an_unknown_user_costs_the_same_work_and_is_refused() {
-        assert!(!Passwords::default().verify(secret("whatever it is"), None).await.unwrap());
+        for scheme in [Scheme::default(), SMALL] {
+            let pool = Passwords::new(scheme);
+            assert!(!pool.verify(secret("whatever it is"), None).await.unwrap());
+            assert!(scheme.made(&pool.nobody), "{}", pool.nobody);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_login_replaces_a_hash_of_another_scheme_or_cost_and_no_other() {
+        let old = Passwords::new(Scheme::Bcrypt { cost: 10 });
+        let new = Passwords::new(SMALL);
+        let stored = old.hash(secret("correct horse")).await.unwrap();
+        let wrong = new.verify_login(secret("wrong horse"), Some(stored.clone())).await.unwrap();
+        assert_eq!(wrong, Verified { right: false, rehashed: None });
+        let right = new.verify_login(secret("correct horse"), Some(stored)).await.unwrap();
+        let fresh = right.rehashed.unwrap();
+        assert!(fresh.starts_with("$argon2id$v=19$m=8192,t=1,p=1$"), "{fresh}");
+        let again = new.verify_login(secret("correct horse"), Some(fresh.clone())).await.unwrap();
+        assert_eq!(again, Verified { right: true, rehashed: None });
+        // and back, when somebody changes their mind
+        let back = old.verify_login(secret("correct horse"), Some(fresh)).await.unwrap();
+        assert!(back.rehashed.unwrap().starts_with("$2b$10$"));
+        assert_eq!(new.verify_login(secret("x"), None).await.unwrap(), Verified { right: false, rehashed: None });
+    }
+
+    #[tokio::test]
+    async fn a_damaged_hash_is_an_error_and_not_a_wrong_password() {
+        let pool = Passwords::new(SMALL);
+        for hash in
+            ["", "$1$md5", "$2b$12$short", "$argon2id$v=19$m=1", "$argon2id$v=19$m=4194304,t=3,p=1$c2FsdHNhbHQ$aGFzaA"]
+        {
+            let outcome = pool.verify(secret("x"), Some(hash.to_owned())).await;
+            assert!(matches!(outcome, Err(PasswordError::Hash(_))), "{hash}: {outcome:?}");
+        }
     }
 
     #[tokio::test]
     async fn a_full_queue_answers_at_once() {
-        let pool = Arc::new(Passwords::with_bounds(1, 1));
+        let pool = Arc::new(Passwords::with_bounds(Scheme::default(), 1, 1));
         let busy: Vec<_> = (0..3)
             .map(|_| {
                 let pool = Arc::clone(&pool);

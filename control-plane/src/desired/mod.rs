@@ -241,7 +241,7 @@ async fn snapshot(
 }
 
 /// How many peers were removed on purpose since the older of what the server has acknowledged and what it says it has.
-/// Their rows stay, unlike the log of changes. Index `peers_removed`.
+/// Their rows stay longer than the log of changes (`trim.rs`). Index `peers_removed`.
 async fn removed_since(conn: &mut PgConnection, server: Uuid, have: Option<Position>) -> Result<u32, DesiredError> {
     let removed = sqlx::query_scalar!(
         r#"select count(*) as "removed!" from platform.peers p join platform.servers s using (server_id)

@@ -5,7 +5,9 @@
 //! Deliberately absent: reading the KEK from the environment (`config.rs`).
 
 mod platform;
+mod rotate;
 mod seal;
 
 pub use platform::{PlatformSecrets, SecretsError, TokenKey};
+pub use rotate::{InUse, RingError, RotateError, Rotated, check, in_use, rotate};
 pub use seal::{Aad, KeyError, KeyRing, SealedDataKey};

@@ -83,7 +83,7 @@ async fn drawn_once(
     name: &'static str,
     drawn: &[u8],
 ) -> Result<Zeroizing<Vec<u8>>, SecretsError> {
-    let aad = format!("platform.secrets:{name}").into_bytes();
+    let aad = secret_aad(name);
     sqlx::query!(
         "insert into platform.secrets (name, kek_version, sealed) values ($1, $2, $3) on conflict do nothing",
         name,
@@ -95,6 +95,10 @@ async fn drawn_once(
     let sealed =
         sqlx::query_scalar!("select sealed from platform.secrets where name = $1", name).fetch_one(sys).await?;
     keys.unwrap(&aad, &sealed).map_err(|source| SecretsError::WrongKek { name, source })
+}
+
+pub(super) fn secret_aad(name: &str) -> Vec<u8> {
+    format!("platform.secrets:{name}").into_bytes()
 }
 
 fn bytes32(bytes: &[u8], name: &'static str) -> Result<Zeroizing<[u8; 32]>, SecretsError> {

@@ -45,6 +45,8 @@ pub enum KeyError {
     Layout,
     #[error("no key-encryption key can be used")]
     NoKek,
+    #[error("two key-encryption keys have one version")]
+    TwoOfOneVersion,
 }
 
 /// The key-encryption keys of this process, by version; the highest one wraps new data keys.
@@ -69,10 +71,13 @@ impl KeyRing {
     /// Several keys, while data keys are being re-wrapped from an older to a newer one.
     ///
     /// # Errors
-    /// [`KeyError::NoKek`] when there is none.
+    /// [`KeyError::NoKek`] when there is none, [`KeyError::TwoOfOneVersion`].
     pub fn versions(keys: impl IntoIterator<Item = (i16, Zeroizing<[u8; 32]>)>) -> Result<Self, KeyError> {
         let mut keks: Vec<Kek> = keys.into_iter().map(|(version, key)| Kek { version, key }).collect();
         keks.sort_by_key(|kek| kek.version);
+        if keks.windows(2).any(|two| two[0].version == two[1].version) {
+            return Err(KeyError::TwoOfOneVersion);
+        }
         if keks.is_empty() { Err(KeyError::NoKek) } else { Ok(Self { keks }) }
     }
 
@@ -84,6 +89,27 @@ impl KeyRing {
     #[must_use]
     pub fn version(&self) -> i16 {
         self.newest().version
+    }
+
+    /// The versions of all keys, ascending.
+    pub fn known(&self) -> impl Iterator<Item = i16> {
+        self.keks.iter().map(|kek| kek.version)
+    }
+
+    /// Wraps a tenant's data key with the newest key, whichever it is wrapped with now. What it seals stays as it is.
+    ///
+    /// # Errors
+    /// When no key of the ring opens it, or it would not open afterwards.
+    pub fn rewrap(&self, tenant: TenantId, sealed: &[u8]) -> Result<SealedDataKey, KeyError> {
+        Ok(SealedDataKey { sealed: self.rewrap_at(&data_key_aad(tenant), sealed)?, kek_version: self.version() })
+    }
+
+    pub(super) fn rewrap_at(&self, aad: &[u8], sealed: &[u8]) -> Result<Vec<u8>, KeyError> {
+        let plaintext = self.unwrap(aad, sealed)?;
+        let rewrapped = self.wrap(aad, &plaintext);
+        // the old wrapping is overwritten with this: it is looked at first
+        let opened = decrypt(&self.newest().key, aad, &rewrapped)?;
+        if *opened == *plaintext { Ok(rewrapped) } else { Err(KeyError::DoesNotOpen) }
     }
 
     /// Draws a data key for `tenant` and wraps it.

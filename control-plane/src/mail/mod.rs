@@ -6,9 +6,17 @@
 //!
 //! Deliberately absent: mails to the end users of tenants, who are the tenants' to talk to.
 
+mod admin;
+mod deliver;
 mod outbox;
+mod send;
+mod template;
 
+pub use admin::{Listed, RetryError, list, retry};
+pub use deliver::{deliver, expire, measure};
 pub use outbox::{EnqueueError, enqueue};
+pub use send::{SendError, Sink, Smtp, SmtpTls, send};
+pub use template::{Text, render};
 
 use cvault_types::Secret;
 use serde::{Deserialize, Serialize};
@@ -57,3 +65,6 @@ impl Kind {
         [Self::VerifyEmail, Self::ResetPassword, Self::PasswordChanged].into_iter().find(|kind| kind.as_str() == text)
     }
 }
+
+#[cfg(test)]
+mod tests;

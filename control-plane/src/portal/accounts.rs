@@ -123,6 +123,25 @@ pub async fn set_password(
     Ok(())
 }
 
+/// Stores a password's hash that was made anew, unless the password is another one by now.
+///
+/// # Errors
+/// Those of the database.
+pub async fn replace_hash(tx: &mut TenantTx, admin: TenantAdminId, old: &str, new: &str) -> Result<(), DbError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "update cvault.tenant_admins set password_hash = $4
+         where tenant_id = $1 and admin_id = $2 and password_hash = $3",
+        tenant,
+        admin.uuid(),
+        old,
+        new
+    )
+    .execute(tx.conn())
+    .await?;
+    Ok(())
+}
+
 /// Whoever opened a link mailed to `email` reads it; an address that was changed meanwhile proves nothing.
 ///
 /// # Errors

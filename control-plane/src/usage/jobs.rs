@@ -28,7 +28,11 @@ async fn compare(tx: &mut Tx) -> Result<Verified, DbError> {
     sqlx::query!("set local statement_timeout = '10min'").execute(tx.conn()).await?;
     let row = sqlx::query!(
         r#"with counted as (
-               select device_id, sum(rx_bytes) as rx, sum(tx_bytes) as tx from platform.usage_counters group by device_id
+               select device_id, sum(rx) as rx, sum(tx) as tx
+               from (select device_id, rx_bytes::numeric as rx, tx_bytes::numeric as tx from platform.usage_counters
+                     union all
+                     select device_id, rx_bytes, tx_bytes from platform.usage_settled) as c
+               group by device_id
            ), entered as (
                select device_id, sum(rx) as rx, sum(tx) as tx
                from (select device_id, rx_bytes as rx, tx_bytes as tx from cvault.usage_hourly
@@ -54,18 +58,6 @@ async fn compare(tx: &mut Tx) -> Result<Verified, DbError> {
 pub async fn ensure_partitions(sys: &PgPool) -> Result<u64, DbError> {
     let made = sqlx::query_scalar!(r#"select platform.ensure_usage_partitions(3) as "made!""#).fetch_one(sys).await?;
     Ok(u64::try_from(made).unwrap_or_default())
-}
-
-/// Forgets windows that no agent still keeps (agents keep acknowledged windows for 7 days). A window that came again
-/// later would change nothing: its counters have been entered.
-///
-/// # Errors
-/// Those of the database.
-pub async fn trim_windows(sys: &PgPool) -> Result<u64, DbError> {
-    let done = sqlx::query!("delete from platform.usage_windows where received_at < now() - interval '8 days'")
-        .execute(sys)
-        .await?;
-    Ok(done.rows_affected())
 }
 
 /// Recomputes yesterday and today of every tenant's `usage_daily` from hours and sessions.

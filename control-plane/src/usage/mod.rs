@@ -7,7 +7,7 @@ mod jobs;
 mod ledger;
 mod report;
 
-pub use jobs::{Verified, ensure_partitions, refresh_daily, refresh_week, trim_windows, verify_ledger};
+pub use jobs::{Verified, ensure_partitions, refresh_daily, refresh_week, verify_ledger};
 pub use ledger::{Ingested, ingest};
 pub use report::{Day, Limits, Period, Totals, days, limits, totals};
 

@@ -175,6 +175,24 @@ pub async fn find_login(tx: &mut TenantTx, email: &Email) -> Result<Option<Login
     }))
 }
 
+/// Stores a password's new hash, unless the password has been changed meanwhile.
+///
+/// # Errors
+/// Those of the database.
+pub async fn replace_hash(tx: &mut TenantTx, user: UserId, old: &str, new: &str) -> Result<(), DbError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "update cvault.users set password_hash = $4 where tenant_id = $1 and user_id = $2 and password_hash = $3",
+        tenant,
+        user.uuid(),
+        old,
+        new
+    )
+    .execute(tx.conn())
+    .await?;
+    Ok(())
+}
+
 /// Whether the user exists and may log in.
 ///
 /// # Errors

@@ -121,13 +121,16 @@ async fn login(
     if !matches!(checked, Ok(Checked { right: false, .. })) {
         app.throttles.no_guess(account);
     }
-    let Checked { user, right } = checked?;
+    let Checked { user, right, rehashed } = checked?;
     let (Some(user), true) = (user, right) else {
         app.throttles.login_failed(key.tenant, peer.ip());
         event.note(&app, Outcome::Failure, user).await?;
         return Err(Problem::new(ErrorCode::InvalidCredentials));
     };
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
+    if let Some(Rehashed { old, new }) = rehashed {
+        users::replace_hash(&mut tx, user, &old, &new).await?;
+    }
     events::record(&mut tx, event.row(Outcome::Success, Some(user))).await?;
     let answer = open_session(&app, &mut tx, Family::begin(user)).await?;
     tx.commit().await?;
@@ -138,6 +141,13 @@ async fn login(
 struct Checked {
     user: Option<UserId>,
     right: bool,
+    rehashed: Option<Rehashed>,
+}
+
+/// The stored hash, and the one that the configuration wants in its place.
+struct Rehashed {
+    old: String,
+    new: String,
 }
 
 async fn check_password(app: &App, tenant: TenantId, body: LoginRequest) -> Result<Checked, Problem> {
@@ -152,8 +162,9 @@ async fn check_password(app: &App, tenant: TenantId, body: LoginRequest) -> Resu
     };
     let (user, hash) = found.map_or((None, None), |login| (login.active.then_some(login.user), login.password_hash));
     // no transaction is open while this takes its fifth of a second
-    let right = app.passwords.verify(body.password, hash).await?;
-    Ok(Checked { user, right })
+    let verified = app.passwords.verify_login(body.password, hash.clone()).await?;
+    let rehashed = hash.zip(verified.rehashed).map(|(old, new)| Rehashed { old, new });
+    Ok(Checked { user, right: verified.right, rehashed })
 }
 
 /// Exchange a refresh token for a new pair. Each refresh token works once: send an `Idempotency-Key`, so that a lost

@@ -98,12 +98,15 @@ async fn login(
     if !matches!(checked, Ok(Checked { right: false, .. })) {
         app.throttles.no_guess(account);
     }
-    let Checked { tenant, account, right } = checked?;
+    let Checked { tenant, account, right, rehashed } = checked?;
     let (Some(account), true) = (account, right) else {
         app.throttles.portal_login_failed(origin.seen.ip);
         return attempt.refused(Problem::new(ErrorCode::InvalidCredentials)).await;
     };
     let mut tx = app.db.tenancy.begin(tenant).await?;
+    if let (Some(old), Some(new)) = (&account.password_hash, &rehashed) {
+        accounts::replace_hash(&mut tx, account.id, old, new).await?;
+    }
     let rng = &mut StdRng::from_os_rng();
     let session = sessions::open(&mut tx, &app, account.id, origin.how(), &origin.seen, rng).await?;
     attempt.record(&mut tx, AuthKind::PortalLogin, Outcome::Success, Some(account.id)).await?;
@@ -118,6 +121,8 @@ struct Checked {
     tenant: TenantId,
     account: Option<Account>,
     right: bool,
+    /// The hash that the configuration wants in the place of the stored one.
+    rehashed: Option<String>,
 }
 
 /// The same steps for an address nobody has: its tenant is one that does not exist.
@@ -133,8 +138,8 @@ async fn check_password(app: &App, body: PortalLoginRequest) -> Result<Checked, 
     tx.commit().await?;
     let hash = account.as_ref().and_then(|account| account.password_hash.clone());
     // no transaction is open while this takes its fifth of a second
-    let right = app.passwords.verify(body.password, hash).await?;
-    Ok(Checked { tenant, account, right })
+    let verified = app.passwords.verify_login(body.password, hash).await?;
+    Ok(Checked { tenant, account, right: verified.right, rehashed: verified.rehashed })
 }
 
 /// Exchange a refresh token for the next pair; each works once, and a second use ends the session. A browser sends `{}`:
