@@ -1,6 +1,7 @@
 //! API keys: scopes, expiry, regeneration, revocation; clients without a secret, and pages of other origins.
 
 use cvault_control_plane::auth::api_keys::{self, KeyChange, KeySettings};
+use cvault_control_plane::auth::passwords::Scheme;
 use cvault_control_plane::http::router;
 use cvault_control_plane::tenancy::TenantTx;
 use cvault_control_plane::tenants::Actor;
@@ -271,7 +272,9 @@ async fn without_a_secret_users_log_in_only_where_the_tenant_allows_it() {
 
 #[tokio::test]
 async fn strangers_with_the_public_key_cannot_use_up_what_the_backend_may_send() {
-    let platform = Platform::start().await;
+    // what a hash costs is not what this is about
+    let cheap = Scheme::Argon2id { memory_kib: 64, passes: 1 };
+    let platform = Platform::with(|config| config.passwords = cheap).await;
     let tenant = platform.tenant_with(json!({"name": "Small", "rate_limit_per_minute": 40})).await;
     set(&platform, &tenant, true, &[]).await;
     let refresh = |from: &str| {
