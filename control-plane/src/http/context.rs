@@ -24,7 +24,7 @@ tokio::task_local! {
 pub struct RequestContext {
     pub id: RequestId,
     pub tenant: OnceLock<TenantId>,
-    pub rate: OnceLock<Decision>,
+    pub rate: OnceLock<Rate>,
     /// The caller's origin, when its tenant has allowed it.
     pub origin: OnceLock<HeaderValue>,
     /// When the request's head was complete.
@@ -36,6 +36,14 @@ pub struct RequestContext {
     body_digest: OnceLock<[u8; 32]>,
     /// Of a request to the portal only.
     sensitive: Option<(Option<String>, Seen)>,
+}
+
+/// What the limiter said, and of whom.
+#[derive(Debug, Clone, Copy)]
+pub struct Rate {
+    /// The policy's name: `tenant`, `person`.
+    pub policy: &'static str,
+    pub decision: Decision,
 }
 
 /// What a request that may be challenged brings.
@@ -107,11 +115,20 @@ pub fn arrived() -> Instant {
     CONTEXT.try_with(|context| context.arrived).unwrap_or_else(|_| Instant::now())
 }
 
-/// Notes who the caller's tenant is and what the limiter said.
+/// Notes who the caller's tenant is and what the limiter said of it.
 pub(crate) fn identified(tenant: TenantId, decision: Decision) {
+    note(tenant, Rate { policy: "tenant", decision });
+}
+
+/// As [`identified`], where one person of the tenant is limited.
+pub(crate) fn person_identified(tenant: TenantId, decision: Decision) {
+    note(tenant, Rate { policy: "person", decision });
+}
+
+fn note(tenant: TenantId, rate: Rate) {
     let noted = CONTEXT.try_with(|context| {
         context.tenant.get_or_init(|| tenant);
-        context.rate.get_or_init(|| decision);
+        context.rate.get_or_init(|| rate);
     });
     if noted.is_err() {
         tracing::debug!("identified outside of a request");

@@ -12,7 +12,7 @@ use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, REFERRER_POLICY, X_CONTEN
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use tokio::sync::Semaphore;
 
-use super::context::RequestContext;
+use super::context::{Rate, RequestContext};
 use super::{Problem, cors};
 use crate::metrics;
 
@@ -149,10 +149,10 @@ fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
     if let Some(origin) = context.origin.get() {
         cors::allow(headers, origin.clone());
     }
-    if let Some(rate) = context.rate.get() {
+    if let Some(Rate { policy: name, decision: rate }) = context.rate.get() {
         // draft-ietf-httpapi-ratelimit-headers
-        let policy = format!("\"tenant\";q={};w=60", rate.quota);
-        let state = format!("\"tenant\";r={};t={}", rate.remaining, rate.reset_seconds);
+        let policy = format!("\"{name}\";q={};w=60", rate.quota);
+        let state = format!("\"{name}\";r={};t={}", rate.remaining, rate.reset_seconds);
         headers.insert(RATE_LIMIT_POLICY, HeaderValue::from_str(&policy).expect("digits are ASCII"));
         headers.insert(RATE_LIMIT, HeaderValue::from_str(&state).expect("digits are ASCII"));
     }

@@ -18,6 +18,7 @@ pub struct Account {
     pub role: TenantRole,
     pub active: bool,
     pub password_hash: Option<String>,
+    pub password_changed_at: Option<OffsetDateTime>,
 }
 
 /// Whose an address is.
@@ -52,7 +53,8 @@ pub async fn find(sys: &PgPool, email: &Email) -> Result<Option<Owner>, DbError>
 pub async fn load(tx: &mut TenantTx, admin: TenantAdminId) -> Result<Option<Account>, DbError> {
     let tenant = tx.tenant().uuid();
     let row = sqlx::query!(
-        r#"select email, email_verified_at is not null as "email_verified!", role, status, password_hash
+        r#"select email, email_verified_at is not null as "email_verified!", role, status, password_hash,
+                  password_changed_at
            from cvault.tenant_admins where tenant_id = $1 and admin_id = $2"#,
         tenant,
         admin.uuid()
@@ -66,7 +68,28 @@ pub async fn load(tx: &mut TenantTx, admin: TenantAdminId) -> Result<Option<Acco
         role: TenantRole::parse(&row.role).unwrap_or(TenantRole::Viewer),
         active: row.status == "active",
         password_hash: row.password_hash,
+        password_changed_at: row.password_changed_at,
     }))
+}
+
+/// Whether the account is still as it was when its password was checked. Until the transaction ends nobody changes that
+/// password, so that a change of it meets every login made with the old one.
+///
+/// # Errors
+/// Those of the database.
+pub async fn still_is(tx: &mut TenantTx, account: &Account) -> Result<bool, DbError> {
+    let tenant = tx.tenant().uuid();
+    let row = sqlx::query!(
+        "select admin_id from cvault.tenant_admins
+         where tenant_id = $1 and admin_id = $2 and status = 'active' and password_changed_at is not distinct from $3
+         for share",
+        tenant,
+        account.id.uuid(),
+        account.password_changed_at
+    )
+    .fetch_optional(tx.conn())
+    .await?;
+    Ok(row.is_some())
 }
 
 /// Adds an account to the transaction's tenant.
@@ -174,4 +197,28 @@ pub async fn delete_all(tx: &mut TenantTx) -> Result<(), DbError> {
     let tenant = tx.tenant().uuid();
     sqlx::query!("delete from cvault.tenant_admins where tenant_id = $1", tenant).execute(tx.conn()).await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::World;
+
+    #[tokio::test]
+    async fn a_password_that_was_changed_meanwhile_logs_nobody_in() {
+        let world = World::new().await;
+        let person = world.person().await;
+        let now = world.app.clock.now();
+        let email = Email::parse("owner@example.com").unwrap();
+        let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
+        let admin = create(&mut tx, &email, "old", TenantRole::Owner, now).await.unwrap();
+        let checked = load(&mut tx, admin).await.unwrap().unwrap();
+        replace_hash(&mut tx, admin, "old", "old in another scheme").await.unwrap();
+        assert!(still_is(&mut tx, &checked).await.unwrap(), "made anew, it is the same password");
+        replace_hash(&mut tx, admin, "old", "older").await.unwrap();
+        set_password(&mut tx, admin, "new", now + time::Duration::SECOND).await.unwrap();
+        assert!(!still_is(&mut tx, &checked).await.unwrap());
+        assert_eq!(load(&mut tx, admin).await.unwrap().unwrap().password_hash.as_deref(), Some("new"));
+        tx.rollback().await.unwrap();
+    }
 }

@@ -32,6 +32,9 @@ const REFRESH_LIFETIME: Duration = Duration::days(30);
 /// How exactly it is known when a session was last seen.
 const SEEN_EVERY: Duration = Duration::minutes(1);
 
+/// Logins of one person that live at once; the oldest makes room.
+const MAX_SESSIONS: i64 = 100;
+
 /// What a request brings.
 #[derive(Debug, Clone, Copy)]
 pub enum Credential {
@@ -220,6 +223,7 @@ pub async fn open(
     rng: &mut impl CryptoRng,
 ) -> Result<NewSession, DbError> {
     let (tenant, id, now) = (tx.tenant(), Uuid::now_v7(), app.clock.now());
+    make_room(tx, admin, now).await?;
     let cookie = matches!(how, How::Cookie).then(|| opaque::SESSION_COOKIE.draw(rng));
     let hash = cookie.as_ref().map(|text| app.secrets.peppered("portal_cookie", text.expose()));
     let lifetime = if cookie.is_some() { COOKIE_IDLE } else { REFRESH_LIFETIME };
@@ -244,6 +248,24 @@ pub async fn open(
     }
     let tokens = issue(tx, app, PortalToken { tenant, admin, session: id }, rng).await?;
     Ok(NewSession::Tokens { id, tokens })
+}
+
+async fn make_room(tx: &mut TenantTx, admin: TenantAdminId, now: OffsetDateTime) -> Result<(), DbError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "update cvault.portal_sessions set ended_at = $3, end_reason = 'revoked'
+         where tenant_id = $1 and ended_at is null and session_id in (
+             select session_id from cvault.portal_sessions
+             where tenant_id = $1 and admin_id = $2 and ended_at is null and expires_at > $3
+             order by session_id desc offset $4)",
+        tenant,
+        admin.uuid(),
+        now,
+        MAX_SESSIONS - 1
+    )
+    .execute(tx.conn())
+    .await?;
+    Ok(())
 }
 
 /// The network is one of the account's own from now on.
@@ -447,7 +469,7 @@ pub async fn end_all(
     Ok(done.rows_affected())
 }
 
-/// The sessions of one person that live, newest first. At most 200: nobody has more.
+/// The sessions of one person that live, newest first: [`MAX_SESSIONS`] at most.
 ///
 /// # Errors
 /// Those of the database.
@@ -461,7 +483,7 @@ pub async fn list(
     let rows = sqlx::query!(
         "select session_id, created_at, last_seen_at, expires_at, last_ip, user_agent from cvault.portal_sessions
          where tenant_id = $1 and admin_id = $2 and ended_at is null and expires_at > $3
-         order by session_id desc limit 200",
+         order by session_id desc",
         tenant,
         admin.uuid(),
         now

@@ -210,7 +210,7 @@ pub async fn update_settings(
     named(change.mtu.is_some(), "client_mtu");
     let details =
         json!({"changed": changed, "public_clients": change.public_clients, "allowed_origins": change.allowed_origins});
-    let (dns, allowed_ips) = (change.dns.as_ref(), change.allowed_ips.as_ref());
+    let (dns, networks) = (change.dns.as_ref(), change.allowed_ips.as_ref());
     let done = sqlx::query!(
         "update cvault.tenants
          set name = coalesce($2, name), whitelabel_config = coalesce($3, whitelabel_config),
@@ -225,9 +225,9 @@ pub async fn update_settings(
         change.public_clients,
         change.allowed_origins.as_deref(),
         dns.is_some(),
-        dns.and_then(Option::as_deref) as Option<&[IpNet]>,
-        allowed_ips.is_some(),
-        allowed_ips.and_then(Option::as_deref) as Option<&[IpNet]>,
+        dns.and_then(Option::as_deref),
+        networks.is_some(),
+        networks.and_then(Option::as_deref),
         change.mtu.is_some(),
         change.mtu.flatten().map(i32::from),
         now

@@ -8,7 +8,6 @@ pub(crate) struct Person<'a> {
     platform: &'a Platform,
     /// With the first key of the tenant.
     pub(crate) tenant: Tenant,
-    pub(crate) admin: String,
     bearer: String,
 }
 
@@ -26,7 +25,7 @@ impl<'a> Person<'a> {
         let tenant =
             Tenant { id: answer.text("tenant_id"), key: answer.text("api_key"), secret: answer.text("api_secret") };
         let token = answer.body["tokens"]["access_token"].as_str().unwrap();
-        Self { platform, tenant, admin: answer.text("admin_id"), bearer: format!("Bearer {token}") }
+        Self { platform, tenant, bearer: format!("Bearer {token}") }
     }
 
     /// From now on.

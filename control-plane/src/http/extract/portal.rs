@@ -61,7 +61,7 @@ impl Portal {
             }
         })?;
         let decision = app.throttles.portal(found.token.admin);
-        context::identified(found.token.tenant, decision);
+        context::person_identified(found.token.tenant, decision);
         if !decision.allowed {
             let (max, seconds) = (i64::from(decision.quota), decision.retry_after_seconds);
             return Err(Problem::new(ErrorCode::RateLimited)

@@ -9,6 +9,7 @@ use cvault_types::portal::{
     PortalLogin, PortalLoginRequest, PortalMe, PortalRefreshRequest, SignupRequest, SignupResponse,
 };
 use cvault_types::problem::ProblemBody;
+use cvault_types::tenant::TenantStatus;
 use cvault_types::{ErrorCode, PortalSessionId, Secret, TenantAdminId, TenantId, TenantRole};
 use http::header::SET_COOKIE;
 use http::request::Parts;
@@ -104,6 +105,10 @@ async fn login(
         return attempt.refused(Problem::new(ErrorCode::InvalidCredentials)).await;
     };
     let mut tx = app.db.tenancy.begin(tenant).await?;
+    if !accounts::still_is(&mut tx, &account).await? {
+        tx.rollback().await?;
+        return attempt.refused(Problem::new(ErrorCode::InvalidCredentials)).await;
+    }
     if let (Some(old), Some(new)) = (&account.password_hash, &rehashed) {
         accounts::replace_hash(&mut tx, account.id, old, new).await?;
     }
@@ -313,7 +318,7 @@ fn checked(body: &SignupRequest) -> Result<(Settings, Email), Problem> {
         problem = problem.field("/email", "invalid_format", "must be an e-mail address");
     }
     problem = passwords::checked(problem, "/password", &body.password);
-    let settings = Settings::named(body.business_name.trim());
+    let settings = Settings { status: TenantStatus::Trial, ..Settings::named(body.business_name.trim()) };
     if settings.clone().checked().is_err() {
         let text = "must have 1 to 255 characters and no control character";
         problem = problem.field("/business_name", "invalid_format", text);

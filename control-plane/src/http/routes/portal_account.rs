@@ -177,21 +177,26 @@ async fn list_sessions(State(app): State<App>, portal: Portal) -> Result<Json<Po
 
 /// End every session of the caller but this one.
 #[utoipa::path(delete, path = "/api/v1/tenant/sessions", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
+    params(("X-Challenge-Token" = Option<String>, Header, description = "Of an answered challenge, for exactly this request.")),
     responses((status = 204),
         (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED, when something looks odd: another network, program or pace"),
         (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
         (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
 async fn revoke_other_sessions(State(app): State<App>, portal: Portal) -> Result<StatusCode, Problem> {
+    step_up::if_risky(&app, &portal, "portal_session.revoke_others").await?;
     recovery::revoke_others(&app, &portal).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 /// End one of the caller's own sessions. May be repeated.
 #[utoipa::path(delete, path = "/api/v1/tenant/sessions/{session_id}", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
-    params(("session_id" = PortalSessionId, Path)),
+    params(("session_id" = PortalSessionId, Path),
+        ("X-Challenge-Token" = Option<String>, Header, description = "Of an answered challenge, for exactly this request.")),
     responses((status = 204),
         (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
         (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND, also for another person's session"),
+        (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED, when something looks odd: another network, program or pace"),
         (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
         (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
 async fn revoke_session(
@@ -199,6 +204,7 @@ async fn revoke_session(
     portal: Portal,
     Path(session): Path<PortalSessionId>,
 ) -> Result<StatusCode, Problem> {
+    step_up::if_risky(&app, &portal, "portal_session.revoke").await?;
     if recovery::revoke_session(&app, &portal, session).await? {
         return Ok(StatusCode::NO_CONTENT);
     }
