@@ -93,6 +93,22 @@ begin
 end
 $$;
 ALTER FUNCTION platform.ensure_usage_partitions(p_months integer) OWNER TO cvault_owner;
+CREATE FUNCTION platform.forget_peers(p_devices uuid[]) RETURNS integer
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+    v_gone integer;
+begin
+    delete from platform.peers p
+        using platform.servers s
+        where p.device_id = any (p_devices) and p.removed_revision is not null
+          and s.server_id = p.server_id and (s.status = 'removed' or p.removed_revision <= s.acked_revision);
+    get diagnostics v_gone = row_count;
+    return v_gone;
+end
+$$;
+ALTER FUNCTION platform.forget_peers(p_devices uuid[]) OWNER TO cvault_fn;
 CREATE FUNCTION platform.list_servers() RETURNS TABLE(server_id uuid, name text, region text, public_ip inet, endpoint_port integer, public_key bytea, pool_id uuid, pool_ipv4 cidr, capacity integer, peer_count bigint, status text, enrolled boolean, last_seen_at timestamp with time zone, revision bigint, acked_revision bigint)
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -241,6 +257,15 @@ CREATE FUNCTION platform.suspend_peer(p_device uuid) RETURNS bigint
     where t.tenant_id = cvault.tenant_id() and (t.status = 'suspended' or t.over_limit_since is not null)
 $$;
 ALTER FUNCTION platform.suspend_peer(p_device uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.suspend_user_peer(p_device uuid) RETURNS bigint
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    select platform.withdraw(p_device, d.tenant_id)
+    from cvault.devices d join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
+    where d.tenant_id = cvault.tenant_id() and d.device_id = p_device and u.status = 'disabled'
+$$;
+ALTER FUNCTION platform.suspend_user_peer(p_device uuid) OWNER TO cvault_fn;
 CREATE FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) RETURNS bigint
     LANGUAGE sql
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -310,6 +335,13 @@ CREATE TABLE cvault.api_keys (
     expires_at timestamp with time zone,
     revoked_at timestamp with time zone,
     last_used_at timestamp with time zone,
+    scopes text[] DEFAULT '{auth,users,usage,devices}'::text[] NOT NULL,
+    previous_secret_hash bytea,
+    previous_valid_until timestamp with time zone,
+    regenerated_at timestamp with time zone,
+    CONSTRAINT api_keys_name_length CHECK (((char_length(name) >= 1) AND (char_length(name) <= 255))),
+    CONSTRAINT api_keys_previous_secret CHECK ((((previous_secret_hash IS NULL) = (previous_valid_until IS NULL)) AND (octet_length(previous_secret_hash) = 32))),
+    CONSTRAINT api_keys_scopes CHECK (((scopes <@ '{auth,users,usage,devices}'::text[]) AND ((cardinality(scopes) >= 1) AND (cardinality(scopes) <= 4)))),
     CONSTRAINT api_keys_secret_hash_length CHECK ((octet_length(secret_hash) = 32))
 );
 ALTER TABLE ONLY cvault.api_keys FORCE ROW LEVEL SECURITY;
@@ -338,7 +370,8 @@ CREATE TABLE cvault.auth_events (
     user_id uuid,
     client_ip inet,
     request_id uuid,
-    CONSTRAINT auth_events_kind CHECK ((kind = ANY (ARRAY['register'::text, 'login'::text, 'refresh'::text, 'logout'::text]))),
+    admin_id uuid,
+    CONSTRAINT auth_events_kind CHECK ((kind = ANY (ARRAY['register'::text, 'login'::text, 'refresh'::text, 'logout'::text, 'portal_signup'::text, 'portal_login'::text, 'portal_refresh'::text, 'portal_logout'::text, 'portal_email_verify'::text, 'portal_password_reset'::text, 'portal_password_change'::text, 'portal_step_up'::text, 'portal_risk'::text]))),
     CONSTRAINT auth_events_outcome CHECK ((outcome = ANY (ARRAY['success'::text, 'failure'::text, 'reuse'::text, 'limited'::text])))
 );
 ALTER TABLE ONLY cvault.auth_events FORCE ROW LEVEL SECURITY;
@@ -388,6 +421,80 @@ CREATE TABLE cvault.idempotency_keys (
 );
 ALTER TABLE ONLY cvault.idempotency_keys FORCE ROW LEVEL SECURITY;
 ALTER TABLE cvault.idempotency_keys OWNER TO cvault_owner;
+CREATE TABLE cvault.outbox (
+    tenant_id uuid NOT NULL,
+    mail_id uuid NOT NULL,
+    kind text NOT NULL,
+    payload_sealed bytea,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    expires_at timestamp with time zone NOT NULL,
+    attempts integer DEFAULT 0 NOT NULL,
+    next_attempt_at timestamp with time zone DEFAULT now() NOT NULL,
+    delivered_at timestamp with time zone,
+    dead_at timestamp with time zone,
+    last_error text,
+    CONSTRAINT outbox_attempts CHECK ((attempts >= 0)),
+    CONSTRAINT outbox_kind CHECK ((kind = ANY (ARRAY['verify_email'::text, 'reset_password'::text, 'password_changed'::text]))),
+    CONSTRAINT outbox_last_error_length CHECK ((char_length(last_error) <= 500)),
+    CONSTRAINT outbox_one_end CHECK (((delivered_at IS NULL) OR (dead_at IS NULL))),
+    CONSTRAINT outbox_payload_destroyed CHECK (((delivered_at IS NULL) OR (payload_sealed IS NULL)))
+);
+ALTER TABLE ONLY cvault.outbox FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.outbox OWNER TO cvault_owner;
+CREATE TABLE cvault.portal_links (
+    tenant_id uuid NOT NULL,
+    token_hash bytea NOT NULL,
+    admin_id uuid NOT NULL,
+    purpose text NOT NULL,
+    email text NOT NULL,
+    created_at timestamp with time zone NOT NULL,
+    expires_at timestamp with time zone NOT NULL,
+    used_at timestamp with time zone,
+    CONSTRAINT portal_links_hash_length CHECK ((octet_length(token_hash) = 32)),
+    CONSTRAINT portal_links_purpose CHECK ((purpose = ANY (ARRAY['verify_email'::text, 'reset_password'::text])))
+);
+ALTER TABLE ONLY cvault.portal_links FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.portal_links OWNER TO cvault_owner;
+CREATE TABLE cvault.portal_networks (
+    tenant_id uuid NOT NULL,
+    admin_id uuid NOT NULL,
+    network inet NOT NULL,
+    last_seen_at timestamp with time zone NOT NULL
+);
+ALTER TABLE ONLY cvault.portal_networks FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.portal_networks OWNER TO cvault_owner;
+CREATE TABLE cvault.portal_refresh_tokens (
+    tenant_id uuid NOT NULL,
+    token_hash bytea NOT NULL,
+    session_id uuid NOT NULL,
+    expires_at timestamp with time zone NOT NULL,
+    used_at timestamp with time zone,
+    CONSTRAINT portal_refresh_tokens_hash_length CHECK ((octet_length(token_hash) = 32))
+);
+ALTER TABLE ONLY cvault.portal_refresh_tokens FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.portal_refresh_tokens OWNER TO cvault_owner;
+CREATE TABLE cvault.portal_sessions (
+    tenant_id uuid NOT NULL,
+    session_id uuid NOT NULL,
+    admin_id uuid NOT NULL,
+    cookie_hash bytea,
+    created_at timestamp with time zone NOT NULL,
+    expires_at timestamp with time zone NOT NULL,
+    last_seen_at timestamp with time zone NOT NULL,
+    last_ip inet,
+    user_agent text DEFAULT ''::text NOT NULL,
+    ended_at timestamp with time zone,
+    end_reason text,
+    counted_from timestamp with time zone NOT NULL,
+    sensitive_requests integer DEFAULT 0 NOT NULL,
+    challenge_failures integer DEFAULT 0 NOT NULL,
+    CONSTRAINT portal_sessions_cookie_length CHECK ((octet_length(cookie_hash) = 32)),
+    CONSTRAINT portal_sessions_end_reason CHECK ((end_reason = ANY (ARRAY['logout'::text, 'revoked'::text, 'password_changed'::text, 'token_reused'::text, 'risk'::text]))),
+    CONSTRAINT portal_sessions_ended CHECK (((ended_at IS NULL) = (end_reason IS NULL))),
+    CONSTRAINT portal_sessions_user_agent_length CHECK ((char_length(user_agent) <= 255))
+);
+ALTER TABLE ONLY cvault.portal_sessions FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.portal_sessions OWNER TO cvault_owner;
 CREATE TABLE cvault.refresh_tokens (
     tenant_id uuid NOT NULL,
     token_hash bytea NOT NULL,
@@ -421,6 +528,37 @@ CREATE TABLE cvault.sessions (
 );
 ALTER TABLE ONLY cvault.sessions FORCE ROW LEVEL SECURITY;
 ALTER TABLE cvault.sessions OWNER TO cvault_owner;
+CREATE TABLE cvault.step_up_challenges (
+    tenant_id uuid NOT NULL,
+    challenge_id uuid NOT NULL,
+    session_id uuid NOT NULL,
+    action text NOT NULL,
+    request_digest bytea NOT NULL,
+    expires_at timestamp with time zone NOT NULL,
+    token_hash bytea,
+    token_expires_at timestamp with time zone,
+    used_at timestamp with time zone,
+    CONSTRAINT step_up_challenges_digest_length CHECK ((octet_length(request_digest) = 32)),
+    CONSTRAINT step_up_challenges_token CHECK (((token_hash IS NULL) = (token_expires_at IS NULL)))
+);
+ALTER TABLE ONLY cvault.step_up_challenges FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.step_up_challenges OWNER TO cvault_owner;
+CREATE TABLE cvault.tenant_admins (
+    tenant_id uuid NOT NULL,
+    admin_id uuid NOT NULL,
+    email text NOT NULL,
+    password_hash text,
+    role text NOT NULL,
+    status text DEFAULT 'active'::text NOT NULL,
+    email_verified_at timestamp with time zone,
+    password_changed_at timestamp with time zone,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT tenant_admins_email_lower CHECK (((email = lower(email)) AND (char_length(email) <= 254))),
+    CONSTRAINT tenant_admins_role CHECK ((role = ANY (ARRAY['owner'::text, 'admin'::text, 'developer'::text, 'billing'::text, 'viewer'::text]))),
+    CONSTRAINT tenant_admins_status CHECK ((status = ANY (ARRAY['active'::text, 'disabled'::text])))
+);
+ALTER TABLE ONLY cvault.tenant_admins FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.tenant_admins OWNER TO cvault_owner;
 CREATE TABLE cvault.tenants (
     tenant_id uuid NOT NULL,
     name text NOT NULL,
@@ -437,29 +575,20 @@ CREATE TABLE cvault.tenants (
     updated_at timestamp with time zone DEFAULT now() NOT NULL,
     deleted_at timestamp with time zone,
     over_limit_since timestamp with time zone,
-    rate_up_bps bigint,
-    rate_down_bps bigint,
-    device_rate_up_bps bigint,
-    device_rate_down_bps bigint,
-    allow_intra_tenant boolean DEFAULT false NOT NULL,
-    allow_private_destinations text[] DEFAULT '{}'::text[] NOT NULL,
-    allow_smtp boolean DEFAULT false NOT NULL,
-    over_quota text DEFAULT 'block'::text NOT NULL,
-    throttle_bps bigint DEFAULT 1000000 NOT NULL,
-    policy_revision bigint DEFAULT 1 NOT NULL,
+    allowed_origins text[] DEFAULT '{}'::text[] NOT NULL,
+    client_dns inet[],
+    client_allowed_ips cidr[],
+    client_mtu integer,
+    CONSTRAINT tenants_allowed_origins CHECK ((cardinality(allowed_origins) <= 100)),
     CONSTRAINT tenants_bandwidth_limit CHECK ((bandwidth_limit_bytes >= 0)),
+    CONSTRAINT tenants_client_allowed_ips CHECK (((cardinality(client_allowed_ips) >= 1) AND (cardinality(client_allowed_ips) <= 32))),
+    CONSTRAINT tenants_client_dns CHECK (((cardinality(client_dns) >= 1) AND (cardinality(client_dns) <= 4))),
+    CONSTRAINT tenants_client_mtu CHECK (((client_mtu >= 1280) AND (client_mtu <= 1500))),
     CONSTRAINT tenants_data_key CHECK (((data_key_sealed IS NULL) = (status = 'deleted'::text))),
-    CONSTRAINT tenants_device_rate_down CHECK ((device_rate_down_bps > 0)),
-    CONSTRAINT tenants_device_rate_up CHECK ((device_rate_up_bps > 0)),
     CONSTRAINT tenants_max_devices CHECK (((max_devices_per_user >= 0) AND (max_devices_per_user <= 1000))),
     CONSTRAINT tenants_name_length CHECK (((char_length(name) >= 1) AND (char_length(name) <= 255))),
-    CONSTRAINT tenants_over_quota CHECK ((over_quota = ANY (ARRAY['block'::text, 'throttle'::text]))),
-    CONSTRAINT tenants_private_destinations CHECK ((cardinality(allow_private_destinations) <= 64)),
-    CONSTRAINT tenants_rate_down CHECK ((rate_down_bps > 0)),
     CONSTRAINT tenants_rate_limit CHECK ((rate_limit_per_minute > 0)),
-    CONSTRAINT tenants_rate_up CHECK ((rate_up_bps > 0)),
     CONSTRAINT tenants_status CHECK ((status = ANY (ARRAY['active'::text, 'suspended'::text, 'trial'::text, 'deleted'::text]))),
-    CONSTRAINT tenants_throttle CHECK ((throttle_bps > 0)),
     CONSTRAINT tenants_user_limit CHECK ((user_limit >= 0))
 );
 ALTER TABLE ONLY cvault.tenants FORCE ROW LEVEL SECURITY;
@@ -562,10 +691,16 @@ CREATE TABLE cvault.users (
     password_hash text,
     status text DEFAULT 'active'::text NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
+    deleted_at timestamp with time zone,
+    CONSTRAINT users_deleted CHECK (((status = 'deleted'::text) = (deleted_at IS NOT NULL))),
     CONSTRAINT users_email_lower CHECK (((email = lower(email)) AND (char_length(email) <= 255))),
     CONSTRAINT users_external_id_length CHECK (((char_length(external_user_id) >= 1) AND (char_length(external_user_id) <= 255))),
-    CONSTRAINT users_identified CHECK (((email IS NOT NULL) OR (external_user_id IS NOT NULL))),
-    CONSTRAINT users_status CHECK ((status = ANY (ARRAY['active'::text, 'disabled'::text])))
+    CONSTRAINT users_identified CHECK (
+CASE status
+    WHEN 'deleted'::text THEN ((email IS NULL) AND (external_user_id IS NULL) AND (password_hash IS NULL))
+    ELSE ((email IS NOT NULL) OR (external_user_id IS NOT NULL))
+END),
+    CONSTRAINT users_status CHECK ((status = ANY (ARRAY['active'::text, 'disabled'::text, 'deleted'::text])))
 );
 ALTER TABLE ONLY cvault.users FORCE ROW LEVEL SECURITY;
 ALTER TABLE cvault.users OWNER TO cvault_owner;
@@ -604,14 +739,6 @@ CREATE TABLE platform.context_keys (
     CONSTRAINT context_keys_key_length CHECK ((octet_length(key) = 32))
 );
 ALTER TABLE platform.context_keys OWNER TO cvault_owner;
-CREATE TABLE platform.device_drops (
-    server_id uuid NOT NULL,
-    device_id uuid NOT NULL,
-    generation bigint NOT NULL,
-    drops jsonb NOT NULL,
-    reported_at timestamp with time zone NOT NULL
-);
-ALTER TABLE platform.device_drops OWNER TO cvault_owner;
 CREATE TABLE platform.enrol_tokens (
     token_id uuid NOT NULL,
     server_id uuid NOT NULL,
@@ -658,26 +785,18 @@ CREATE TABLE platform.peers (
     CONSTRAINT peers_public_key_length CHECK ((octet_length(public_key) = 32))
 );
 ALTER TABLE platform.peers OWNER TO cvault_owner;
-CREATE TABLE platform.quota_leases (
-    tenant_id uuid NOT NULL,
-    server_id uuid NOT NULL,
-    counter_epoch uuid NOT NULL,
-    device_id uuid NOT NULL,
-    generation bigint NOT NULL,
-    until_bytes bigint NOT NULL,
-    sequence bigint DEFAULT 1 NOT NULL,
-    granted_at timestamp with time zone DEFAULT now() NOT NULL,
-    CONSTRAINT quota_leases_until CHECK ((until_bytes >= 0))
+CREATE TABLE platform.portal_attempts (
+    attempt_id uuid NOT NULL,
+    at timestamp with time zone NOT NULL,
+    account bytea NOT NULL,
+    kind text NOT NULL,
+    outcome text NOT NULL,
+    client_ip inet,
+    request_id uuid NOT NULL,
+    CONSTRAINT portal_attempts_kind CHECK ((kind = ANY (ARRAY['signup'::text, 'login'::text, 'password_reset'::text]))),
+    CONSTRAINT portal_attempts_outcome CHECK ((outcome = ANY (ARRAY['success'::text, 'failure'::text, 'limited'::text])))
 );
-ALTER TABLE platform.quota_leases OWNER TO cvault_owner;
-CREATE TABLE platform.quota_months (
-    tenant_id uuid NOT NULL,
-    month date NOT NULL,
-    bytes bigint NOT NULL,
-    CONSTRAINT quota_months_bytes CHECK ((bytes >= 0)),
-    CONSTRAINT quota_months_month CHECK ((month = (date_trunc('month'::text, (month)::timestamp without time zone))::date))
-);
-ALTER TABLE platform.quota_months OWNER TO cvault_owner;
+ALTER TABLE platform.portal_attempts OWNER TO cvault_owner;
 CREATE TABLE platform.secrets (
     name text NOT NULL,
     kek_version smallint NOT NULL,
@@ -745,6 +864,12 @@ CREATE TABLE platform.usage_orphans (
     tx_bytes bigint NOT NULL
 );
 ALTER TABLE platform.usage_orphans OWNER TO cvault_owner;
+CREATE TABLE platform.usage_settled (
+    device_id uuid NOT NULL,
+    rx_bytes numeric NOT NULL,
+    tx_bytes numeric NOT NULL
+);
+ALTER TABLE platform.usage_settled OWNER TO cvault_owner;
 CREATE TABLE platform.usage_windows (
     server_id uuid NOT NULL,
     counter_epoch uuid NOT NULL,
@@ -771,10 +896,24 @@ ALTER TABLE ONLY cvault.devices
     ADD CONSTRAINT devices_pkey PRIMARY KEY (tenant_id, device_id);
 ALTER TABLE ONLY cvault.idempotency_keys
     ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (tenant_id, principal, key);
+ALTER TABLE ONLY cvault.outbox
+    ADD CONSTRAINT outbox_pkey PRIMARY KEY (tenant_id, mail_id);
+ALTER TABLE ONLY cvault.portal_links
+    ADD CONSTRAINT portal_links_pkey PRIMARY KEY (tenant_id, token_hash);
+ALTER TABLE ONLY cvault.portal_networks
+    ADD CONSTRAINT portal_networks_pkey PRIMARY KEY (tenant_id, admin_id, network);
+ALTER TABLE ONLY cvault.portal_refresh_tokens
+    ADD CONSTRAINT portal_refresh_tokens_pkey PRIMARY KEY (tenant_id, token_hash);
+ALTER TABLE ONLY cvault.portal_sessions
+    ADD CONSTRAINT portal_sessions_pkey PRIMARY KEY (tenant_id, session_id);
 ALTER TABLE ONLY cvault.refresh_tokens
     ADD CONSTRAINT refresh_tokens_pkey PRIMARY KEY (tenant_id, token_hash);
 ALTER TABLE ONLY cvault.sessions
     ADD CONSTRAINT sessions_pkey PRIMARY KEY (tenant_id, session_id);
+ALTER TABLE ONLY cvault.step_up_challenges
+    ADD CONSTRAINT step_up_challenges_pkey PRIMARY KEY (tenant_id, challenge_id);
+ALTER TABLE ONLY cvault.tenant_admins
+    ADD CONSTRAINT tenant_admins_pkey PRIMARY KEY (tenant_id, admin_id);
 ALTER TABLE ONLY cvault.tenants
     ADD CONSTRAINT tenants_pkey PRIMARY KEY (tenant_id);
 ALTER TABLE ONLY cvault.usage_daily
@@ -811,8 +950,6 @@ ALTER TABLE ONLY platform.addresses
     ADD CONSTRAINT addresses_pkey PRIMARY KEY (pool_id, host);
 ALTER TABLE ONLY platform.context_keys
     ADD CONSTRAINT context_keys_pkey PRIMARY KEY (key_id);
-ALTER TABLE ONLY platform.device_drops
-    ADD CONSTRAINT device_drops_pkey PRIMARY KEY (server_id, device_id);
 ALTER TABLE ONLY platform.enrol_tokens
     ADD CONSTRAINT enrol_tokens_pkey PRIMARY KEY (token_id);
 ALTER TABLE ONLY platform.installation
@@ -821,10 +958,8 @@ ALTER TABLE ONLY platform.node_changes
     ADD CONSTRAINT node_changes_pkey PRIMARY KEY (server_id, revision);
 ALTER TABLE ONLY platform.peers
     ADD CONSTRAINT peers_pkey PRIMARY KEY (server_id, device_id);
-ALTER TABLE ONLY platform.quota_leases
-    ADD CONSTRAINT quota_leases_pkey PRIMARY KEY (tenant_id, server_id, counter_epoch, device_id, generation);
-ALTER TABLE ONLY platform.quota_months
-    ADD CONSTRAINT quota_months_pkey PRIMARY KEY (tenant_id, month);
+ALTER TABLE ONLY platform.portal_attempts
+    ADD CONSTRAINT portal_attempts_pkey PRIMARY KEY (attempt_id);
 ALTER TABLE ONLY platform.secrets
     ADD CONSTRAINT secrets_pkey PRIMARY KEY (name);
 ALTER TABLE ONLY platform.servers
@@ -835,13 +970,28 @@ ALTER TABLE ONLY platform.usage_counters
     ADD CONSTRAINT usage_counters_pkey PRIMARY KEY (server_id, counter_epoch, device_id, generation);
 ALTER TABLE ONLY platform.usage_orphans
     ADD CONSTRAINT usage_orphans_pkey PRIMARY KEY (server_id, device_id, hour);
+ALTER TABLE ONLY platform.usage_settled
+    ADD CONSTRAINT usage_settled_pkey PRIMARY KEY (device_id);
 ALTER TABLE ONLY platform.usage_windows
     ADD CONSTRAINT usage_windows_pkey PRIMARY KEY (server_id, counter_epoch, sequence);
 CREATE UNIQUE INDEX api_keys_key_text ON cvault.api_keys USING btree (key_text);
 CREATE INDEX audit_log_unchained ON cvault.audit_log USING btree (tenant_id, audit_id) WHERE (chain_sequence IS NULL);
+CREATE INDEX auth_events_at ON cvault.auth_events USING btree (at);
+CREATE INDEX devices_revoked ON cvault.devices USING btree (revoked_at) WHERE (status = 'revoked'::text);
 CREATE INDEX devices_suspended ON cvault.devices USING btree (tenant_id) WHERE (suspended AND (status = 'active'::text));
 CREATE UNIQUE INDEX devices_tenant_public_key ON cvault.devices USING btree (tenant_id, public_key) WHERE (status = 'active'::text);
 CREATE INDEX devices_user ON cvault.devices USING btree (tenant_id, user_id, created_at) WHERE (status = 'active'::text);
+CREATE INDEX idempotency_keys_created ON cvault.idempotency_keys USING btree (created_at);
+CREATE INDEX outbox_due ON cvault.outbox USING btree (next_attempt_at) WHERE ((delivered_at IS NULL) AND (dead_at IS NULL));
+CREATE INDEX outbox_ended ON cvault.outbox USING btree (created_at) WHERE ((delivered_at IS NOT NULL) OR (dead_at IS NOT NULL));
+CREATE INDEX outbox_waiting ON cvault.outbox USING btree (tenant_id) WHERE ((delivered_at IS NULL) AND (dead_at IS NULL));
+CREATE INDEX portal_links_admin ON cvault.portal_links USING btree (tenant_id, admin_id);
+CREATE INDEX portal_links_hash ON cvault.portal_links USING btree (token_hash);
+CREATE INDEX portal_refresh_tokens_hash ON cvault.portal_refresh_tokens USING btree (token_hash);
+CREATE INDEX portal_refresh_tokens_session ON cvault.portal_refresh_tokens USING btree (tenant_id, session_id);
+CREATE INDEX portal_sessions_admin ON cvault.portal_sessions USING btree (tenant_id, admin_id) WHERE (ended_at IS NULL);
+CREATE INDEX portal_sessions_cookie ON cvault.portal_sessions USING btree (cookie_hash) WHERE (cookie_hash IS NOT NULL);
+CREATE INDEX refresh_tokens_expires ON cvault.refresh_tokens USING btree (expires_at);
 CREATE INDEX refresh_tokens_family ON cvault.refresh_tokens USING btree (tenant_id, family_id);
 CREATE INDEX refresh_tokens_user ON cvault.refresh_tokens USING btree (tenant_id, user_id);
 CREATE INDEX sessions_closed_at ON cvault.sessions USING btree (disconnected_at) WHERE (status = 'disconnected'::text);
@@ -849,6 +999,8 @@ CREATE INDEX sessions_connected ON cvault.sessions USING btree (tenant_id, conne
 CREATE INDEX sessions_device ON cvault.sessions USING btree (tenant_id, device_id, connected_at);
 CREATE UNIQUE INDEX sessions_one_active ON cvault.sessions USING btree (tenant_id, device_id) WHERE (status = 'active'::text);
 CREATE INDEX sessions_open ON cvault.sessions USING btree (connected_at) WHERE (status = 'active'::text);
+CREATE INDEX step_up_challenges_session ON cvault.step_up_challenges USING btree (tenant_id, session_id);
+CREATE UNIQUE INDEX tenant_admins_email ON cvault.tenant_admins USING btree (email);
 CREATE INDEX tenants_closed ON cvault.tenants USING btree (tenant_id) WHERE ((status = 'suspended'::text) OR (over_limit_since IS NOT NULL));
 CREATE INDEX tenants_limited ON cvault.tenants USING btree (tenant_id) WHERE ((bandwidth_limit_bytes IS NOT NULL) OR (over_limit_since IS NOT NULL));
 CREATE INDEX usage_hourly_hour ON ONLY cvault.usage_hourly USING btree (hour);
@@ -857,6 +1009,8 @@ CREATE INDEX usage_hourly_2026_12_hour_idx ON cvault.usage_hourly_2026_12 USING 
 CREATE INDEX usage_hourly_2027_01_hour_idx ON cvault.usage_hourly_2027_01 USING btree (hour);
 CREATE INDEX usage_hourly_2027_02_hour_idx ON cvault.usage_hourly_2027_02 USING btree (hour);
 CREATE INDEX usage_hourly_default_hour_idx ON cvault.usage_hourly_default USING btree (hour);
+CREATE INDEX users_disabled ON cvault.users USING btree (tenant_id, user_id) WHERE (status = 'disabled'::text);
+CREATE INDEX users_present ON cvault.users USING btree (tenant_id, user_id) WHERE (status <> 'deleted'::text);
 CREATE INDEX addresses_free ON platform.addresses USING btree (pool_id, released_at NULLS FIRST, host) WHERE (state = 'free'::text);
 CREATE INDEX addresses_quarantine ON platform.addresses USING btree (pool_id, released_at) WHERE (state = 'quarantine'::text);
 CREATE INDEX peers_device ON platform.peers USING btree (device_id);
@@ -867,10 +1021,12 @@ CREATE UNIQUE INDEX peers_ipv6_unique ON platform.peers USING btree (server_id, 
 CREATE UNIQUE INDEX peers_public_key_device_unique ON platform.peers USING btree (public_key) WHERE (removed_revision IS NULL);
 CREATE UNIQUE INDEX peers_public_key_unique ON platform.peers USING btree (server_id, public_key) WHERE (removed_revision IS NULL);
 CREATE INDEX peers_removed ON platform.peers USING btree (server_id, removed_revision) WHERE (removed_revision IS NOT NULL);
-CREATE INDEX quota_leases_server ON platform.quota_leases USING btree (server_id);
+CREATE INDEX portal_attempts_account ON platform.portal_attempts USING btree (account, at);
+CREATE INDEX portal_attempts_at ON platform.portal_attempts USING btree (at);
 CREATE UNIQUE INDEX servers_endpoint_unique ON platform.servers USING btree (public_ip, endpoint_port) WHERE (status <> 'removed'::text);
 CREATE UNIQUE INDEX servers_name_unique ON platform.servers USING btree (name) WHERE (status <> 'removed'::text);
 CREATE INDEX usage_counters_device ON platform.usage_counters USING btree (device_id);
+CREATE INDEX usage_counters_updated ON platform.usage_counters USING btree (updated_at);
 ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_2026_11_hour_idx;
 ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2026_11_pkey;
 ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_2026_12_hour_idx;
@@ -893,26 +1049,36 @@ ALTER TABLE ONLY cvault.devices
     ADD CONSTRAINT devices_user_fkey FOREIGN KEY (tenant_id, user_id) REFERENCES cvault.users(tenant_id, user_id);
 ALTER TABLE ONLY cvault.idempotency_keys
     ADD CONSTRAINT idempotency_keys_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
+ALTER TABLE ONLY cvault.outbox
+    ADD CONSTRAINT outbox_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
+ALTER TABLE ONLY cvault.portal_links
+    ADD CONSTRAINT portal_links_admin_fkey FOREIGN KEY (tenant_id, admin_id) REFERENCES cvault.tenant_admins(tenant_id, admin_id) ON DELETE CASCADE;
+ALTER TABLE ONLY cvault.portal_networks
+    ADD CONSTRAINT portal_networks_admin_fkey FOREIGN KEY (tenant_id, admin_id) REFERENCES cvault.tenant_admins(tenant_id, admin_id) ON DELETE CASCADE;
+ALTER TABLE ONLY cvault.portal_refresh_tokens
+    ADD CONSTRAINT portal_refresh_tokens_session_fkey FOREIGN KEY (tenant_id, session_id) REFERENCES cvault.portal_sessions(tenant_id, session_id) ON DELETE CASCADE;
+ALTER TABLE ONLY cvault.portal_sessions
+    ADD CONSTRAINT portal_sessions_admin_fkey FOREIGN KEY (tenant_id, admin_id) REFERENCES cvault.tenant_admins(tenant_id, admin_id) ON DELETE CASCADE;
 ALTER TABLE ONLY cvault.refresh_tokens
     ADD CONSTRAINT refresh_tokens_user_fkey FOREIGN KEY (tenant_id, user_id) REFERENCES cvault.users(tenant_id, user_id) ON DELETE CASCADE;
 ALTER TABLE ONLY cvault.sessions
     ADD CONSTRAINT sessions_device_fkey FOREIGN KEY (tenant_id, device_id) REFERENCES cvault.devices(tenant_id, device_id);
+ALTER TABLE ONLY cvault.step_up_challenges
+    ADD CONSTRAINT step_up_challenges_session_fkey FOREIGN KEY (tenant_id, session_id) REFERENCES cvault.portal_sessions(tenant_id, session_id) ON DELETE CASCADE;
+ALTER TABLE ONLY cvault.tenant_admins
+    ADD CONSTRAINT tenant_admins_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
 ALTER TABLE ONLY cvault.usage_daily
     ADD CONSTRAINT usage_daily_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
 ALTER TABLE ONLY cvault.users
     ADD CONSTRAINT users_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
 ALTER TABLE ONLY platform.addresses
     ADD CONSTRAINT addresses_pool_fkey FOREIGN KEY (pool_id) REFERENCES platform.address_pools(pool_id);
-ALTER TABLE ONLY platform.device_drops
-    ADD CONSTRAINT device_drops_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.enrol_tokens
     ADD CONSTRAINT enrol_tokens_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.node_changes
     ADD CONSTRAINT node_changes_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.peers
     ADD CONSTRAINT peers_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
-ALTER TABLE ONLY platform.quota_leases
-    ADD CONSTRAINT quota_leases_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.servers
     ADD CONSTRAINT servers_pool_fkey FOREIGN KEY (pool_id) REFERENCES platform.address_pools(pool_id);
 ALTER TABLE ONLY platform.usage_counters
@@ -922,27 +1088,52 @@ ALTER TABLE ONLY platform.usage_windows
 ALTER TABLE cvault.api_keys ENABLE ROW LEVEL SECURITY;
 ALTER TABLE cvault.audit_log ENABLE ROW LEVEL SECURITY;
 ALTER TABLE cvault.auth_events ENABLE ROW LEVEL SECURITY;
+CREATE POLICY closed_only ON cvault.sessions AS RESTRICTIVE FOR DELETE TO cvault_sys USING ((status = 'disconnected'::text));
 ALTER TABLE cvault.devices ENABLE ROW LEVEL SECURITY;
 ALTER TABLE cvault.idempotency_keys ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.outbox ENABLE ROW LEVEL SECURITY;
 CREATE POLICY platform_access ON cvault.api_keys TO cvault_sys USING (true) WITH CHECK (true);
 CREATE POLICY platform_access ON cvault.audit_log TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.auth_events TO cvault_sys USING (true) WITH CHECK (true);
 CREATE POLICY platform_access ON cvault.devices TO cvault_sys USING (true) WITH CHECK (true);
 CREATE POLICY platform_access ON cvault.idempotency_keys TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.outbox TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.portal_links TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.portal_networks TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.portal_refresh_tokens TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.portal_sessions TO cvault_sys USING (true) WITH CHECK (true);
 CREATE POLICY platform_access ON cvault.refresh_tokens TO cvault_sys USING (true) WITH CHECK (true);
 CREATE POLICY platform_access ON cvault.sessions TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.step_up_challenges TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.tenant_admins FOR SELECT TO cvault_sys USING (true);
 CREATE POLICY platform_access ON cvault.tenants FOR SELECT TO cvault_sys USING (true);
 CREATE POLICY platform_access ON cvault.usage_daily TO cvault_sys USING (true) WITH CHECK (true);
 CREATE POLICY platform_access ON cvault.usage_hourly TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.users FOR SELECT TO cvault_sys USING (true);
 CREATE POLICY platform_limits ON cvault.tenants FOR UPDATE TO cvault_sys USING (true) WITH CHECK (true);
+ALTER TABLE cvault.portal_links ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.portal_networks ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.portal_refresh_tokens ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.portal_sessions ENABLE ROW LEVEL SECURITY;
 ALTER TABLE cvault.refresh_tokens ENABLE ROW LEVEL SECURITY;
+CREATE POLICY revoked_only ON cvault.devices AS RESTRICTIVE FOR DELETE TO cvault_sys USING ((status = 'revoked'::text));
 ALTER TABLE cvault.sessions ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.step_up_challenges ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.tenant_admins ENABLE ROW LEVEL SECURITY;
 CREATE POLICY tenant_isolation ON cvault.api_keys TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.audit_log TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.auth_events TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.devices TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.idempotency_keys TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.outbox TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.portal_links TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.portal_networks TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.portal_refresh_tokens TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.portal_sessions TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.refresh_tokens TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.sessions TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.step_up_challenges TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.tenant_admins TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.tenants TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.usage_daily TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.usage_hourly TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
@@ -976,6 +1167,8 @@ REVOKE ALL ON FUNCTION platform.allocate_address(p_pool uuid, p_device uuid) FRO
 GRANT ALL ON FUNCTION platform.allocate_address(p_pool uuid, p_device uuid) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.ensure_usage_partitions(p_months integer) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.ensure_usage_partitions(p_months integer) TO cvault_sys;
+REVOKE ALL ON FUNCTION platform.forget_peers(p_devices uuid[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.forget_peers(p_devices uuid[]) TO cvault_sys;
 REVOKE ALL ON FUNCTION platform.list_servers() FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.list_servers() TO cvault_app;
 GRANT ALL ON FUNCTION platform.list_servers() TO cvault_sys;
@@ -990,6 +1183,8 @@ REVOKE ALL ON FUNCTION platform.retire_peer(p_device uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.retire_peer(p_device uuid) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.suspend_peer(p_device uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.suspend_peer(p_device uuid) TO cvault_app;
+REVOKE ALL ON FUNCTION platform.suspend_user_peer(p_device uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.suspend_user_peer(p_device uuid) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.withdraw(p_device uuid, p_tenant uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.withdraw_peer(p_device uuid) FROM PUBLIC;
@@ -1003,8 +1198,13 @@ GRANT SELECT,INSERT ON TABLE cvault.audit_log TO cvault_sys;
 GRANT UPDATE(chain_sequence) ON TABLE cvault.audit_log TO cvault_sys;
 GRANT UPDATE(chain_hash) ON TABLE cvault.audit_log TO cvault_sys;
 GRANT SELECT,INSERT ON TABLE cvault.auth_events TO cvault_app;
+GRANT DELETE ON TABLE cvault.auth_events TO cvault_sys;
+GRANT SELECT(tenant_id) ON TABLE cvault.auth_events TO cvault_sys;
+GRANT SELECT(event_id) ON TABLE cvault.auth_events TO cvault_sys;
+GRANT SELECT(at) ON TABLE cvault.auth_events TO cvault_sys;
 GRANT SELECT ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT ON TABLE cvault.devices TO cvault_fn;
+GRANT DELETE ON TABLE cvault.devices TO cvault_sys;
 GRANT INSERT(tenant_id) ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT(tenant_id) ON TABLE cvault.devices TO cvault_sys;
 GRANT INSERT(device_id) ON TABLE cvault.devices TO cvault_app;
@@ -1032,16 +1232,76 @@ GRANT SELECT(last_handshake_at),UPDATE(last_handshake_at) ON TABLE cvault.device
 GRANT INSERT(created_at) ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT(created_at) ON TABLE cvault.devices TO cvault_sys;
 GRANT UPDATE(revoked_at) ON TABLE cvault.devices TO cvault_app;
+GRANT SELECT(revoked_at) ON TABLE cvault.devices TO cvault_sys;
 GRANT UPDATE(suspended) ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT(suspended) ON TABLE cvault.devices TO cvault_sys;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE cvault.idempotency_keys TO cvault_app;
 GRANT DELETE ON TABLE cvault.idempotency_keys TO cvault_sys;
+GRANT SELECT(tenant_id) ON TABLE cvault.idempotency_keys TO cvault_sys;
+GRANT SELECT(principal) ON TABLE cvault.idempotency_keys TO cvault_sys;
+GRANT SELECT(key) ON TABLE cvault.idempotency_keys TO cvault_sys;
 GRANT SELECT(created_at) ON TABLE cvault.idempotency_keys TO cvault_sys;
+GRANT SELECT,DELETE ON TABLE cvault.outbox TO cvault_sys;
+GRANT SELECT(tenant_id),INSERT(tenant_id) ON TABLE cvault.outbox TO cvault_app;
+GRANT SELECT(mail_id),INSERT(mail_id) ON TABLE cvault.outbox TO cvault_app;
+GRANT INSERT(kind) ON TABLE cvault.outbox TO cvault_app;
+GRANT INSERT(payload_sealed) ON TABLE cvault.outbox TO cvault_app;
+GRANT UPDATE(payload_sealed) ON TABLE cvault.outbox TO cvault_sys;
+GRANT INSERT(created_at) ON TABLE cvault.outbox TO cvault_app;
+GRANT INSERT(expires_at) ON TABLE cvault.outbox TO cvault_app;
+GRANT UPDATE(attempts) ON TABLE cvault.outbox TO cvault_sys;
+GRANT INSERT(next_attempt_at) ON TABLE cvault.outbox TO cvault_app;
+GRANT UPDATE(next_attempt_at) ON TABLE cvault.outbox TO cvault_sys;
+GRANT SELECT(delivered_at) ON TABLE cvault.outbox TO cvault_app;
+GRANT UPDATE(delivered_at) ON TABLE cvault.outbox TO cvault_sys;
+GRANT SELECT(dead_at) ON TABLE cvault.outbox TO cvault_app;
+GRANT UPDATE(dead_at) ON TABLE cvault.outbox TO cvault_sys;
+GRANT UPDATE(last_error) ON TABLE cvault.outbox TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE cvault.portal_links TO cvault_app;
+GRANT DELETE ON TABLE cvault.portal_links TO cvault_sys;
+GRANT SELECT(tenant_id) ON TABLE cvault.portal_links TO cvault_sys;
+GRANT SELECT(token_hash) ON TABLE cvault.portal_links TO cvault_sys;
+GRANT SELECT(expires_at) ON TABLE cvault.portal_links TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE cvault.portal_networks TO cvault_app;
+GRANT DELETE ON TABLE cvault.portal_networks TO cvault_sys;
+GRANT SELECT(tenant_id) ON TABLE cvault.portal_networks TO cvault_sys;
+GRANT SELECT(admin_id) ON TABLE cvault.portal_networks TO cvault_sys;
+GRANT SELECT(network) ON TABLE cvault.portal_networks TO cvault_sys;
+GRANT SELECT(last_seen_at) ON TABLE cvault.portal_networks TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE cvault.portal_refresh_tokens TO cvault_app;
+GRANT DELETE ON TABLE cvault.portal_refresh_tokens TO cvault_sys;
+GRANT SELECT(tenant_id) ON TABLE cvault.portal_refresh_tokens TO cvault_sys;
+GRANT SELECT(token_hash) ON TABLE cvault.portal_refresh_tokens TO cvault_sys;
+GRANT SELECT(expires_at) ON TABLE cvault.portal_refresh_tokens TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE cvault.portal_sessions TO cvault_app;
+GRANT DELETE ON TABLE cvault.portal_sessions TO cvault_sys;
+GRANT SELECT(tenant_id) ON TABLE cvault.portal_sessions TO cvault_sys;
+GRANT SELECT(session_id) ON TABLE cvault.portal_sessions TO cvault_sys;
+GRANT SELECT(admin_id) ON TABLE cvault.portal_sessions TO cvault_sys;
+GRANT SELECT(cookie_hash) ON TABLE cvault.portal_sessions TO cvault_sys;
+GRANT SELECT(created_at) ON TABLE cvault.portal_sessions TO cvault_sys;
+GRANT SELECT(expires_at) ON TABLE cvault.portal_sessions TO cvault_sys;
+GRANT SELECT(last_seen_at) ON TABLE cvault.portal_sessions TO cvault_sys;
+GRANT SELECT(last_ip) ON TABLE cvault.portal_sessions TO cvault_sys;
+GRANT SELECT(ended_at) ON TABLE cvault.portal_sessions TO cvault_sys;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE cvault.refresh_tokens TO cvault_app;
 GRANT DELETE ON TABLE cvault.refresh_tokens TO cvault_sys;
+GRANT SELECT(tenant_id) ON TABLE cvault.refresh_tokens TO cvault_sys;
+GRANT SELECT(token_hash) ON TABLE cvault.refresh_tokens TO cvault_sys;
 GRANT SELECT(expires_at) ON TABLE cvault.refresh_tokens TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.sessions TO cvault_app;
-GRANT SELECT,INSERT,UPDATE ON TABLE cvault.sessions TO cvault_sys;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE cvault.sessions TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE cvault.step_up_challenges TO cvault_app;
+GRANT DELETE ON TABLE cvault.step_up_challenges TO cvault_sys;
+GRANT SELECT(tenant_id) ON TABLE cvault.step_up_challenges TO cvault_sys;
+GRANT SELECT(challenge_id) ON TABLE cvault.step_up_challenges TO cvault_sys;
+GRANT SELECT(expires_at) ON TABLE cvault.step_up_challenges TO cvault_sys;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE cvault.tenant_admins TO cvault_app;
+GRANT SELECT(tenant_id) ON TABLE cvault.tenant_admins TO cvault_sys;
+GRANT SELECT(admin_id) ON TABLE cvault.tenant_admins TO cvault_sys;
+GRANT SELECT(email) ON TABLE cvault.tenant_admins TO cvault_sys;
+GRANT SELECT(role) ON TABLE cvault.tenant_admins TO cvault_sys;
+GRANT SELECT(status) ON TABLE cvault.tenant_admins TO cvault_sys;
 GRANT SELECT ON TABLE cvault.tenants TO cvault_app;
 GRANT SELECT ON TABLE cvault.tenants TO cvault_sys;
 GRANT SELECT ON TABLE cvault.tenants TO cvault_fn;
@@ -1052,6 +1312,7 @@ GRANT INSERT(bandwidth_limit_bytes),UPDATE(bandwidth_limit_bytes) ON TABLE cvaul
 GRANT INSERT(user_limit),UPDATE(user_limit) ON TABLE cvault.tenants TO cvault_app;
 GRANT INSERT(max_devices_per_user),UPDATE(max_devices_per_user) ON TABLE cvault.tenants TO cvault_app;
 GRANT INSERT(whitelabel_config),UPDATE(whitelabel_config) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(public_clients),UPDATE(public_clients) ON TABLE cvault.tenants TO cvault_app;
 GRANT INSERT(rate_limit_per_minute),UPDATE(rate_limit_per_minute) ON TABLE cvault.tenants TO cvault_app;
 GRANT INSERT(data_key_version),UPDATE(data_key_version) ON TABLE cvault.tenants TO cvault_app;
 GRANT INSERT(data_key_sealed),UPDATE(data_key_sealed) ON TABLE cvault.tenants TO cvault_app;
@@ -1059,21 +1320,21 @@ GRANT INSERT(created_at) ON TABLE cvault.tenants TO cvault_app;
 GRANT INSERT(updated_at),UPDATE(updated_at) ON TABLE cvault.tenants TO cvault_app;
 GRANT UPDATE(deleted_at) ON TABLE cvault.tenants TO cvault_app;
 GRANT UPDATE(over_limit_since) ON TABLE cvault.tenants TO cvault_sys;
-GRANT INSERT(rate_up_bps),UPDATE(rate_up_bps) ON TABLE cvault.tenants TO cvault_app;
-GRANT INSERT(rate_down_bps),UPDATE(rate_down_bps) ON TABLE cvault.tenants TO cvault_app;
-GRANT INSERT(device_rate_up_bps),UPDATE(device_rate_up_bps) ON TABLE cvault.tenants TO cvault_app;
-GRANT INSERT(device_rate_down_bps),UPDATE(device_rate_down_bps) ON TABLE cvault.tenants TO cvault_app;
-GRANT INSERT(allow_intra_tenant),UPDATE(allow_intra_tenant) ON TABLE cvault.tenants TO cvault_app;
-GRANT INSERT(allow_private_destinations),UPDATE(allow_private_destinations) ON TABLE cvault.tenants TO cvault_app;
-GRANT INSERT(allow_smtp),UPDATE(allow_smtp) ON TABLE cvault.tenants TO cvault_app;
-GRANT INSERT(over_quota),UPDATE(over_quota) ON TABLE cvault.tenants TO cvault_app;
-GRANT INSERT(throttle_bps),UPDATE(throttle_bps) ON TABLE cvault.tenants TO cvault_app;
-GRANT UPDATE(policy_revision) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(allowed_origins),UPDATE(allowed_origins) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(client_dns),UPDATE(client_dns) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(client_allowed_ips),UPDATE(client_allowed_ips) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(client_mtu),UPDATE(client_mtu) ON TABLE cvault.tenants TO cvault_app;
 GRANT SELECT ON TABLE cvault.usage_daily TO cvault_app;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.usage_daily TO cvault_sys;
 GRANT SELECT ON TABLE cvault.usage_hourly TO cvault_app;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.usage_hourly TO cvault_sys;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE cvault.users TO cvault_app;
+GRANT SELECT(tenant_id) ON TABLE cvault.users TO cvault_sys;
+GRANT SELECT(tenant_id) ON TABLE cvault.users TO cvault_fn;
+GRANT SELECT(user_id) ON TABLE cvault.users TO cvault_sys;
+GRANT SELECT(user_id) ON TABLE cvault.users TO cvault_fn;
+GRANT SELECT(status) ON TABLE cvault.users TO cvault_sys;
+GRANT SELECT(status) ON TABLE cvault.users TO cvault_fn;
 GRANT SELECT,INSERT ON TABLE platform.address_pools TO cvault_sys;
 GRANT SELECT ON TABLE platform.address_pools TO cvault_fn;
 GRANT UPDATE(name) ON TABLE platform.address_pools TO cvault_sys;
@@ -1088,18 +1349,17 @@ GRANT UPDATE(released_device_id) ON TABLE platform.addresses TO cvault_sys;
 GRANT UPDATE(released_at) ON TABLE platform.addresses TO cvault_sys;
 GRANT SELECT ON TABLE platform.context_keys TO cvault_fn;
 GRANT SELECT ON TABLE platform.context_keys TO cvault_sys;
-GRANT SELECT,INSERT,UPDATE ON TABLE platform.device_drops TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.enrol_tokens TO cvault_sys;
 GRANT SELECT ON TABLE platform.installation TO cvault_sys;
 GRANT SELECT,DELETE ON TABLE platform.node_changes TO cvault_sys;
 GRANT INSERT ON TABLE platform.node_changes TO cvault_fn;
 GRANT SELECT ON TABLE platform.peers TO cvault_sys;
-GRANT SELECT,INSERT,UPDATE ON TABLE platform.peers TO cvault_fn;
-GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.quota_leases TO cvault_sys;
-GRANT SELECT,INSERT,UPDATE ON TABLE platform.quota_months TO cvault_sys;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.peers TO cvault_fn;
+GRANT SELECT,INSERT,DELETE ON TABLE platform.portal_attempts TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.secrets TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_fn;
-GRANT SELECT,INSERT,UPDATE ON TABLE platform.usage_counters TO cvault_sys;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.usage_counters TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.usage_orphans TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE platform.usage_settled TO cvault_sys;
 GRANT SELECT,INSERT,DELETE ON TABLE platform.usage_windows TO cvault_sys;

@@ -3,6 +3,7 @@
 use std::ops::Deref;
 use std::sync::Arc;
 
+use crate::auth::api_keys::Uses;
 use crate::auth::passwords::Passwords;
 use crate::auth::throttle::Throttles;
 use crate::clock::Clock;
@@ -28,6 +29,7 @@ pub struct Inner {
     pub passwords: Passwords,
     pub limiter: Limiter<TenantId>,
     pub throttles: Throttles,
+    pub uses: Uses,
     pub health: HealthCache,
     /// Set once, at the beginning of the shutdown: readiness fails from then on.
     pub draining: tokio_util::sync::CancellationToken,
@@ -47,6 +49,7 @@ impl App {
             passwords,
             limiter: Limiter::default(),
             throttles: Throttles::default(),
+            uses: Uses::default(),
             health: HealthCache::default(),
             draining: tokio_util::sync::CancellationToken::new(),
         }))

@@ -11,6 +11,7 @@ pub mod auth;
 pub mod catalogue;
 pub mod clock;
 pub mod config;
+pub mod dashboard;
 pub mod db;
 pub mod desired;
 pub mod dev;

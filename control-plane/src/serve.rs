@@ -129,6 +129,9 @@ pub async fn until(app: App, listeners: Listeners, shutdown: CancellationToken) 
     if tokio::time::timeout(serve::DRAIN, supervised.wait()).await.is_err() {
         tracing::warn!("some tasks did not end in time");
     }
+    if let Err(error) = app.uses.flush(&app.db.sys).await {
+        tracing::warn!(error = crate::http::problem::chain(&error), "the last uses of keys are not written");
+    }
     app.db.close().await;
     tracing::info!("stopped");
     outcome(gateway)

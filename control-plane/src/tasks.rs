@@ -62,6 +62,11 @@ const TASKS: &[Task] = &[
         run: |app| Box::pin(async move { usage::ensure_partitions(&app.db.sys).await }),
     },
     Task {
+        name: "note_key_uses",
+        every: Duration::from_secs(15),
+        run: |app| Box::pin(async move { app.uses.flush(&app.db.sys).await }),
+    },
+    Task {
         name: "deliver_mail",
         every: Duration::from_secs(1),
         run: |app| Box::pin(async move { mail::deliver(&app).await }),

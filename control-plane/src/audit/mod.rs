@@ -1,6 +1,7 @@
 //! The audit log: one row for each write, in the write's own transaction; chained afterwards by a periodic task.
 
 mod chain;
+mod of_tenant;
 
 use cvault_types::{RequestId, TenantId};
 use serde_json::Value;
@@ -11,6 +12,7 @@ use crate::db::DbError;
 use crate::tenancy::TenantTx;
 
 pub use chain::{Broken, chain_new, verify_chain};
+pub use of_tenant::{Wanted, list};
 
 /// What happened. Never put a secret, a key or a token into it.
 #[derive(Clone, Debug)]

@@ -1,27 +1,39 @@
 //! API keys: `X-API-Key` names the tenant, `X-API-Secret` proves it. No cache: one indexed lookup per request, so that a
 //! revoked key or a suspended tenant is refused at once on every replica.
+//!
+//! The key alone proves nothing: it stands in programs that everybody has. Where it is enough (`authenticate_client`, if the
+//! tenant has switched that on) its calls are counted by themselves, so that strangers cannot use up what the tenant's
+//! backend may send.
+
+mod manage;
+mod uses;
 
 use std::net::IpAddr;
 use std::time::Instant;
 
+use cvault_types::api_key::Scope;
 use cvault_types::{ApiKeyId, ErrorCode, Secret, TenantId};
-use http::HeaderMap;
+use http::HeaderValue;
 use http::header::ORIGIN;
 use http::request::Parts;
 use rand::CryptoRng;
 use subtle::ConstantTimeEq;
 use time::OffsetDateTime;
-use uuid::Uuid;
 
 use super::opaque;
 use crate::app::App;
 use crate::db::DbError;
 use crate::http::extract::single;
-use crate::http::limit::Allowance;
+use crate::http::limit::{Allowance, Decision};
 use crate::http::serve::Peer;
 use crate::http::{Problem, context};
 use crate::keys::PlatformSecrets;
 use crate::tenancy::TenantTx;
+
+pub use manage::{
+    KeyChange, KeySettings, MAX_GRACE, ManageError, add, find as find_key, list, regenerate, revoke, revoke_all, update,
+};
+pub use uses::Uses;
 
 const KEY_HEADER: &str = "x-api-key";
 const SECRET_HEADER: &str = "x-api-secret";
@@ -31,6 +43,15 @@ const SECRET_HEADER: &str = "x-api-secret";
 pub struct AuthenticatedKey {
     pub tenant: TenantId,
     pub api_key_id: ApiKeyId,
+}
+
+/// How a caller has shown that it speaks for the tenant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Proof {
+    /// The tenant's backend.
+    Secret,
+    /// Anybody: a program that cannot keep a secret, of a tenant that has such programs.
+    KeyAlone,
 }
 
 /// A new key, in clear for the only time.
@@ -44,15 +65,41 @@ pub struct NewKey {
 struct StoredKey {
     authenticated: AuthenticatedKey,
     secret_hash: Vec<u8>,
+    /// While its grace lasts.
+    previous_secret_hash: Option<Vec<u8>>,
     suspended: bool,
+    public_clients: bool,
+    in_scope: bool,
+    origin: Origin,
     per_minute: u32,
+}
+
+/// Where a browser says that the call comes from. Other programs say nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Origin {
+    None,
+    Allowed(HeaderValue),
+    Refused,
+}
+
+/// What a key must be good for, to be used for a path. `None`: the path does not ask for keys.
+#[must_use]
+pub fn scope_of(path: &str) -> Option<Scope> {
+    let (noun, _) = path.strip_prefix("/api/v1/").map(|rest| rest.split_once('/').unwrap_or((rest, "")))?;
+    match noun {
+        "auth" => Some(Scope::Auth),
+        "users" => Some(Scope::Users),
+        "usage" => Some(Scope::Usage),
+        "devices" | "vpn" | "servers" => Some(Scope::Devices),
+        _ => None,
+    }
 }
 
 /// For calls that carry a user token besides the key. The key is public: what its tenant is charged with, and told,
 /// waits for `prove`, which checks the token.
 ///
 /// # Errors
-/// `INVALID_API_KEY`, `TENANT_SUSPENDED`, `RATE_LIMITED`, what `prove` says, or the database's.
+/// `INVALID_API_KEY`, `TENANT_SUSPENDED`, `ORIGIN_NOT_ALLOWED`, `INSUFFICIENT_SCOPE`, what `prove` says, or the database's.
 pub async fn authenticate_key<T>(
     app: &App,
     request: &Parts,
@@ -60,12 +107,12 @@ pub async fn authenticate_key<T>(
 ) -> Result<T, Problem> {
     let ip = Peer::of(request).ip();
     app.throttles.before_credentials(ip)?;
-    let proven = match find(app, &request.headers).await {
+    let proven = match find(app, request).await {
         Ok(stored) => prove(stored.authenticated).map(|proof| (stored, proof)),
         Err(problem) => Err(problem),
     };
     let (stored, proof) = proven.inspect_err(|problem| note_failure(app, ip, problem))?;
-    admit(app, &stored)?;
+    admit(app, &stored, charge(app, &stored))?;
     Ok(proof)
 }
 
@@ -82,46 +129,88 @@ pub async fn authenticate_secret(app: &App, request: &Parts) -> Result<Authentic
     }
     let ip = Peer::of(request).ip();
     app.throttles.before_credentials(ip)?;
-    let stored = find_with_secret(app, headers).await.inspect_err(|problem| note_failure(app, ip, problem))?;
-    admit(app, &stored)?;
+    let stored = find_with_secret(app, request).await.inspect_err(|problem| note_failure(app, ip, problem))?;
+    admit(app, &stored, charge(app, &stored))?;
     Ok(stored.authenticated)
 }
 
-async fn find_with_secret(app: &App, headers: &HeaderMap) -> Result<StoredKey, Problem> {
-    let secret = single(headers, SECRET_HEADER)
-        .filter(|text| opaque::API_SECRET.is_well_formed(text))
-        .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
-    let stored = find(app, headers).await?;
-    if bool::from(hash_secret(&app.secrets, secret).ct_eq(&stored.secret_hash)) {
-        Ok(stored)
-    } else {
-        Err(Problem::new(ErrorCode::InvalidApiKey))
+/// For calls with which users log in: of the tenant's backend, or, if the tenant has public clients, of anybody.
+///
+/// # Errors
+/// As [`authenticate_secret`]; without a secret `INVALID_API_KEY` for a tenant that has no public clients, and
+/// `RATE_LIMITED` for a network that calls too often.
+pub async fn authenticate_client(app: &App, request: &Parts) -> Result<(AuthenticatedKey, Proof), Problem> {
+    if request.headers.contains_key(SECRET_HEADER) {
+        return Ok((authenticate_secret(app, request).await?, Proof::Secret));
     }
+    let ip = Peer::of(request).ip();
+    app.throttles.before_credentials(ip)?;
+    let stored = match find(app, request).await {
+        Ok(stored) if stored.public_clients => Ok(stored),
+        Ok(_) => Err(Problem::new(ErrorCode::InvalidApiKey)),
+        Err(problem) => Err(problem),
+    }
+    .inspect_err(|problem| note_failure(app, ip, problem))?;
+    let tenant = stored.authenticated.tenant;
+    app.throttles.public_call(tenant, ip)?;
+    let decision = app.throttles.public_calls(tenant, Allowance::per_minute(stored.per_minute));
+    admit(app, &stored, decision)?;
+    Ok((stored.authenticated, Proof::KeyAlone))
 }
 
-async fn find(app: &App, headers: &HeaderMap) -> Result<StoredKey, Problem> {
-    let text = single(headers, KEY_HEADER)
+async fn find_with_secret(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
+    let secret = single(&request.headers, SECRET_HEADER)
+        .filter(|text| opaque::API_SECRET.is_well_formed(text))
+        .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
+    let stored = find(app, request).await?;
+    let hash = hash_secret(&app.secrets, secret);
+    let current = hash.ct_eq(&stored.secret_hash);
+    let previous = stored.previous_secret_hash.as_ref().map_or(0.into(), |previous| hash.ct_eq(previous));
+    if bool::from(current | previous) { Ok(stored) } else { Err(Problem::new(ErrorCode::InvalidApiKey)) }
+}
+
+async fn find(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
+    let text = single(&request.headers, KEY_HEADER)
         .filter(|text| opaque::API_KEY.is_well_formed(text))
         .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
+    let origin = request.headers.get(ORIGIN);
     let row = sqlx::query!(
-        "select k.tenant_id, k.api_key_id, k.secret_hash, t.status, t.rate_limit_per_minute
-         from cvault.api_keys k join cvault.tenants t using (tenant_id)
-         where k.key_text = $1 and k.revoked_at is null and (k.expires_at is null or k.expires_at > $2)
-             and t.status <> 'deleted'",
+        r#"select k.tenant_id, k.api_key_id, k.secret_hash, t.status, t.rate_limit_per_minute, t.public_clients,
+                  case when k.previous_valid_until > $2 then k.previous_secret_hash end as previous_secret_hash,
+                  coalesce($3 = any (k.scopes), true) as "in_scope!",
+                  coalesce($4 = any (t.allowed_origins), false) as "origin_allowed!"
+           from cvault.api_keys k join cvault.tenants t using (tenant_id)
+           where k.key_text = $1 and k.revoked_at is null and (k.expires_at is null or k.expires_at > $2)
+               and t.status <> 'deleted'"#,
         text,
-        app.clock.now()
+        app.clock.now(),
+        scope_of(request.uri.path()).map(Scope::as_str),
+        single(&request.headers, ORIGIN.as_str())
     )
     .fetch_optional(&app.db.sys)
     .await
     .map_err(DbError::from)?
     .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
+    let origin = match origin {
+        None => Origin::None,
+        Some(origin) if row.origin_allowed => Origin::Allowed(origin.clone()),
+        Some(_) => Origin::Refused,
+    };
+    if let Origin::Allowed(origin) = &origin {
+        // now, so that a page can read also why it is refused
+        context::origin_allowed(origin);
+    }
     Ok(StoredKey {
         authenticated: AuthenticatedKey {
             tenant: TenantId::from_uuid(row.tenant_id),
             api_key_id: ApiKeyId::from_uuid(row.api_key_id),
         },
         secret_hash: row.secret_hash,
+        previous_secret_hash: row.previous_secret_hash,
         suspended: row.status == "suspended",
+        public_clients: row.public_clients,
+        in_scope: row.in_scope,
+        origin,
         per_minute: row
             .rate_limit_per_minute
             .and_then(|limit| u32::try_from(limit).ok())
@@ -137,22 +226,37 @@ fn note_failure(app: &App, ip: Option<IpAddr>, problem: &Problem) {
 }
 
 /// Charges the tenant's rate, now that the caller has proven to speak for it.
-fn admit(app: &App, stored: &StoredKey) -> Result<(), Problem> {
-    let tenant = stored.authenticated.tenant;
-    let decision = app.limiter.charge(tenant, Allowance::per_minute(stored.per_minute), Instant::now());
+fn charge(app: &App, stored: &StoredKey) -> Decision {
+    app.limiter.charge(stored.authenticated.tenant, Allowance::per_minute(stored.per_minute), Instant::now())
+}
+
+fn admit(app: &App, stored: &StoredKey, decision: Decision) -> Result<(), Problem> {
+    let AuthenticatedKey { tenant, api_key_id } = stored.authenticated;
     context::identified(tenant, decision);
     if !decision.allowed {
         let (max, seconds) = (i64::from(decision.quota), decision.retry_after_seconds);
         return Err(Problem::new(ErrorCode::RateLimited).limit("requests_per_minute", max, max).retry_after(seconds));
     }
-    if stored.suspended { Err(Problem::new(ErrorCode::TenantSuspended)) } else { Ok(()) }
+    if stored.suspended {
+        return Err(Problem::new(ErrorCode::TenantSuspended));
+    }
+    if stored.origin == Origin::Refused {
+        return Err(Problem::new(ErrorCode::OriginNotAllowed)
+            .detail("The page that sent this is of an origin that the tenant has not allowed."));
+    }
+    if !stored.in_scope {
+        return Err(Problem::new(ErrorCode::InsufficientScope)
+            .detail("The API key is not meant for this. Use one with the scope."));
+    }
+    app.uses.note(tenant, api_key_id, app.clock.now());
+    Ok(())
 }
 
 fn hash_secret(secrets: &PlatformSecrets, secret: &str) -> [u8; 32] {
     secrets.peppered("api_secret", secret)
 }
 
-/// Adds a key to the transaction's tenant.
+/// Adds the key a tenant begins with; who makes the tenant says so in the audit log.
 ///
 /// # Errors
 /// Those of the database.
@@ -162,32 +266,5 @@ pub async fn create(
     now: OffsetDateTime,
     rng: &mut impl CryptoRng,
 ) -> Result<NewKey, DbError> {
-    let id = ApiKeyId::from_uuid(Uuid::now_v7());
-    let key = opaque::API_KEY.draw(rng).expose().to_owned();
-    let secret = opaque::API_SECRET.draw(rng);
-    let tenant = tx.tenant().uuid();
-    let hash = hash_secret(secrets, secret.expose());
-    sqlx::query!(
-        "insert into cvault.api_keys (tenant_id, api_key_id, key_text, secret_hash, created_at) values ($1, $2, $3, $4, $5)",
-        tenant,
-        id.uuid(),
-        key,
-        hash.as_slice(),
-        now
-    )
-    .execute(tx.conn())
-    .await?;
-    Ok(NewKey { id, key, secret })
-}
-
-/// Revokes every key of the transaction's tenant.
-///
-/// # Errors
-/// Those of the database.
-pub async fn revoke_all(tx: &mut TenantTx, now: OffsetDateTime) -> Result<(), DbError> {
-    let tenant = tx.tenant().uuid();
-    sqlx::query!("update cvault.api_keys set revoked_at = $2 where tenant_id = $1 and revoked_at is null", tenant, now)
-        .execute(tx.conn())
-        .await?;
-    Ok(())
+    manage::insert(tx, secrets, &KeySettings::default(), now, rng).await
 }

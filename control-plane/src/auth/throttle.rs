@@ -1,4 +1,4 @@
-//! Throttles of those who have proven nothing yet. Only failures count, so that nobody who knows the right password or
+//! Throttles of those who have proven nothing yet. Only failures count (calls without a secret count all), so that nobody who knows the right password or
 //! key waits for somebody who does not, except at the account under attack itself.
 //!
 //! By network: attempts with API keys, secrets and user tokens. By account: guesses at one password. By tenant and
@@ -22,6 +22,10 @@ const LOGINS: Allowance = Allowance::per_minute(100);
 /// Failed logins at one account.
 const ACCOUNT: Allowance = Allowance { count: 20, window: Duration::from_secs(300) };
 
+/// Calls without a secret to one tenant from one network, whatever their outcome: everybody has the key.
+const PUBLIC_CALLS: Allowance = Allowance::per_minute(30);
+/// Users registered so.
+const PUBLIC_REGISTRATIONS: Allowance = Allowance { count: 10, window: Duration::from_secs(600) };
 /// Mails that strangers can have sent to one account.
 const MAILS: Allowance = Allowance { count: 5, window: Duration::from_secs(3600) };
 /// Accounts made from one network.
@@ -32,6 +36,9 @@ const PORTAL: Allowance = Allowance::per_minute(300);
 /// One for the process.
 #[derive(Debug, Default)]
 pub struct Throttles {
+    public: Limiter<(TenantId, Network)>,
+    public_registrations: Limiter<(TenantId, Network)>,
+    public_tenants: Limiter<TenantId>,
     credentials: Limiter<Network>,
     logins: Limiter<(TenantId, Network)>,
     accounts: Limiter<Account>,
@@ -76,6 +83,29 @@ impl Throttles {
         if let Some(network) = ip.map(Network::of) {
             self.credentials.charge(network, CREDENTIALS, Instant::now());
         }
+    }
+
+    /// Counts a call with nothing but a tenant's key.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for a network that calls too often.
+    pub fn public_call(&self, tenant: TenantId, ip: Option<IpAddr>) -> Result<(), Problem> {
+        let Some(network) = ip.map(Network::of) else { return Ok(()) };
+        refuse(self.public.charge((tenant, network), PUBLIC_CALLS, Instant::now()))
+    }
+
+    /// Counts it for the tenant too, apart from what its backend sends.
+    pub fn public_calls(&self, tenant: TenantId, allowance: Allowance) -> Decision {
+        self.public_tenants.charge(tenant, allowance, Instant::now())
+    }
+
+    /// Counts a registration with nothing but a tenant's key.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for a network that registers too many users.
+    pub fn public_registration(&self, tenant: TenantId, ip: Option<IpAddr>) -> Result<(), Problem> {
+        let Some(network) = ip.map(Network::of) else { return Ok(()) };
+        refuse(self.public_registrations.charge((tenant, network), PUBLIC_REGISTRATIONS, Instant::now()))
     }
 
     /// Counts a request of somebody who is logged in to the portal.
@@ -160,6 +190,6 @@ fn refuse(decision: Decision) -> Result<(), Problem> {
         return Ok(());
     }
     Err(Problem::new(ErrorCode::RateLimited)
-        .detail("Too many failed attempts. Wait as long as Retry-After says.")
+        .detail("Too many attempts. Wait as long as Retry-After says.")
         .retry_after(decision.retry_after_seconds))
 }

@@ -2,19 +2,27 @@
 //! addresses, numbers. Nothing a user typed can become a line of it.
 
 use std::fmt::Write as _;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use zeroize::Zeroizing;
 
 use crate::ipam::Addresses;
 use crate::servers::Server;
+use crate::tenants::ClientSettings;
 
 /// What stands in a configuration whose private key only the client knows.
 const PLACEHOLDER: &str = "REPLACE_WITH_YOUR_PRIVATE_KEY";
 /// Keeps NAT mappings open (WireGuard's own recommendation).
 const PERSISTENT_KEEPALIVE_SECONDS: u16 = 25;
+
+/// Everything goes through the tunnel.
+const FULL_TUNNEL: [IpNet; 2] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0)),
+];
 
 /// Platform-wide values of every configuration.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +54,7 @@ pub fn render_config(
     keys: &ConfigKeys,
     addresses: Addresses,
     server: &Server,
+    tenant: &ClientSettings,
     defaults: ClientDefaults<'_>,
 ) -> Option<Zeroizing<String>> {
     let private_key = match &keys.private {
@@ -56,9 +65,11 @@ pub fn render_config(
         Some(key) => format!("PresharedKey = {}\n", *Zeroizing::new(STANDARD.encode(**key))),
         None => String::new(),
     });
-    let dns: Vec<_> = defaults.dns.iter().map(ToString::to_string).collect();
+    let dns: Vec<_> = tenant.dns.as_deref().unwrap_or(defaults.dns).iter().map(ToString::to_string).collect();
+    let allowed_ips = tenant.allowed_ips.as_deref().unwrap_or(&FULL_TUNNEL);
+    let allowed_ips: Vec<_> = allowed_ips.iter().map(ToString::to_string).collect();
     // the whole file fits: no reallocation leaves a copy of the key behind
-    let mut text = Zeroizing::new(String::with_capacity(1024));
+    let mut text = Zeroizing::new(String::with_capacity(4096));
     write!(
         text,
         "[Interface]\n\
@@ -70,16 +81,17 @@ pub fn render_config(
          [Peer]\n\
          PublicKey = {}\n\
          {}\
-         AllowedIPs = 0.0.0.0/0, ::/0\n\
+         AllowedIPs = {}\n\
          Endpoint = {}\n\
          PersistentKeepalive = {PERSISTENT_KEEPALIVE_SECONDS}\n",
         *private_key,
         addresses.ipv4,
         addresses.ipv6,
         dns.join(", "),
-        defaults.mtu,
+        tenant.mtu.unwrap_or(defaults.mtu),
         STANDARD.encode(server.public_key?),
         *preshared_key,
+        allowed_ips.join(", "),
         SocketAddr::new(server.public_ip, server.endpoint_port),
     )
     .expect("writing to a string succeeds");
@@ -124,7 +136,8 @@ mod tests {
         let dns = ["1.1.1.1".parse().unwrap(), "2606:4700:4700::1111".parse().unwrap()];
         let mut keys = ConfigKeys { private: ConfigKey::Known(Zeroizing::new([1; 32])), preshared: None };
         let defaults = ClientDefaults { dns: &dns, mtu: 1420 };
-        let text = render_config(&keys, addresses, &server("2001:db8::1"), defaults).unwrap();
+        let text =
+            render_config(&keys, addresses, &server("2001:db8::1"), &ClientSettings::default(), defaults).unwrap();
         assert_eq!(
             *text,
             "[Interface]\nPrivateKey = AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=\nAddress = 10.8.0.45/32, \
@@ -133,8 +146,21 @@ mod tests {
              [2001:db8::1]:51820\nPersistentKeepalive = 25\n"
         );
         keys.preshared = Some(Zeroizing::new([3; 32]));
-        let with_preshared = render_config(&keys, addresses, &server("2001:db8::1"), defaults).unwrap();
+        let with_preshared =
+            render_config(&keys, addresses, &server("2001:db8::1"), &ClientSettings::default(), defaults).unwrap();
         let line = "PresharedKey = AwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwM=\n";
         assert_eq!(*with_preshared, text.replace("AllowedIPs", &format!("{line}AllowedIPs")));
+        keys.preshared = None;
+        let tenant = ClientSettings {
+            dns: Some(vec!["10.0.0.53".parse().unwrap()]),
+            allowed_ips: Some(vec!["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()]),
+            mtu: Some(1280),
+        };
+        let of_tenant = render_config(&keys, addresses, &server("2001:db8::1"), &tenant, defaults).unwrap();
+        let expected = text
+            .replace("DNS = 1.1.1.1, 2606:4700:4700::1111", "DNS = 10.0.0.53")
+            .replace("MTU = 1420", "MTU = 1280")
+            .replace("AllowedIPs = 0.0.0.0/0, ::/0", "AllowedIPs = 10.0.0.0/8, fd00::/8");
+        assert_eq!(*of_tenant, expected);
     }
 }

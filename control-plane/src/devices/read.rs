@@ -99,6 +99,53 @@ pub async fn list(
     rows.into_iter().map(Device::try_from).collect()
 }
 
+/// A device and whose it is.
+#[derive(Clone, Debug)]
+pub struct OwnedDevice {
+    pub user: UserId,
+    pub device: Device,
+    /// Off its server, because its tenant or its user is.
+    pub suspended: bool,
+}
+
+/// Up to `limit` active devices of all users, oldest first, after the one named.
+///
+/// # Errors
+/// Those of the database.
+pub async fn list_all(tx: &mut TenantTx, after: Option<DeviceId>, limit: u32) -> Result<Vec<OwnedDevice>, DbError> {
+    let tenant = tx.tenant().uuid();
+    let rows = sqlx::query!(
+        r#"select user_id, suspended, device_id, name, platform, public_key, ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet",
+                  server_id, placed_revision, last_handshake_at, last_connected_at, created_at
+           from cvault.devices
+           where tenant_id = $1 and status = 'active' and ($2::uuid is null or device_id > $2)
+           order by device_id limit $3"#,
+        tenant,
+        after.map(DeviceId::uuid),
+        i64::from(limit),
+    )
+    .fetch_all(tx.conn())
+    .await?;
+    rows.into_iter()
+        .map(|row| {
+            let device = Device::try_from(Row {
+                device_id: row.device_id,
+                name: row.name,
+                platform: row.platform,
+                public_key: row.public_key,
+                ipv4: row.ipv4,
+                ipv6: row.ipv6,
+                server_id: row.server_id,
+                placed_revision: row.placed_revision,
+                last_handshake_at: row.last_handshake_at,
+                last_connected_at: row.last_connected_at,
+                created_at: row.created_at,
+            })?;
+            Ok(OwnedDevice { user: UserId::from_uuid(row.user_id), device, suspended: row.suspended })
+        })
+        .collect()
+}
+
 /// One active device of the user.
 ///
 /// # Errors

@@ -15,6 +15,7 @@ use crate::ipam::{self, Addresses};
 use crate::keys::{KeyError, KeyRing};
 use crate::servers::{self, Server};
 use crate::tenancy::TenantTx;
+use crate::tenants::ClientSettings;
 
 /// What a user says of a new device.
 #[derive(Clone, Debug)]
@@ -32,6 +33,8 @@ pub struct Registered {
     pub keys: ConfigKeys,
     pub addresses: Addresses,
     pub server: Server,
+    /// What its tenant sets for its configuration.
+    pub client: ClientSettings,
     /// When the server has acknowledged this revision, the device works.
     pub revision: u64,
 }
@@ -72,7 +75,7 @@ pub async fn register(
     request_id: RequestId,
 ) -> Result<Registered, RegisterError> {
     let tenant = tx.tenant();
-    let data_key = check_limit(tx, user).await?;
+    let Admitted { data_key, client } = check_limit(tx, user).await?;
     let candidates = servers::candidates(tx, new.region.as_deref(), now).await?;
     let id = DeviceId::from_uuid(Uuid::now_v7());
     let (server, addresses) = place(tx, id, candidates).await?;
@@ -114,15 +117,23 @@ pub async fn register(
         .await
         .map_err(refused)?;
     let revision = u64::try_from(revision).expect("revisions count from 1");
-    Ok(Registered { id, public_key: made.public, keys: made.open, addresses, server, revision })
+    Ok(Registered { id, public_key: made.public, keys: made.open, addresses, server, client, revision })
 }
 
-/// Locks the user, so that racing registrations count one after the other, and the tenant against its deletion. Returns the tenant's sealed data key.
-async fn check_limit(tx: &mut TenantTx, user: UserId) -> Result<Vec<u8>, RegisterError> {
+/// What is known of the tenant when a device is let in.
+struct Admitted {
+    /// Sealed.
+    data_key: Vec<u8>,
+    client: ClientSettings,
+}
+
+/// Locks the user, so that racing registrations count one after the other, and the tenant against its deletion.
+async fn check_limit(tx: &mut TenantTx, user: UserId) -> Result<Admitted, RegisterError> {
     let tenant = tx.tenant().uuid();
     let row = sqlx::query!(
         r#"select t.max_devices_per_user, t.data_key_sealed, t.status in ('active', 'trial') as "open!",
-                  t.over_limit_since is not null as "over_limit!"
+                  t.over_limit_since is not null as "over_limit!", t.client_dns as "dns: Vec<IpNet>",
+                  t.client_allowed_ips as "allowed_ips: Vec<IpNet>", t.client_mtu
          from cvault.users u join cvault.tenants t on t.tenant_id = u.tenant_id
          where u.tenant_id = $1 and u.user_id = $2 and u.status = 'active'
          for no key update of u for share of t"#,
@@ -154,7 +165,8 @@ async fn check_limit(tx: &mut TenantTx, user: UserId) -> Result<Vec<u8>, Registe
     if used >= i64::from(max) {
         return Err(RegisterError::DeviceLimit { max, used });
     }
-    row.data_key_sealed.ok_or(RegisterError::Key(KeyError::DoesNotOpen))
+    let data_key = row.data_key_sealed.ok_or(RegisterError::Key(KeyError::DoesNotOpen))?;
+    Ok(Admitted { data_key, client: ClientSettings::from_row(row.dns, row.allowed_ips, row.client_mtu) })
 }
 
 /// What a tenant may carry in a month, and has carried in this one, in bytes.

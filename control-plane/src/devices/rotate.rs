@@ -2,6 +2,7 @@
 //! new one works.
 
 use cvault_types::{DeviceId, RequestId, ServerId, UserId};
+use ipnet::IpNet;
 use rand::CryptoRng;
 use time::OffsetDateTime;
 
@@ -14,6 +15,7 @@ use crate::db::DbError;
 use crate::keys::{KeyError, KeyRing};
 use crate::servers;
 use crate::tenancy::TenantTx;
+use crate::tenants::ClientSettings;
 
 /// What is asked of a rotation.
 #[derive(Clone, Debug)]
@@ -56,9 +58,11 @@ pub async fn rotate(
     let (tenant, id) = (tx.tenant().uuid(), new.device);
     let row = sqlx::query!(
         r#"select d.preshared_key_sealed is not null as "has_preshared!", t.data_key_sealed,
-                  t.status in ('active', 'trial') as "open!", t.over_limit_since is not null as "over_limit!"
+                  t.status in ('active', 'trial') as "open!", t.over_limit_since is not null as "over_limit!",
+                  t.client_dns as "dns: Vec<IpNet>", t.client_allowed_ips as "allowed_ips: Vec<IpNet>", t.client_mtu
            from cvault.devices d join cvault.tenants t on t.tenant_id = d.tenant_id
-           where d.tenant_id = $1 and d.user_id = $2 and d.device_id = $3 and d.status = 'active'
+           join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
+           where d.tenant_id = $1 and d.user_id = $2 and d.device_id = $3 and d.status = 'active' and u.status = 'active'
            for no key update of d for share of t"#,
         tenant,
         user.uuid(),
@@ -123,7 +127,9 @@ pub async fn rotate(
     let revision = u64::try_from(revision).expect("revisions count from 1");
     let moved_from = (target.id != device.server).then_some(device.server);
     let addresses = device.addresses;
-    let device = Registered { id, public_key: made.public, keys: made.open, addresses, server: target, revision };
+    let client = ClientSettings::from_row(row.dns, row.allowed_ips, row.client_mtu);
+    let device =
+        Registered { id, public_key: made.public, keys: made.open, addresses, server: target, client, revision };
     Ok(Rotated { device, moved_from })
 }
 

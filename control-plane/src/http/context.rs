@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use axum::extract::Request;
 use cvault_types::{RequestId, TenantId};
+use http::HeaderValue;
 use http::uri::PathAndQuery;
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
@@ -24,6 +25,8 @@ pub struct RequestContext {
     pub id: RequestId,
     pub tenant: OnceLock<TenantId>,
     pub rate: OnceLock<Rate>,
+    /// The caller's origin, when its tenant has allowed it.
+    pub origin: OnceLock<HeaderValue>,
     /// When the request's head was complete.
     arrived: Instant,
     /// Method, path and query.
@@ -79,6 +82,7 @@ impl RequestContext {
             id: RequestId::from_uuid(Uuid::now_v7()),
             tenant: OnceLock::new(),
             rate: OnceLock::new(),
+            origin: OnceLock::new(),
             arrived: Instant::now(),
             // without scheme and host: HTTP/2 sends them, HTTP/1.1 does not
             line: format!("{} {}", request.method(), request.uri().path_and_query().map_or("/", PathAndQuery::as_str)),
@@ -128,6 +132,16 @@ fn note(tenant: TenantId, rate: Rate) {
     });
     if noted.is_err() {
         tracing::debug!("identified outside of a request");
+    }
+}
+
+/// Notes that the caller's tenant lets pages of this origin read its answers.
+pub(crate) fn origin_allowed(origin: &HeaderValue) {
+    let noted = CONTEXT.try_with(|context| {
+        context.origin.get_or_init(|| origin.clone());
+    });
+    if noted.is_err() {
+        tracing::debug!("an origin outside of a request");
     }
 }
 

@@ -18,7 +18,7 @@ pub use portal::Portal;
 
 use super::{Problem, context};
 use crate::app::App;
-use crate::auth::api_keys::{self, AuthenticatedKey};
+use crate::auth::api_keys::{self, AuthenticatedKey, Proof};
 use crate::auth::tokens;
 
 /// The largest body the API reads.
@@ -51,6 +51,15 @@ pub struct Caller {
 pub struct TenantKey {
     pub tenant: TenantId,
     pub api_key_id: ApiKeyId,
+    pub request_id: RequestId,
+}
+
+/// Who logs a tenant's users in: its backend, or, if the tenant allows that, a program without a secret.
+#[derive(Debug, Clone, Copy)]
+pub struct ClientKey {
+    pub tenant: TenantId,
+    pub api_key_id: ApiKeyId,
+    pub proof: Proof,
     pub request_id: RequestId,
 }
 
@@ -87,6 +96,15 @@ impl FromRequestParts<App> for TenantKey {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
         let key = api_keys::authenticate_secret(app, parts).await?;
         Ok(Self { tenant: key.tenant, api_key_id: key.api_key_id, request_id: context::request_id() })
+    }
+}
+
+impl FromRequestParts<App> for ClientKey {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
+        let (key, proof) = api_keys::authenticate_client(app, parts).await?;
+        Ok(Self { tenant: key.tenant, api_key_id: key.api_key_id, proof, request_id: context::request_id() })
     }
 }
 

@@ -15,8 +15,8 @@ use http::header::{
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use tokio::sync::Semaphore;
 
-use super::Problem;
 use super::context::{Rate, RequestContext};
+use super::{Problem, cors};
 use crate::metrics;
 
 /// Longer than the 30 s that `Prefer: wait` may ask for, shorter than a load balancer's patience.
@@ -160,6 +160,9 @@ pub(super) fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
     headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     headers.entry(CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     headers.entry(CONTENT_SECURITY_POLICY).or_insert(HeaderValue::from_static(NOTHING_TO_LOAD));
+    if let Some(origin) = context.origin.get() {
+        cors::allow(headers, origin.clone());
+    }
     if let Some(Rate { policy: name, decision: rate }) = context.rate.get() {
         // draft-ietf-httpapi-ratelimit-headers
         let policy = format!("\"{name}\";q={};w=60", rate.quota);

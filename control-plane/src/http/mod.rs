@@ -5,6 +5,7 @@
 mod bare;
 pub mod browser;
 pub mod context;
+pub mod cors;
 pub mod cursor;
 pub mod extract;
 pub mod health_cache;
@@ -18,5 +19,5 @@ pub mod routes;
 pub mod serve;
 pub mod tls;
 
-pub use extract::{Admin, Caller, Json, Path, Portal, Query, TenantKey};
+pub use extract::{Admin, Caller, ClientKey, Json, Path, Portal, Query, TenantKey};
 pub use problem::Problem;

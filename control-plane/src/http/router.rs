@@ -8,7 +8,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::extract::MAX_BODY_BYTES;
 use super::middleware::InFlight;
-use super::{Problem, middleware, openapi, routes};
+use super::{Problem, cors, middleware, openapi, routes};
 use crate::app::App;
 
 /// About a second's work of the database; those that wait for an activation hold no connection.
@@ -26,6 +26,11 @@ pub fn routes() -> OpenApiRouter<App> {
         .merge(routes::vpn::router()) // /api/v1/vpn/{connect,disconnect,status}
         .merge(routes::servers::router()) // GET /api/v1/servers
         .merge(routes::usage::router()) // GET /api/v1/usage
+        .merge(routes::users::router()) // /api/v1/users
+        .merge(routes::tenant_api_keys::router()) // /api/v1/tenant/api-keys
+        .merge(routes::tenant_settings::router()) // /api/v1/tenant/settings
+        .merge(routes::tenant_dashboard::router()) // GET /api/v1/tenant/dashboard/{stats,usage,activity}
+        .merge(routes::tenant_lists::router()) // GET /api/v1/tenant/{audit,users,devices}
 }
 
 /// The whole API, ready to be served.
@@ -35,6 +40,7 @@ pub fn api(app: App) -> Router {
     let router = router
         .fallback(async || Problem::new(ErrorCode::NotFound))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(axum::middleware::from_fn(cors::preflight))
         .layer(axum::middleware::from_fn_with_state(InFlight::at_most(MAX_IN_FLIGHT), middleware::own_task))
         .with_state(app);
     if over_tls { router.layer(axum::middleware::map_response(middleware::only_tls)) } else { router }

@@ -90,7 +90,8 @@ async fn lock_device(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<Mo
     let over_limit = sqlx::query_scalar!(
         r#"select t.over_limit_since is not null as "over_limit!"
            from cvault.devices d join cvault.tenants t on t.tenant_id = d.tenant_id
-           where d.tenant_id = $1 and d.user_id = $2 and d.device_id = $3 and d.status = 'active'
+           join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
+           where d.tenant_id = $1 and d.user_id = $2 and d.device_id = $3 and d.status = 'active' and u.status = 'active'
            for no key update of d"#,
         tenant,
         user.uuid(),

@@ -3,8 +3,10 @@
 //! Every change is made inside the tenant's own transaction, also when platform staff makes it; only listing looks across
 //! tenants, with role `cvault_sys`.
 
+mod client;
 mod delete;
 pub mod policy;
+mod settings;
 mod suspension;
 
 use cvault_types::tenant::{CreateTenantRequest, Tenant, TenantPolicy, TenantStatus, UpdateTenantRequest};
@@ -22,8 +24,10 @@ use crate::db::DbError;
 use crate::http::Problem;
 use crate::tenancy::TenantTx;
 
+pub use client::{ClientSettings, client_settings};
 pub use delete::delete;
-pub use suspension::{enforce as enforce_suspensions, mark_over_limit};
+pub use settings::{SettingsChange, settings, update_settings};
+pub use suspension::{enforce as enforce_suspensions, enforce_users, mark_over_limit};
 
 /// Decimal, as bandwidth is sold: 1 GB = 10⁹ bytes.
 const GB: i64 = 1_000_000_000;

@@ -1,5 +1,5 @@
-//! The devices of a tenant that is suspended, or has used up what it may carry in a month, leave their servers; they come
-//! back when that is over.
+//! The devices of a tenant that is suspended, or has used up what it may carry in a month, and of a user that is disabled,
+//! leave their servers; they come back when that is over.
 //!
 //! The tenant's status and limit are what counts; this work follows it, a chunk at a time, so that neither a large tenant nor a
 //! fault in between holds anything up: what is left is found by the next run, on whatever replica.
@@ -31,8 +31,11 @@ pub async fn enforce(app: &App) -> Result<u64, DbError> {
                    and exists (select from cvault.devices d
                        where d.tenant_id = t.tenant_id and d.status = 'active' and not d.suspended)
               or t.status in ('active', 'trial') and t.over_limit_since is null
-                   and exists (select from cvault.devices d
-                       where d.tenant_id = t.tenant_id and d.status = 'active' and d.suspended)
+                   and (exists (select from cvault.devices d join cvault.users u using (tenant_id, user_id)
+                           where d.tenant_id = t.tenant_id and d.status = 'active' and d.suspended and u.status = 'active')
+                       or exists (select from cvault.users u join cvault.devices d using (tenant_id, user_id)
+                           where u.tenant_id = t.tenant_id and u.status = 'disabled' and d.status = 'active'
+                             and not d.suspended))
            limit $1"#,
         TENANTS
     )
@@ -41,20 +44,48 @@ pub async fn enforce(app: &App) -> Result<u64, DbError> {
     let mut done = 0;
     for row in tenants {
         let tenant = TenantId::from_uuid(row.tenant_id);
-        loop {
-            let now = app.clock.now();
-            let mut tx = app.db.tenancy.begin(tenant).await?;
-            let work = if row.closed { take_off(&mut tx, now).await } else { put_back(&mut tx, now).await };
-            let chunk = tx.finish(work).await?;
-            chunk.servers.iter().for_each(|server| app.nodes.server_changed(*server));
-            done += chunk.moved;
-            // those that no server takes now are tried again by the next run
-            if chunk.moved == 0 || chunk.moved < CHUNK.unsigned_abs() {
-                break;
-            }
-        }
+        done +=
+            if row.closed { move_all(app, tenant, Which::Placed).await? } else { enforce_users(app, tenant).await? };
     }
     Ok(done)
+}
+
+/// Brings the devices of an open tenant in line with the status of their users. Returns how many were taken off or put back.
+///
+/// # Errors
+/// Those of the database.
+pub async fn enforce_users(app: &App, tenant: TenantId) -> Result<u64, DbError> {
+    Ok(move_all(app, tenant, Which::PlacedOfDisabled).await? + move_all(app, tenant, Which::SuspendedOfActive).await?)
+}
+
+/// Which devices a run is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Which {
+    /// All that are on a server: to be taken off.
+    Placed,
+    /// Those of disabled users that are on a server: to be taken off.
+    PlacedOfDisabled,
+    /// Those that were taken off, of users that are not disabled: to be put back.
+    SuspendedOfActive,
+}
+
+async fn move_all(app: &App, tenant: TenantId, which: Which) -> Result<u64, DbError> {
+    let mut done = 0;
+    loop {
+        let now = app.clock.now();
+        let mut tx = app.db.tenancy.begin(tenant).await?;
+        let work = match which {
+            Which::Placed | Which::PlacedOfDisabled => take_off(&mut tx, which, now).await,
+            Which::SuspendedOfActive => put_back(&mut tx, now).await,
+        };
+        let chunk = tx.finish(work).await?;
+        chunk.servers.iter().for_each(|server| app.nodes.server_changed(*server));
+        done += chunk.moved;
+        // those that no server takes now are tried again by the next run
+        if chunk.moved == 0 || chunk.moved < CHUNK.unsigned_abs() {
+            return Ok(done);
+        }
+    }
 }
 
 /// Marks the tenants that have reached their limit of this month, UTC, and those that are below it again. Returns how many
@@ -91,12 +122,19 @@ struct Chunk {
     servers: Vec<ServerId>,
 }
 
-async fn take_off(tx: &mut TenantTx, now: OffsetDateTime) -> Result<Chunk, DbError> {
+async fn take_off(tx: &mut TenantTx, which: Which, now: OffsetDateTime) -> Result<Chunk, DbError> {
     let mut chunk = Chunk::default();
-    for (device, server) in devices(tx, false).await? {
+    for (device, server) in devices(tx, which).await? {
         let tenant = tx.tenant().uuid();
         sessions::close(tx, device, now).await?;
-        sqlx::query_scalar!("select platform.suspend_peer($1)", device.uuid()).fetch_one(tx.conn()).await?;
+        if which == Which::PlacedOfDisabled {
+            // no row: the user was enabled meanwhile
+            sqlx::query_scalar!("select platform.suspend_user_peer($1)", device.uuid())
+                .fetch_optional(tx.conn())
+                .await?;
+        } else {
+            sqlx::query_scalar!("select platform.suspend_peer($1)", device.uuid()).fetch_one(tx.conn()).await?;
+        }
         sqlx::query!(
             "update cvault.devices set suspended = true where tenant_id = $1 and device_id = $2",
             tenant,
@@ -114,7 +152,7 @@ async fn take_off(tx: &mut TenantTx, now: OffsetDateTime) -> Result<Chunk, DbErr
 async fn put_back(tx: &mut TenantTx, now: OffsetDateTime) -> Result<Chunk, DbError> {
     let mut chunk = Chunk::default();
     let mut servers = servers::list(tx).await?;
-    for (device, server) in devices(tx, true).await? {
+    for (device, server) in devices(tx, Which::SuspendedOfActive).await? {
         let Some(home) = servers.iter().position(|candidate| candidate.id == server) else { continue };
         let (stays, pool) = (servers[home].active && servers[home].peers < servers[home].capacity, servers[home].pool);
         let others = || {
@@ -142,15 +180,23 @@ async fn put_back(tx: &mut TenantTx, now: OffsetDateTime) -> Result<Chunk, DbErr
 }
 
 /// Locked; those that somebody else is at are left to the next run. Ordered by server, as everything that locks several.
-async fn devices(tx: &mut TenantTx, suspended: bool) -> Result<Vec<(DeviceId, ServerId)>, DbError> {
+async fn devices(tx: &mut TenantTx, which: Which) -> Result<Vec<(DeviceId, ServerId)>, DbError> {
     let tenant = tx.tenant().uuid();
+    let of_disabled = match which {
+        Which::Placed => None,
+        Which::PlacedOfDisabled => Some(true),
+        Which::SuspendedOfActive => Some(false),
+    };
     let rows = sqlx::query!(
-        "select device_id, server_id from cvault.devices
-         where tenant_id = $1 and status = 'active' and suspended = $2
-         order by server_id, device_id limit $3 for no key update skip locked",
+        "select d.device_id, d.server_id
+         from cvault.devices d join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
+         where d.tenant_id = $1 and d.status = 'active' and d.suspended = $2
+           and ($4::boolean is null or (u.status = 'disabled') = $4)
+         order by d.server_id, d.device_id limit $3 for no key update of d skip locked",
         tenant,
-        suspended,
-        CHUNK
+        which == Which::SuspendedOfActive,
+        CHUNK,
+        of_disabled
     )
     .fetch_all(tx.conn())
     .await?;

@@ -1,4 +1,9 @@
-//! A tenant's end users.
+//! A tenant's end users: registering, finding, vouching for, disabling, deleting.
+
+mod change;
+mod delete;
+mod read;
+mod vouch;
 
 use cvault_types::UserId;
 use time::OffsetDateTime;
@@ -6,7 +11,13 @@ use uuid::Uuid;
 
 use crate::auth::email::Email;
 use crate::db::DbError;
+use crate::devices::{DeviceName, Fault};
 use crate::tenancy::TenantTx;
+
+pub use change::{UpdateError, UserChange, update};
+pub use delete::{DeleteError, delete};
+pub use read::{Filter, find, list};
+pub use vouch::{VouchError, Vouched, vouch};
 
 #[derive(Debug, thiserror::Error)]
 pub enum RegisterError {
@@ -16,6 +27,47 @@ pub enum RegisterError {
     LimitExceeded { max: i64, used: i64 },
     #[error(transparent)]
     Db(#[from] DbError),
+}
+
+/// Why there is no room for another user.
+#[derive(Debug, thiserror::Error)]
+enum RoomError {
+    #[error("the tenant has {used} of {max} users")]
+    LimitExceeded { max: i64, used: i64 },
+    #[error(transparent)]
+    Db(#[from] DbError),
+}
+
+impl From<RoomError> for RegisterError {
+    fn from(error: RoomError) -> Self {
+        match error {
+            RoomError::LimitExceeded { max, used } => Self::LimitExceeded { max, used },
+            RoomError::Db(error) => Self::Db(error),
+        }
+    }
+}
+
+/// A tenant's own name for a user: 1 to 255 characters that a person can read, none of them space at the ends. Told apart
+/// by every byte.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExternalId(String);
+
+impl ExternalId {
+    /// # Errors
+    /// What is wrong with the text.
+    pub fn parse(text: &str) -> Result<Self, Fault> {
+        let name = DeviceName::parse(text)?;
+        if name.as_str() == text {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(Fault { code: "invalid_format", detail: "must not begin or end with space" })
+        }
+    }
+
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
 }
 
 /// What a login needs to know of a user.
@@ -37,25 +89,11 @@ pub async fn register(
     password_hash: &str,
     now: OffsetDateTime,
 ) -> Result<UserId, RegisterError> {
-    let tenant = tx.tenant().uuid();
-    // "no key": foreign keys of other transactions to this tenant do not wait
-    let limit =
-        sqlx::query_scalar!("select user_limit from cvault.tenants where tenant_id = $1 for no key update", tenant)
-            .fetch_one(tx.conn())
-            .await
-            .map_err(DbError::from)?;
     if email_exists(tx, email).await? {
         return Err(RegisterError::EmailTaken);
     }
-    if let Some(max) = limit.map(i64::from) {
-        let used = sqlx::query_scalar!(r#"select count(*) as "count!" from cvault.users where tenant_id = $1"#, tenant)
-            .fetch_one(tx.conn())
-            .await
-            .map_err(DbError::from)?;
-        if used >= max {
-            return Err(RegisterError::LimitExceeded { max, used });
-        }
-    }
+    lock_for_new_user(tx).await?;
+    let tenant = tx.tenant().uuid();
     let user = UserId::from_uuid(Uuid::now_v7());
     sqlx::query!(
         "insert into cvault.users (tenant_id, user_id, email, password_hash, created_at) values ($1, $2, $3, $4, $5)",
@@ -72,6 +110,36 @@ pub async fn register(
         if error.constraint() == Some("users_email_unique") { RegisterError::EmailTaken } else { error.into() }
     })?;
     Ok(user)
+}
+
+/// Locks the tenant's row until the transaction ends, and checks that there is room for one more user.
+async fn lock_for_new_user(tx: &mut TenantTx) -> Result<(), RoomError> {
+    // who would wait only to be refused is refused now
+    check_limit(tx).await?;
+    let tenant = tx.tenant().uuid();
+    // "no key": foreign keys of other transactions to this tenant do not wait
+    sqlx::query!("select tenant_id from cvault.tenants where tenant_id = $1 for no key update", tenant)
+        .fetch_one(tx.conn())
+        .await
+        .map_err(DbError::from)?;
+    check_limit(tx).await
+}
+
+async fn check_limit(tx: &mut TenantTx) -> Result<(), RoomError> {
+    let tenant = tx.tenant().uuid();
+    let row = sqlx::query!(
+        r#"select t.user_limit, case when t.user_limit is not null then (
+                      select count(*) from cvault.users u where u.tenant_id = t.tenant_id and u.status <> 'deleted') end as used
+           from cvault.tenants t where t.tenant_id = $1"#,
+        tenant
+    )
+    .fetch_one(tx.conn())
+    .await
+    .map_err(DbError::from)?;
+    match (row.user_limit.map(i64::from), row.used) {
+        (Some(max), Some(used)) if used >= max => Err(RoomError::LimitExceeded { max, used }),
+        _ => Ok(()),
+    }
 }
 
 /// Whether the tenant has a user with this address.

@@ -12,7 +12,7 @@ use crate::platform::{Call, Platform, Tenant};
 const CLIENTS_KEY: &str = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
 
 /// A platform with one live server in region `lab-1`.
-async fn platform() -> (Platform, ServerId) {
+pub(crate) async fn platform() -> (Platform, ServerId) {
     let platform = Platform::start().await;
     let sys = &platform.app.db.sys;
     let pool = NewPool {

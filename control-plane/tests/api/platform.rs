@@ -99,6 +99,12 @@ impl Platform {
         Tenant { id: text("id"), key: text("api_key"), secret: text("api_secret") }
     }
 
+    /// Past every policy.
+    pub(crate) async fn superuser(&self) -> sqlx::PgConnection {
+        use sqlx::Connection;
+        sqlx::PgConnection::connect_with(&self.database.superuser()).await.unwrap()
+    }
+
     pub(crate) async fn register(&self, tenant: &Tenant, email: &str) -> Answer {
         self.post("/api/v1/auth/register", &json!({"email": email, "password": PASSWORD})).backend(tenant).send().await
     }

@@ -131,6 +131,8 @@ ids! {
     ChallengeId = "chl";
     /// An address pool.
     PoolId = "pol";
+    /// One entry of the audit log.
+    AuditId = "aud";
     /// One HTTP request, as answered in `X-Request-Id`.
     RequestId = "req";
     /// A mail on its way, or given up.

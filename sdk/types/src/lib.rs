@@ -4,7 +4,10 @@
 //! exists here or nowhere.
 #![forbid(unsafe_code)]
 
+pub mod api_key;
+pub mod audit;
 pub mod auth;
+pub mod dashboard;
 pub mod device;
 pub mod error_code;
 pub mod health;
@@ -13,15 +16,17 @@ pub mod portal;
 pub mod problem;
 pub mod secret;
 pub mod server;
+pub mod settings;
 pub mod tenant;
 pub mod usage;
+pub mod user;
 pub mod vpn;
 
 pub use error_code::ErrorCode;
 pub use id::MailId;
 pub use id::{
-    ApiKeyId, ChallengeId, DeviceId, PoolId, PortalSessionId, RequestId, ServerId, SessionId, TenantAdminId, TenantId,
-    UserId,
+    ApiKeyId, AuditId, ChallengeId, DeviceId, PoolId, PortalSessionId, RequestId, ServerId, SessionId, TenantAdminId,
+    TenantId, UserId,
 };
 pub use portal::TenantRole;
 pub use secret::Secret;

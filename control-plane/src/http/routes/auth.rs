@@ -1,4 +1,5 @@
-//! `/api/v1/auth/*`: register, login, refresh and logout of a tenant's users, called by the tenant's backend.
+//! `/api/v1/auth/*`: register, login, refresh and logout of a tenant's users, called by the tenant's backend, or by
+//! programs without a secret if the tenant has such.
 
 use std::net::IpAddr;
 
@@ -13,6 +14,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
+use crate::auth::api_keys::Proof;
 use crate::auth::email::Email;
 use crate::auth::events::{self, AuthEvent, AuthKind, Outcome};
 use crate::auth::passwords::{self, PasswordError};
@@ -22,7 +24,7 @@ use crate::auth::tokens::{self, ClientToken};
 use crate::db::DbError;
 use crate::http::idempotency::{self, Claim};
 use crate::http::serve::Peer;
-use crate::http::{Json, Problem, TenantKey};
+use crate::http::{ClientKey, Json, Problem};
 use crate::tenancy::TenantTx;
 use crate::users::{self, RegisterError};
 
@@ -35,19 +37,24 @@ pub fn router() -> OpenApiRouter<App> {
 }
 
 /// Register a user.
-#[utoipa::path(post, path = "/api/v1/auth/register", tag = "auth", security(("api_key" = [], "api_secret" = [])),
+#[utoipa::path(post, path = "/api/v1/auth/register", tag = "auth", security(("api_key" = [], "api_secret" = []), ("api_key" = [])),
     params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
     request_body = RegisterRequest,
     responses((status = 201, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn register(
     State(app): State<App>,
-    key: TenantKey,
+    key: ClientKey,
     peer: Peer,
     Json(body): Json<RegisterRequest>,
 ) -> Result<Response, Problem> {
     let (email, password) = checked(&body)?;
     let event = Attempt { kind: AuthKind::Register, key, client_ip: peer.ip() };
-    event.admitted(&app, app.throttles.before_login(key.tenant, peer.ip())).await?;
+    let admitted = match key.proof {
+        Proof::Secret => Ok(()),
+        Proof::KeyAlone => app.throttles.public_registration(key.tenant, peer.ip()),
+    };
+    let admitted = admitted.and_then(|()| app.throttles.before_login(key.tenant, peer.ip()));
+    event.admitted(&app, admitted).await?;
     if let Some(replay) = before_hashing(&app, event, &email).await? {
         return Ok(replay);
     }
@@ -97,12 +104,12 @@ async fn before_hashing(app: &App, event: Attempt, email: &Email) -> Result<Opti
 }
 
 /// Log a user in. A retry begins another login; an `Idempotency-Key` is not looked at.
-#[utoipa::path(post, path = "/api/v1/auth/login", tag = "auth", security(("api_key" = [], "api_secret" = [])),
+#[utoipa::path(post, path = "/api/v1/auth/login", tag = "auth", security(("api_key" = [], "api_secret" = []), ("api_key" = [])),
     request_body = LoginRequest,
     responses((status = 200, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn login(
     State(app): State<App>,
-    key: TenantKey,
+    key: ClientKey,
     peer: Peer,
     Json(body): Json<LoginRequest>,
 ) -> Result<Json<TokenResponse>, Problem> {
@@ -162,13 +169,13 @@ async fn check_password(app: &App, tenant: TenantId, body: LoginRequest) -> Resu
 
 /// Exchange a refresh token for a new pair. Each refresh token works once: send an `Idempotency-Key`, so that a lost
 /// answer can be asked for again.
-#[utoipa::path(post, path = "/api/v1/auth/refresh", tag = "auth", security(("api_key" = [], "api_secret" = [])),
+#[utoipa::path(post, path = "/api/v1/auth/refresh", tag = "auth", security(("api_key" = [], "api_secret" = []), ("api_key" = [])),
     params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
     request_body = RefreshRequest,
     responses((status = 200, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn refresh_tokens(
     State(app): State<App>,
-    key: TenantKey,
+    key: ClientKey,
     peer: Peer,
     Json(body): Json<RefreshRequest>,
 ) -> Result<Response, Problem> {
@@ -205,12 +212,12 @@ async fn refresh_tokens(
 }
 
 /// End a login: its refresh tokens stop working. May be repeated; an `Idempotency-Key` is not looked at.
-#[utoipa::path(post, path = "/api/v1/auth/logout", tag = "auth", security(("api_key" = [], "api_secret" = [])),
+#[utoipa::path(post, path = "/api/v1/auth/logout", tag = "auth", security(("api_key" = [], "api_secret" = []), ("api_key" = [])),
     request_body = RefreshRequest,
     responses((status = 204), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn logout(
     State(app): State<App>,
-    key: TenantKey,
+    key: ClientKey,
     peer: Peer,
     Json(body): Json<RefreshRequest>,
 ) -> Result<StatusCode, Problem> {
@@ -235,7 +242,7 @@ async fn logout(
 #[derive(Clone, Copy)]
 struct Attempt {
     kind: AuthKind,
-    key: TenantKey,
+    key: ClientKey,
     client_ip: Option<IpAddr>,
 }
 
@@ -259,7 +266,7 @@ impl Attempt {
     }
 }
 
-async fn open_session(app: &App, tx: &mut TenantTx, family: Family) -> Result<TokenResponse, DbError> {
+pub(super) async fn open_session(app: &App, tx: &mut TenantTx, family: Family) -> Result<TokenResponse, DbError> {
     let now = app.clock.now();
     let refresh_token = refresh::issue(tx, &app.secrets, family, now, &mut rand::rngs::StdRng::from_os_rng()).await?;
     let who = ClientToken { tenant: tx.tenant(), user: family.user };

@@ -31,6 +31,7 @@ use crate::http::{Caller, Json, Path, Problem, Query, context, cursor};
 use crate::ipam::Addresses;
 use crate::servers::{self, Server};
 use crate::tenancy::TenantTx;
+use crate::tenants::{self, ClientSettings};
 
 /// How long `?wait=active` waits when `Prefer` does not say.
 const DEFAULT_WAIT: Duration = Duration::from_secs(5);
@@ -164,6 +165,7 @@ async fn again(app: &App, tx: &mut TenantTx, caller: Caller, replay: &Replay) ->
         keys,
         addresses: device.addresses,
         server,
+        client: tenants::client_settings(tx).await?,
         revision: device.placed_revision,
     };
     replay.with(&registered(app, &device, None)?)
@@ -172,7 +174,7 @@ async fn again(app: &App, tx: &mut TenantTx, caller: Caller, replay: &Replay) ->
 fn registered(app: &App, device: &Registered, activation_ms: Option<u64>) -> Result<RegisteredDevice, Problem> {
     Ok(RegisteredDevice {
         device_id: device.id,
-        config: config_text(app, &device.keys, device.addresses, &device.server)?,
+        config: config_text(app, &device.keys, device.addresses, &device.server, &device.client)?,
         assigned_ip: device.addresses.ipv4.to_string(),
         assigned_ipv6: device.addresses.ipv6.to_string(),
         status: if activation_ms.is_some() { DeviceStatus::Active } else { DeviceStatus::Pending },
@@ -187,15 +189,16 @@ fn registered(app: &App, device: &Registered, activation_ms: Option<u64>) -> Res
     })
 }
 
-/// The configuration file of a device, with the platform's defaults.
+/// The configuration file of a device, as its tenant wants it, otherwise with the platform's defaults.
 pub(super) fn config_text(
     app: &App,
     keys: &ConfigKeys,
     addresses: Addresses,
     server: &Server,
+    tenant: &ClientSettings,
 ) -> Result<Secret, Problem> {
     let defaults = ClientDefaults { dns: &app.config.client_dns, mtu: app.config.client_mtu };
-    render_config(keys, addresses, server, defaults)
+    render_config(keys, addresses, server, tenant, defaults)
         .map(|text| Secret::new(text.as_str()))
         .ok_or_else(|| Problem::new(ErrorCode::ServerUnavailable).retry_after(5))
 }
@@ -340,9 +343,10 @@ async fn config(
     };
     let keys = devices::config_of(&mut tx, &app.keys, id).await?;
     let server = servers::find(&mut tx, device.server).await?;
+    let client = tenants::client_settings(&mut tx).await?;
     tx.commit().await?;
     let server = server.ok_or_else(|| Problem::new(ErrorCode::ServerUnavailable))?;
-    let text = config_text(&app, &keys, device.addresses, &server)?;
+    let text = config_text(&app, &keys, device.addresses, &server, &client)?;
     if let Some(Format::Qr) = query.format {
         let picture = devices::qr(text.expose()).map_err(|error| Problem::internal(&error))?;
         return Ok(([(CONTENT_TYPE, "image/svg+xml")], picture.to_string()).into_response());

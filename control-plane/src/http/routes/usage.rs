@@ -72,25 +72,9 @@ async fn show(
     let days = usage::days(&mut tx, subject.user, period).await?;
     let limits = usage::limits(&mut tx).await?;
     tx.commit().await?;
-    let bytes = totals.rx_bytes + totals.tx_bytes;
     Ok(Json(Usage {
-        current_period: UsagePeriod {
-            from: period.from,
-            to: period.to,
-            bandwidth_gb: rounded(bytes, 1_000_000_000.0),
-            bandwidth_bytes: bytes,
-            rx_bytes: totals.rx_bytes,
-            tx_bytes: totals.tx_bytes,
-            active_users: totals.active_users,
-            active_devices: totals.active_devices,
-            connection_hours: rounded(totals.connection_seconds, 3600.0),
-            connection_seconds: totals.connection_seconds,
-        },
-        limits: UsageLimits {
-            bandwidth_limit_bytes: limits.bandwidth_bytes,
-            user_limit: limits.users.map(i64::from),
-            max_devices_per_user: limits.devices_per_user.into(),
-        },
+        current_period: sums(period, totals),
+        limits: self::limits(limits),
         daily: days
             .into_iter()
             .map(|day| UsageDay {
@@ -102,6 +86,30 @@ async fn show(
             })
             .collect(),
     }))
+}
+
+pub(super) fn sums(period: Period, totals: usage::Totals) -> UsagePeriod {
+    let bytes = totals.rx_bytes + totals.tx_bytes;
+    UsagePeriod {
+        from: period.from,
+        to: period.to,
+        bandwidth_gb: rounded(bytes, 1_000_000_000.0),
+        bandwidth_bytes: bytes,
+        rx_bytes: totals.rx_bytes,
+        tx_bytes: totals.tx_bytes,
+        active_users: totals.active_users,
+        active_devices: totals.active_devices,
+        connection_hours: rounded(totals.connection_seconds, 3600.0),
+        connection_seconds: totals.connection_seconds,
+    }
+}
+
+pub(super) fn limits(limits: usage::Limits) -> UsageLimits {
+    UsageLimits {
+        bandwidth_limit_bytes: limits.bandwidth_bytes,
+        user_limit: limits.users.map(i64::from),
+        max_devices_per_user: limits.devices_per_user.into(),
+    }
 }
 
 /// For people; programs have the integer beside it. The one place where bytes are rounded.

@@ -16,6 +16,7 @@ use crate::devices;
 use crate::http::{Caller, Json, Problem};
 use crate::servers;
 use crate::sessions::{self, ConnectError};
+use crate::tenants;
 
 /// A tenant's limit of devices per user is at most 1000.
 const MAX_DEVICES: u32 = 1000;
@@ -50,10 +51,11 @@ async fn connect(
         let connection =
             sessions::connect(&mut tx, caller.user, body.device_id, region, now, caller.request_id).await?;
         let keys = devices::config_of(&mut tx, &app.keys, body.device_id).await?;
-        Ok::<_, Problem>((keys, connection))
+        let client = tenants::client_settings(&mut tx).await?;
+        Ok::<_, Problem>((keys, client, connection))
     }
     .await;
-    let (keys, connection) = tx.finish(work).await?;
+    let (keys, client, connection) = tx.finish(work).await?;
     if let Some(left) = connection.moved_from {
         app.nodes.server_changed(left);
         app.nodes.server_changed(connection.server.id);
@@ -63,7 +65,7 @@ async fn connect(
         server_ip: connection.server.public_ip.to_string(),
         server_port: connection.server.endpoint_port,
         status: ConnectionStatus::Connected,
-        config: config_text(&app, &keys, connection.device.addresses, &connection.server)?,
+        config: config_text(&app, &keys, connection.device.addresses, &connection.server, &client)?,
         assigned_ip: connection.device.addresses.ipv4.to_string(),
         server_id: connection.server.id,
         server_region: connection.server.region,

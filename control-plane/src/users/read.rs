@@ -1,0 +1,85 @@
+//! Reading a tenant's users. Deleted ones are not there.
+
+use cvault_types::UserId;
+use cvault_types::user::{User, UserStatus};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::ExternalId;
+use crate::auth::email::Email;
+use crate::db::DbError;
+use crate::tenancy::TenantTx;
+
+/// Which users are asked for; `None`: any.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    pub email: Option<Email>,
+    pub external_id: Option<ExternalId>,
+}
+
+struct Row {
+    user_id: Uuid,
+    external_user_id: Option<String>,
+    email: Option<String>,
+    status: String,
+    created_at: OffsetDateTime,
+    devices: i64,
+}
+
+impl From<Row> for User {
+    fn from(row: Row) -> Self {
+        Self {
+            user_id: UserId::from_uuid(row.user_id),
+            external_id: row.external_user_id,
+            email: row.email,
+            status: if row.status == "active" { UserStatus::Active } else { UserStatus::Disabled },
+            devices: row.devices,
+            created_at: row.created_at,
+        }
+    }
+}
+
+/// Up to `limit` users after the one named, oldest first.
+///
+/// # Errors
+/// Those of the database.
+pub async fn list(tx: &mut TenantTx, filter: &Filter, after: Option<UserId>, limit: u32) -> Result<Vec<User>, DbError> {
+    let tenant = tx.tenant().uuid();
+    let rows = sqlx::query_as!(
+        Row,
+        r#"select u.user_id, u.external_user_id, u.email, u.status, u.created_at,
+                  (select count(*) from cvault.devices d
+                   where d.tenant_id = u.tenant_id and d.user_id = u.user_id and d.status = 'active') as "devices!"
+           from cvault.users u
+           where u.tenant_id = $1 and u.status <> 'deleted' and u.user_id > $2
+             and ($3::text is null or u.email = $3) and ($4::text is null or u.external_user_id = $4)
+           order by u.user_id limit $5"#,
+        tenant,
+        after.map_or(Uuid::nil(), UserId::uuid),
+        filter.email.as_ref().map(Email::as_str),
+        filter.external_id.as_ref().map(ExternalId::as_str),
+        i64::from(limit)
+    )
+    .fetch_all(tx.conn())
+    .await?;
+    Ok(rows.into_iter().map(User::from).collect())
+}
+
+/// # Errors
+/// Those of the database.
+pub async fn find(tx: &mut TenantTx, id: UserId) -> Result<Option<User>, DbError> {
+    let tenant = tx.tenant().uuid();
+    let row = sqlx::query_as!(
+        Row,
+        r#"select u.user_id, u.external_user_id, u.email, u.status, u.created_at,
+                  (select count(*) from cvault.devices d
+                   where d.tenant_id = u.tenant_id and d.user_id = u.user_id and d.status = 'active') as "devices!"
+           from cvault.users u
+           where u.tenant_id = $1 and u.user_id = $2 and u.status <> 'deleted'"#,
+        tenant,
+        id.uuid()
+    )
+    .fetch_optional(tx.conn())
+    .await?;
+    Ok(row.map(User::from))
+}
