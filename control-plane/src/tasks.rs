@@ -122,11 +122,15 @@ async fn trim(app: &App) -> Result<u64, DbError> {
         .execute(sys)
         .await?
         .rows_affected();
+    let staff = sqlx::query!("delete from platform.idempotency_keys where created_at < now() - interval '24 hours'")
+        .execute(sys)
+        .await?
+        .rows_affected();
     let tokens = sqlx::query!("delete from cvault.refresh_tokens where expires_at < now() - interval '1 day'")
         .execute(sys)
         .await?
         .rows_affected();
-    Ok(changes + keys + tokens + usage::trim_windows(sys).await?)
+    Ok(changes + keys + staff + tokens + usage::trim_windows(sys).await?)
 }
 
 #[cfg(test)]

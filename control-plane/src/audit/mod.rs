@@ -1,15 +1,18 @@
 //! The audit log: one row for each write, in the write's own transaction; chained afterwards by a periodic task.
 
 mod chain;
+mod search;
 
 use cvault_types::RequestId;
 use serde_json::Value;
+use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::db::DbError;
 use crate::tenancy::TenantTx;
 
 pub use chain::{Broken, chain_new, verify_chain};
+pub use search::{Filter, search};
 
 /// What happened. Never put a secret, a key or a token into it.
 #[derive(Clone, Debug)]
@@ -42,6 +45,30 @@ pub async fn record(tx: &mut TenantTx, entry: Entry<'_>) -> Result<(), DbError> 
         entry.request_id.map(RequestId::uuid),
     )
     .execute(tx.conn())
+    .await?;
+    Ok(())
+}
+
+/// What belongs to the platform and to no tenant is logged, and chained, under the id of none.
+pub(crate) const PLATFORM: Uuid = Uuid::nil();
+
+/// Appends to the platform's own log, in a transaction of role `cvault_sys`.
+///
+/// # Errors
+/// Those of the database.
+pub async fn record_platform(sys: &mut PgConnection, entry: Entry<'_>) -> Result<(), DbError> {
+    sqlx::query!(
+        "insert into cvault.audit_log (tenant_id, audit_id, actor, action, target, details, request_id)
+         values ($1, $2, $3, $4, $5, $6, $7)",
+        PLATFORM,
+        Uuid::now_v7(),
+        entry.actor,
+        entry.action,
+        entry.target,
+        entry.details,
+        entry.request_id.map(RequestId::uuid),
+    )
+    .execute(sys)
     .await?;
     Ok(())
 }

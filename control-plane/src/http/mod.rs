@@ -14,6 +14,7 @@ pub mod problem;
 pub mod router;
 pub mod routes;
 pub mod serve;
+pub mod staff;
 
 pub use extract::{Admin, Caller, Json, Path, Query, TenantKey};
 pub use problem::Problem;

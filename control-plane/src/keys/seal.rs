@@ -112,14 +112,14 @@ impl KeyRing {
         decrypt(&key, &aad.bytes(), sealed)
     }
 
-    /// Seals a secret of the platform itself, under its name.
+    /// Seals what belongs to the platform itself, at its place.
     #[must_use]
-    pub(super) fn wrap(&self, aad: &[u8], plaintext: &[u8]) -> Vec<u8> {
+    pub(crate) fn wrap(&self, aad: &[u8], plaintext: &[u8]) -> Vec<u8> {
         encrypt(&self.newest().key, aad, plaintext)
     }
 
     /// The version is not needed to open: the few keys of a ring are tried, newest first.
-    pub(super) fn unwrap(&self, aad: &[u8], sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, KeyError> {
+    pub(crate) fn unwrap(&self, aad: &[u8], sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, KeyError> {
         let mut failure = KeyError::NoKek;
         for kek in self.keks.iter().rev() {
             match decrypt(&kek.key, aad, sealed) {

@@ -41,6 +41,9 @@ pub enum TenantError {
     NotFound,
     #[error("a key of the tenant does not open")]
     Keys(#[from] crate::keys::KeyError),
+    /// The `Idempotency-Key` of the request.
+    #[error("{}", .0.sentences())]
+    Idempotency(Problem),
     #[error(transparent)]
     Db(#[from] DbError),
 }
@@ -146,10 +149,24 @@ pub async fn create(
     actor: &Actor,
     rng: &mut impl CryptoRng,
 ) -> Result<(Tenant, NewKey), TenantError> {
-    let id = TenantId::from_uuid(Uuid::now_v7());
-    let now = app.clock.now();
+    let mut tx = app.db.tenancy.begin(TenantId::from_uuid(Uuid::now_v7())).await?;
+    let made = create_in(app, &mut tx, settings, actor, rng).await;
+    tx.finish(made).await
+}
+
+/// Makes the tenant of the transaction, which has a new id.
+///
+/// # Errors
+/// Those of the database.
+pub async fn create_in(
+    app: &App,
+    tx: &mut TenantTx,
+    settings: Settings,
+    actor: &Actor,
+    rng: &mut impl CryptoRng,
+) -> Result<(Tenant, NewKey), TenantError> {
+    let (id, now) = (tx.tenant(), app.clock.now());
     let data_key = app.keys.new_data_key(id, rng);
-    let mut tx = app.db.tenancy.begin(id).await?;
     sqlx::query!(
         "insert into cvault.tenants (tenant_id, name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user,
              whitelabel_config, rate_limit_per_minute, data_key_version, data_key_sealed, created_at, updated_at)
@@ -169,9 +186,8 @@ pub async fn create(
     .execute(tx.conn())
     .await
     .map_err(DbError::from)?;
-    let key = api_keys::create(&mut tx, &app.secrets, now, rng).await?;
-    note(&mut tx, actor, "tenant.create", json!({"name": settings.name})).await?;
-    tx.commit().await?;
+    let key = api_keys::create(tx, &app.secrets, now, rng).await?;
+    note(tx, actor, "tenant.create", json!({"name": settings.name})).await?;
     Ok((tenant(id, settings, now), key))
 }
 
@@ -220,11 +236,15 @@ pub async fn list(sys: &PgPool, after: Option<TenantId>, limit: i64) -> Result<V
 /// Field faults as a problem; otherwise as [`get`].
 pub async fn update(app: &App, id: TenantId, request: UpdateTenantRequest, actor: &Actor) -> Result<Tenant, Problem> {
     let mut tx = app.db.tenancy.begin(id).await?;
-    let work = change(&mut tx, request, actor, app.clock.now()).await;
+    let work = update_in(&mut tx, request, actor, app.clock.now()).await;
     tx.finish(work).await
 }
 
-async fn change(
+/// As [`update`], of the transaction's tenant.
+///
+/// # Errors
+/// As [`update`].
+pub async fn update_in(
     tx: &mut TenantTx,
     request: UpdateTenantRequest,
     actor: &Actor,
@@ -340,6 +360,7 @@ impl From<TenantError> for Problem {
     fn from(error: TenantError) -> Self {
         match error {
             TenantError::NotFound => Self::new(cvault_types::ErrorCode::NotFound),
+            TenantError::Idempotency(problem) => problem,
             TenantError::Db(error) => error.into(),
             TenantError::Keys(error) => Self::internal(&error),
         }

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 mod admin;
+mod admin_infrastructure;
 mod auth;
 mod bad_input;
 mod binary;

@@ -67,6 +67,8 @@ codes! {
     ExternalIdTaken = ("EXTERNAL_ID_TAKEN", 409, "External id taken", false);
     PublicKeyInUse = ("PUBLIC_KEY_IN_USE", 409, "Public key in use", false);
     IdempotencyKeyInUse = ("IDEMPOTENCY_KEY_IN_USE", 409, "Idempotency key in use", true);
+    /// The state of something else stands in the way; `errors` names the field at fault, if one is.
+    Conflict = ("CONFLICT", 409, "Conflict", false);
     PayloadTooLarge = ("PAYLOAD_TOO_LARGE", 413, "Payload too large", false);
     UnsupportedMediaType = ("UNSUPPORTED_MEDIA_TYPE", 415, "Unsupported media type", false);
     /// The request is well-formed, but fields are missing, unknown or out of bounds; all faults are listed.

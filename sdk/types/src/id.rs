@@ -125,6 +125,8 @@ ids! {
     ApiKeyId = "key";
     /// An address pool.
     PoolId = "pol";
+    /// One entry of the audit log.
+    AuditId = "aud";
     /// One HTTP request, as answered in `X-Request-Id`.
     RequestId = "req";
 }

@@ -4,6 +4,7 @@
 //! exists here or nowhere.
 #![forbid(unsafe_code)]
 
+pub mod admin;
 pub mod auth;
 pub mod device;
 pub mod error_code;
@@ -17,5 +18,5 @@ pub mod usage;
 pub mod vpn;
 
 pub use error_code::ErrorCode;
-pub use id::{ApiKeyId, DeviceId, PoolId, RequestId, ServerId, SessionId, TenantId, UserId};
+pub use id::{ApiKeyId, AuditId, DeviceId, PoolId, RequestId, ServerId, SessionId, TenantId, UserId};
 pub use secret::Secret;
