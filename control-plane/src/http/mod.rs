@@ -3,6 +3,7 @@
 //! Handlers parse, authorise and call an operation of a noun's folder; there is no SQL here.
 
 pub mod context;
+pub mod csv;
 pub mod cursor;
 pub mod extract;
 pub mod health_cache;

@@ -36,7 +36,7 @@ pub async fn once<T: Serialize + Send>(
     let actor = admin.actor();
     let mut tx = Tx::begin(&app.db.sys).await?;
     let done = async {
-        let wanted = idempotency::wanted()?;
+        let wanted = idempotency::wanted(&app.keys)?;
         if let Some(wanted) = &wanted
             && let Some(replay) = claim(&mut tx, &app.keys, &actor.name, wanted).await?
         {
@@ -62,7 +62,7 @@ pub async fn once<T: Serialize + Send>(
 /// # Errors
 /// `IDEMPOTENCY_KEY_REUSED`, `NOT_FOUND` for an answer that was destroyed with its tenant, or the database's.
 pub async fn earlier(app: &App, actor: &Actor) -> Result<Option<Response>, Problem> {
-    let Some(Wanted { key, fingerprint }) = idempotency::wanted()? else { return Ok(None) };
+    let Some(Wanted { key, fingerprints }) = idempotency::wanted(&app.keys)? else { return Ok(None) };
     sqlx::query!(
         "delete from cvault.idempotency_keys
          where principal = $1 and principal like 'admin:%' and key = $2 and created_at < now() - interval '24 hours'",
@@ -83,7 +83,7 @@ pub async fn earlier(app: &App, actor: &Actor) -> Result<Option<Response>, Probl
     .await
     .map_err(DbError::from)?;
     let Some(row) = row else { return Ok(None) };
-    if row.fingerprint != fingerprint {
+    if !fingerprints.iter().any(|fingerprint| row.fingerprint == fingerprint) {
         return Err(idempotency::reused());
     }
     let place = Place { principal: actor.name.clone(), key };
@@ -100,7 +100,7 @@ async fn claim(tx: &mut Tx, keys: &KeyRing, principal: &str, wanted: &Wanted) ->
              where k.created_at < now() - interval '24 hours'",
         principal,
         wanted.key,
-        wanted.fingerprint.as_slice()
+        wanted.fingerprints[0].as_slice()
     )
     .execute(tx.conn())
     .await
@@ -117,7 +117,7 @@ async fn claim(tx: &mut Tx, keys: &KeyRing, principal: &str, wanted: &Wanted) ->
     .fetch_one(tx.conn())
     .await
     .map_err(DbError::from)?;
-    if row.fingerprint != wanted.fingerprint {
+    if !wanted.fingerprints.iter().any(|fingerprint| row.fingerprint == fingerprint) {
         return Err(idempotency::reused());
     }
     let (Some(status), Some(sealed)) = (row.status, row.response_sealed) else { return Err(idempotency::in_use()) };

@@ -3,10 +3,12 @@
 //! Deliberately absent: any counting of packets (the servers do that) and any delta on the wire.
 
 pub mod arithmetic;
+mod export;
 mod jobs;
 mod ledger;
 mod report;
 
+pub use export::{DeviceDay, Place, page};
 pub use jobs::{Verified, ensure_partitions, refresh_daily, refresh_week, trim_windows, verify_ledger};
 pub use ledger::{Ingested, ingest};
 pub use report::{Day, Limits, Period, Totals, days, limits, totals};

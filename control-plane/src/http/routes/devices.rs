@@ -122,7 +122,7 @@ async fn activated(app: &App, device: &Registered, arrived: Instant, wait: Optio
 }
 
 /// What was done, or the answer of an earlier request with the same `Idempotency-Key`.
-enum Once<T> {
+pub(super) enum Once<T> {
     First(T),
     Replay(Response),
 }
