@@ -21,8 +21,9 @@ const USAGE: &str = "usage: cargo xtask <verb>
   sqlx-prepare    write .sqlx/, the checked queries' data, so that building needs no database
   bench           figures of a release build (root): every suite, or one of
     spine         activation, registrations, first handshake, metering
+    api           the control plane under load, with durable commits; --only, --seconds, --record
     dataplane     the engine beside other userspace WireGuards; --help lists its options, --install-peers builds peers
-                  both take --json (one object a line) and --quick";
+                  all take --json (one object a line) and --quick";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
