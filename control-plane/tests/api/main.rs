@@ -7,6 +7,7 @@ mod auth;
 mod bad_input;
 mod binary;
 mod devices;
+mod hostile_input;
 mod idempotency;
 mod limits;
 mod matrix;
