@@ -64,7 +64,7 @@ impl PageSize {
 
 /// Create a tenant. The answer is the only one that ever holds the API secret.
 #[utoipa::path(post, path = "/admin/tenants", tag = "admin", security(("admin" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = CreateTenantRequest,
     responses((status = 201, body = CreatedTenant), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn create(
@@ -121,7 +121,7 @@ async fn get(State(app): State<App>, _admin: Admin, Path(id): Path<TenantId>) ->
 /// Change a tenant. Absent fields stay; `null` takes a limit away.
 #[utoipa::path(patch, path = "/admin/tenants/{tenant_id}", tag = "admin", security(("admin" = [])),
     params(("tenant_id" = TenantId, Path),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")), request_body = UpdateTenantRequest,
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")), request_body = UpdateTenantRequest,
     responses((status = 200, body = Tenant), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn update(
     State(app): State<App>,
@@ -135,7 +135,7 @@ async fn update(
 /// Delete a tenant: its keys are revoked, its devices taken off the servers, its data key destroyed. Cannot be undone.
 #[utoipa::path(delete, path = "/admin/tenants/{tenant_id}", tag = "admin", security(("admin" = [])),
     params(("tenant_id" = TenantId, Path),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn delete(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) -> Result<Response, Problem> {
     let actor = admin.actor();
@@ -149,7 +149,7 @@ async fn delete(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) 
 /// Suspend a tenant: its API calls are refused with TENANT_SUSPENDED.
 #[utoipa::path(post, path = "/admin/tenants/{tenant_id}/suspend", tag = "admin", security(("admin" = [])),
     params(("tenant_id" = TenantId, Path),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 200, body = Tenant), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn suspend(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) -> Result<Response, Problem> {
     set_status(&app, &admin, id, TenantStatus::Suspended).await
@@ -158,7 +158,7 @@ async fn suspend(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>)
 /// Take a suspension back.
 #[utoipa::path(post, path = "/admin/tenants/{tenant_id}/resume", tag = "admin", security(("admin" = [])),
     params(("tenant_id" = TenantId, Path),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 200, body = Tenant), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn resume(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) -> Result<Response, Problem> {
     set_status(&app, &admin, id, TenantStatus::Active).await

@@ -37,7 +37,7 @@ struct Page {
 
 /// Create an address pool.
 #[utoipa::path(post, path = "/admin/pools", tag = "admin", security(("admin" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = CreatePoolRequest,
     responses((status = 201, body = AddressPool),
               (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "CONFLICT: the name is another pool's, or a prefix overlaps; IDEMPOTENCY_KEY_IN_USE"),
@@ -107,7 +107,7 @@ async fn get_pool(State(app): State<App>, _admin: Admin, Path(id): Path<PoolId>)
 /// Change a pool's name or quarantine. Its prefixes stay: devices have addresses of them.
 #[utoipa::path(patch, path = "/admin/pools/{pool_id}", tag = "admin", security(("admin" = [])),
     params(("pool_id" = PoolId, Path),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = UpdatePoolRequest,
     responses((status = 200, body = AddressPool),
               (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "CONFLICT: the name is another pool's; IDEMPOTENCY_KEY_IN_USE"),
@@ -134,7 +134,7 @@ async fn update_pool(
 /// Delete a pool that no server shares and of which no address is held or rests.
 #[utoipa::path(delete, path = "/admin/pools/{pool_id}", tag = "admin", security(("admin" = [])),
     params(("pool_id" = PoolId, Path),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204, description = "Deleted."),
               (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "CONFLICT: it is in use; IDEMPOTENCY_KEY_IN_USE"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]

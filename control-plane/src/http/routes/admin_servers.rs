@@ -65,7 +65,7 @@ struct RemoveQuery {
 ///
 /// New devices are placed on the least loaded server, by peers and capacity, of the region that is asked for.
 #[utoipa::path(post, path = "/admin/servers", tag = "admin", security(("admin" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = CreateServerRequest,
     responses((status = 201, body = CreatedServer),
               (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "CONFLICT: the name, or address and port, is another server's; IDEMPOTENCY_KEY_IN_USE"),
@@ -136,7 +136,7 @@ async fn get_server(
 /// Draw another enrolment token: for one that was lost or has expired, and for a machine that replaces the server's first.
 #[utoipa::path(post, path = "/admin/servers/{server_id}/enrol-token", tag = "admin", security(("admin" = [])),
     params(("server_id" = ServerId, Path),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 201, body = EnrolmentToken), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn enrol_token(State(app): State<App>, admin: Admin, Path(id): Path<ServerId>) -> Result<Response, Problem> {
     staff::once(&app, &admin, StatusCode::CREATED, move |tx, app, actor| {
@@ -152,7 +152,7 @@ async fn enrol_token(State(app): State<App>, admin: Admin, Path(id): Path<Server
 /// Place no new devices on a server. Those it has stay until they are moved or deleted.
 #[utoipa::path(post, path = "/admin/servers/{server_id}/drain", tag = "admin", security(("admin" = [])),
     params(("server_id" = ServerId, Path),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 200, body = AdminServer), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn drain(State(app): State<App>, admin: Admin, Path(id): Path<ServerId>) -> Result<Response, Problem> {
     set_status(&app, &admin, id, ServerStatus::Draining).await
@@ -161,7 +161,7 @@ async fn drain(State(app): State<App>, admin: Admin, Path(id): Path<ServerId>) -
 /// As drain, said of a server that somebody is working on.
 #[utoipa::path(post, path = "/admin/servers/{server_id}/maintenance", tag = "admin", security(("admin" = [])),
     params(("server_id" = ServerId, Path),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 200, body = AdminServer), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn maintenance(State(app): State<App>, admin: Admin, Path(id): Path<ServerId>) -> Result<Response, Problem> {
     set_status(&app, &admin, id, ServerStatus::Maintenance).await
@@ -170,7 +170,7 @@ async fn maintenance(State(app): State<App>, admin: Admin, Path(id): Path<Server
 /// Place devices on a server again.
 #[utoipa::path(post, path = "/admin/servers/{server_id}/activate", tag = "admin", security(("admin" = [])),
     params(("server_id" = ServerId, Path),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 200, body = AdminServer), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn activate(State(app): State<App>, admin: Admin, Path(id): Path<ServerId>) -> Result<Response, Problem> {
     set_status(&app, &admin, id, ServerStatus::Active).await
@@ -191,7 +191,7 @@ async fn set_status(app: &App, admin: &Admin, id: ServerId, status: ServerStatus
 /// Remove a server without devices: its identity and its tokens are worth nothing from then on.
 #[utoipa::path(delete, path = "/admin/servers/{server_id}", tag = "admin", security(("admin" = [])),
     params(("server_id" = ServerId, Path), RemoveQuery,
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204, description = "Removed."),
               (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "CONFLICT: it has devices, or bytes to tell; IDEMPOTENCY_KEY_IN_USE"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]

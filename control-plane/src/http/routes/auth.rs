@@ -36,7 +36,7 @@ pub fn router() -> OpenApiRouter<App> {
 
 /// Register a user.
 #[utoipa::path(post, path = "/api/v1/auth/register", tag = "auth", security(("api_key" = [], "api_secret" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = RegisterRequest,
     responses((status = 201, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn register(
@@ -98,7 +98,7 @@ async fn before_hashing(app: &App, event: Attempt, email: &Email) -> Result<Opti
 
 /// Log a user in. A retry without an `Idempotency-Key` begins another login.
 #[utoipa::path(post, path = "/api/v1/auth/login", tag = "auth", security(("api_key" = [], "api_secret" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = LoginRequest,
     responses((status = 200, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn login(
@@ -178,7 +178,7 @@ async fn check_password(app: &App, tenant: TenantId, body: LoginRequest) -> Resu
 /// Exchange a refresh token for a new pair. Each refresh token works once: send an `Idempotency-Key`, so that a lost
 /// answer can be asked for again.
 #[utoipa::path(post, path = "/api/v1/auth/refresh", tag = "auth", security(("api_key" = [], "api_secret" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = RefreshRequest,
     responses((status = 200, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn refresh_tokens(
@@ -221,7 +221,7 @@ async fn refresh_tokens(
 
 /// End a login: its refresh tokens stop working. May be repeated.
 #[utoipa::path(post, path = "/api/v1/auth/logout", tag = "auth", security(("api_key" = [], "api_secret" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = RefreshRequest,
     responses((status = 204), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn logout(

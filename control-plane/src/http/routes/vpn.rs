@@ -34,7 +34,7 @@ pub fn router() -> OpenApiRouter<App> {
 /// Repeating it returns the open session. A tunnel brought up from the configuration file alone opens a session when its
 /// handshake is seen.
 #[utoipa::path(post, path = "/api/v1/vpn/connect", tag = "vpn", security(("api_key" = [], "user_token" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = ConnectRequest,
     responses((status = 200, body = Connected),
               (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "BANDWIDTH_LIMIT_EXCEEDED, TENANT_SUSPENDED"),
@@ -110,7 +110,7 @@ async fn connected(app: &App, tx: &mut TenantTx, connection: &Connection) -> Res
 
 /// Close the session of a device. Closing one that is not open changes nothing.
 #[utoipa::path(post, path = "/api/v1/vpn/disconnect", tag = "vpn", security(("api_key" = [], "user_token" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = DisconnectRequest,
     responses((status = 200, body = Disconnected),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
