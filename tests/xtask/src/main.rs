@@ -6,6 +6,7 @@
 mod bench;
 mod database;
 mod host;
+mod schemathesis;
 mod verbs;
 
 use std::process::ExitCode;
@@ -14,6 +15,7 @@ const USAGE: &str = "usage: cargo xtask <verb>
 
   demo [--keep]   from nothing to a metered WireGuard tunnel, in a lab on this computer (root)
   test [--fast]   every test; --fast leaves out the end-to-end tests, which need root
+  schemathesis    the step of `test` that tries the OpenAPI document on a running control plane, by itself
   check           what CI demands: format, lints, OpenAPI document, database schema, checked queries
   lint            format and lints only
   openapi         write docs/openapi/v1.json from the control plane's router
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
         ["demo", "--keep"] => verbs::demo(&["--keep"]),
         ["test"] => verbs::test(),
         ["test", "--fast"] => verbs::test_fast(),
+        ["schemathesis"] => verbs::schemathesis(),
         ["check"] => verbs::check(),
         ["lint"] => verbs::lint(),
         ["openapi"] => verbs::openapi(),
