@@ -71,6 +71,9 @@ where schema = 'cvault' and i.indisunique
            and pg_get_indexdef(i.indexrelid) = 'CREATE UNIQUE INDEX api_keys_key_text ON cvault.api_keys USING btree (key_text)')
   and not (i.indexrelid::regclass::text = 'cvault.tenant_admins_email'
            and pg_get_indexdef(i.indexrelid) = 'CREATE UNIQUE INDEX tenant_admins_email ON cvault.tenant_admins USING btree (email)')
+  -- staff's requests, which may make the tenant; no principal of a tenant is called so
+  and not (i.indexrelid::regclass::text = 'cvault.idempotency_keys_staff'
+           and pg_get_indexdef(i.indexrelid) = 'CREATE UNIQUE INDEX idempotency_keys_staff ON cvault.idempotency_keys USING btree (principal, key) WHERE (principal ~~ ''admin:%''::text)')
   and not exists (
     select from pg_attribute a where a.attrelid = t.oid and a.attnum = i.indkey[0] and a.attname = 'tenant_id')
 union all

@@ -9,12 +9,14 @@ use zeroize::Zeroizing;
 
 use crate::app::App;
 use crate::config::{Config, Overrides};
+use crate::db::Tx;
 use crate::devices::{self, DeviceName, KeyRequest, NewDevice, RegisterError, Registered};
 use crate::ipam::{self, NewPool};
 use crate::keys::KeyRing;
 use crate::postgres::scratch::ScratchDatabase;
 use crate::serve;
-use crate::servers::{self, NewServer};
+use crate::servers::{self, NewServer, Removal, RemoveServerError};
+use crate::tenants::Actor;
 
 pub(crate) struct World {
     pub(crate) app: App,
@@ -100,6 +102,13 @@ impl World {
         .await
         .unwrap();
         id
+    }
+
+    pub(crate) async fn remove_server(&self, id: ServerId, removal: Removal) -> Result<(), RemoveServerError> {
+        let mut tx = Tx::begin(&self.app.db.sys).await?;
+        let actor = Actor { name: "cli".to_owned(), request_id: None };
+        let work = servers::remove_server(&mut tx, id, removal, &actor).await;
+        tx.finish(work).await
     }
 
     /// One pool, one server.

@@ -102,9 +102,18 @@ async fn idempotency_keys(conn: &mut PgConnection) -> Result<u64, sqlx::Error> {
            and k.created_at < now() - interval '24 hours'",
         BATCH
     )
+    .execute(&mut *conn)
+    .await?;
+    let staff = sqlx::query!(
+        "delete from platform.idempotency_keys k
+         using (select principal, key from platform.idempotency_keys
+                where created_at < now() - interval '24 hours' order by created_at limit $1) old
+         where k.principal = old.principal and k.key = old.key and k.created_at < now() - interval '24 hours'",
+        BATCH
+    )
     .execute(conn)
     .await?;
-    Ok(done.rows_affected())
+    Ok(done.rows_affected() + staff.rows_affected())
 }
 
 async fn refresh_tokens(conn: &mut PgConnection) -> Result<u64, sqlx::Error> {

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use cvault_types::{MailId, ServerId, TenantId};
+use cvault_types::{MailId, PoolId, ServerId, TenantId};
 use ipnet::{Ipv4Net, Ipv6Net};
 
 #[derive(Debug, Args)]
@@ -73,10 +73,15 @@ pub enum PoolCommand {
         #[arg(long, value_name = "CIDR")]
         v4: Ipv4Net,
         /// IPv6 prefix, /48 to /96
+        /// Without it, a /64 is drawn from the unique local addresses
         #[arg(long, value_name = "CIDR")]
-        v6: Ipv6Net,
+        v6: Option<Ipv6Net>,
     },
     List,
+    /// Delete a pool that no server and no device uses
+    Delete {
+        id: PoolId,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -102,6 +107,18 @@ pub enum ServerCommand {
     /// Print another enrolment token, once: for a token that was lost or has expired, and for a machine that replaces
     /// the server's first
     Token {
+        id: ServerId,
+    },
+    /// Place no new devices on a server; those it has stay
+    Drain {
+        id: ServerId,
+    },
+    /// As `drain`, for a server that somebody is working on
+    Maintenance {
+        id: ServerId,
+    },
+    /// Place devices on a server again
+    Activate {
         id: ServerId,
     },
     /// Remove a server that has no devices

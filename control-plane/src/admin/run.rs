@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 use cvault_node_protocol::token::EnrolToken;
+use cvault_types::admin::ServerStatus;
 use cvault_types::tenant::{TenantStatus, UpdateTenantRequest};
 use cvault_types::{ErrorCode, ServerId, TenantId};
 use rand::SeedableRng;
@@ -17,7 +18,7 @@ use crate::config::{Config, Faults, Lookup, Overrides, ServeConfig};
 use crate::db::{DbError, Tx};
 use crate::dev::{self, DevError};
 use crate::http::Problem;
-use crate::ipam::{self, CreatePoolError, NewPool};
+use crate::ipam::{self, CreatePoolError, DeletePoolError, NewPool};
 use crate::keys::RotateError;
 use crate::mail::{RetryError, SendError};
 use crate::serve::{self, StartError};
@@ -39,6 +40,8 @@ pub enum AdminError {
     Refused(String),
     #[error(transparent)]
     Pool(#[from] CreatePoolError),
+    #[error(transparent)]
+    DeletePool(#[from] DeletePoolError),
     #[error(transparent)]
     CreateServer(#[from] CreateServerError),
     #[error(transparent)]
@@ -98,8 +101,12 @@ async fn answer(app: &App, command: AdminCommand) -> Result<Value, AdminError> {
     }
 }
 
+fn cli() -> Actor {
+    Actor { name: "cli".to_owned(), request_id: None }
+}
+
 async fn tenant(app: &App, command: TenantCommand) -> Result<Value, AdminError> {
-    let actor = Actor { name: "cli".to_owned(), request_id: None };
+    let actor = cli();
     match command {
         TenantCommand::Create { name } => {
             let settings = Settings::named(name).checked().map_err(refused)?;
@@ -144,9 +151,17 @@ fn refused(problem: Problem) -> AdminError {
 async fn pool(app: &App, command: PoolCommand) -> Result<Value, AdminError> {
     match command {
         PoolCommand::Create { name, v4, v6 } => {
+            let v6 = v6.unwrap_or_else(|| ipam::draw_ula(&mut StdRng::from_os_rng()));
             let pool = NewPool { name, ipv4: v4, ipv6: v6, quarantine_seconds: app.config.quarantine_seconds };
-            let id = ipam::create_pool(&app.db.sys, &pool).await?;
-            Ok(json!({"pool_id": id}))
+            let mut tx = Tx::begin(&app.db.sys).await?;
+            let made = ipam::create_pool_noted(&mut tx, &pool, &cli()).await;
+            Ok(json!({"pool_id": tx.finish(made).await?, "v6": v6}))
+        }
+        PoolCommand::Delete { id } => {
+            let mut tx = Tx::begin(&app.db.sys).await?;
+            let work = ipam::delete_pool(&mut tx, id, app.clock.now(), &cli()).await;
+            tx.finish(work).await?;
+            Ok(json!({"pool_id": id, "status": "deleted"}))
         }
         PoolCommand::List => {
             let pools = ipam::list_pools(&app.db.sys).await?;
@@ -186,12 +201,19 @@ async fn server(app: &App, command: ServerCommand) -> Result<Value, AdminError> 
         }
         ServerCommand::Token { id } => {
             let pin = app.secrets.node_identity.pin();
-            let token = servers::issue_token(&app.db.sys, id, pin, &mut StdRng::from_os_rng()).await?;
+            let mut tx = Tx::begin(&app.db.sys).await?;
+            let work = servers::renew_token(&mut tx, id, pin, &cli(), &mut StdRng::from_os_rng()).await;
+            let token = tx.finish(work).await?;
             Ok(enrolment(app, id, &token.ok_or(AdminError::NoServer)?))
         }
+        ServerCommand::Drain { id } => set_server(app, id, ServerStatus::Draining).await,
+        ServerCommand::Maintenance { id } => set_server(app, id, ServerStatus::Maintenance).await,
+        ServerCommand::Activate { id } => set_server(app, id, ServerStatus::Active).await,
         ServerCommand::Remove { id, force } => {
             let removal = if force { Removal::Forced } else { Removal::Settled };
-            servers::remove_server(&app.db.sys, id, removal).await?;
+            let mut tx = Tx::begin(&app.db.sys).await?;
+            let work = servers::remove_server(&mut tx, id, removal, &cli()).await;
+            tx.finish(work).await?;
             Ok(json!({"server_id": id, "status": "removed"}))
         }
     }
@@ -201,20 +223,25 @@ async fn server(app: &App, command: ServerCommand) -> Result<Value, AdminError> 
 async fn create_server(app: &App, server: &NewServer) -> Result<Value, AdminError> {
     let mut rng = StdRng::from_os_rng();
     let mut tx = Tx::begin(&app.db.sys).await?;
-    let work = async {
-        let id = servers::create_server(tx.conn(), server, &mut rng).await?;
-        let token = servers::issue_token(tx.conn(), id, app.secrets.node_identity.pin(), &mut rng).await?;
-        Ok::<_, AdminError>((id, token.ok_or(AdminError::NoServer)?))
-    }
-    .await;
+    let pin = app.secrets.node_identity.pin();
+    let work = servers::create_with_token(&mut tx, server, pin, &cli(), &mut rng).await;
     let (id, token) = tx.finish(work).await?;
     Ok(enrolment(app, id, &token))
 }
 
-/// The command reads the token from its standard input: what stands in an argument, every user of a machine can see.
+async fn set_server(app: &App, id: ServerId, status: ServerStatus) -> Result<Value, AdminError> {
+    let mut tx = Tx::begin(&app.db.sys).await?;
+    let work = match servers::set_status(&mut tx, id, status, &cli()).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(AdminError::NoServer),
+        Err(error) => Err(error.into()),
+    };
+    tx.finish(work).await?;
+    Ok(json!({"server_id": id, "status": status}))
+}
+
 fn enrolment(app: &App, id: ServerId, token: &EnrolToken) -> Value {
-    let endpoint = &app.config.node_endpoint;
-    let command = format!("cvault-node-agent enroll --control-plane {endpoint} --token -");
+    let command = servers::enrol_command(&app.config.node_endpoint);
     json!({"server_id": id, "token": token.expose().as_str(), "command": command})
 }
 

@@ -2,6 +2,7 @@
 
 mod chain;
 mod of_tenant;
+mod search;
 
 use cvault_types::{RequestId, TenantId};
 use serde_json::Value;
@@ -13,6 +14,7 @@ use crate::tenancy::TenantTx;
 
 pub use chain::{Broken, chain_new, verify_chain};
 pub use of_tenant::{Wanted, list};
+pub use search::{Filter, search};
 
 /// What happened. Never put a secret, a key or a token into it.
 #[derive(Clone, Debug)]
@@ -53,6 +55,30 @@ pub async fn record_for(conn: &mut PgConnection, tenant: TenantId, entry: Entry<
         entry.request_id.map(RequestId::uuid),
     )
     .execute(conn)
+    .await?;
+    Ok(())
+}
+
+/// What belongs to the platform and to no tenant is logged, and chained, under the id of none.
+pub(crate) const PLATFORM: Uuid = Uuid::nil();
+
+/// Appends to the platform's own log, in a transaction of role `cvault_sys`.
+///
+/// # Errors
+/// Those of the database.
+pub async fn record_platform(sys: &mut PgConnection, entry: Entry<'_>) -> Result<(), DbError> {
+    sqlx::query!(
+        "insert into cvault.audit_log (tenant_id, audit_id, actor, action, target, details, request_id)
+         values ($1, $2, $3, $4, $5, $6, $7)",
+        PLATFORM,
+        Uuid::now_v7(),
+        entry.actor,
+        entry.action,
+        entry.target,
+        entry.details,
+        entry.request_id.map(RequestId::uuid),
+    )
+    .execute(sys)
     .await?;
     Ok(())
 }

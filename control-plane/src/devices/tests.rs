@@ -462,23 +462,22 @@ async fn an_address_rests_until_every_server_that_ran_it_has_acknowledged() {
 
 #[tokio::test]
 async fn a_server_is_removed_only_when_it_has_told_the_last_bytes_or_is_lost() {
-    use crate::servers::{Removal, RemoveServerError, remove_server};
+    use crate::servers::{Removal, RemoveServerError};
     let (world, server) = World::with_server().await;
     let person = world.person().await;
-    let sys = &world.app.db.sys;
     let device = world.register(person, "d").await.unwrap();
-    let refused = remove_server(sys, server, Removal::Forced).await;
+    let refused = world.remove_server(server, Removal::Forced).await;
     assert!(matches!(refused, Err(RemoveServerError::InUse { peers: 1 })));
     world.revoke(person, device.id).await;
-    assert!(matches!(remove_server(sys, server, Removal::Settled).await, Err(RemoveServerError::Unsettled)));
+    assert!(matches!(world.remove_server(server, Removal::Settled).await, Err(RemoveServerError::Unsettled)));
     let mut superuser = world.superuser().await;
     for (acked_at, settled) in [("now()", false), ("now() - interval '11 seconds'", true)] {
         let sql = format!("update platform.servers set acked_revision = revision, acked_at = {acked_at}");
         sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut superuser).await.unwrap();
-        assert_eq!(remove_server(sys, server, Removal::Settled).await.is_ok(), settled);
+        assert_eq!(world.remove_server(server, Removal::Settled).await.is_ok(), settled);
     }
     let lost = world.server("lost", "default", "lab-1").await;
     let device = world.register(person, "d").await.unwrap();
     world.revoke(person, device.id).await;
-    remove_server(sys, lost, Removal::Forced).await.unwrap();
+    world.remove_server(lost, Removal::Forced).await.unwrap();
 }

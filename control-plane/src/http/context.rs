@@ -157,6 +157,11 @@ pub(super) fn body_was(bytes: &[u8]) {
     }
 }
 
+/// Whether the request has an `Idempotency-Key`, well-formed or not.
+pub(super) fn is_idempotent() -> bool {
+    CONTEXT.try_with(|context| context.idempotency_key.is_some()).unwrap_or(false)
+}
+
 /// The request's `Idempotency-Key`, if it has one.
 pub(super) fn idempotency() -> Option<Idempotency> {
     CONTEXT

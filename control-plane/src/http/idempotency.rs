@@ -4,17 +4,17 @@
 //! A second request with the same key waits a little for the first one's transaction (the unique index makes it), then
 //! gets its answer. Only successes are kept: a refusal changed nothing, and is decided anew.
 //!
-//! Honoured where a repetition would do harm or get a wrong answer: registering a user, registering and deleting a device,
-//! exchanging a refresh token. Everything else may be repeated as it is, except a login, which begins another session.
+//! Honoured by every write of the API. Writes of platform staff that belong to no tenant keep theirs in [`super::staff`].
 
 use axum::response::{IntoResponse, Response};
-use cvault_types::ErrorCode;
+use cvault_types::{ErrorCode, TenantId};
 use http::header::CONTENT_TYPE;
 use http::{HeaderName, HeaderValue, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
+use zeroize::Zeroizing;
 
 use super::{Problem, context};
 use crate::db::DbError;
@@ -22,7 +22,7 @@ use crate::keys::{Aad, KeyRing};
 use crate::tenancy::TenantTx;
 
 /// How long a second request waits for the first; less than a statement may take.
-const PATIENCE: &str = "set local lock_timeout = '2s'";
+pub(super) const PATIENCE: &str = "set local lock_timeout = '2s'";
 /// SQLSTATE of a lock that was not had in time.
 const LOCK_NOT_AVAILABLE: &str = "55P03";
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
@@ -40,14 +40,14 @@ pub enum Claim {
 #[derive(Debug)]
 pub struct Replay {
     status: StatusCode,
-    body: zeroize::Zeroizing<Vec<u8>>,
+    body: Zeroizing<Vec<u8>>,
 }
 
 /// Where the answer will be kept.
 #[derive(Debug)]
 pub struct Place {
-    principal: String,
-    key: String,
+    pub(super) principal: String,
+    pub(super) key: String,
 }
 
 /// Looks at the request's key and claims it for the transaction. `principal` is who calls: a user or an API key.
@@ -55,14 +55,7 @@ pub struct Place {
 /// # Errors
 /// `IDEMPOTENCY_KEY_REUSED` when the key came with another request before; `VALIDATION_FAILED` for a malformed one.
 pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Result<Claim, Problem> {
-    let Some(request) = context::idempotency() else { return Ok(Claim::Proceed(None)) };
-    let key = request.key.ok_or_else(|| {
-        Problem::validation().field(
-            "Idempotency-Key",
-            "invalid_format",
-            "must be one header of 1 to 255 visible characters",
-        )
-    })?;
+    let Some(Wanted { key, fingerprints }) = wanted(keys)? else { return Ok(Claim::Proceed(None)) };
     let tenant = tx.tenant().uuid();
     sqlx::raw_sql(PATIENCE).execute(tx.conn()).await.map_err(DbError::from)?;
     // a key older than 24 hours is as good as new
@@ -74,14 +67,11 @@ pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Resu
         tenant,
         principal,
         key,
-        request.fingerprint.as_slice()
+        fingerprints[0].as_slice()
     )
     .execute(tx.conn())
     .await
-    .map_err(|error| {
-        let code = error.as_database_error().and_then(|refused| refused.code().map(std::borrow::Cow::into_owned));
-        if code.as_deref() == Some(LOCK_NOT_AVAILABLE) { in_use() } else { DbError::from(error).into() }
-    })?;
+    .map_err(not_claimed)?;
     sqlx::raw_sql("set local lock_timeout to default").execute(tx.conn()).await.map_err(DbError::from)?;
     let place = Place { principal, key };
     if claimed.rows_affected() == 1 {
@@ -98,25 +88,86 @@ pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Resu
     .fetch_one(tx.conn())
     .await
     .map_err(DbError::from)?;
-    if row.fingerprint != request.fingerprint {
-        return Err(Problem::new(ErrorCode::IdempotencyKeyReused)
-            .detail("This Idempotency-Key came with another request before. Use a new key for each new request."));
+    if !fingerprints.iter().any(|fingerprint| row.fingerprint == fingerprint) {
+        return Err(reused());
     }
-    let (Some(status), Some(sealed), Some(data_key)) = (row.status, row.response_sealed, row.data_key_sealed) else {
-        return Err(in_use());
-    };
-    let body = keys.open(&data_key, place.aad(tx), &sealed).map_err(|error| Problem::internal(&error))?;
-    let status = u16::try_from(status).ok().and_then(|code| StatusCode::from_u16(code).ok()).unwrap_or(StatusCode::OK);
-    Ok(Claim::Replay(Replay { status, body }))
+    let kept = Kept { status: row.status, sealed: row.response_sealed, data_key: row.data_key_sealed };
+    kept.open(keys, place.aad(tenant)).map(Claim::Replay)
 }
 
-fn in_use() -> Problem {
+/// A row, as far as it has been filled in.
+pub(super) struct Kept {
+    pub(super) status: Option<i16>,
+    pub(super) sealed: Option<Vec<u8>>,
+    /// `None`: the tenant is deleted, and its answers with it.
+    pub(super) data_key: Option<Vec<u8>>,
+}
+
+impl Kept {
+    pub(super) fn open(self, keys: &KeyRing, aad: Aad) -> Result<Replay, Problem> {
+        match (self.status, self.sealed, self.data_key) {
+            (Some(status), Some(sealed), _) if sealed.is_empty() => Ok(Replay::of(status, Zeroizing::default())),
+            (Some(status), Some(sealed), Some(data_key)) => {
+                let body = keys.open(&data_key, aad, &sealed).map_err(|error| Problem::internal(&error))?;
+                Ok(Replay::of(status, body))
+            }
+            (Some(_), Some(_), None) => Err(Problem::new(ErrorCode::NotFound)),
+            (None, _, _) | (_, None, _) => Err(in_use()),
+        }
+    }
+}
+
+/// A well-formed key, and what its request was.
+pub(super) struct Wanted {
+    pub(super) key: String,
+    /// Keyed, because a body may hold a password; by every key-encryption key, newest first, so that a rotation changes
+    /// nothing.
+    pub(super) fingerprints: Vec<[u8; 32]>,
+}
+
+pub(super) fn wanted(keys: &KeyRing) -> Result<Option<Wanted>, Problem> {
+    let Some(request) = context::idempotency() else { return Ok(None) };
+    let key = request.key.ok_or_else(|| {
+        Problem::validation().field(
+            "Idempotency-Key",
+            "invalid_format",
+            "must be one header of 1 to 255 visible characters",
+        )
+    })?;
+    Ok(Some(Wanted { key, fingerprints: keys.fingerprints("idempotency", &request.fingerprint) }))
+}
+
+pub(super) fn not_claimed(error: sqlx::Error) -> Problem {
+    let code = error.as_database_error().and_then(|refused| refused.code().map(std::borrow::Cow::into_owned));
+    if code.as_deref() == Some(LOCK_NOT_AVAILABLE) {
+        return in_use();
+    }
+    let error = DbError::from(error);
+    match error.constraint() {
+        // platform staff, with the key of a request about another tenant
+        Some("idempotency_keys_staff") => reused(),
+        Some("idempotency_keys_tenant_fkey") => Problem::new(ErrorCode::NotFound),
+        Some(_) | None => error.into(),
+    }
+}
+
+pub(super) fn reused() -> Problem {
+    Problem::new(ErrorCode::IdempotencyKeyReused)
+        .detail("This Idempotency-Key came with another request before. Use a new key for each new request.")
+}
+
+pub(super) fn in_use() -> Problem {
     Problem::new(ErrorCode::IdempotencyKeyInUse)
         .detail("A request with this Idempotency-Key is being served. Ask again for its answer.")
         .retry_after(1)
 }
 
 impl Replay {
+    pub(super) fn of(status: i16, body: Zeroizing<Vec<u8>>) -> Self {
+        let code = u16::try_from(status).ok().and_then(|code| StatusCode::from_u16(code).ok());
+        Self { status: code.unwrap_or(StatusCode::OK), body }
+    }
+
     /// For answers that are made anew from what was kept.
     ///
     /// # Errors
@@ -177,13 +228,17 @@ pub async fn keep(
 ) -> Result<(), Problem> {
     let Some(place) = place else { return Ok(()) };
     let tenant = tx.tenant().uuid();
-    let data_key = sqlx::query_scalar!("select data_key_sealed from cvault.tenants where tenant_id = $1", tenant)
-        .fetch_one(tx.conn())
-        .await
-        .map_err(DbError::from)?
-        .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
-    let body = zeroize::Zeroizing::new(serde_json::to_vec(answer).map_err(|error| Problem::internal(&error))?);
-    let sealed = keys.seal(&data_key, place.aad(tx), &body).map_err(|error| Problem::internal(&error))?;
+    let sealed = if status == StatusCode::NO_CONTENT {
+        Vec::new()
+    } else {
+        let data_key = sqlx::query_scalar!("select data_key_sealed from cvault.tenants where tenant_id = $1", tenant)
+            .fetch_one(tx.conn())
+            .await
+            .map_err(DbError::from)?
+            .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
+        let body = Zeroizing::new(serde_json::to_vec(answer).map_err(|error| Problem::internal(&error))?);
+        keys.seal(&data_key, place.aad(tenant), &body).map_err(|error| Problem::internal(&error))?
+    };
     sqlx::query!(
         "update cvault.idempotency_keys set status = $4, response_sealed = $5
          where tenant_id = $1 and principal = $2 and key = $3",
@@ -200,9 +255,9 @@ pub async fn keep(
 }
 
 impl Place {
-    fn aad(&self, tx: &TenantTx) -> Aad {
+    pub(super) fn aad(&self, tenant: Uuid) -> Aad {
         let digest = Sha256::new().chain_update(&self.principal).chain_update([0]).chain_update(&self.key).finalize();
         let row = Uuid::from_slice(&digest[..16]).expect("16 bytes make a UUID");
-        Aad { table: "idempotency_keys", column: "response_sealed", tenant: tx.tenant(), row }
+        Aad { table: "idempotency_keys", column: "response_sealed", tenant: TenantId::from_uuid(tenant), row }
     }
 }

@@ -6,6 +6,7 @@ mod bare;
 pub mod browser;
 pub mod context;
 pub mod cors;
+pub mod csv;
 pub mod cursor;
 pub mod extract;
 pub mod health_cache;
@@ -17,6 +18,7 @@ pub mod problem;
 pub mod router;
 pub mod routes;
 pub mod serve;
+pub mod staff;
 pub mod tls;
 
 pub use extract::{Admin, Caller, ClientKey, Json, Path, Portal, Query, TenantKey};

@@ -19,6 +19,9 @@ pub fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::with_openapi(openapi::Description::openapi())
         .merge(routes::health::router()) // GET /health /health/ready /metrics /.well-known/jwks.json /api/v1/openapi.json
         .merge(routes::admin::router()) // /admin/tenants
+        .merge(routes::admin_servers::router()) // /admin/servers
+        .merge(routes::admin_pools::router()) // /admin/pools
+        .merge(routes::admin_audit::router()) // GET /admin/audit
         .merge(routes::auth::router()) // POST /api/v1/auth/{register,login,refresh,logout}
         .merge(routes::portal::router()) // /api/v1/tenant/auth /api/v1/tenant/me
         .merge(routes::portal_account::router()) // /api/v1/tenant/{auth/password…, auth/verify-email, sessions, step-up}

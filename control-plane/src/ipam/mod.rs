@@ -14,7 +14,10 @@ use sqlx::PgPool;
 use crate::db::DbError;
 use crate::tenancy::TenantTx;
 
-pub use pools::{CreatePoolError, NewPool, Pool, create_pool, list_pools};
+pub use pools::{
+    CreatePoolError, DeletePoolError, NewPool, Pool, PoolChange, create_pool, create_pool_noted, delete_pool, draw_ula,
+    list_details, list_pools, update_pool,
+};
 
 /// A device's two addresses, derived from one host number of its pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

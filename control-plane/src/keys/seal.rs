@@ -8,7 +8,9 @@ use std::fmt;
 use aes_gcm::Aes256Gcm;
 use aes_gcm::aead::{Aead, KeyInit, Payload};
 use cvault_types::TenantId;
+use hmac::{Hmac, Mac};
 use rand::{CryptoRng, RngCore};
+use sha2::Sha256;
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
@@ -146,14 +148,29 @@ impl KeyRing {
         decrypt(&key, &aad.bytes(), sealed)
     }
 
-    /// Seals a secret of the platform itself, under its name.
+    /// HMAC-SHA-256 of `data` under each key of the ring, newest first: for what is stored only to be compared, and must not
+    /// tell a guesser anything. `domain` keeps the uses apart.
     #[must_use]
-    pub(super) fn wrap(&self, aad: &[u8], plaintext: &[u8]) -> Vec<u8> {
+    pub fn fingerprints(&self, domain: &str, data: &[u8]) -> Vec<[u8; 32]> {
+        let of = |kek: &Kek| {
+            let mut mac =
+                <Hmac<Sha256> as Mac>::new_from_slice(kek.key.as_ref()).expect("HMAC takes keys of any length");
+            mac.update(domain.as_bytes());
+            mac.update(&[0]);
+            mac.update(data);
+            mac.finalize().into_bytes().into()
+        };
+        self.keks.iter().rev().map(of).collect()
+    }
+
+    /// Seals what belongs to the platform itself, at its place.
+    #[must_use]
+    pub(crate) fn wrap(&self, aad: &[u8], plaintext: &[u8]) -> Vec<u8> {
         encrypt(&self.newest().key, aad, plaintext)
     }
 
     /// The version is not needed to open: the few keys of a ring are tried, newest first.
-    pub(super) fn unwrap(&self, aad: &[u8], sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, KeyError> {
+    pub(crate) fn unwrap(&self, aad: &[u8], sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, KeyError> {
         let mut failure = KeyError::NoKek;
         for kek in self.keks.iter().rev() {
             match decrypt(&kek.key, aad, sealed) {

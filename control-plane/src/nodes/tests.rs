@@ -342,7 +342,7 @@ async fn a_removed_server_is_nobody() {
     let (server, mut agent, _) = gateway.agent().await;
     let mut stream = agent.watch(watch(None)).await.unwrap().into_inner();
     begin(&mut stream).await;
-    servers::remove_server(&gateway.world.app.db.sys, server, servers::Removal::Settled).await.unwrap();
+    gateway.world.remove_server(server, servers::Removal::Settled).await.unwrap();
     let Event::GoAway(_) = next(&mut stream).await else { panic!("the stream goes on") };
     assert_eq!(agent.watch(watch(None)).await.unwrap_err().code(), Code::Unauthenticated);
 }

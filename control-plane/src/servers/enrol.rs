@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::db::DbError;
 
 /// Long enough to paste it into a terminal of a new machine (design/node.md).
-const TOKEN_LIFETIME_SECONDS: f64 = 3600.0;
+pub const TOKEN_LIFETIME_SECONDS: u32 = 3600;
 
 #[derive(Debug, thiserror::Error)]
 pub enum EnrolError {
@@ -52,11 +52,18 @@ pub async fn issue_token(
         token.id,
         server.uuid(),
         hash.as_slice(),
-        TOKEN_LIFETIME_SECONDS,
+        f64::from(TOKEN_LIFETIME_SECONDS),
     )
     .execute(sys)
     .await?;
     Ok((made.rows_affected() == 1).then_some(token))
+}
+
+/// What a new machine runs. It reads the token from its standard input: what stands in an argument, every user of a
+/// machine can see.
+#[must_use]
+pub fn enrol_command(node_endpoint: &str) -> String {
+    format!("cvault-node-agent enroll --control-plane {node_endpoint} --token -")
 }
 
 /// Consumes a token: the key with `pin` becomes the server's identity, `wireguard_key` its public key.

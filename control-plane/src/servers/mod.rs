@@ -16,9 +16,10 @@ use crate::db::DbError;
 use crate::tenancy::TenantTx;
 
 pub use admin::{
-    CreateServerError, NewServer, Removal, RemoveServerError, ServerDetails, create_server, list_all, remove_server,
+    CreateServerError, NewServer, Removal, RemoveServerError, ServerDetails, ServerFilter, create_server,
+    create_with_token, list_all, list_details, parse_status, remove_server, renew_token, set_status,
 };
-pub use enrol::{EnrolError, Enrolled, consume_token, issue_token};
+pub use enrol::{EnrolError, Enrolled, TOKEN_LIFETIME_SECONDS, consume_token, enrol_command, issue_token};
 
 /// An agent reports every few seconds; after this long without a word its server gets no new devices.
 pub const SILENT_AFTER_SECONDS: i64 = 90;

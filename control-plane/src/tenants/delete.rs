@@ -2,6 +2,7 @@
 //! deletion that was interrupted is finished by asking for it again.
 
 use cvault_types::{DeviceId, RequestId, TenantId, UserId};
+use http::StatusCode;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -10,6 +11,8 @@ use crate::app::App;
 use crate::auth::{api_keys, refresh};
 use crate::db::DbError;
 use crate::devices::{self, RevokeError};
+use crate::http::Problem;
+use crate::http::idempotency::{self, Claim};
 use crate::portal::accounts;
 use crate::tenancy::TenantTx;
 
@@ -110,7 +113,16 @@ async fn destroy(tx: &mut TenantTx, actor: &Actor, app: &App) -> Result<bool, Te
         return Ok(false);
     }
     note(tx, actor, "tenant.delete", json!({})).await?;
+    keep_answer(tx, actor, app).await.map_err(TenantError::Idempotency)?;
     Ok(true)
+}
+
+/// For a retry of the request that asks for the deletion.
+async fn keep_answer(tx: &mut TenantTx, actor: &Actor, app: &App) -> Result<(), Problem> {
+    match idempotency::claim(tx, &app.keys, actor.name.clone()).await? {
+        Claim::Proceed(place) => idempotency::keep(tx, &app.keys, place, StatusCode::NO_CONTENT, &()).await,
+        Claim::Replay(_) => Ok(()),
+    }
 }
 
 #[cfg(test)]

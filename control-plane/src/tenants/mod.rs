@@ -46,6 +46,9 @@ pub enum TenantError {
     NotFound,
     #[error("a key of the tenant does not open")]
     Keys(#[from] crate::keys::KeyError),
+    /// The `Idempotency-Key` of the request.
+    #[error("{}", .0.sentences())]
+    Idempotency(Problem),
     #[error(transparent)]
     Db(#[from] DbError),
 }
@@ -242,14 +245,17 @@ pub async fn list(sys: &PgPool, after: Option<TenantId>, limit: i64) -> Result<V
 /// Field faults as a problem; otherwise as [`get`].
 pub async fn update(app: &App, id: TenantId, request: UpdateTenantRequest, actor: &Actor) -> Result<Tenant, Problem> {
     let mut tx = app.db.tenancy.begin(id).await?;
-    let work = change(&mut tx, request, actor, app.clock.now()).await;
+    let work = update_in(&mut tx, request, actor, app.clock.now()).await;
     let (tenant, servers) = tx.finish(work).await?;
     servers.into_iter().for_each(|server| app.nodes.policies_changed(server));
     Ok(tenant)
 }
 
-/// Returns the servers that are to be told.
-async fn change(
+/// As [`update`], of the transaction's tenant; with the servers that are to be told once it is committed.
+///
+/// # Errors
+/// As [`update`].
+pub async fn update_in(
     tx: &mut TenantTx,
     request: UpdateTenantRequest,
     actor: &Actor,
@@ -439,6 +445,7 @@ impl From<TenantError> for Problem {
     fn from(error: TenantError) -> Self {
         match error {
             TenantError::NotFound => Self::new(cvault_types::ErrorCode::NotFound),
+            TenantError::Idempotency(problem) => problem,
             TenantError::Db(error) => error.into(),
             TenantError::Keys(error) => Self::internal(&error),
         }

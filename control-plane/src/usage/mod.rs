@@ -4,11 +4,13 @@
 
 pub mod arithmetic;
 pub mod drops;
+mod export;
 mod jobs;
 pub mod leases;
 mod ledger;
 mod report;
 
+pub use export::{DeviceDay, Place, page};
 pub use jobs::{Verified, ensure_partitions, refresh_daily, refresh_week, verify_ledger};
 pub use ledger::{Ingested, ingest};
 pub use report::{Day, Limits, Period, Totals, days, limits, totals};

@@ -2,18 +2,23 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 mod admin;
+mod admin_infrastructure;
 mod auth;
 mod bad_input;
 mod binary;
 mod dashboard;
 mod devices;
+mod hostile_input;
 mod idempotency;
 mod keys;
 mod limits;
+mod matrix;
 mod people;
 mod platform;
 mod portal;
+mod scene;
 mod telemetry;
 mod throttle;
 mod transport;
+mod usage_csv;
 mod users;

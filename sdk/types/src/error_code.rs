@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 macro_rules! codes {
     ($($(#[$doc:meta])* $name:ident = ($text:literal, $status:literal, $title:literal, $retryable:literal);)+) => {
         /// What went wrong, as a word a program can act on.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
         pub enum ErrorCode {
             $($(#[$doc])* #[serde(rename = $text)] $name,)+
         }
@@ -69,6 +69,8 @@ codes! {
     ExternalIdTaken = ("EXTERNAL_ID_TAKEN", 409, "External id taken", false);
     PublicKeyInUse = ("PUBLIC_KEY_IN_USE", 409, "Public key in use", false);
     IdempotencyKeyInUse = ("IDEMPOTENCY_KEY_IN_USE", 409, "Idempotency key in use", true);
+    /// The state of something else stands in the way; `errors` names the field at fault, if one is.
+    Conflict = ("CONFLICT", 409, "Conflict", false);
     PayloadTooLarge = ("PAYLOAD_TOO_LARGE", 413, "Payload too large", false);
     UnsupportedMediaType = ("UNSUPPORTED_MEDIA_TYPE", 415, "Unsupported media type", false);
     /// The request is well-formed, but fields are missing, unknown or out of bounds; all faults are listed.
@@ -83,6 +85,18 @@ codes! {
     DatabaseUnavailable = ("DATABASE_UNAVAILABLE", 503, "Database unavailable", true);
 }
 
+impl utoipa::PartialSchema for ErrorCode {
+    fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::schema::Schema> {
+        utoipa::openapi::ObjectBuilder::new()
+            .schema_type(utoipa::openapi::schema::Type::String)
+            .description(Some("What went wrong, as a word a program can act on."))
+            .enum_values(Some(Self::ALL.iter().map(|code| code.as_str())))
+            .into()
+    }
+}
+
+impl utoipa::ToSchema for ErrorCode {}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,6 +106,13 @@ mod tests {
         for code in ErrorCode::ALL {
             assert_eq!(serde_json::to_string(code).unwrap(), format!("\"{}\"", code.as_str()));
         }
+    }
+
+    #[test]
+    fn the_schema_names_the_codes_as_answers_do() {
+        let schema = serde_json::to_value(<ErrorCode as utoipa::PartialSchema>::schema()).unwrap();
+        let codes: Vec<&str> = ErrorCode::ALL.iter().map(|code| code.as_str()).collect();
+        assert_eq!(schema["enum"], serde_json::json!(codes));
     }
 
     #[test]

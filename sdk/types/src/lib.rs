@@ -4,6 +4,7 @@
 //! exists here or nowhere.
 #![forbid(unsafe_code)]
 
+pub mod admin;
 pub mod api_key;
 pub mod audit;
 pub mod auth;

@@ -15,6 +15,7 @@ enum Wanted {
     /// Every suite, with options that each of them has.
     All(Vec<String>),
     Spine(Vec<String>),
+    Api(Vec<String>),
     Dataplane {
         install_peers: bool,
         options: Vec<String>,
@@ -28,8 +29,15 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
             host::build(Profile::Release, &["--workspace"])?;
             println_unless_json(&options, "xtask: suite spine");
             host::run(&mut spine(&options))?;
+            println_unless_json(&options, "xtask: suite api");
+            host::run(&mut suite("api", &options))?;
             println_unless_json(&options, "xtask: suite dataplane");
-            host::become_program(&mut dataplane(&options))
+            host::become_program(&mut suite("dataplane", &options))
+        }
+        Wanted::Api(options) => {
+            host::install_database()?;
+            host::build(Profile::Release, &["--package", "cvault-control-plane", "--package", "cvault-tests"])?;
+            host::become_program(&mut suite("api", &options))
         }
         Wanted::Spine(options) => {
             host::prepare_lab()?;
@@ -42,7 +50,7 @@ pub(crate) fn run(words: &[&str]) -> Result<()> {
                 build_peers();
             }
             host::build(Profile::Release, &["--package", "cvault-node-agent", "--package", "cvault-tests"])?;
-            host::become_program(&mut dataplane(&options))
+            host::become_program(&mut suite("dataplane", &options))
         }
     }
 }
@@ -52,12 +60,13 @@ impl Wanted {
         let owned = |words: &[&str]| -> Vec<String> { words.iter().map(|word| (*word).to_owned()).collect() };
         let common = |words: &[&str]| match words.iter().find(|word| !["--json", "--quick"].contains(word)) {
             Some(word) => bail!(
-                "{word}: not known here; the suites are `spine` and `dataplane`, the options that both have --json and --quick"
+                "{word}: not known here; the suites are `spine`, `api` and `dataplane`, the options that all have --json and --quick"
             ),
             None => Ok(owned(words)),
         };
         Ok(match words {
             ["spine", options @ ..] => Self::Spine(common(options)?),
+            ["api", options @ ..] => Self::Api(owned(options)),
             ["dataplane", options @ ..] => {
                 let (install, options): (Vec<&str>, Vec<&str>) =
                     options.iter().partition(|word| **word == "--install-peers");
@@ -77,10 +86,10 @@ fn spine(options: &[String]) -> Command {
     command
 }
 
-fn dataplane(options: &[String]) -> Command {
+fn suite(name: &str, options: &[String]) -> Command {
     let mut command = Command::new(host::built(Profile::Release, "cvault-bench"));
     command
-        .arg("dataplane")
+        .arg(name)
         .args(options)
         .env("CVAULT_BENCH_ROOT", host::root())
         .env("CVAULT_BIN_DIR", host::built(Profile::Release, ""));

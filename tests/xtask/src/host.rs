@@ -32,6 +32,8 @@ const LAB: [Package; 8] = [
     Package { name: "strace", file: "/usr/bin/strace" },
 ];
 
+const PYTHON: Package = Package { name: "python3-venv", file: "/usr/share/doc/python3-venv" };
+
 const BENCH: Package = Package { name: "iperf3", file: "/usr/bin/iperf3" };
 
 /// The workspace's root.
@@ -77,6 +79,11 @@ fn prepare_lab_and(others: &[&Package]) -> Result<()> {
     wanted.push(&DATABASE);
     wanted.extend(others);
     install(&wanted)
+}
+
+/// What makes virtual environments.
+pub(crate) fn install_python() -> Result<()> {
+    install(&[&PYTHON])
 }
 
 pub(crate) fn is_root() -> bool {

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::database::Database;
 use crate::host::{self, Profile};
+use crate::schemathesis;
 
 const CONTROL_PLANE: &str = "cvault-control-plane";
 /// The checked queries' data.
@@ -33,6 +34,7 @@ pub(crate) fn test() -> Result<()> {
     let binaries = host::built(Profile::Debug, "");
     let tests = ["test", "--workspace", "--features", NEED_ROOT, "--no-fail-fast"];
     host::run(host::cargo(&tests).env("CVAULT_BIN_DIR", &binaries))?;
+    schemathesis::run()?;
     for (variable, value) in OTHER_TUNNELS {
         println!("xtask: the data path once more with {variable}={value}");
         let tests = ["test", "--package", "cvault-tests", "--features", "lab", "--no-fail-fast"];
@@ -40,6 +42,12 @@ pub(crate) fn test() -> Result<()> {
         host::run(host::cargo(&tests).args(data_path).env(variable, value).env("CVAULT_BIN_DIR", &binaries))?;
     }
     Ok(())
+}
+
+pub(crate) fn schemathesis() -> Result<()> {
+    host::install_database()?;
+    host::build(Profile::Debug, &["--package", CONTROL_PLANE])?;
+    schemathesis::run()
 }
 
 pub(crate) fn test_fast() -> Result<()> {

@@ -24,7 +24,7 @@ use crate::auth::tokens::{self, ClientToken};
 use crate::db::DbError;
 use crate::http::idempotency::{self, Claim};
 use crate::http::serve::Peer;
-use crate::http::{ClientKey, Json, Problem};
+use crate::http::{ClientKey, Json, Problem, context};
 use crate::tenancy::TenantTx;
 use crate::users::{self, RegisterError};
 
@@ -38,7 +38,7 @@ pub fn router() -> OpenApiRouter<App> {
 
 /// Register a user.
 #[utoipa::path(post, path = "/api/v1/auth/register", tag = "auth", security(("api_key" = [], "api_secret" = []), ("api_key" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = RegisterRequest,
     responses((status = 201, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn register(
@@ -103,8 +103,9 @@ async fn before_hashing(app: &App, event: Attempt, email: &Email) -> Result<Opti
     Ok(None)
 }
 
-/// Log a user in. A retry begins another login; an `Idempotency-Key` is not looked at.
+/// Log a user in. A retry without an `Idempotency-Key` begins another login.
 #[utoipa::path(post, path = "/api/v1/auth/login", tag = "auth", security(("api_key" = [], "api_secret" = []), ("api_key" = [])),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = LoginRequest,
     responses((status = 200, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn login(
@@ -112,11 +113,14 @@ async fn login(
     key: ClientKey,
     peer: Peer,
     Json(body): Json<LoginRequest>,
-) -> Result<Json<TokenResponse>, Problem> {
+) -> Result<Response, Problem> {
     let event = Attempt { kind: AuthKind::Login, key, client_ip: peer.ip() };
     let account = Account::of(key.tenant, &body.email);
-    let admitted = app.throttles.before_login(key.tenant, peer.ip()).and_then(|()| app.throttles.guess(account));
-    event.admitted(&app, admitted).await?;
+    event.admitted(&app, app.throttles.before_login(key.tenant, peer.ip())).await?;
+    if let Some(replay) = replayed(&app, key).await? {
+        return Ok(replay);
+    }
+    event.admitted(&app, app.throttles.guess(account)).await?;
     let checked = check_password(&app, key.tenant, body).await;
     if !matches!(checked, Ok(Checked { right: false, .. })) {
         app.throttles.no_guess(account);
@@ -131,10 +135,32 @@ async fn login(
     if let Some(Rehashed { old, new }) = rehashed {
         users::replace_hash(&mut tx, user, &old, &new).await?;
     }
+    let place = match idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await? {
+        Claim::Proceed(place) => place,
+        Claim::Replay(replay) => {
+            tx.commit().await?;
+            return Ok(replay.into_response());
+        }
+    };
     events::record(&mut tx, event.row(Outcome::Success, Some(user))).await?;
     let answer = open_session(&app, &mut tx, Family::begin(user)).await?;
+    idempotency::keep(&mut tx, &app.keys, place, StatusCode::OK, &answer).await?;
     tx.commit().await?;
-    Ok(Json(answer))
+    Ok(Json(answer).into_response())
+}
+
+/// The first answer, without the costly hash: it was given to the same password.
+async fn replayed(app: &App, key: ClientKey) -> Result<Option<Response>, Problem> {
+    if !context::is_idempotent() {
+        return Ok(None);
+    }
+    let mut tx = app.db.tenancy.begin(key.tenant).await?;
+    let claim = idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await?;
+    tx.rollback().await?;
+    Ok(match claim {
+        Claim::Proceed(_) => None,
+        Claim::Replay(replay) => Some(replay.into_response()),
+    })
 }
 
 /// Whose password it was, and whether it was right. A disabled user is nobody.
@@ -170,7 +196,7 @@ async fn check_password(app: &App, tenant: TenantId, body: LoginRequest) -> Resu
 /// Exchange a refresh token for a new pair. Each refresh token works once: send an `Idempotency-Key`, so that a lost
 /// answer can be asked for again.
 #[utoipa::path(post, path = "/api/v1/auth/refresh", tag = "auth", security(("api_key" = [], "api_secret" = []), ("api_key" = [])),
-    params(("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = RefreshRequest,
     responses((status = 200, body = TokenResponse), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn refresh_tokens(
@@ -211,8 +237,9 @@ async fn refresh_tokens(
     Err(if expired { problem.detail("The refresh token has expired. Log in again.") } else { problem })
 }
 
-/// End a login: its refresh tokens stop working. May be repeated; an `Idempotency-Key` is not looked at.
+/// End a login: its refresh tokens stop working. May be repeated.
 #[utoipa::path(post, path = "/api/v1/auth/logout", tag = "auth", security(("api_key" = [], "api_secret" = []), ("api_key" = [])),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = RefreshRequest,
     responses((status = 204), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn logout(
@@ -220,22 +247,31 @@ async fn logout(
     key: ClientKey,
     peer: Peer,
     Json(body): Json<RefreshRequest>,
-) -> Result<StatusCode, Problem> {
+) -> Result<Response, Problem> {
     let event = Attempt { kind: AuthKind::Logout, key, client_ip: peer.ip() };
     let now = app.clock.now();
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
+    let place = match idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await? {
+        Claim::Proceed(place) => place,
+        Claim::Replay(replay) => {
+            tx.commit().await?;
+            return Ok(replay.into_response());
+        }
+    };
     let family = match refresh::take(&mut tx, &app.secrets, &body.refresh_token, now).await? {
         Taken::Valid(family) | Taken::Reused(family) | Taken::Expired(family) | Taken::Revoked(family) => family,
         Taken::Unknown => {
             events::record(&mut tx, event.row(Outcome::Failure, None)).await?;
+            idempotency::give_back(&mut tx, place).await?;
             tx.commit().await?;
             return Err(Problem::new(ErrorCode::InvalidToken));
         }
     };
     refresh::revoke(&mut tx, family, now).await?;
     events::record(&mut tx, event.row(Outcome::Success, Some(family.user))).await?;
+    idempotency::keep(&mut tx, &app.keys, place, StatusCode::NO_CONTENT, &()).await?;
     tx.commit().await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 /// The constant parts of an attempt's event.

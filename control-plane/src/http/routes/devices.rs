@@ -84,7 +84,7 @@ struct ListQuery {
 /// acknowledged the device, as long as five seconds or what `Prefer` says.
 #[utoipa::path(post, path = "/api/v1/devices", tag = "devices", security(("api_key" = [], "user_token" = [])),
     params(("wait" = Option<String>, Query, description = "`active`: answer when the server has acknowledged."),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer."),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer."),
            ("Prefer" = Option<String>, Header, description = "`wait=SECONDS`, at most 30 (RFC 7240).")),
     request_body = RegisterDevice,
     responses((status = 201, body = RegisteredDevice),
@@ -123,7 +123,7 @@ async fn activated(app: &App, device: &Registered, arrived: Instant, wait: Optio
 }
 
 /// What was done, or the answer of an earlier request with the same `Idempotency-Key`.
-enum Once<T> {
+pub(super) enum Once<T> {
     First(T),
     Replay(Response),
 }
@@ -366,7 +366,7 @@ async fn config(
 #[utoipa::path(post, path = "/api/v1/devices/{device_id}/rotate-key", tag = "devices", security(("api_key" = [], "user_token" = [])),
     params(("device_id" = DeviceId, Path),
            ("wait" = Option<String>, Query, description = "`active`: answer when the server has acknowledged."),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer."),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer."),
            ("Prefer" = Option<String>, Header, description = "`wait=SECONDS`, at most 30 (RFC 7240).")),
     request_body = RotateDeviceKey,
     responses((status = 200, body = RegisteredDevice),
@@ -423,7 +423,7 @@ async fn rotate_once(
 /// Delete a device: its keys are destroyed, its server drops it, its address rests before it is used again.
 #[utoipa::path(delete, path = "/api/v1/devices/{device_id}", tag = "devices", security(("api_key" = [], "user_token" = [])),
     params(("device_id" = DeviceId, Path),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204, description = "Deleted."),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]

@@ -1,10 +1,14 @@
 //! `GET /api/v1/usage`: a tenant's usage for its backend, a user's own for the user.
 
+use axum::body::Body;
 use axum::extract::{FromRequestParts, State};
+use axum::response::{IntoResponse, Response};
 use cvault_types::problem::ProblemBody;
 use cvault_types::usage::{Usage, UsageDay, UsageLimits, UsagePeriod};
 use cvault_types::{TenantId, UserId};
-use http::header::AUTHORIZATION;
+use futures::stream::{self, StreamExt as _};
+use http::HeaderMap;
+use http::header::{AUTHORIZATION, CONTENT_DISPOSITION, CONTENT_TYPE, VARY};
 use http::request::Parts;
 use serde::Deserialize;
 use time::format_description::well_known::Rfc3339;
@@ -14,8 +18,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
-use crate::http::{Caller, Json, Problem, Query, TenantKey};
-use crate::usage::{self, Period};
+use crate::db::DbError;
+use crate::http::{Caller, Json, Problem, Query, TenantKey, csv};
+use crate::usage::{self, Period, Place};
 
 /// The longest period of one answer; `daily` has at most this many entries.
 const MAX_DAYS: i64 = 400;
@@ -25,6 +30,7 @@ pub fn router() -> OpenApiRouter<App> {
 }
 
 /// Whose usage is asked for: with a user token the user's own, with key and secret the whole tenant's.
+#[derive(Clone, Copy)]
 struct Subject {
     tenant: TenantId,
     user: Option<UserId>,
@@ -51,28 +57,33 @@ struct PeriodQuery {
     to: Option<String>,
 }
 
-/// Bytes and connection time of a period; without `from` and `to`: this month, UTC.
+/// Bytes and connection time of a period, as JSON or (with `Accept: text/csv`) as RFC 4180 lines; without `from` and `to`: this month, UTC.
 ///
 /// `from` is taken down to the hour.
 #[utoipa::path(get, path = "/api/v1/usage", tag = "usage",
     security(("api_key" = [], "api_secret" = []), ("api_key" = [], "user_token" = [])),
     params(("from" = Option<String>, Query, description = "RFC 3339 time, or date (UTC); included."),
            ("to" = Option<String>, Query, description = "RFC 3339 time, or date (UTC); excluded.")),
-    responses((status = 200, body = Usage),
+    responses((status = 200, description = "The sums; with `Accept: text/csv` a line for each day and device.",
+               content((Usage = "application/json"), (String = "text/csv"))),
               (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn show(
     State(app): State<App>,
     subject: Subject,
     Query(query): Query<PeriodQuery>,
-) -> Result<Json<Usage>, Problem> {
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
     let period = period(&query, app.clock.now())?;
+    if csv::is_wanted(&headers) {
+        return export(app, subject, period).await;
+    }
     let mut tx = app.db.tenancy.begin(subject.tenant).await?;
     let totals = usage::totals(&mut tx, subject.user, period).await?;
     let days = usage::days(&mut tx, subject.user, period).await?;
     let limits = usage::limits(&mut tx).await?;
     tx.commit().await?;
-    Ok(Json(Usage {
+    let answer = Usage {
         current_period: sums(period, totals),
         limits: self::limits(limits),
         daily: days
@@ -85,7 +96,66 @@ async fn show(
                 active_users: day.active_users,
             })
             .collect(),
-    }))
+    };
+    Ok(([(VARY, "accept")], Json(answer)).into_response())
+}
+
+const COLUMNS: [&str; 9] = [
+    "date",
+    "user_id",
+    "email",
+    "external_user_id",
+    "device_id",
+    "device_name",
+    "rx_bytes",
+    "tx_bytes",
+    "connection_seconds",
+];
+
+/// What is still to be sent.
+struct Export {
+    app: App,
+    subject: Subject,
+    rest: Option<Place>,
+}
+
+/// The first page is read before the answer begins, so that a database that is away is answered as such.
+async fn export(app: App, subject: Subject, period: Period) -> Result<Response, Problem> {
+    let mut export = Export { app, subject, rest: Some(Place::beginning(period)) };
+    let mut head = String::new();
+    csv::push_line(&mut head, &COLUMNS);
+    head.push_str(&export.next().await?.unwrap_or_default());
+    let rest = stream::try_unfold(export, async |mut export| {
+        Ok::<_, DbError>(export.next().await?.map(|text| (text, export)))
+    });
+    let body = Body::from_stream(stream::once(async { Ok(head) }).chain(rest));
+    let headers = [
+        (CONTENT_TYPE, "text/csv; charset=utf-8; header=present"),
+        (CONTENT_DISPOSITION, "attachment; filename=\"usage.csv\""),
+        (VARY, "accept"),
+    ];
+    Ok((headers, body).into_response())
+}
+
+impl Export {
+    /// The lines of the next page; `None` after the last.
+    async fn next(&mut self) -> Result<Option<String>, DbError> {
+        let Some(place) = self.rest.take() else { return Ok(None) };
+        let mut tx = self.app.db.tenancy.begin(self.subject.tenant).await?;
+        let (rows, rest) = usage::page(&mut tx, self.subject.user, place).await?;
+        tx.commit().await?;
+        self.rest = rest;
+        let mut text = String::new();
+        for row in rows {
+            let (email, external) = (row.email.unwrap_or_default(), row.external_id.unwrap_or_default());
+            let numbers = [row.rx_bytes, row.tx_bytes, row.connection_seconds].map(|number| number.to_string());
+            let [rx, tx, seconds] = &numbers;
+            let (date, user, device) = (row.date.to_string(), row.user.to_string(), row.device.to_string());
+            let name = row.device_name.unwrap_or_default();
+            csv::push_line(&mut text, &[&date, &user, &email, &external, &device, &name, rx, tx, seconds]);
+        }
+        Ok(Some(text))
+    }
 }
 
 pub(super) fn sums(period: Period, totals: usage::Totals) -> UsagePeriod {

@@ -1,21 +1,26 @@
 //! `/api/v1/vpn/*`: connections of a user's devices.
 
 use axum::extract::State;
-use cvault_types::ErrorCode;
+use axum::response::{IntoResponse, Response};
 use cvault_types::problem::ProblemBody;
 use cvault_types::vpn::{
     ConnectRequest, Connected, ConnectionStatus, DeviceConnection, DisconnectRequest, Disconnected, Session, VpnStatus,
 };
+use cvault_types::{DeviceId, ErrorCode, SessionId};
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::devices::{bandwidth_exceeded, check_region, config_text};
+use super::devices::{Once, bandwidth_exceeded, check_region, config_text};
 use crate::app::App;
 use crate::audit;
 use crate::devices;
+use crate::http::idempotency::{self, Claim};
 use crate::http::{Caller, Json, Problem};
 use crate::servers;
-use crate::sessions::{self, ConnectError};
+use crate::sessions::{self, ConnectError, Connection};
+use crate::tenancy::TenantTx;
 use crate::tenants;
 
 /// A tenant's limit of devices per user is at most 1000.
@@ -27,9 +32,10 @@ pub fn router() -> OpenApiRouter<App> {
 
 /// Open a session of a device.
 ///
-/// Repeating it returns the open session, so that an `Idempotency-Key` is not needed and not looked at. A tunnel brought up from the configuration file alone opens a session when its
+/// Repeating it returns the open session. A tunnel brought up from the configuration file alone opens a session when its
 /// handshake is seen.
 #[utoipa::path(post, path = "/api/v1/vpn/connect", tag = "vpn", security(("api_key" = [], "user_token" = [])),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = ConnectRequest,
     responses((status = 200, body = Connected),
               (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "BANDWIDTH_LIMIT_EXCEEDED, TENANT_SUSPENDED"),
@@ -40,40 +46,73 @@ async fn connect(
     State(app): State<App>,
     caller: Caller,
     Json(body): Json<ConnectRequest>,
-) -> Result<Json<Connected>, Problem> {
+) -> Result<Response, Problem> {
     let region = body.server_region.as_deref();
     if let Err(fault) = check_region(region) {
         return Err(Problem::validation().field("/server_region", fault.code, fault.detail));
     }
-    let now = app.clock.now();
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
-    let work = async {
-        let connection =
-            sessions::connect(&mut tx, caller.user, body.device_id, region, now, caller.request_id).await?;
-        let keys = devices::config_of(&mut tx, &app.keys, body.device_id).await?;
-        let client = tenants::client_settings(&mut tx).await?;
-        Ok::<_, Problem>((keys, client, connection))
-    }
-    .await;
-    let (keys, client, connection) = tx.finish(work).await?;
+    let work = connect_once(&app, &mut tx, caller, body.device_id, region).await;
+    let (connection, answer) = match tx.finish(work).await? {
+        Once::First(opened) => *opened,
+        Once::Replay(response) => return Ok(response),
+    };
     if let Some(left) = connection.moved_from {
         app.nodes.server_changed(left);
         app.nodes.server_changed(connection.server.id);
     }
-    Ok(Json(Connected {
+    Ok(Json(answer).into_response())
+}
+
+/// What is kept of a connect. Not its answer: that holds the private key, which is destroyed with the device.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    session_id: SessionId,
+}
+
+async fn connect_once(
+    app: &App,
+    tx: &mut TenantTx,
+    caller: Caller,
+    device: DeviceId,
+    region: Option<&str>,
+) -> Result<Once<Box<(Connection, Connected)>>, Problem> {
+    let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
+        Claim::Proceed(place) => place,
+        Claim::Replay(replay) => {
+            let Kept { session_id } = replay.kept()?;
+            let gone = || Problem::new(ErrorCode::NotFound);
+            let found = devices::find(tx, caller.user, device).await?.ok_or_else(gone)?;
+            let server = servers::find(tx, found.server).await?.ok_or_else(gone)?;
+            let connection = Connection { session: session_id, device: found, server, moved_from: None };
+            return Ok(Once::Replay(replay.with(&connected(app, tx, &connection).await?)?));
+        }
+    };
+    let now = app.clock.now();
+    let kept = sessions::connect(tx, caller.user, device, region, now, caller.request_id).await?;
+    let answer = connected(app, tx, &kept).await?;
+    idempotency::keep(tx, &app.keys, place, StatusCode::OK, &Kept { session_id: kept.session }).await?;
+    Ok(Once::First(Box::new((kept, answer))))
+}
+
+async fn connected(app: &App, tx: &mut TenantTx, connection: &Connection) -> Result<Connected, Problem> {
+    let keys = devices::config_of(tx, &app.keys, connection.device.id).await?;
+    let client = tenants::client_settings(tx).await?;
+    Ok(Connected {
         session_id: connection.session,
         server_ip: connection.server.public_ip.to_string(),
         server_port: connection.server.endpoint_port,
         status: ConnectionStatus::Connected,
-        config: config_text(&app, &keys, connection.device.addresses, &connection.server, &client)?,
+        config: config_text(app, &keys, connection.device.addresses, &connection.server, &client)?,
         assigned_ip: connection.device.addresses.ipv4.to_string(),
         server_id: connection.server.id,
-        server_region: connection.server.region,
-    }))
+        server_region: connection.server.region.clone(),
+    })
 }
 
 /// Close the session of a device. Closing one that is not open changes nothing.
 #[utoipa::path(post, path = "/api/v1/vpn/disconnect", tag = "vpn", security(("api_key" = [], "user_token" = [])),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = DisconnectRequest,
     responses((status = 200, body = Disconnected),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
@@ -82,9 +121,13 @@ async fn disconnect(
     State(app): State<App>,
     caller: Caller,
     Json(body): Json<DisconnectRequest>,
-) -> Result<Json<Disconnected>, Problem> {
+) -> Result<Response, Problem> {
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
     let work = async {
+        let place = match idempotency::claim(&mut tx, &app.keys, caller.user.to_string()).await? {
+            Claim::Proceed(place) => place,
+            Claim::Replay(replay) => return Ok(replay.into_response()),
+        };
         let device = devices::find(&mut tx, caller.user, body.device_id).await?;
         let device = device.ok_or_else(|| Problem::new(ErrorCode::NotFound))?;
         let closed = sessions::close(&mut tx, device.id, app.clock.now()).await?;
@@ -98,11 +141,13 @@ async fn disconnect(
             };
             audit::record(&mut tx, entry).await?;
         }
-        Ok::<_, Problem>(closed)
+        let answer =
+            Disconnected { status: ConnectionStatus::Disconnected, device_id: body.device_id, session_id: closed };
+        idempotency::keep(&mut tx, &app.keys, place, StatusCode::OK, &answer).await?;
+        Ok::<_, Problem>(Json(answer).into_response())
     }
     .await;
-    let session_id = tx.finish(work).await?;
-    Ok(Json(Disconnected { status: ConnectionStatus::Disconnected, device_id: body.device_id, session_id }))
+    tx.finish(work).await
 }
 
 /// Sessions and tunnels of the caller's devices.

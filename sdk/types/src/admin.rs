@@ -1,0 +1,198 @@
+//! `/admin/servers`, `/admin/pools`, `/admin/audit`: the platform's own infrastructure, for its staff.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use utoipa::ToSchema;
+
+use crate::secret::Secret;
+use crate::{AuditId, PoolId, RequestId, ServerId, TenantId};
+
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateServerRequest {
+    /// Unique among servers.
+    #[schema(min_length = 1, max_length = 64, example = "fra-1")]
+    pub name: String,
+    /// Lower-case letters, digits and dashes.
+    #[schema(min_length = 1, max_length = 50, pattern = "^[a-z0-9][a-z0-9-]*$", example = "eu-central")]
+    pub region: String,
+    /// Where clients send WireGuard packets: an IPv4 or IPv6 address.
+    #[schema(value_type = String, example = "203.0.113.7")]
+    pub public_ip: IpAddr,
+    /// UDP; absent: 51820.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 65535)]
+    pub port: Option<u16>,
+    /// Absent: the pool named `default`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_id: Option<PoolId>,
+    /// Devices it takes at most; absent: 65,000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 65533)]
+    pub capacity: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ServerStatus {
+    /// Takes devices, once it has enrolled and while it is heard of.
+    Active,
+    /// Takes no new devices; those it has stay.
+    Draining,
+    /// As `draining`, said of a server that somebody is working on.
+    Maintenance,
+    Offline,
+}
+
+/// A server as platform staff sees it.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct AdminServer {
+    pub id: ServerId,
+    pub name: String,
+    pub region: String,
+    #[schema(value_type = String)]
+    pub public_ip: IpAddr,
+    pub port: u16,
+    pub pool_id: PoolId,
+    pub pool: String,
+    pub status: ServerStatus,
+    /// Whether an agent has used an enrolment token.
+    pub enrolled: bool,
+    /// Whether a new device could be placed here now.
+    pub available: bool,
+    pub capacity: u32,
+    /// Devices that should be on it.
+    pub peers: u32,
+    /// Percent of the capacity in use.
+    pub load: u8,
+    pub revision: u64,
+    /// The revision its agent has acknowledged.
+    pub acked_revision: u64,
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub last_seen_at: Option<OffsetDateTime>,
+    /// What its agent says of itself.
+    #[schema(value_type = Object)]
+    pub health: serde_json::Value,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+}
+
+/// The only answer that ever holds the token.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct EnrolmentToken {
+    pub server_id: ServerId,
+    /// Works once, for an hour.
+    #[schema(value_type = String)]
+    pub token: Secret,
+    /// Reads the token from its standard input.
+    pub command: String,
+    #[schema(example = 3600)]
+    pub expires_in_seconds: u32,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct CreatedServer {
+    pub server: AdminServer,
+    pub enrolment: EnrolmentToken,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct AdminServerList {
+    pub data: Vec<AdminServer>,
+    pub has_more: bool,
+    /// Goes into `?cursor=` for the next page.
+    pub next_cursor: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreatePoolRequest {
+    /// Unique among pools.
+    #[schema(min_length = 1, max_length = 64, example = "default")]
+    pub name: String,
+    /// `/8` to `/29`, without host bits; overlaps no other pool's.
+    #[schema(example = "10.8.0.0/16")]
+    pub ipv4: String,
+    /// `/48` to `/96`, without host bits. Absent: a `/64` drawn from the unique local addresses (RFC 4193).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = "fd4c:9a17:30b2::/64")]
+    pub ipv6: Option<String>,
+    /// How long a released address rests after its servers have acknowledged the removal at the latest; absent: the
+    /// platform's setting.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 0, maximum = 604_800)]
+    pub quarantine_seconds: Option<u32>,
+}
+
+/// Absent fields stay as they are.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UpdatePoolRequest {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 64)]
+    pub name: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 0, maximum = 604_800)]
+    pub quarantine_seconds: Option<u32>,
+}
+
+/// An address pool and how full it is.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct AddressPool {
+    pub id: PoolId,
+    pub name: String,
+    pub ipv4: String,
+    pub ipv6: String,
+    pub quarantine_seconds: u32,
+    /// Servers that share it.
+    pub servers: u32,
+    /// Addresses it can hand out in all.
+    pub size: u64,
+    /// Addresses that devices hold.
+    pub used: u64,
+    /// Addresses that rest after a release.
+    pub quarantined: u64,
+    /// Addresses that can be had now.
+    pub free: u64,
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct AddressPoolList {
+    pub data: Vec<AddressPool>,
+    pub has_more: bool,
+    /// Goes into `?cursor=` for the next page.
+    pub next_cursor: Option<String>,
+}
+
+/// Who changed what, when.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct AuditRecord {
+    pub id: AuditId,
+    #[serde(with = "time::serde::rfc3339")]
+    pub at: OffsetDateTime,
+    /// Null: the platform's own infrastructure.
+    pub tenant_id: Option<TenantId>,
+    /// `usr_…`, `key_…`, `admin:…`, `cli`, `system`.
+    pub actor: String,
+    /// `noun.verb`
+    #[schema(example = "device.register")]
+    pub action: String,
+    pub target: String,
+    #[schema(value_type = Object)]
+    pub details: serde_json::Value,
+    pub request_id: Option<RequestId>,
+    /// Its place in the tenant's hash chain, from a few seconds after it was written.
+    pub chain_sequence: Option<i64>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct AuditRecordList {
+    pub data: Vec<AuditRecord>,
+    pub has_more: bool,
+    /// Goes into `?cursor=` for the next page.
+    pub next_cursor: Option<String>,
+}
