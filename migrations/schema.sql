@@ -579,16 +579,33 @@ CREATE TABLE cvault.tenants (
     client_dns inet[],
     client_allowed_ips cidr[],
     client_mtu integer,
+    rate_up_bps bigint,
+    rate_down_bps bigint,
+    device_rate_up_bps bigint,
+    device_rate_down_bps bigint,
+    allow_intra_tenant boolean DEFAULT false NOT NULL,
+    allow_private_destinations text[] DEFAULT '{}'::text[] NOT NULL,
+    allow_smtp boolean DEFAULT false NOT NULL,
+    over_quota text DEFAULT 'block'::text NOT NULL,
+    throttle_bps bigint DEFAULT 1000000 NOT NULL,
+    policy_revision bigint DEFAULT 1 NOT NULL,
     CONSTRAINT tenants_allowed_origins CHECK ((cardinality(allowed_origins) <= 100)),
     CONSTRAINT tenants_bandwidth_limit CHECK ((bandwidth_limit_bytes >= 0)),
     CONSTRAINT tenants_client_allowed_ips CHECK (((cardinality(client_allowed_ips) >= 1) AND (cardinality(client_allowed_ips) <= 32))),
     CONSTRAINT tenants_client_dns CHECK (((cardinality(client_dns) >= 1) AND (cardinality(client_dns) <= 4))),
     CONSTRAINT tenants_client_mtu CHECK (((client_mtu >= 1280) AND (client_mtu <= 1500))),
     CONSTRAINT tenants_data_key CHECK (((data_key_sealed IS NULL) = (status = 'deleted'::text))),
+    CONSTRAINT tenants_device_rate_down CHECK ((device_rate_down_bps > 0)),
+    CONSTRAINT tenants_device_rate_up CHECK ((device_rate_up_bps > 0)),
     CONSTRAINT tenants_max_devices CHECK (((max_devices_per_user >= 0) AND (max_devices_per_user <= 1000))),
     CONSTRAINT tenants_name_length CHECK (((char_length(name) >= 1) AND (char_length(name) <= 255))),
+    CONSTRAINT tenants_over_quota CHECK ((over_quota = ANY (ARRAY['block'::text, 'throttle'::text]))),
+    CONSTRAINT tenants_private_destinations CHECK ((cardinality(allow_private_destinations) <= 64)),
+    CONSTRAINT tenants_rate_down CHECK ((rate_down_bps > 0)),
     CONSTRAINT tenants_rate_limit CHECK ((rate_limit_per_minute > 0)),
+    CONSTRAINT tenants_rate_up CHECK ((rate_up_bps > 0)),
     CONSTRAINT tenants_status CHECK ((status = ANY (ARRAY['active'::text, 'suspended'::text, 'trial'::text, 'deleted'::text]))),
+    CONSTRAINT tenants_throttle CHECK ((throttle_bps > 0)),
     CONSTRAINT tenants_user_limit CHECK ((user_limit >= 0))
 );
 ALTER TABLE ONLY cvault.tenants FORCE ROW LEVEL SECURITY;
@@ -712,6 +729,7 @@ CREATE TABLE platform.address_pools (
     next_host bigint DEFAULT 2 NOT NULL,
     quarantine_seconds integer DEFAULT 60 NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
+    deleted_at timestamp with time zone,
     CONSTRAINT address_pools_families CHECK (((family((ipv4)::inet) = 4) AND (family((ipv6)::inet) = 6))),
     CONSTRAINT address_pools_ipv4_size CHECK (((masklen((ipv4)::inet) >= 8) AND (masklen((ipv4)::inet) <= 29))),
     CONSTRAINT address_pools_ipv6_size CHECK (((masklen((ipv6)::inet) >= 48) AND (masklen((ipv6)::inet) <= 96))),
@@ -739,6 +757,14 @@ CREATE TABLE platform.context_keys (
     CONSTRAINT context_keys_key_length CHECK ((octet_length(key) = 32))
 );
 ALTER TABLE platform.context_keys OWNER TO cvault_owner;
+CREATE TABLE platform.device_drops (
+    server_id uuid NOT NULL,
+    device_id uuid NOT NULL,
+    generation bigint NOT NULL,
+    drops jsonb NOT NULL,
+    reported_at timestamp with time zone NOT NULL
+);
+ALTER TABLE platform.device_drops OWNER TO cvault_owner;
 CREATE TABLE platform.enrol_tokens (
     token_id uuid NOT NULL,
     server_id uuid NOT NULL,
@@ -752,6 +778,16 @@ CREATE TABLE platform.enrol_tokens (
     CONSTRAINT enrol_tokens_used CHECK (((used_at IS NULL) = (used_pin IS NULL)))
 );
 ALTER TABLE platform.enrol_tokens OWNER TO cvault_owner;
+CREATE TABLE platform.idempotency_keys (
+    principal text NOT NULL,
+    key text NOT NULL,
+    fingerprint bytea NOT NULL,
+    status smallint,
+    response_sealed bytea,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT idempotency_keys_key_length CHECK (((char_length(key) >= 1) AND (char_length(key) <= 255)))
+);
+ALTER TABLE platform.idempotency_keys OWNER TO cvault_owner;
 CREATE TABLE platform.installation (
     singleton boolean DEFAULT true NOT NULL,
     incarnation uuid DEFAULT gen_random_uuid() NOT NULL,
@@ -797,6 +833,26 @@ CREATE TABLE platform.portal_attempts (
     CONSTRAINT portal_attempts_outcome CHECK ((outcome = ANY (ARRAY['success'::text, 'failure'::text, 'limited'::text])))
 );
 ALTER TABLE platform.portal_attempts OWNER TO cvault_owner;
+CREATE TABLE platform.quota_leases (
+    tenant_id uuid NOT NULL,
+    server_id uuid NOT NULL,
+    counter_epoch uuid NOT NULL,
+    device_id uuid NOT NULL,
+    generation bigint NOT NULL,
+    until_bytes bigint NOT NULL,
+    sequence bigint DEFAULT 1 NOT NULL,
+    granted_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT quota_leases_until CHECK ((until_bytes >= 0))
+);
+ALTER TABLE platform.quota_leases OWNER TO cvault_owner;
+CREATE TABLE platform.quota_months (
+    tenant_id uuid NOT NULL,
+    month date NOT NULL,
+    bytes bigint NOT NULL,
+    CONSTRAINT quota_months_bytes CHECK ((bytes >= 0)),
+    CONSTRAINT quota_months_month CHECK ((month = (date_trunc('month'::text, (month)::timestamp without time zone))::date))
+);
+ALTER TABLE platform.quota_months OWNER TO cvault_owner;
 CREATE TABLE platform.secrets (
     name text NOT NULL,
     kek_version smallint NOT NULL,
@@ -937,11 +993,9 @@ ALTER TABLE ONLY cvault.users
 ALTER TABLE ONLY cvault.users
     ADD CONSTRAINT users_pkey PRIMARY KEY (tenant_id, user_id);
 ALTER TABLE ONLY platform.address_pools
-    ADD CONSTRAINT address_pools_ipv4_overlap EXCLUDE USING gist (ipv4 inet_ops WITH &&);
+    ADD CONSTRAINT address_pools_ipv4_overlap EXCLUDE USING gist (ipv4 inet_ops WITH &&) WHERE ((deleted_at IS NULL));
 ALTER TABLE ONLY platform.address_pools
-    ADD CONSTRAINT address_pools_ipv6_overlap EXCLUDE USING gist (ipv6 inet_ops WITH &&);
-ALTER TABLE ONLY platform.address_pools
-    ADD CONSTRAINT address_pools_name_unique UNIQUE (name);
+    ADD CONSTRAINT address_pools_ipv6_overlap EXCLUDE USING gist (ipv6 inet_ops WITH &&) WHERE ((deleted_at IS NULL));
 ALTER TABLE ONLY platform.address_pools
     ADD CONSTRAINT address_pools_pkey PRIMARY KEY (pool_id);
 ALTER TABLE ONLY platform.addresses
@@ -950,8 +1004,12 @@ ALTER TABLE ONLY platform.addresses
     ADD CONSTRAINT addresses_pkey PRIMARY KEY (pool_id, host);
 ALTER TABLE ONLY platform.context_keys
     ADD CONSTRAINT context_keys_pkey PRIMARY KEY (key_id);
+ALTER TABLE ONLY platform.device_drops
+    ADD CONSTRAINT device_drops_pkey PRIMARY KEY (server_id, device_id);
 ALTER TABLE ONLY platform.enrol_tokens
     ADD CONSTRAINT enrol_tokens_pkey PRIMARY KEY (token_id);
+ALTER TABLE ONLY platform.idempotency_keys
+    ADD CONSTRAINT idempotency_keys_pkey PRIMARY KEY (principal, key);
 ALTER TABLE ONLY platform.installation
     ADD CONSTRAINT installation_pkey PRIMARY KEY (singleton);
 ALTER TABLE ONLY platform.node_changes
@@ -960,6 +1018,10 @@ ALTER TABLE ONLY platform.peers
     ADD CONSTRAINT peers_pkey PRIMARY KEY (server_id, device_id);
 ALTER TABLE ONLY platform.portal_attempts
     ADD CONSTRAINT portal_attempts_pkey PRIMARY KEY (attempt_id);
+ALTER TABLE ONLY platform.quota_leases
+    ADD CONSTRAINT quota_leases_pkey PRIMARY KEY (tenant_id, server_id, counter_epoch, device_id, generation);
+ALTER TABLE ONLY platform.quota_months
+    ADD CONSTRAINT quota_months_pkey PRIMARY KEY (tenant_id, month);
 ALTER TABLE ONLY platform.secrets
     ADD CONSTRAINT secrets_pkey PRIMARY KEY (name);
 ALTER TABLE ONLY platform.servers
@@ -975,6 +1037,7 @@ ALTER TABLE ONLY platform.usage_settled
 ALTER TABLE ONLY platform.usage_windows
     ADD CONSTRAINT usage_windows_pkey PRIMARY KEY (server_id, counter_epoch, sequence);
 CREATE UNIQUE INDEX api_keys_key_text ON cvault.api_keys USING btree (key_text);
+CREATE INDEX audit_log_id ON cvault.audit_log USING btree (audit_id);
 CREATE INDEX audit_log_unchained ON cvault.audit_log USING btree (tenant_id, audit_id) WHERE (chain_sequence IS NULL);
 CREATE INDEX auth_events_at ON cvault.auth_events USING btree (at);
 CREATE INDEX devices_revoked ON cvault.devices USING btree (revoked_at) WHERE (status = 'revoked'::text);
@@ -982,6 +1045,7 @@ CREATE INDEX devices_suspended ON cvault.devices USING btree (tenant_id) WHERE (
 CREATE UNIQUE INDEX devices_tenant_public_key ON cvault.devices USING btree (tenant_id, public_key) WHERE (status = 'active'::text);
 CREATE INDEX devices_user ON cvault.devices USING btree (tenant_id, user_id, created_at) WHERE (status = 'active'::text);
 CREATE INDEX idempotency_keys_created ON cvault.idempotency_keys USING btree (created_at);
+CREATE UNIQUE INDEX idempotency_keys_staff ON cvault.idempotency_keys USING btree (principal, key) WHERE (principal ~~ 'admin:%'::text);
 CREATE INDEX outbox_due ON cvault.outbox USING btree (next_attempt_at) WHERE ((delivered_at IS NULL) AND (dead_at IS NULL));
 CREATE INDEX outbox_ended ON cvault.outbox USING btree (created_at) WHERE ((delivered_at IS NOT NULL) OR (dead_at IS NOT NULL));
 CREATE INDEX outbox_waiting ON cvault.outbox USING btree (tenant_id) WHERE ((delivered_at IS NULL) AND (dead_at IS NULL));
@@ -1011,6 +1075,7 @@ CREATE INDEX usage_hourly_2027_02_hour_idx ON cvault.usage_hourly_2027_02 USING 
 CREATE INDEX usage_hourly_default_hour_idx ON cvault.usage_hourly_default USING btree (hour);
 CREATE INDEX users_disabled ON cvault.users USING btree (tenant_id, user_id) WHERE (status = 'disabled'::text);
 CREATE INDEX users_present ON cvault.users USING btree (tenant_id, user_id) WHERE (status <> 'deleted'::text);
+CREATE UNIQUE INDEX address_pools_name_unique ON platform.address_pools USING btree (name) WHERE (deleted_at IS NULL);
 CREATE INDEX addresses_free ON platform.addresses USING btree (pool_id, released_at NULLS FIRST, host) WHERE (state = 'free'::text);
 CREATE INDEX addresses_quarantine ON platform.addresses USING btree (pool_id, released_at) WHERE (state = 'quarantine'::text);
 CREATE INDEX peers_device ON platform.peers USING btree (device_id);
@@ -1023,8 +1088,10 @@ CREATE UNIQUE INDEX peers_public_key_unique ON platform.peers USING btree (serve
 CREATE INDEX peers_removed ON platform.peers USING btree (server_id, removed_revision) WHERE (removed_revision IS NOT NULL);
 CREATE INDEX portal_attempts_account ON platform.portal_attempts USING btree (account, at);
 CREATE INDEX portal_attempts_at ON platform.portal_attempts USING btree (at);
+CREATE INDEX quota_leases_server ON platform.quota_leases USING btree (server_id);
 CREATE UNIQUE INDEX servers_endpoint_unique ON platform.servers USING btree (public_ip, endpoint_port) WHERE (status <> 'removed'::text);
 CREATE UNIQUE INDEX servers_name_unique ON platform.servers USING btree (name) WHERE (status <> 'removed'::text);
+CREATE INDEX servers_pool ON platform.servers USING btree (pool_id) WHERE (status <> 'removed'::text);
 CREATE INDEX usage_counters_device ON platform.usage_counters USING btree (device_id);
 CREATE INDEX usage_counters_updated ON platform.usage_counters USING btree (updated_at);
 ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_2026_11_hour_idx;
@@ -1073,12 +1140,16 @@ ALTER TABLE ONLY cvault.users
     ADD CONSTRAINT users_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
 ALTER TABLE ONLY platform.addresses
     ADD CONSTRAINT addresses_pool_fkey FOREIGN KEY (pool_id) REFERENCES platform.address_pools(pool_id);
+ALTER TABLE ONLY platform.device_drops
+    ADD CONSTRAINT device_drops_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.enrol_tokens
     ADD CONSTRAINT enrol_tokens_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.node_changes
     ADD CONSTRAINT node_changes_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.peers
     ADD CONSTRAINT peers_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
+ALTER TABLE ONLY platform.quota_leases
+    ADD CONSTRAINT quota_leases_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.servers
     ADD CONSTRAINT servers_pool_fkey FOREIGN KEY (pool_id) REFERENCES platform.address_pools(pool_id);
 ALTER TABLE ONLY platform.usage_counters
@@ -1240,6 +1311,9 @@ GRANT DELETE ON TABLE cvault.idempotency_keys TO cvault_sys;
 GRANT SELECT(tenant_id) ON TABLE cvault.idempotency_keys TO cvault_sys;
 GRANT SELECT(principal) ON TABLE cvault.idempotency_keys TO cvault_sys;
 GRANT SELECT(key) ON TABLE cvault.idempotency_keys TO cvault_sys;
+GRANT SELECT(fingerprint) ON TABLE cvault.idempotency_keys TO cvault_sys;
+GRANT SELECT(status) ON TABLE cvault.idempotency_keys TO cvault_sys;
+GRANT SELECT(response_sealed) ON TABLE cvault.idempotency_keys TO cvault_sys;
 GRANT SELECT(created_at) ON TABLE cvault.idempotency_keys TO cvault_sys;
 GRANT SELECT,DELETE ON TABLE cvault.outbox TO cvault_sys;
 GRANT SELECT(tenant_id),INSERT(tenant_id) ON TABLE cvault.outbox TO cvault_app;
@@ -1324,6 +1398,16 @@ GRANT INSERT(allowed_origins),UPDATE(allowed_origins) ON TABLE cvault.tenants TO
 GRANT INSERT(client_dns),UPDATE(client_dns) ON TABLE cvault.tenants TO cvault_app;
 GRANT INSERT(client_allowed_ips),UPDATE(client_allowed_ips) ON TABLE cvault.tenants TO cvault_app;
 GRANT INSERT(client_mtu),UPDATE(client_mtu) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(rate_up_bps),UPDATE(rate_up_bps) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(rate_down_bps),UPDATE(rate_down_bps) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(device_rate_up_bps),UPDATE(device_rate_up_bps) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(device_rate_down_bps),UPDATE(device_rate_down_bps) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(allow_intra_tenant),UPDATE(allow_intra_tenant) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(allow_private_destinations),UPDATE(allow_private_destinations) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(allow_smtp),UPDATE(allow_smtp) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(over_quota),UPDATE(over_quota) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(throttle_bps),UPDATE(throttle_bps) ON TABLE cvault.tenants TO cvault_app;
+GRANT UPDATE(policy_revision) ON TABLE cvault.tenants TO cvault_app;
 GRANT SELECT ON TABLE cvault.usage_daily TO cvault_app;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.usage_daily TO cvault_sys;
 GRANT SELECT ON TABLE cvault.usage_hourly TO cvault_app;
@@ -1340,7 +1424,8 @@ GRANT SELECT ON TABLE platform.address_pools TO cvault_fn;
 GRANT UPDATE(name) ON TABLE platform.address_pools TO cvault_sys;
 GRANT UPDATE(next_host) ON TABLE platform.address_pools TO cvault_fn;
 GRANT UPDATE(quarantine_seconds) ON TABLE platform.address_pools TO cvault_sys;
-GRANT SELECT ON TABLE platform.addresses TO cvault_sys;
+GRANT UPDATE(deleted_at) ON TABLE platform.address_pools TO cvault_sys;
+GRANT SELECT,DELETE ON TABLE platform.addresses TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.addresses TO cvault_fn;
 GRANT UPDATE(state) ON TABLE platform.addresses TO cvault_sys;
 GRANT UPDATE(tenant_id) ON TABLE platform.addresses TO cvault_sys;
@@ -1349,13 +1434,21 @@ GRANT UPDATE(released_device_id) ON TABLE platform.addresses TO cvault_sys;
 GRANT UPDATE(released_at) ON TABLE platform.addresses TO cvault_sys;
 GRANT SELECT ON TABLE platform.context_keys TO cvault_fn;
 GRANT SELECT ON TABLE platform.context_keys TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE platform.device_drops TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.enrol_tokens TO cvault_sys;
+GRANT SELECT,INSERT,DELETE ON TABLE platform.idempotency_keys TO cvault_sys;
+GRANT UPDATE(fingerprint) ON TABLE platform.idempotency_keys TO cvault_sys;
+GRANT UPDATE(status) ON TABLE platform.idempotency_keys TO cvault_sys;
+GRANT UPDATE(response_sealed) ON TABLE platform.idempotency_keys TO cvault_sys;
+GRANT UPDATE(created_at) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT SELECT ON TABLE platform.installation TO cvault_sys;
 GRANT SELECT,DELETE ON TABLE platform.node_changes TO cvault_sys;
 GRANT INSERT ON TABLE platform.node_changes TO cvault_fn;
 GRANT SELECT ON TABLE platform.peers TO cvault_sys;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.peers TO cvault_fn;
 GRANT SELECT,INSERT,DELETE ON TABLE platform.portal_attempts TO cvault_sys;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.quota_leases TO cvault_sys;
+GRANT SELECT,INSERT,UPDATE ON TABLE platform.quota_months TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.secrets TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_fn;
