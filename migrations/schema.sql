@@ -141,6 +141,32 @@ begin
 end
 $$;
 ALTER FUNCTION platform.move_peer(p_device uuid, p_server uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.open_addresses(p_pool uuid, p_ahead integer) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+    v_pool platform.address_pools;
+    v_free bigint;
+    v_last bigint;
+    v_to bigint;
+begin
+    select count(*) into v_free from (
+        select from platform.addresses a where a.pool_id = p_pool and a.state = 'free' limit p_ahead) as free;
+    -- not for every number that was taken
+    if v_free > p_ahead / 2 then
+        return 0;
+    end if;
+    select * into v_pool from platform.address_pools p where p.pool_id = p_pool for no key update;
+    v_last := (1::bigint << (32 - masklen(v_pool.ipv4))) - 2;
+    v_to := least(v_pool.next_host + (p_ahead - v_free) - 1, v_last);
+    insert into platform.addresses (pool_id, host, state)
+        select p_pool, h, 'free' from generate_series(v_pool.next_host, v_to) as h;
+    update platform.address_pools p set next_host = v_to + 1 where p.pool_id = p_pool and v_to >= v_pool.next_host;
+    return greatest(v_to - v_pool.next_host + 1, 0);
+end
+$$;
+ALTER FUNCTION platform.open_addresses(p_pool uuid, p_ahead integer) OWNER TO cvault_fn;
 CREATE FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) RETURNS numeric
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1251,6 +1277,8 @@ GRANT ALL ON FUNCTION platform.list_servers() TO cvault_app;
 GRANT ALL ON FUNCTION platform.list_servers() TO cvault_sys;
 REVOKE ALL ON FUNCTION platform.move_peer(p_device uuid, p_server uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.move_peer(p_device uuid, p_server uuid) TO cvault_app;
+REVOKE ALL ON FUNCTION platform.open_addresses(p_pool uuid, p_ahead integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.open_addresses(p_pool uuid, p_ahead integer) TO cvault_sys;
 REVOKE ALL ON FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) TO cvault_sys;
 REVOKE ALL ON FUNCTION platform.place_peer(p_device uuid) FROM PUBLIC;
