@@ -21,7 +21,10 @@ use crate::tenancy::TenantTx;
 use crate::tenants::Actor;
 
 pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(get, update, revoke)).routes(routes!(regenerate))
+    OpenApiRouter::new()
+        .routes(routes!(list_keys, create_key))
+        .routes(routes!(get_key, update_key, revoke_key))
+        .routes(routes!(regenerate_key))
 }
 
 /// The tenant's keys that are not revoked, oldest first. Role developer.
@@ -29,7 +32,7 @@ pub fn router() -> OpenApiRouter<App> {
     responses((status = 200, body = ApiKeyList),
               (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn list(State(app): State<App>, portal: Portal) -> Result<Json<ApiKeyList>, Problem> {
+async fn list_keys(State(app): State<App>, portal: Portal) -> Result<Json<ApiKeyList>, Problem> {
     portal.require(TenantRole::Developer)?;
     let mut tx = app.db.tenancy.begin(portal.tenant).await?;
     let data = api_keys::list(&mut tx).await?;
@@ -47,7 +50,11 @@ async fn list(State(app): State<App>, portal: Portal) -> Result<Json<ApiKeyList>
               (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
               (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn create(State(app): State<App>, portal: Portal, Json(body): Json<CreateApiKey>) -> Result<Response, Problem> {
+async fn create_key(
+    State(app): State<App>,
+    portal: Portal,
+    Json(body): Json<CreateApiKey>,
+) -> Result<Response, Problem> {
     portal.require(TenantRole::Admin)?;
     let now = app.clock.now();
     let settings = KeySettings::parse(body, now)?;
@@ -65,7 +72,7 @@ async fn create(State(app): State<App>, portal: Portal, Json(body): Json<CreateA
               (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE"),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn get(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>) -> Result<Json<ApiKey>, Problem> {
+async fn get_key(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>) -> Result<Json<ApiKey>, Problem> {
     portal.require(TenantRole::Developer)?;
     let mut tx = app.db.tenancy.begin(portal.tenant).await?;
     let key = api_keys::find_key(&mut tx, id).await?;
@@ -84,7 +91,7 @@ async fn get(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>) -
               (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
               (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn update(
+async fn update_key(
     State(app): State<App>,
     portal: Portal,
     Path(id): Path<ApiKeyId>,
@@ -108,7 +115,7 @@ async fn update(
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
               (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn revoke(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>) -> Result<StatusCode, Problem> {
+async fn revoke_key(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>) -> Result<StatusCode, Problem> {
     portal.require(TenantRole::Admin)?;
     exists(&app, &portal, id).await?;
     step_up::require(&app, &portal, "api_key.revoke").await?;
@@ -130,7 +137,7 @@ async fn revoke(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>
               (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
               (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn regenerate(
+async fn regenerate_key(
     State(app): State<App>,
     portal: Portal,
     Json(body): Json<RegenerateApiKey>,

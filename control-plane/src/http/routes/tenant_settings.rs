@@ -14,14 +14,14 @@ use crate::step_up;
 use crate::tenants::{self, SettingsChange};
 
 pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(show, update))
+    OpenApiRouter::new().routes(routes!(show_settings, update_settings))
 }
 
 /// The tenant's settings. Every role.
 #[utoipa::path(get, path = "/api/v1/tenant/settings", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     responses((status = 200, body = TenantSettings),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn show(State(app): State<App>, portal: Portal) -> Result<Json<TenantSettings>, Problem> {
+async fn show_settings(State(app): State<App>, portal: Portal) -> Result<Json<TenantSettings>, Problem> {
     let mut tx = app.db.tenancy.begin(portal.tenant).await?;
     let settings = tenants::settings(&mut tx, app.config.rate_limit_per_minute).await;
     Ok(Json(tx.finish(settings).await?))
@@ -37,7 +37,7 @@ async fn show(State(app): State<App>, portal: Portal) -> Result<Json<TenantSetti
               (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
               (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn update(
+async fn update_settings(
     State(app): State<App>,
     portal: Portal,
     Json(body): Json<UpdateSettings>,
