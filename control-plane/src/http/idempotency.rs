@@ -17,8 +17,9 @@ use uuid::Uuid;
 use zeroize::Zeroizing;
 
 use super::{Problem, context};
+use crate::app::App;
 use crate::db::DbError;
-use crate::keys::{Aad, KeyRing};
+use crate::keys::{Aad, KeyRing, PlatformSecrets};
 use crate::tenancy::TenantTx;
 
 /// How long a second request waits for the first; less than a statement may take.
@@ -54,8 +55,8 @@ pub struct Place {
 ///
 /// # Errors
 /// `IDEMPOTENCY_KEY_REUSED` when the key came with another request before; `VALIDATION_FAILED` for a malformed one.
-pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Result<Claim, Problem> {
-    let Some(Wanted { key, fingerprints }) = wanted(keys)? else { return Ok(Claim::Proceed(None)) };
+pub async fn claim(tx: &mut TenantTx, app: &App, principal: String) -> Result<Claim, Problem> {
+    let Some(Wanted { key, fingerprint }) = wanted(&app.secrets)? else { return Ok(Claim::Proceed(None)) };
     let tenant = tx.tenant().uuid();
     sqlx::raw_sql(PATIENCE).execute(tx.conn()).await.map_err(DbError::from)?;
     // a key older than 24 hours is as good as new
@@ -67,7 +68,7 @@ pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Resu
         tenant,
         principal,
         key,
-        fingerprints[0].as_slice()
+        fingerprint.as_slice()
     )
     .execute(tx.conn())
     .await
@@ -88,11 +89,11 @@ pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Resu
     .fetch_one(tx.conn())
     .await
     .map_err(DbError::from)?;
-    if !fingerprints.iter().any(|fingerprint| row.fingerprint == fingerprint) {
+    if row.fingerprint != fingerprint {
         return Err(reused());
     }
     let kept = Kept { status: row.status, sealed: row.response_sealed, data_key: row.data_key_sealed };
-    kept.open(keys, place.aad(tenant)).map(Claim::Replay)
+    kept.open(&app.keys, place.aad(tenant)).map(Claim::Replay)
 }
 
 /// A row, as far as it has been filled in.
@@ -120,12 +121,11 @@ impl Kept {
 /// A well-formed key, and what its request was.
 pub(super) struct Wanted {
     pub(super) key: String,
-    /// Keyed, because a body may hold a password; by every key-encryption key, newest first, so that a rotation changes
-    /// nothing.
-    pub(super) fingerprints: Vec<[u8; 32]>,
+    /// Keyed, because a body may hold a password; by the pepper, which stays when the key-encryption key is another.
+    pub(super) fingerprint: [u8; 32],
 }
 
-pub(super) fn wanted(keys: &KeyRing) -> Result<Option<Wanted>, Problem> {
+pub(super) fn wanted(secrets: &PlatformSecrets) -> Result<Option<Wanted>, Problem> {
     let Some(request) = context::idempotency() else { return Ok(None) };
     let key = request.key.ok_or_else(|| {
         Problem::validation().field(
@@ -134,7 +134,7 @@ pub(super) fn wanted(keys: &KeyRing) -> Result<Option<Wanted>, Problem> {
             "must be one header of 1 to 255 visible characters",
         )
     })?;
-    Ok(Some(Wanted { key, fingerprints: keys.fingerprints("idempotency", &request.fingerprint) }))
+    Ok(Some(Wanted { key, fingerprint: secrets.peppered("idempotency", &request.fingerprint) }))
 }
 
 pub(super) fn not_claimed(error: sqlx::Error) -> Problem {

@@ -63,6 +63,14 @@ impl Platform {
         Self { router: router::api(app.clone()), app, database }
     }
 
+    /// The same installation, started anew with other key-encryption keys.
+    pub(crate) async fn with_keys(self, keys: &[(i16, u8)]) -> Self {
+        let ring = keys.iter().map(|(version, byte)| (*version, Zeroizing::new([*byte; 32])));
+        let keys = KeyRing::versions(ring).unwrap();
+        let app = serve::open(self.app.config.clone(), &self.database.config(), keys).await.unwrap();
+        Self { router: router::api(app.clone()), app, database: self.database }
+    }
+
     pub(crate) fn admin_token(&self) -> String {
         let now = self.app.clock.now();
         tokens::mint_admin(&self.app.secrets.token_key, &self.app.config.public_url, "test", now).expose().to_owned()

@@ -60,7 +60,7 @@ async fn register(
     }
     let hash = app.passwords.hash(password).await?;
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let place = match idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await? {
+    let place = match idempotency::claim(&mut tx, &app, key.api_key_id.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;
@@ -88,7 +88,7 @@ async fn register(
 /// under the lock.
 async fn before_hashing(app: &App, event: Attempt, email: &Email) -> Result<Option<Response>, Problem> {
     let mut tx = app.db.tenancy.begin(event.key.tenant).await?;
-    let claim = idempotency::claim(&mut tx, &app.keys, event.key.api_key_id.to_string()).await?;
+    let claim = idempotency::claim(&mut tx, app, event.key.api_key_id.to_string()).await?;
     let taken = users::email_exists(&mut tx, email).await?;
     // the claim is given back: hashing takes a fifth of a second, and no transaction waits for it
     tx.rollback().await?;
@@ -135,7 +135,7 @@ async fn login(
     if let Some(Rehashed { old, new }) = rehashed {
         users::replace_hash(&mut tx, user, &old, &new).await?;
     }
-    let place = match idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await? {
+    let place = match idempotency::claim(&mut tx, &app, key.api_key_id.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;
@@ -155,7 +155,7 @@ async fn replayed(app: &App, key: ClientKey) -> Result<Option<Response>, Problem
         return Ok(None);
     }
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let claim = idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await?;
+    let claim = idempotency::claim(&mut tx, app, key.api_key_id.to_string()).await?;
     tx.rollback().await?;
     Ok(match claim {
         Claim::Proceed(_) => None,
@@ -207,7 +207,7 @@ async fn refresh_tokens(
 ) -> Result<Response, Problem> {
     let event = Attempt { kind: AuthKind::Refresh, key, client_ip: peer.ip() };
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let place = match idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await? {
+    let place = match idempotency::claim(&mut tx, &app, key.api_key_id.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;
@@ -251,7 +251,7 @@ async fn logout(
     let event = Attempt { kind: AuthKind::Logout, key, client_ip: peer.ip() };
     let now = app.clock.now();
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let place = match idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await? {
+    let place = match idempotency::claim(&mut tx, &app, key.api_key_id.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;

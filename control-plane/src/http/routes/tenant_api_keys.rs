@@ -175,7 +175,7 @@ async fn once(
 ) -> Result<Response, Problem> {
     let mut tx = app.db.tenancy.begin(portal.tenant).await?;
     let done = async {
-        let place = match idempotency::claim(&mut tx, &app.keys, portal.actor()).await? {
+        let place = match idempotency::claim(&mut tx, app, portal.actor()).await? {
             Claim::Proceed(place) => place,
             Claim::Replay(replay) => return Ok(replay.into_response()),
         };

@@ -163,7 +163,7 @@ async fn vouch_once(
     peer: Peer,
     external_id: &ExternalId,
 ) -> Result<Response, Problem> {
-    let place = match idempotency::claim(tx, &app.keys, key.api_key_id.to_string()).await? {
+    let place = match idempotency::claim(tx, app, key.api_key_id.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => return Ok(replay.into_response()),
     };
