@@ -1,5 +1,7 @@
 //! A platform of its own for each test, and calls to it.
 
+use std::sync::Arc;
+
 use axum::Router;
 use axum::body::Body;
 use cvault_control_plane::app::App;
@@ -20,7 +22,7 @@ pub(crate) const PASSWORD: &str = "correct horse battery staple";
 
 pub(crate) struct Platform {
     pub(crate) app: App,
-    pub(crate) database: ScratchDatabase,
+    pub(crate) database: Arc<ScratchDatabase>,
     router: Router,
 }
 
@@ -54,7 +56,7 @@ impl Platform {
     }
 
     pub(crate) async fn with(change: impl FnOnce(&mut Config)) -> Self {
-        let database = ScratchDatabase::create().await.unwrap();
+        let database = Arc::new(ScratchDatabase::create().await.unwrap());
         let mut config = Config::from_env(&|_| None, &Overrides::default()).unwrap();
         config.rate_limit_per_minute = 100_000;
         change(&mut config);
@@ -66,9 +68,17 @@ impl Platform {
     /// The same installation, started anew with other key-encryption keys.
     pub(crate) async fn with_keys(self, keys: &[(i16, u8)]) -> Self {
         let ring = keys.iter().map(|(version, byte)| (*version, Zeroizing::new([*byte; 32])));
-        let keys = KeyRing::versions(ring).unwrap();
+        self.started_again(KeyRing::versions(ring).unwrap()).await
+    }
+
+    /// Another process of the same installation.
+    pub(crate) async fn replica(&self) -> Self {
+        self.started_again(self.app.keys.clone()).await
+    }
+
+    async fn started_again(&self, keys: KeyRing) -> Self {
         let app = serve::open(self.app.config.clone(), &self.database.config(), keys).await.unwrap();
-        Self { router: router::api(app.clone()), app, database: self.database }
+        Self { router: router::api(app.clone()), app, database: Arc::clone(&self.database) }
     }
 
     pub(crate) fn admin_token(&self) -> String {
