@@ -2,38 +2,18 @@
 //! was, and nobody gets what somebody else has.
 
 use std::collections::HashSet;
-use std::time::Duration;
 
 use cvault_control_plane::auth::passwords::Scheme;
 use serde_json::{Value, json};
-use tokio::time::Instant;
 
-use crate::platform::{Answer, Call, PASSWORD, Platform, Tenant};
+use crate::platform::{Answer, PASSWORD, Platform, Tenant, decided};
 use crate::scene::{with_server, with_server_and_pool};
-
-/// For a thousand requests on a machine that does other things too.
-const DEADLINE: Duration = Duration::from_secs(240);
 
 async fn two_replicas() -> [Platform; 2] {
     let cheap = Scheme::Argon2id { memory_kib: 64, passes: 1 };
     let first = Platform::with(|config| config.passwords = cheap).await;
     let second = first.replica().await;
     [first, second]
-}
-
-/// The answer to a request that was decided: who is told that the platform is busy asks again.
-async fn decided<'a>(call: impl Fn() -> Call<'a>) -> Answer {
-    let deadline = Instant::now() + DEADLINE;
-    loop {
-        let answer = call().send().await;
-        let busy = ["OVERLOADED", "DATABASE_UNAVAILABLE"].map(Value::from).contains(&answer.body["code"]);
-        if !busy {
-            return answer;
-        }
-        assert!(Instant::now() < deadline, "busy for too long: {}", answer.text);
-        assert!(answer.headers.contains_key("retry-after"), "{}", answer.text);
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
 }
 
 fn with_status(answers: &[Answer], status: u16) -> impl Iterator<Item = &Answer> {

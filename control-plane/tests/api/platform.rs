@@ -1,6 +1,7 @@
 //! A platform of its own for each test, and calls to it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -15,8 +16,12 @@ use cvault_control_plane::serve;
 use http::{HeaderMap, Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 use tower::ServiceExt;
 use zeroize::Zeroizing;
+
+/// For a thousand requests on a machine that does other things too.
+const PATIENCE: Duration = Duration::from_secs(240);
 
 pub(crate) const PASSWORD: &str = "correct horse battery staple";
 
@@ -173,6 +178,21 @@ impl Call<'_> {
         let answer = self.send().await;
         answer.is_problem(&what, status, code);
         answer
+    }
+}
+
+/// The answer to a request that was decided: who is told that the platform is busy asks again.
+pub(crate) async fn decided<'a>(call: impl Fn() -> Call<'a>) -> Answer {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let answer = call().send().await;
+        let busy = ["OVERLOADED", "DATABASE_UNAVAILABLE"].map(Value::from).contains(&answer.body["code"]);
+        if !busy {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "busy for too long: {}", answer.text);
+        assert!(answer.headers.contains_key("retry-after"), "{}", answer.text);
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
