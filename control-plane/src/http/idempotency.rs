@@ -4,7 +4,8 @@
 //! A second request with the same key waits a little for the first one's transaction (the unique index makes it), then
 //! gets its answer. Only successes are kept: a refusal changed nothing, and is decided anew.
 //!
-//! Honoured by every write of the API. Writes of platform staff that belong to no tenant keep theirs in [`super::staff`].
+//! Honoured by every write whose caller is known before it begins; the few others say what a repetition does. Writes of
+//! platform staff that belong to no tenant keep theirs in [`super::staff`].
 
 use axum::response::{IntoResponse, Response};
 use cvault_types::{ErrorCode, TenantId};
@@ -16,7 +17,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
-use super::{Problem, context};
+use super::{Json, Problem, context};
 use crate::app::App;
 use crate::db::DbError;
 use crate::keys::{Aad, KeyRing, PlatformSecrets};
@@ -26,6 +27,8 @@ use crate::tenancy::TenantTx;
 pub(super) const PATIENCE: &str = "set local lock_timeout = '2s'";
 /// SQLSTATE of a lock that was not had in time.
 const LOCK_NOT_AVAILABLE: &str = "55P03";
+/// `()` as JSON.
+const NOTHING: &[u8] = b"null";
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 
 /// What a request's key turned out to be.
@@ -94,6 +97,50 @@ pub async fn claim(tx: &mut TenantTx, app: &App, principal: String) -> Result<Cl
     }
     let kept = Kept { status: row.status, sealed: row.response_sealed, data_key: row.data_key_sealed };
     kept.open(&app.keys, place.aad(tenant)).map(Claim::Replay)
+}
+
+/// Does `work` once for each key of `principal`, in one transaction with the answer that is kept. `()` is an answer without a
+/// body.
+///
+/// # Errors
+/// As [`claim`], what `work` says, or the database's.
+pub async fn once<T: Serialize>(
+    app: &App,
+    tenant: TenantId,
+    principal: String,
+    status: StatusCode,
+    work: impl AsyncFnOnce(&mut TenantTx) -> Result<T, Problem>,
+) -> Result<Response, Problem> {
+    let mut tx = app.db.tenancy.begin(tenant).await?;
+    let done = async {
+        let place = match claim(&mut tx, app, principal).await? {
+            Claim::Proceed(place) => place,
+            Claim::Replay(replay) => return Ok(replay.into_response()),
+        };
+        let answer = work(&mut tx).await?;
+        keep(&mut tx, &app.keys, place, status, &answer).await?;
+        let body = serde_json::to_vec(&answer).map_err(|error| Problem::internal(&error))?;
+        Ok(if body == NOTHING { status.into_response() } else { (status, Json(answer)).into_response() })
+    }
+    .await;
+    tx.finish(done).await
+}
+
+/// The answer to an earlier request, asked before work that is costly or takes several transactions.
+///
+/// # Errors
+/// As [`claim`].
+pub async fn earlier(app: &App, tenant: TenantId, principal: String) -> Result<Option<Response>, Problem> {
+    if !context::is_idempotent() {
+        return Ok(None);
+    }
+    let mut tx = app.db.tenancy.begin(tenant).await?;
+    let claimed = claim(&mut tx, app, principal).await;
+    tx.rollback().await?;
+    Ok(match claimed? {
+        Claim::Proceed(_) => None,
+        Claim::Replay(replay) => Some(replay.into_response()),
+    })
 }
 
 /// A row, as far as it has been filled in.
@@ -191,7 +238,7 @@ impl IntoResponse for Replay {
 
 fn replayed(status: StatusCode, body: Vec<u8>) -> Response {
     let marked = [(REPLAYED, HeaderValue::from_static("true"))];
-    if status == StatusCode::NO_CONTENT {
+    if body.is_empty() {
         return (status, marked).into_response();
     }
     (status, marked, [(CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response()
@@ -228,7 +275,8 @@ pub async fn keep(
 ) -> Result<(), Problem> {
     let Some(place) = place else { return Ok(()) };
     let tenant = tx.tenant().uuid();
-    let sealed = if status == StatusCode::NO_CONTENT {
+    let body = Zeroizing::new(serde_json::to_vec(answer).map_err(|error| Problem::internal(&error))?);
+    let sealed = if *body == NOTHING {
         Vec::new()
     } else {
         let data_key = sqlx::query_scalar!("select data_key_sealed from cvault.tenants where tenant_id = $1", tenant)
@@ -236,7 +284,6 @@ pub async fn keep(
             .await
             .map_err(DbError::from)?
             .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
-        let body = Zeroizing::new(serde_json::to_vec(answer).map_err(|error| Problem::internal(&error))?);
         keys.seal(&data_key, place.aad(tenant), &body).map_err(|error| Problem::internal(&error))?
     };
     sqlx::query!(

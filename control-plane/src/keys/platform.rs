@@ -63,7 +63,7 @@ impl PlatformSecrets {
     /// request with an `Idempotency-Key` was. `domain` keeps the uses
     /// apart.
     #[must_use]
-    pub fn peppered(&self, domain: &str, text: impl AsRef<[u8]>) -> [u8; 32] {
+    pub fn peppered(&self, domain: &str, text: &(impl AsRef<[u8]> + ?Sized)) -> [u8; 32] {
         let mut mac = Hmac::<Sha256>::new_from_slice(self.pepper.as_ref()).expect("HMAC takes keys of any length");
         mac.update(domain.as_bytes());
         mac.update(&[0]);

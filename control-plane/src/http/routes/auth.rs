@@ -24,7 +24,7 @@ use crate::auth::tokens::{self, ClientToken};
 use crate::db::DbError;
 use crate::http::idempotency::{self, Claim};
 use crate::http::serve::Peer;
-use crate::http::{ClientKey, Json, Problem, context};
+use crate::http::{ClientKey, Json, Problem};
 use crate::tenancy::TenantTx;
 use crate::users::{self, RegisterError};
 
@@ -117,7 +117,8 @@ async fn login(
     let event = Attempt { kind: AuthKind::Login, key, client_ip: peer.ip() };
     let account = Account::of(key.tenant, &body.email);
     event.admitted(&app, app.throttles.before_login(key.tenant, peer.ip())).await?;
-    if let Some(replay) = replayed(&app, key).await? {
+    // without the costly hash: the first answer was given to the same password
+    if let Some(replay) = idempotency::earlier(&app, key.tenant, key.api_key_id.to_string()).await? {
         return Ok(replay);
     }
     event.admitted(&app, app.throttles.guess(account)).await?;
@@ -147,20 +148,6 @@ async fn login(
     idempotency::keep(&mut tx, &app.keys, place, StatusCode::OK, &answer).await?;
     tx.commit().await?;
     Ok(Json(answer).into_response())
-}
-
-/// The first answer, without the costly hash: it was given to the same password.
-async fn replayed(app: &App, key: ClientKey) -> Result<Option<Response>, Problem> {
-    if !context::is_idempotent() {
-        return Ok(None);
-    }
-    let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let claim = idempotency::claim(&mut tx, app, key.api_key_id.to_string()).await?;
-    tx.rollback().await?;
-    Ok(match claim {
-        Claim::Proceed(_) => None,
-        Claim::Replay(replay) => Some(replay.into_response()),
-    })
 }
 
 /// Whose password it was, and whether it was right. A disabled user is nobody.

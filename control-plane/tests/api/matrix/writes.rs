@@ -87,10 +87,10 @@ const WRITES: &[Write] = &[
     write("POST /api/v1/users/{external_id}/login-token", By::Backend, Retry::Replayed, |_, _| {
         ("/api/v1/users/4711/login-token".into(), None)
     }),
-    write("PATCH /api/v1/users/{user_id}", By::Backend, Retry::DecidedAnew(200), |_, made| {
+    write("PATCH /api/v1/users/{user_id}", By::Backend, Retry::Replayed, |_, made| {
         (format!("/api/v1/users/{}", made.user), Some(json!({"status": "disabled"})))
     }),
-    write("DELETE /api/v1/users/{user_id}", By::Backend, Retry::DecidedAnew(204), |_, made| {
+    write("DELETE /api/v1/users/{user_id}", By::Backend, Retry::Replayed, |_, made| {
         (format!("/api/v1/users/{}", made.user), None)
     }),
     write("POST /api/v1/devices", By::User, Retry::Replayed, |_, _| {
@@ -113,7 +113,7 @@ const WRITES: &[Write] = &[
         let form = json!({"business_name": "Acme", "email": EMAIL, "password": PASSWORD});
         ("/api/v1/tenant/auth/signup".into(), Some(form))
     }),
-    write("POST /api/v1/tenant/auth/verify-email/resend", By::Owner, Retry::DecidedAnew(202), |_, _| {
+    write("POST /api/v1/tenant/auth/verify-email/resend", By::Owner, Retry::Replayed, |_, _| {
         ("/api/v1/tenant/auth/verify-email/resend".into(), None)
     }),
     write("POST /api/v1/tenant/auth/verify-email", By::Stranger, Retry::DecidedAnew(401), |_, made| {
@@ -122,35 +122,35 @@ const WRITES: &[Write] = &[
     write("POST /api/v1/tenant/auth/login", By::Stranger, Retry::DecidedAnew(200), |_, _| {
         ("/api/v1/tenant/auth/login".into(), Some(json!({"email": EMAIL, "password": PASSWORD})))
     }),
-    write("POST /api/v1/tenant/auth/refresh", By::Stranger, Retry::DecidedAnew(401), |_, made| {
+    write("POST /api/v1/tenant/auth/refresh", By::Stranger, Retry::Replayed, |_, made| {
         ("/api/v1/tenant/auth/refresh".into(), Some(json!({"refresh_token": made.portal_refresh})))
     }),
-    write("PATCH /api/v1/tenant/settings", By::Owner, Retry::DecidedAnew(200), |_, _| {
+    write("PATCH /api/v1/tenant/settings", By::Owner, Retry::Replayed, |_, _| {
         ("/api/v1/tenant/settings".into(), Some(json!({"name": "Renamed"})))
     }),
     write("POST /api/v1/tenant/api-keys", By::Owner, Retry::Replayed, |_, _| {
         ("/api/v1/tenant/api-keys".into(), Some(json!({"name": "another"})))
     }),
-    write("PATCH /api/v1/tenant/api-keys/{api_key_id}", By::Owner, Retry::DecidedAnew(200), |_, made| {
+    write("PATCH /api/v1/tenant/api-keys/{api_key_id}", By::Owner, Retry::Replayed, |_, made| {
         (format!("/api/v1/tenant/api-keys/{}", made.key), Some(json!({"name": "renamed"})))
     }),
     write("POST /api/v1/tenant/api-keys/regenerate", By::Owner, Retry::Replayed, |_, made| {
         ("/api/v1/tenant/api-keys/regenerate".into(), Some(json!({"api_key_id": made.key})))
     }),
-    write("DELETE /api/v1/tenant/api-keys/{api_key_id}", By::Owner, Retry::DecidedAnew(404), |_, made| {
+    write("DELETE /api/v1/tenant/api-keys/{api_key_id}", By::Owner, Retry::Replayed, |_, made| {
         (format!("/api/v1/tenant/api-keys/{}", made.key), None)
     }),
     write("POST /api/v1/tenant/step-up/{challenge_id}/verify", By::Owner, Retry::DecidedAnew(404), |_, made| {
         let path = format!("/api/v1/tenant/step-up/{}/verify", made.challenge);
         (path, Some(json!({"method": "password", "password": PASSWORD})))
     }),
-    write("DELETE /api/v1/tenant/sessions/{session_id}", By::Owner, Retry::DecidedAnew(204), |_, made| {
+    write("DELETE /api/v1/tenant/sessions/{session_id}", By::Owner, Retry::Replayed, |_, made| {
         (format!("/api/v1/tenant/sessions/{}", made.session), None)
     }),
-    write("DELETE /api/v1/tenant/sessions", By::Owner, Retry::DecidedAnew(204), |_, _| {
+    write("DELETE /api/v1/tenant/sessions", By::Owner, Retry::Replayed, |_, _| {
         ("/api/v1/tenant/sessions".into(), None)
     }),
-    write("POST /api/v1/tenant/auth/password", By::Owner, Retry::DecidedAnew(204), |_, _| {
+    write("POST /api/v1/tenant/auth/password", By::Owner, Retry::Replayed, |_, _| {
         (CHANGE_PASSWORD.into(), Some(json!({"password": PASSWORD})))
     }),
     write("POST /api/v1/tenant/auth/logout", By::Owner, Retry::DecidedAnew(401), |_, _| {
