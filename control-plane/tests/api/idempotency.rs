@@ -48,7 +48,7 @@ async fn a_key_with_another_request_or_a_malformed_key_is_refused() {
     };
     assert_eq!(call("a@example.com", "k").send().await.status, 201);
     call("b@example.com", "k").refused(422, "IDEMPOTENCY_KEY_REUSED").await;
-    for key in ["", &"x".repeat(256)] {
+    for key in ["", "a b", "a\tb", &"x".repeat(256)] {
         call("b@example.com", key).refused(422, "VALIDATION_FAILED").await;
     }
     call("b@example.com", "k2").header(KEY, "k3").refused(422, "VALIDATION_FAILED").await;
@@ -95,7 +95,7 @@ async fn a_retried_refresh_gets_the_same_tokens_and_a_refused_one_is_decided_ane
     for _ in 0..2 {
         refresh("cvr_", "another").refused(401, "INVALID_TOKEN").await;
     }
-    assert_eq!(refresh(&first.text("refresh_token"), "a third").send().await.status, 200, "nothing was revoked");
+    assert_eq!(refresh(&first.text("refresh_token"), "third").send().await.status, 200, "nothing was revoked");
 }
 
 #[tokio::test]

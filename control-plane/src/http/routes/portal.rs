@@ -165,6 +165,8 @@ async fn refresh(
     Json(body): Json<PortalRefreshRequest>,
 ) -> Result<Response, Problem> {
     let Some(token) = body.refresh_token else {
+        // there is nothing to keep, but a malformed key is one here too
+        idempotency::wanted(&app.secrets)?;
         let found = Portal::find(&origin.parts, &app).await?;
         let PortalToken { tenant, admin, session } = found.token;
         let session_id = PortalSessionId::from_uuid(session);
