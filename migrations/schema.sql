@@ -817,6 +817,8 @@ CREATE TABLE platform.idempotency_keys (
     status smallint,
     response_sealed bytea,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
+    kek_version smallint,
+    CONSTRAINT idempotency_keys_kek_version CHECK (((response_sealed IS NULL) = (kek_version IS NULL))),
     CONSTRAINT idempotency_keys_key_length CHECK (((char_length(key) >= 1) AND (char_length(key) <= 255)))
 );
 ALTER TABLE platform.idempotency_keys OWNER TO cvault_owner;
@@ -1475,6 +1477,7 @@ GRANT UPDATE(fingerprint) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT UPDATE(status) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT UPDATE(response_sealed) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT UPDATE(created_at) ON TABLE platform.idempotency_keys TO cvault_sys;
+GRANT UPDATE(kek_version) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT SELECT ON TABLE platform.installation TO cvault_sys;
 GRANT SELECT,DELETE ON TABLE platform.node_changes TO cvault_sys;
 GRANT INSERT ON TABLE platform.node_changes TO cvault_fn;

@@ -24,7 +24,7 @@ use crate::auth::tokens::{self, ClientToken};
 use crate::db::DbError;
 use crate::http::idempotency::{self, Claim};
 use crate::http::serve::Peer;
-use crate::http::{ClientKey, Json, Problem, context};
+use crate::http::{ClientKey, Json, Problem};
 use crate::tenancy::TenantTx;
 use crate::users::{self, RegisterError};
 
@@ -60,7 +60,7 @@ async fn register(
     }
     let hash = app.passwords.hash(password).await?;
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let place = match idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await? {
+    let place = match idempotency::claim(&mut tx, &app, key.api_key_id.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;
@@ -88,7 +88,7 @@ async fn register(
 /// under the lock.
 async fn before_hashing(app: &App, event: Attempt, email: &Email) -> Result<Option<Response>, Problem> {
     let mut tx = app.db.tenancy.begin(event.key.tenant).await?;
-    let claim = idempotency::claim(&mut tx, &app.keys, event.key.api_key_id.to_string()).await?;
+    let claim = idempotency::claim(&mut tx, app, event.key.api_key_id.to_string()).await?;
     let taken = users::email_exists(&mut tx, email).await?;
     // the claim is given back: hashing takes a fifth of a second, and no transaction waits for it
     tx.rollback().await?;
@@ -117,7 +117,8 @@ async fn login(
     let event = Attempt { kind: AuthKind::Login, key, client_ip: peer.ip() };
     let account = Account::of(key.tenant, &body.email);
     event.admitted(&app, app.throttles.before_login(key.tenant, peer.ip())).await?;
-    if let Some(replay) = replayed(&app, key).await? {
+    // without the costly hash: the first answer was given to the same password
+    if let Some(replay) = idempotency::earlier(&app, key.tenant, key.api_key_id.to_string()).await? {
         return Ok(replay);
     }
     event.admitted(&app, app.throttles.guess(account)).await?;
@@ -135,7 +136,7 @@ async fn login(
     if let Some(Rehashed { old, new }) = rehashed {
         users::replace_hash(&mut tx, user, &old, &new).await?;
     }
-    let place = match idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await? {
+    let place = match idempotency::claim(&mut tx, &app, key.api_key_id.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;
@@ -147,20 +148,6 @@ async fn login(
     idempotency::keep(&mut tx, &app.keys, place, StatusCode::OK, &answer).await?;
     tx.commit().await?;
     Ok(Json(answer).into_response())
-}
-
-/// The first answer, without the costly hash: it was given to the same password.
-async fn replayed(app: &App, key: ClientKey) -> Result<Option<Response>, Problem> {
-    if !context::is_idempotent() {
-        return Ok(None);
-    }
-    let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let claim = idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await?;
-    tx.rollback().await?;
-    Ok(match claim {
-        Claim::Proceed(_) => None,
-        Claim::Replay(replay) => Some(replay.into_response()),
-    })
 }
 
 /// Whose password it was, and whether it was right. A disabled user is nobody.
@@ -207,7 +194,7 @@ async fn refresh_tokens(
 ) -> Result<Response, Problem> {
     let event = Attempt { kind: AuthKind::Refresh, key, client_ip: peer.ip() };
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let place = match idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await? {
+    let place = match idempotency::claim(&mut tx, &app, key.api_key_id.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;
@@ -251,7 +238,7 @@ async fn logout(
     let event = Attempt { kind: AuthKind::Logout, key, client_ip: peer.ip() };
     let now = app.clock.now();
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let place = match idempotency::claim(&mut tx, &app.keys, key.api_key_id.to_string()).await? {
+    let place = match idempotency::claim(&mut tx, &app, key.api_key_id.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;

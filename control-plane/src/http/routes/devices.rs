@@ -134,7 +134,7 @@ async fn register_once(
     caller: Caller,
     new: NewDevice,
 ) -> Result<Once<Box<Registered>>, Problem> {
-    let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
+    let place = match idempotency::claim(tx, app, caller.user.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => return again(app, tx, caller, &replay).await.map(Once::Replay),
     };
@@ -408,7 +408,7 @@ async fn rotate_once(
     caller: Caller,
     new: NewDeviceKeys,
 ) -> Result<Once<Box<devices::Rotated>>, Problem> {
-    let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
+    let place = match idempotency::claim(tx, app, caller.user.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => return again(app, tx, caller, &replay).await.map(Once::Replay),
     };
@@ -443,7 +443,7 @@ async fn delete_once(
     caller: Caller,
     id: DeviceId,
 ) -> Result<Once<devices::Revoked>, Problem> {
-    let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
+    let place = match idempotency::claim(tx, app, caller.user.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => return Ok(Once::Replay(replay.into_response())),
     };
