@@ -142,6 +142,8 @@ impl TenantTx {
 }
 
 #[cfg(test)]
+mod crossing;
+#[cfg(test)]
 mod hostile;
 #[cfg(test)]
 mod tests;

@@ -76,8 +76,27 @@ pub enum PoolCommand {
         /// Without it, a /64 is drawn from the unique local addresses
         #[arg(long, value_name = "CIDR")]
         v6: Option<Ipv6Net>,
+        /// Seconds a released address rests; without it, CVAULT_QUARANTINE_SECONDS
+        #[arg(long, value_name = "SECONDS")]
+        quarantine: Option<u32>,
+        /// Take the address of a device back when it disconnects
+        #[arg(long)]
+        reclaim: bool,
     },
     List,
+    Show {
+        id: PoolId,
+    },
+    /// Change a pool; what is not named stays
+    Update {
+        id: PoolId,
+        #[arg(long)]
+        name: Option<String>,
+        #[arg(long, value_name = "SECONDS")]
+        quarantine: Option<u32>,
+        #[arg(long, value_name = "true|false")]
+        reclaim: Option<bool>,
+    },
     /// Delete a pool that no server and no device uses
     Delete {
         id: PoolId,

@@ -18,7 +18,7 @@ use crate::config::{Config, Faults, Lookup, Overrides, ServeConfig};
 use crate::db::{DbError, Tx};
 use crate::dev::{self, DevError};
 use crate::http::Problem;
-use crate::ipam::{self, CreatePoolError, DeletePoolError, NewPool};
+use crate::ipam::{self, CreatePoolError, DeletePoolError, NewPool, Pool, PoolChange};
 use crate::keys::RotateError;
 use crate::mail::{RetryError, SendError};
 use crate::serve::{self, StartError};
@@ -48,6 +48,8 @@ pub enum AdminError {
     RemoveServer(#[from] RemoveServerError),
     #[error("there is no such server")]
     NoServer,
+    #[error("there is no such pool")]
+    NoPool,
     #[error(transparent)]
     Rotate(#[from] RotateError),
     #[error(transparent)]
@@ -150,12 +152,29 @@ fn refused(problem: Problem) -> AdminError {
 
 async fn pool(app: &App, command: PoolCommand) -> Result<Value, AdminError> {
     match command {
-        PoolCommand::Create { name, v4, v6 } => {
+        PoolCommand::Create { name, v4, v6, quarantine, reclaim } => {
             let v6 = v6.unwrap_or_else(|| ipam::draw_ula(&mut StdRng::from_os_rng()));
-            let pool = NewPool { name, ipv4: v4, ipv6: v6, quarantine_seconds: app.config.quarantine_seconds };
+            let quarantine_seconds = quarantine.unwrap_or(app.config.quarantine_seconds);
+            let pool = NewPool { name, ipv4: v4, ipv6: v6, quarantine_seconds, reclaim };
             let mut tx = Tx::begin(&app.db.sys).await?;
             let made = ipam::create_pool_noted(&mut tx, &pool, &cli()).await;
             Ok(json!({"pool_id": tx.finish(made).await?, "v6": v6}))
+        }
+        PoolCommand::Show { id } => {
+            let found = ipam::list_details(&app.db.sys, Some(id), None, 1).await?.pop();
+            Ok(shown_pool(found.ok_or(AdminError::NoPool)?))
+        }
+        PoolCommand::Update { id, name, quarantine, reclaim } => {
+            let change = PoolChange { name, quarantine_seconds: quarantine, reclaim };
+            let mut tx = Tx::begin(&app.db.sys).await?;
+            let work = match ipam::update_pool(&mut tx, id, change, &cli()).await {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(AdminError::NoPool),
+                Err(error) => Err(error.into()),
+            };
+            tx.finish(work).await?;
+            let found = ipam::list_details(&app.db.sys, Some(id), None, 1).await?.pop();
+            Ok(shown_pool(found.ok_or(AdminError::NoPool)?))
         }
         PoolCommand::Delete { id } => {
             let mut tx = Tx::begin(&app.db.sys).await?;
@@ -165,17 +184,16 @@ async fn pool(app: &App, command: PoolCommand) -> Result<Value, AdminError> {
         }
         PoolCommand::List => {
             let pools = ipam::list_pools(&app.db.sys).await?;
-            let rows: Vec<Value> = pools
-                .into_iter()
-                .map(|pool| {
-                    json!({"id": pool.id, "name": pool.name, "v4": pool.ipv4, "v6": pool.ipv6,
-                           "quarantine_seconds": pool.quarantine_seconds, "allocated": pool.allocated,
-                           "quarantined": pool.quarantined, "size": pool.size})
-                })
-                .collect();
+            let rows: Vec<Value> = pools.into_iter().map(shown_pool).collect();
             Ok(json!({"pools": rows}))
         }
     }
+}
+
+fn shown_pool(pool: Pool) -> Value {
+    json!({"id": pool.id, "name": pool.name, "v4": pool.ipv4, "v6": pool.ipv6,
+           "quarantine_seconds": pool.quarantine_seconds, "reclaim": pool.reclaim, "servers": pool.servers,
+           "allocated": pool.allocated, "quarantined": pool.quarantined, "size": pool.size})
 }
 
 async fn server(app: &App, command: ServerCommand) -> Result<Value, AdminError> {

@@ -7,6 +7,7 @@ use uuid::Uuid;
 use crate::audit;
 use crate::db::DbError;
 use crate::devices::{self, Device};
+use crate::ipam;
 use crate::servers::{self, Server};
 use crate::tenancy::TenantTx;
 
@@ -16,6 +17,9 @@ pub enum ConnectError {
     NotFound,
     #[error("no server can take this device now")]
     ServerUnavailable,
+    /// Only for a device whose address was taken back when it disconnected.
+    #[error("the address pool is exhausted")]
+    PoolExhausted,
     #[error("the tenant has carried {used} of {max} bytes this month")]
     BandwidthLimit { max: i64, used: i64 },
     #[error(transparent)]
@@ -30,6 +34,8 @@ pub struct Connection {
     pub server: Server,
     /// The server the device was moved away from. After COMMIT, call `Hub::server_changed` for both.
     pub moved_from: Option<ServerId>,
+    /// It has another address than before. After COMMIT, call `Hub::server_changed`.
+    pub readdressed: bool,
 }
 
 /// Opens a session of a device of `user`, or returns the open one.
@@ -48,9 +54,11 @@ pub async fn connect(
         let devices::Carried { max, used } = devices::carried(tx).await?;
         return Err(ConnectError::BandwidthLimit { max, used });
     }
-    let device = devices::find(tx, user, id).await?.ok_or(ConnectError::NotFound)?;
+    let mut device = devices::find(tx, user, id).await?.ok_or(ConnectError::NotFound)?;
     let current = servers::find(tx, device.server).await?;
+    let readdressed = device.reclaimed;
     let target = match (current, region) {
+        (current, region) if readdressed => readdress(tx, &mut device, current, region, now).await?,
         (Some(server), None) => server,
         (Some(server), Some(region)) if server.region == region => server,
         (Some(server), Some(region)) => servers::candidates(tx, Some(region), now)
@@ -71,11 +79,39 @@ pub async fn connect(
     };
     audit::record(tx, entry).await?;
     let moved_from = (target.id != device.server).then_some(device.server);
-    if moved_from.is_some() {
-        // last: from here to COMMIT both servers' rows are locked
+    // last: from here to COMMIT the servers' rows are locked
+    if readdressed {
+        place_device(tx, id).await?;
+    } else if moved_from.is_some() {
         move_device(tx, id, target.id).await?;
     }
-    Ok(Connection { session, device, server: target, moved_from })
+    Ok(Connection { session, device, server: target, moved_from, readdressed })
+}
+
+/// Gives a device that has no address one on its server, or, when that takes no devices or another region is asked for, on
+/// the least loaded one that has an address left. It may change pools: nothing of it is left in its own.
+async fn readdress(
+    tx: &mut TenantTx,
+    device: &mut Device,
+    current: Option<Server>,
+    region: Option<&str>,
+    now: OffsetDateTime,
+) -> Result<Server, ConnectError> {
+    let stays = |server: &Server| server.active && region.is_none_or(|region| region == server.region);
+    let candidates = match current.filter(stays) {
+        Some(server) => vec![server],
+        None => servers::candidates(tx, region, now).await?,
+    };
+    let mut refusal = ConnectError::ServerUnavailable;
+    for server in candidates {
+        let Some(addresses) = ipam::restore(tx, device.id, server.id).await? else {
+            refusal = ConnectError::PoolExhausted;
+            continue;
+        };
+        (device.addresses, device.server, device.reclaimed) = (addresses, server.id, false);
+        return Ok(server);
+    }
+    Err(refusal)
 }
 
 /// What is left of the tenant's month.
@@ -130,12 +166,19 @@ async fn move_device(tx: &mut TenantTx, id: DeviceId, server: ServerId) -> Resul
     sqlx::query_scalar!("select platform.move_peer($1, $2)", id.uuid(), server.uuid())
         .fetch_one(tx.conn())
         .await
-        .map_err(|error| {
-            let error = DbError::from(error);
-            match error.constraint() {
-                Some("servers_open_for_peers") => ConnectError::ServerUnavailable,
-                Some(_) | None => ConnectError::Db(error),
-            }
-        })?;
+        .map_err(refused)?;
     Ok(())
+}
+
+async fn place_device(tx: &mut TenantTx, id: DeviceId) -> Result<(), ConnectError> {
+    sqlx::query_scalar!("select platform.place_peer($1)", id.uuid()).fetch_one(tx.conn()).await.map_err(refused)?;
+    Ok(())
+}
+
+fn refused(error: sqlx::Error) -> ConnectError {
+    let error = DbError::from(error);
+    match error.constraint() {
+        Some("servers_open_for_peers") => ConnectError::ServerUnavailable,
+        Some(_) | None => ConnectError::Db(error),
+    }
 }

@@ -20,6 +20,7 @@ pub(crate) async fn platform() -> (Platform, ServerId) {
         ipv4: "10.8.0.0/16".parse().unwrap(),
         ipv6: "fd00:cafe::/64".parse().unwrap(),
         quarantine_seconds: 60,
+        reclaim: false,
     };
     ipam::create_pool(sys, &pool).await.unwrap();
     let server = server(&platform, "s1", "lab-1", "203.0.113.10").await;

@@ -288,7 +288,7 @@ async fn list(
 }
 
 fn shown(device: devices::Device, server: Option<&Server>, now: OffsetDateTime) -> Device {
-    let acked = server.is_some_and(|server| server.acked_revision >= device.placed_revision);
+    let acked = !device.reclaimed && server.is_some_and(|server| server.acked_revision >= device.placed_revision);
     Device {
         device_id: device.id,
         tunnel_up: device.tunnel_up(now),
@@ -328,6 +328,7 @@ async fn get(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -
            ("format" = Option<String>, Query, description = "`qr`: an SVG picture instead of the text.")),
     responses((status = 200, content((String = "text/plain"), (String = "image/svg+xml"))),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
+              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "CONFLICT: its pool took the address back when it disconnected"),
               (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn config(
@@ -341,6 +342,12 @@ async fn config(
         tx.rollback().await?;
         return Err(Problem::new(ErrorCode::NotFound));
     };
+    if device.reclaimed {
+        tx.rollback().await?;
+        return Err(Problem::new(ErrorCode::Conflict).detail(
+            "The device has no address since it disconnected. Connect it: the answer holds its configuration.",
+        ));
+    }
     let keys = devices::config_of(&mut tx, &app.keys, id).await?;
     let server = servers::find(&mut tx, device.server).await?;
     let client = tenants::client_settings(&mut tx).await?;
