@@ -28,6 +28,7 @@ const STEPS: &[Step] = &[
     Step { name: "idempotency_keys", run: |conn, _| Box::pin(idempotency_keys(conn)) },
     Step { name: "refresh_tokens", run: |conn, _| Box::pin(refresh_tokens(conn)) },
     Step { name: "portal", run: |conn, _| Box::pin(crate::portal::trim(conn, BATCH)) },
+    Step { name: "staff", run: |conn, _| Box::pin(crate::auth::admin_tokens::trim(conn)) },
     Step { name: "usage_windows", run: |conn, _| Box::pin(usage_windows(conn)) },
     Step { name: "outbox", run: |conn, retention| Box::pin(outbox(conn, retention.mail_days)) },
     Step { name: "auth_events", run: |conn, retention| Box::pin(auth_events(conn, retention.auth_events_days)) },

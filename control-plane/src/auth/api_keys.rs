@@ -21,6 +21,7 @@ use subtle::ConstantTimeEq;
 use time::OffsetDateTime;
 
 use super::opaque;
+use super::tokens::ClientToken;
 use crate::app::App;
 use crate::db::DbError;
 use crate::http::extract::single;
@@ -28,6 +29,7 @@ use crate::http::limit::{Allowance, Decision};
 use crate::http::serve::Peer;
 use crate::http::{Problem, context};
 use crate::keys::PlatformSecrets;
+use crate::metrics;
 use crate::tenancy::TenantTx;
 
 pub use manage::{
@@ -72,6 +74,7 @@ struct StoredKey {
     in_scope: bool,
     origin: Origin,
     per_minute: u32,
+    user_per_minute: u32,
 }
 
 /// Where a browser says that the call comes from. Other programs say nothing.
@@ -96,15 +99,17 @@ pub fn scope_of(path: &str) -> Option<Scope> {
 }
 
 /// For calls that carry a user token besides the key. The key is public: what its tenant is charged with, and told,
-/// waits for `prove`, which checks the token.
+/// waits for `prove`, which checks the token. The user is charged first: what is refused to one user costs the others
+/// nothing.
 ///
 /// # Errors
-/// `INVALID_API_KEY`, `TENANT_SUSPENDED`, `ORIGIN_NOT_ALLOWED`, `INSUFFICIENT_SCOPE`, what `prove` says, or the database's.
-pub async fn authenticate_key<T>(
+/// `INVALID_API_KEY`, `TENANT_SUSPENDED`, `ORIGIN_NOT_ALLOWED`, `INSUFFICIENT_SCOPE`, `RATE_LIMITED`, what `prove` says, or
+/// the database's.
+pub async fn authenticate_user(
     app: &App,
     request: &Parts,
-    prove: impl FnOnce(AuthenticatedKey) -> Result<T, Problem>,
-) -> Result<T, Problem> {
+    prove: impl FnOnce(AuthenticatedKey) -> Result<ClientToken, Problem>,
+) -> Result<ClientToken, Problem> {
     let ip = Peer::of(request).ip();
     app.throttles.before_credentials(ip)?;
     let proven = match find(app, request).await {
@@ -112,6 +117,11 @@ pub async fn authenticate_key<T>(
         Err(problem) => Err(problem),
     };
     let (stored, proof) = proven.inspect_err(|problem| note_failure(app, ip, problem))?;
+    let decision = app.throttles.user(proof.user, Allowance::per_minute(stored.user_per_minute));
+    context::user_identified(stored.authenticated.tenant, decision);
+    if !decision.allowed {
+        return Err(rate_limited("user", decision));
+    }
     admit(app, &stored, charge(app, &stored))?;
     Ok(proof)
 }
@@ -119,7 +129,7 @@ pub async fn authenticate_key<T>(
 /// For calls of the tenant's own backend: the secret is needed too.
 ///
 /// # Errors
-/// As [`authenticate_key`], and `SECRET_KEY_IN_BROWSER` when an `Origin` header says a browser sent the secret.
+/// As [`authenticate_user`], and `SECRET_KEY_IN_BROWSER` when an `Origin` header says a browser sent the secret.
 pub async fn authenticate_secret(app: &App, request: &Parts) -> Result<AuthenticatedKey, Problem> {
     let headers = &request.headers;
     if headers.contains_key(ORIGIN) && headers.contains_key(SECRET_HEADER) {
@@ -176,6 +186,7 @@ async fn find(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
     let origin = request.headers.get(ORIGIN);
     let row = sqlx::query!(
         r#"select k.tenant_id, k.api_key_id, k.secret_hash, t.status, t.rate_limit_per_minute, t.public_clients,
+                  t.user_rate_limit_per_minute,
                   case when k.previous_valid_until > $2 then k.previous_secret_hash end as previous_secret_hash,
                   coalesce($3 = any (k.scopes), true) as "in_scope!",
                   coalesce($4 = any (t.allowed_origins), false) as "origin_allowed!"
@@ -200,6 +211,8 @@ async fn find(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
         // now, so that a page can read also why it is refused
         context::origin_allowed(origin);
     }
+    let own = |limit: Option<i32>| limit.and_then(|limit| u32::try_from(limit).ok());
+    let per_minute = own(row.rate_limit_per_minute).unwrap_or(app.config.rate_limit_per_minute);
     Ok(StoredKey {
         authenticated: AuthenticatedKey {
             tenant: TenantId::from_uuid(row.tenant_id),
@@ -211,10 +224,9 @@ async fn find(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
         public_clients: row.public_clients,
         in_scope: row.in_scope,
         origin,
-        per_minute: row
-            .rate_limit_per_minute
-            .and_then(|limit| u32::try_from(limit).ok())
-            .unwrap_or(app.config.rate_limit_per_minute),
+        per_minute,
+        // one user alone cannot use up what all of them share
+        user_per_minute: own(row.user_rate_limit_per_minute).unwrap_or(per_minute.div_ceil(2)),
     })
 }
 
@@ -234,8 +246,7 @@ fn admit(app: &App, stored: &StoredKey, decision: Decision) -> Result<(), Proble
     let AuthenticatedKey { tenant, api_key_id } = stored.authenticated;
     context::identified(tenant, decision);
     if !decision.allowed {
-        let (max, seconds) = (i64::from(decision.quota), decision.retry_after_seconds);
-        return Err(Problem::new(ErrorCode::RateLimited).limit("requests_per_minute", max, max).retry_after(seconds));
+        return Err(rate_limited("tenant", decision));
     }
     if stored.suspended {
         return Err(Problem::new(ErrorCode::TenantSuspended));
@@ -250,6 +261,12 @@ fn admit(app: &App, stored: &StoredKey, decision: Decision) -> Result<(), Proble
     }
     app.uses.note(tenant, api_key_id, app.clock.now());
     Ok(())
+}
+
+fn rate_limited(policy: &'static str, decision: Decision) -> Problem {
+    metrics::rate_limited(policy);
+    let (max, seconds) = (i64::from(decision.quota), decision.retry_after_seconds);
+    Problem::new(ErrorCode::RateLimited).limit("requests_per_minute", max, max).retry_after(seconds)
 }
 
 fn hash_secret(secrets: &PlatformSecrets, secret: &str) -> [u8; 32] {

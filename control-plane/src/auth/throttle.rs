@@ -8,11 +8,12 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use cvault_types::{ErrorCode, TenantAdminId, TenantId};
+use cvault_types::{ErrorCode, TenantAdminId, TenantId, UserId};
 use sha2::{Digest, Sha256};
 
 use crate::http::Problem;
 use crate::http::limit::{Allowance, Decision, Limiter};
+use crate::metrics;
 use crate::network::Network;
 
 /// Calls with a wrong key, secret or token from one network.
@@ -32,6 +33,8 @@ const MAILS: Allowance = Allowance { count: 5, window: Duration::from_secs(3600)
 const SIGNUPS: Allowance = Allowance { count: 10, window: Duration::from_secs(3600) };
 /// Requests of one person in the portal. Not the tenant's own allowance: a busy API must not lock its people out.
 const PORTAL: Allowance = Allowance::per_minute(300);
+/// Requests of one of the platform's staff, or of its back office.
+const STAFF: Allowance = Allowance::per_minute(3_000);
 
 /// One for the process.
 #[derive(Debug, Default)]
@@ -42,6 +45,9 @@ pub struct Throttles {
     credentials: Limiter<Network>,
     logins: Limiter<(TenantId, Network)>,
     accounts: Limiter<Account>,
+    users: Limiter<UserId>,
+    staff: Limiter<Account>,
+    staff_credentials: Limiter<Network>,
     portal: Limiter<TenantAdminId>,
     portal_logins: Limiter<Network>,
     signups: Limiter<Network>,
@@ -57,6 +63,11 @@ impl Account {
     pub fn of(tenant: TenantId, email: &str) -> Self {
         let text = email.to_ascii_lowercase();
         let digest = Sha256::new().chain_update(tenant.uuid().as_bytes()).chain_update(text).finalize();
+        Self(std::array::from_fn(|index| digest[index]))
+    }
+
+    fn of_staff(subject: &str) -> Self {
+        let digest = Sha256::new().chain_update("staff\0").chain_update(subject).finalize();
         Self(std::array::from_fn(|index| digest[index]))
     }
 }
@@ -106,6 +117,33 @@ impl Throttles {
     pub fn public_registration(&self, tenant: TenantId, ip: Option<IpAddr>) -> Result<(), Problem> {
         let Some(network) = ip.map(Network::of) else { return Ok(()) };
         refuse(self.public_registrations.charge((tenant, network), PUBLIC_REGISTRATIONS, Instant::now()))
+    }
+
+    /// Counts a request of a tenant's user.
+    pub fn user(&self, user: UserId, allowance: Allowance) -> Decision {
+        self.users.charge(user, allowance, Instant::now())
+    }
+
+    /// Counts a request of platform staff.
+    pub fn staff(&self, subject: &str) -> Decision {
+        self.staff.charge(Account::of_staff(subject), STAFF, Instant::now())
+    }
+
+    /// Asked before an admin token is looked at. Apart from [`Throttles::before_credentials`]: a tenant's broken backend must not lock
+    /// out staff of the same network.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for a network that has failed too often.
+    pub fn before_staff(&self, ip: Option<IpAddr>) -> Result<(), Problem> {
+        let Some(network) = ip.map(Network::of) else { return Ok(()) };
+        refuse(self.staff_credentials.ask(network, CREDENTIALS, Instant::now()))
+    }
+
+    /// Notes an admin token that was wrong.
+    pub fn staff_failed(&self, ip: Option<IpAddr>) {
+        if let Some(network) = ip.map(Network::of) {
+            self.staff_credentials.charge(network, CREDENTIALS, Instant::now());
+        }
     }
 
     /// Counts a request of somebody who is logged in to the portal.
@@ -189,6 +227,7 @@ fn refuse(decision: Decision) -> Result<(), Problem> {
     if decision.allowed {
         return Ok(());
     }
+    metrics::rate_limited("throttle");
     Err(Problem::new(ErrorCode::RateLimited)
         .detail("Too many attempts. Wait as long as Retry-After says.")
         .retry_after(decision.retry_after_seconds))

@@ -25,6 +25,8 @@ pub struct RequestContext {
     pub id: RequestId,
     pub tenant: OnceLock<TenantId>,
     pub rate: OnceLock<Rate>,
+    /// What the limiter said of the tenant's user, beside `rate`.
+    pub user_rate: OnceLock<Decision>,
     /// The caller's origin, when its tenant has allowed it.
     pub origin: OnceLock<HeaderValue>,
     /// When the request's head was complete.
@@ -41,7 +43,7 @@ pub struct RequestContext {
 /// What the limiter said, and of whom.
 #[derive(Debug, Clone, Copy)]
 pub struct Rate {
-    /// The policy's name: `tenant`, `person`.
+    /// The policy's name: `tenant`, `person`, `staff`.
     pub policy: &'static str,
     pub decision: Decision,
 }
@@ -82,6 +84,7 @@ impl RequestContext {
             id: RequestId::from_uuid(Uuid::now_v7()),
             tenant: OnceLock::new(),
             rate: OnceLock::new(),
+            user_rate: OnceLock::new(),
             origin: OnceLock::new(),
             arrived: Instant::now(),
             // without scheme and host: HTTP/2 sends them, HTTP/1.1 does not
@@ -123,6 +126,27 @@ pub(crate) fn identified(tenant: TenantId, decision: Decision) {
 /// As [`identified`], where one person of the tenant is limited.
 pub(crate) fn person_identified(tenant: TenantId, decision: Decision) {
     note(tenant, Rate { policy: "person", decision });
+}
+
+/// Notes whose user the caller is, and what the limiter said of that user.
+pub(crate) fn user_identified(tenant: TenantId, decision: Decision) {
+    let noted = CONTEXT.try_with(|context| {
+        context.tenant.get_or_init(|| tenant);
+        context.user_rate.get_or_init(|| decision);
+    });
+    if noted.is_err() {
+        tracing::debug!("identified outside of a request");
+    }
+}
+
+/// Notes what the limiter said of one of the platform's staff.
+pub(super) fn staff_identified(decision: Decision) {
+    let noted = CONTEXT.try_with(|context| {
+        context.rate.get_or_init(|| Rate { policy: "staff", decision });
+    });
+    if noted.is_err() {
+        tracing::debug!("identified outside of a request");
+    }
 }
 
 fn note(tenant: TenantId, rate: Rate) {

@@ -19,7 +19,9 @@ pub use portal::Portal;
 use super::{Problem, context};
 use crate::app::App;
 use crate::auth::api_keys::{self, AuthenticatedKey, Proof};
-use crate::auth::tokens;
+use crate::auth::{admin_tokens, tokens};
+use crate::http::serve::Peer;
+use crate::metrics;
 
 /// The largest body the API reads.
 pub const MAX_BODY_BYTES: usize = 1 << 20;
@@ -66,7 +68,10 @@ pub struct ClientKey {
 /// Platform staff: bearer token of audience `admin`.
 #[derive(Debug, Clone)]
 pub struct Admin {
+    /// Who the token was made for.
     pub subject: String,
+    /// `X-Challenge-Token`: the second proof that some operations ask for.
+    pub challenge_token: Option<String>,
     pub request_id: RequestId,
 }
 
@@ -85,7 +90,7 @@ impl FromRequestParts<App> for Caller {
                     .detail("The token belongs to another tenant than the API key."))
             }
         };
-        let claims = api_keys::authenticate_key(app, parts, token).await?;
+        let claims = api_keys::authenticate_user(app, parts, token).await?;
         Ok(Self { tenant: claims.tenant, user: claims.user, request_id: context::request_id() })
     }
 }
@@ -112,14 +117,35 @@ impl FromRequestParts<App> for Admin {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-        let subject = tokens::verify_admin(
-            &app.secrets.token_key,
-            &app.config.public_url,
-            bearer(&parts.headers)?,
-            app.clock.now(),
-        )?;
-        Ok(Self { subject, request_id: context::request_id() })
+        let ip = Peer::of(parts).ip();
+        app.throttles.before_staff(ip)?;
+        let subject = staff_token(app, parts).await.inspect_err(|problem| {
+            // nobody is charged for a database that is away
+            if matches!(problem.code(), ErrorCode::InvalidToken | ErrorCode::TokenExpired) {
+                app.throttles.staff_failed(ip);
+            }
+        })?;
+        let decision = app.throttles.staff(&subject);
+        context::staff_identified(decision);
+        if !decision.allowed {
+            metrics::rate_limited("staff");
+            let (max, seconds) = (i64::from(decision.quota), decision.retry_after_seconds);
+            let problem = Problem::new(ErrorCode::RateLimited).limit("requests_per_minute", max, max);
+            return Err(problem.retry_after(seconds));
+        }
+        let challenge_token = single(&parts.headers, "x-challenge-token").map(str::to_owned);
+        Ok(Self { subject, challenge_token, request_id: context::request_id() })
     }
+}
+
+/// The subject of an admin token that nobody has revoked.
+async fn staff_token(app: &App, parts: &Parts) -> Result<String, Problem> {
+    let (key, issuer) = (&app.secrets.token_key, &app.config.public_url);
+    let token = tokens::verify_admin(key, issuer, bearer(&parts.headers)?, app.clock.now())?;
+    if admin_tokens::is_revoked(&app.db.sys, token.id).await? {
+        return Err(Problem::new(ErrorCode::InvalidToken).detail("This token was revoked."));
+    }
+    Ok(token.subject)
 }
 
 pub(super) fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {

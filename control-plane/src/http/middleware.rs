@@ -15,7 +15,7 @@ use http::header::{
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use tokio::sync::Semaphore;
 
-use super::context::{Rate, RequestContext};
+use super::context::RequestContext;
 use super::{Problem, cors};
 use crate::metrics;
 
@@ -66,10 +66,11 @@ pub async fn own_task(State(in_flight): State<InFlight>, request: Request, next:
         let context = Arc::clone(&context);
         let finishing = Arc::clone(&context);
         let (method, route) = (method.clone(), route.clone());
+        let serving = metrics::serving();
         async move {
             let response = context.scope(async move { as_problem(next.run(request).await) }).await;
             log(&finishing, method.as_str(), &route, response.status(), started);
-            drop(permit);
+            drop((permit, serving));
             response
         }
     };
@@ -163,12 +164,19 @@ pub(super) fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
     if let Some(origin) = context.origin.get() {
         cors::allow(headers, origin.clone());
     }
-    if let Some(Rate { policy: name, decision: rate }) = context.rate.get() {
-        // draft-ietf-httpapi-ratelimit-headers
-        let policy = format!("\"{name}\";q={};w=60", rate.quota);
-        let state = format!("\"{name}\";r={};t={}", rate.remaining, rate.reset_seconds);
-        headers.insert(RATE_LIMIT_POLICY, HeaderValue::from_str(&policy).expect("digits are ASCII"));
-        headers.insert(RATE_LIMIT, HeaderValue::from_str(&state).expect("digits are ASCII"));
+    let rates = context.rate.get().map(|rate| (rate.policy, rate.decision));
+    let rates = rates.into_iter().chain(context.user_rate.get().map(|decision| ("user", *decision)));
+    // draft-ietf-httpapi-ratelimit-headers
+    let (policies, states): (Vec<_>, Vec<_>) = rates
+        .map(|(name, rate)| {
+            let policy = format!("\"{name}\";q={};w=60", rate.quota);
+            (policy, format!("\"{name}\";r={};t={}", rate.remaining, rate.reset_seconds))
+        })
+        .unzip();
+    if !policies.is_empty() {
+        let policies = HeaderValue::from_str(&policies.join(", ")).expect("digits are ASCII");
+        headers.insert(RATE_LIMIT_POLICY, policies);
+        headers.insert(RATE_LIMIT, HeaderValue::from_str(&states.join(", ")).expect("digits are ASCII"));
     }
 }
 

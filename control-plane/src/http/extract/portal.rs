@@ -12,6 +12,7 @@ use crate::app::App;
 use crate::auth::{opaque, tokens};
 use crate::http::serve::Peer;
 use crate::http::{Problem, browser, context};
+use crate::metrics;
 use crate::portal::sessions::{self, Credential, Found};
 
 /// Whoever calls `/api/v1/tenant/*`. A suspended tenant's people may read, and change nothing.
@@ -63,6 +64,7 @@ impl Portal {
         let decision = app.throttles.portal(found.token.admin);
         context::person_identified(found.token.tenant, decision);
         if !decision.allowed {
+            metrics::rate_limited("person");
             let (max, seconds) = (i64::from(decision.quota), decision.retry_after_seconds);
             return Err(Problem::new(ErrorCode::RateLimited)
                 .limit("requests_per_minute", max, max)
