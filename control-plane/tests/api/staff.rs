@@ -135,6 +135,7 @@ async fn suspending_deleting_and_other_limits_need_an_approval_that_is_good_once
 
 #[tokio::test]
 async fn one_user_cannot_use_up_what_its_tenant_may_send() {
+    cvault_control_plane::metrics::install();
     let platform = Platform::start().await;
     let tenant = platform.tenant_with(json!({"name": "Acme", "rate_limit_per_minute": 20})).await;
     let busy = Person::of(&platform, &tenant, "busy@example.com").await;
