@@ -137,20 +137,21 @@ impl Throttles {
         refuse(self.mails.charge(account, MAILS, Instant::now()))
     }
 
-    /// Asked before an account is made. Addresses can be tried out here, too.
+    /// Counts an account before it is made, so that simultaneous ones count too; see [`Throttles::not_signed_up`].
+    /// Addresses can be tried out here, too.
     ///
     /// # Errors
     /// `RATE_LIMITED` for a network that has made too many, or failed too often.
     pub fn before_signup(&self, ip: Option<IpAddr>) -> Result<(), Problem> {
         let Some(network) = ip.map(Network::of) else { return Ok(()) };
-        refuse(self.signups.ask(network, SIGNUPS, Instant::now()))?;
-        refuse(self.portal_logins.ask(network, LOGINS, Instant::now()))
+        refuse(self.portal_logins.ask(network, LOGINS, Instant::now()))?;
+        refuse(self.signups.charge(network, SIGNUPS, Instant::now()))
     }
 
-    /// Notes an account that was made.
-    pub fn signed_up(&self, ip: Option<IpAddr>) {
+    /// No account was made.
+    pub fn not_signed_up(&self, ip: Option<IpAddr>) {
         if let Some(network) = ip.map(Network::of) {
-            self.signups.charge(network, SIGNUPS, Instant::now());
+            self.signups.give_back(network, SIGNUPS);
         }
     }
 

@@ -36,6 +36,8 @@ pub struct RequestContext {
     body_digest: OnceLock<[u8; 32]>,
     /// Of a request to the portal only.
     sensitive: Option<(Option<String>, Seen)>,
+    /// The caller's credentials are right.
+    proven: OnceLock<()>,
 }
 
 /// What the limiter said, and of whom.
@@ -89,6 +91,7 @@ impl RequestContext {
             idempotency_key: key,
             body_digest: OnceLock::new(),
             sensitive,
+            proven: OnceLock::new(),
         }
     }
 
@@ -125,8 +128,21 @@ pub(crate) fn person_identified(tenant: TenantId, decision: Decision) {
     note(tenant, Rate { policy: "person", decision });
 }
 
+/// Notes that the caller's credentials are right.
+pub(super) fn proven() {
+    if CONTEXT.try_with(|context| *context.proven.get_or_init(|| ())).is_err() {
+        tracing::debug!("credentials outside of a request");
+    }
+}
+
+/// Whether nothing has proven yet who the caller is. Nobody is a stranger outside of a request.
+pub(super) fn is_stranger() -> bool {
+    CONTEXT.try_with(|context| context.proven.get().is_none()).unwrap_or(false)
+}
+
 fn note(tenant: TenantId, rate: Rate) {
     let noted = CONTEXT.try_with(|context| {
+        context.proven.get_or_init(|| ());
         context.tenant.get_or_init(|| tenant);
         context.rate.get_or_init(|| rate);
     });

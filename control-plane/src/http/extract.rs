@@ -25,6 +25,9 @@ use crate::auth::tokens;
 pub const MAX_BODY_BYTES: usize = 1 << 20;
 /// A body must be complete within this time.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest body of somebody without credentials: a few texts of a form.
+const STRANGERS_BODY_BYTES: usize = 16 << 10;
+const STRANGERS_BODY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A JSON body. Also the JSON answer.
 #[derive(Debug)]
@@ -118,6 +121,7 @@ impl FromRequestParts<App> for Admin {
             bearer(&parts.headers)?,
             app.clock.now(),
         )?;
+        context::proven();
         Ok(Self { subject, request_id: context::request_id() })
     }
 }
@@ -142,11 +146,11 @@ pub(crate) fn single<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> 
 impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, _app: &App) -> Result<Self, Problem> {
+    async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
         if !is_json(request.headers()) {
             return Err(Problem::new(ErrorCode::UnsupportedMediaType));
         }
-        let body = read_body(request).await?;
+        let body = read_body(request, app).await?;
         context::body_was(&body);
         parse_json(&body).map(Json)
     }
@@ -170,9 +174,16 @@ fn is_json(headers: &HeaderMap) -> bool {
         })
 }
 
-async fn read_body(request: Request) -> Result<axum::body::Bytes, Problem> {
-    let body = Limited::new(request.into_body(), MAX_BODY_BYTES);
-    match tokio::time::timeout(BODY_TIMEOUT, body.collect()).await {
+async fn read_body(request: Request, app: &App) -> Result<axum::body::Bytes, Problem> {
+    let stranger = context::is_stranger();
+    let (bytes, time) =
+        if stranger { (STRANGERS_BODY_BYTES, STRANGERS_BODY_TIMEOUT) } else { (MAX_BODY_BYTES, BODY_TIMEOUT) };
+    let _reading = match stranger {
+        true => Some(app.strangers.take(request.extensions().get().copied().unwrap_or_default())?),
+        false => None,
+    };
+    let body = Limited::new(request.into_body(), bytes);
+    match tokio::time::timeout(time, body.collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(Problem::new(ErrorCode::PayloadTooLarge)),
         Ok(Err(_)) => Err(Problem::new(ErrorCode::MalformedRequest).detail("The body broke off.")),

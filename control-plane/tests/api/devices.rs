@@ -114,7 +114,8 @@ async fn a_device_is_registered_listed_read_and_deleted() {
     }
     let deleted = user.call("DELETE", &path).send().await;
     assert_eq!((deleted.status.as_u16(), deleted.text.as_str()), (204, ""));
-    user.call("DELETE", &path).refused(404, "NOT_FOUND").await;
+    assert_eq!(user.call("DELETE", &path).send().await.status, 204, "idempotent");
+    other.call("DELETE", &path).refused(404, "NOT_FOUND").await;
     user.call("GET", &path).refused(404, "NOT_FOUND").await;
 }
 

@@ -424,14 +424,15 @@ async fn rotate_once(
 #[utoipa::path(delete, path = "/api/v1/devices/{device_id}", tag = "devices", security(("api_key" = [], "user_token" = [])),
     params(("device_id" = DeviceId, Path),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
-    responses((status = 204, description = "Deleted."),
+    responses((status = 204, description = "Deleted, now or before."),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn delete(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -> Result<Response, Problem> {
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
     let work = delete_once(&app, &mut tx, caller, id).await;
     match tx.finish(work).await? {
-        Once::First(revoked) => app.nodes.server_changed(revoked.server),
+        Once::First(Some(revoked)) => app.nodes.server_changed(revoked.server),
+        Once::First(None) => {}
         Once::Replay(response) => return Ok(response),
     }
     Ok(StatusCode::NO_CONTENT.into_response())
@@ -442,12 +443,16 @@ async fn delete_once(
     tx: &mut TenantTx,
     caller: Caller,
     id: DeviceId,
-) -> Result<Once<devices::Revoked>, Problem> {
+) -> Result<Once<Option<devices::Revoked>>, Problem> {
     let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => return Ok(Once::Replay(replay.into_response())),
     };
-    let revoked = devices::revoke(tx, caller.user, id, app.clock.now(), caller.request_id).await?;
+    let revoked = match devices::revoke(tx, caller.user, id, app.clock.now(), caller.request_id).await {
+        Ok(revoked) => Some(revoked),
+        Err(RevokeError::NotFound) if devices::is_revoked(tx, caller.user, id).await? => None,
+        Err(error) => return Err(error.into()),
+    };
     idempotency::keep(tx, &app.keys, place, StatusCode::NO_CONTENT, &()).await?;
     Ok(Once::First(revoked))
 }
