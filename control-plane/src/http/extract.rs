@@ -11,6 +11,7 @@ use http::header::{AUTHORIZATION, CONTENT_TYPE};
 use http::request::Parts;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
 
 mod portal;
 
@@ -18,7 +19,7 @@ pub use portal::Portal;
 
 use super::{Problem, context};
 use crate::app::App;
-use crate::auth::api_keys::{self, AuthenticatedKey, Proof};
+use crate::auth::api_keys::{self, Proof};
 use crate::auth::tokens;
 
 /// The largest body the API reads.
@@ -73,22 +74,26 @@ pub struct Admin {
     pub request_id: RequestId,
 }
 
+impl ClientKey {
+    /// Whose `Idempotency-Key` a request brings: the backend's; or, of programs that all have the same key, that of whoever
+    /// `concerns` names. They know nothing of each other, and must not meet.
+    #[must_use]
+    pub fn principal(&self, concerns: &[u8]) -> String {
+        match self.proof {
+            Proof::Secret => self.api_key_id.to_string(),
+            Proof::KeyAlone => format!("{}/{}", self.api_key_id, hex::encode(Sha256::digest(concerns))),
+        }
+    }
+}
+
 impl FromRequestParts<App> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-        let token = |key: AuthenticatedKey| {
-            let bearer = bearer(&parts.headers)?;
-            let claims =
-                tokens::verify_client(&app.secrets.token_key, &app.config.public_url, bearer, app.clock.now())?;
-            if claims.tenant == key.tenant {
-                Ok(claims)
-            } else {
-                Err(Problem::new(ErrorCode::InvalidToken)
-                    .detail("The token belongs to another tenant than the API key."))
-            }
-        };
-        let claims = api_keys::authenticate_key(app, parts, token).await?;
+        let (key, issuer) = (&app.secrets.token_key, &app.config.public_url);
+        let claims =
+            bearer(&parts.headers).and_then(|token| tokens::verify_client(key, issuer, token, app.clock.now()));
+        let claims = api_keys::authenticate_key(app, parts, claims).await?;
         Ok(Self { tenant: claims.tenant, user: claims.user, request_id: context::request_id() })
     }
 }
