@@ -7,30 +7,30 @@ ALTER SCHEMA platform OWNER TO cvault_owner;
 CREATE FUNCTION cvault.tenant_id() RETURNS uuid
     LANGUAGE plpgsql STABLE SECURITY DEFINER PARALLEL RESTRICTED
     SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $_$
+    AS $$
 declare
     ctx constant text := current_setting('app.ctx', true);
     body text;
     k bytea;
 begin
-    -- after COMMIT a local setting is '' and not NULL; the pattern refuses both
-    if ctx is null or ctx !~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\.[0-9]{1,10}\.[0-9]{1,18}\.[0-9a-f]{64}$' then
+    -- after COMMIT a local setting is '' and not NULL
+    if ctx is null or octet_length(ctx) not between 66 and 150 then
         return null;
     end if;
-    -- so a context that was overheard is worth nothing anywhere else
-    if split_part(ctx, '.', 2)::bigint <> pg_backend_pid()
-       or split_part(ctx, '.', 3)::bigint <> (extract(epoch from transaction_timestamp()) * 1000000)::bigint then
-        return null;
-    end if;
-    body := split_part(ctx, '.', 1) || '.' || split_part(ctx, '.', 2) || '.' || split_part(ctx, '.', 3);
+    body := left(ctx, -65);
     for k in select c.key from platform.context_keys c where c.active loop
-        if encode(sha256(k || sha256(k || convert_to(body, 'UTF8'))), 'hex') = split_part(ctx, '.', 4) then
-            return split_part(ctx, '.', 1)::uuid;
+        if body || '.' || encode(sha256(k || sha256(k || convert_to(body, 'UTF8'))), 'hex') = ctx then
+            -- so a context that was overheard is worth nothing anywhere else
+            if split_part(body, '.', 2)::bigint <> pg_backend_pid()
+               or split_part(body, '.', 3)::bigint <> (extract(epoch from transaction_timestamp()) * 1000000)::bigint then
+                return null;
+            end if;
+            return split_part(body, '.', 1)::uuid;
         end if;
     end loop;
     return null;
 end
-$_$;
+$$;
 ALTER FUNCTION cvault.tenant_id() OWNER TO cvault_fn;
 CREATE FUNCTION platform.allocate_address(p_pool uuid, p_device uuid) RETURNS TABLE(ipv4 inet, ipv6 inet)
     LANGUAGE plpgsql SECURITY DEFINER
@@ -142,18 +142,19 @@ end
 $$;
 ALTER FUNCTION platform.move_peer(p_device uuid, p_server uuid) OWNER TO cvault_fn;
 CREATE FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) RETURNS numeric
-    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-    select ('x' || substr(h, 1, 8))::bit(32)::bigint::numeric * 79228162514264337593543950336
+declare
+    h constant text := encode(sha256(p_key || sha256(p_key || uuid_send(p_device) || uuid_send(p_tenant) || p_public_key
+        || p_preshared_key_hash || substring(inet_send(p_ipv4) from 5) || substring(inet_send(p_ipv6) from 5)
+        || int8send(p_generation))), 'hex');
+begin
+    return ('x' || substr(h, 1, 8))::bit(32)::bigint::numeric * 79228162514264337593543950336
          + ('x' || substr(h, 9, 8))::bit(32)::bigint::numeric * 18446744073709551616
          + ('x' || substr(h, 17, 8))::bit(32)::bigint::numeric * 4294967296
-         + ('x' || substr(h, 25, 8))::bit(32)::bigint::numeric
-    from (
-        select encode(sha256(p_key || sha256(p_key || uuid_send(p_device) || uuid_send(p_tenant) || p_public_key
-            || p_preshared_key_hash || substring(inet_send(p_ipv4) from 5) || substring(inet_send(p_ipv6) from 5)
-            || int8send(p_generation))), 'hex') as h
-    ) as record
+         + ('x' || substr(h, 25, 8))::bit(32)::bigint::numeric;
+end
 $$;
 ALTER FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) OWNER TO cvault_fn;
 CREATE FUNCTION platform.place_peer(p_device uuid) RETURNS bigint
@@ -267,9 +268,12 @@ CREATE FUNCTION platform.suspend_user_peer(p_device uuid) RETURNS bigint
 $$;
 ALTER FUNCTION platform.suspend_user_peer(p_device uuid) OWNER TO cvault_fn;
 CREATE FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) RETURNS bigint
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
+declare
+    v_host bigint;
+begin
     update platform.addresses a
         set state = 'allocated', tenant_id = p_tenant, device_id = p_device,
             released_device_id = null
@@ -278,7 +282,9 @@ CREATE FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device 
             where f.pool_id = p_pool and f.state = 'free'
             order by f.released_at nulls first, f.host
             limit 1 for update skip locked)
-        returning a.host
+        returning a.host into v_host;
+    return v_host;
+end
 $$;
 ALTER FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) OWNER TO cvault_fn;
 CREATE FUNCTION platform.withdraw(p_device uuid, p_tenant uuid) RETURNS bigint
@@ -1111,7 +1117,7 @@ ALTER TABLE ONLY cvault.auth_events
 ALTER TABLE ONLY cvault.devices
     ADD CONSTRAINT devices_pool_fkey FOREIGN KEY (pool_id) REFERENCES platform.address_pools(pool_id);
 ALTER TABLE ONLY cvault.devices
-    ADD CONSTRAINT devices_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
+    ADD CONSTRAINT devices_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id) DEFERRABLE INITIALLY DEFERRED;
 ALTER TABLE ONLY cvault.devices
     ADD CONSTRAINT devices_user_fkey FOREIGN KEY (tenant_id, user_id) REFERENCES cvault.users(tenant_id, user_id);
 ALTER TABLE ONLY cvault.idempotency_keys

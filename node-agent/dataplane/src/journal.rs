@@ -10,8 +10,6 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::counters::{Counts, Epoch};
 
@@ -193,31 +191,6 @@ pub struct Journal {
     file: File,
     len: u64,
     last_crc: Option<u32>,
-    appended: Arc<AtomicU64>,
-}
-
-/// Makes removals survive the host, from another thread than the one that appends: a disk may take its time.
-#[derive(Debug)]
-pub struct JournalSync {
-    path: PathBuf,
-    appended: Arc<AtomicU64>,
-    synced: u64,
-}
-
-impl JournalSync {
-    /// Syncs what was appended before this call, if there is anything.
-    ///
-    /// # Errors
-    /// When the file cannot be synced; the next call tries again.
-    pub fn sync(&mut self) -> io::Result<()> {
-        let appended = self.appended.load(Ordering::Acquire);
-        if appended != self.synced {
-            // Anew each time: another file may have the name by now.
-            File::open(&self.path)?.sync_data()?;
-            self.synced = appended;
-        }
-        Ok(())
-    }
 }
 
 impl Journal {
@@ -232,9 +205,7 @@ impl Journal {
             tracing::error!(damaged, "records in the journal of closed peers are damaged");
         }
         file.set_len(len)?;
-        // What an earlier process left may not be on the disk yet.
-        let appended = Arc::new(AtomicU64::new(u64::from(len > 0)));
-        Ok(Self { dir: dir.to_owned(), file, len, last_crc, appended })
+        Ok(Self { dir: dir.to_owned(), file, len, last_crc })
     }
 
     /// Appends one record, as [`Self::append_all`] does.
@@ -245,8 +216,8 @@ impl Journal {
         self.append_all(std::slice::from_ref(peer))
     }
 
-    /// Appends one record for each, in one write. They are in the page cache, so they survive this process; with
-    /// [`JournalSync::sync`] they survive the host.
+    /// Appends one record for each, in one write. They are in the page cache, so they survive this process. What survives
+    /// the host is the control process's spool, for final counters as for those of living peers.
     ///
     /// # Errors
     /// When they could not be written completely; the journal is then as before.
@@ -262,7 +233,6 @@ impl Journal {
         }
         self.len += bytes.len() as u64;
         self.last_crc = Some(crc32fast::hash(last));
-        self.appended.fetch_add(1, Ordering::Release);
         Ok(())
     }
 
@@ -280,12 +250,6 @@ impl Journal {
             self.keep_behind(ack.len)?;
         }
         Ok(())
-    }
-
-    /// For the thread that answers for removals.
-    #[must_use]
-    pub fn syncer(&self) -> JournalSync {
-        JournalSync { path: self.path(), appended: Arc::clone(&self.appended), synced: 0 }
     }
 
     fn path(&self) -> PathBuf {
@@ -452,22 +416,6 @@ mod tests {
         assert_eq!(second.ack(), reader.read().unwrap().ack());
         let nothing = reader.read_after(second.ack()).unwrap();
         assert_eq!((&nothing.peers[..], nothing.ack()), (&[][..], second.ack()));
-    }
-
-    #[test]
-    fn only_what_was_appended_is_synced() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut journal = Journal::open(dir.path()).unwrap();
-        let mut syncer = journal.syncer();
-        std::fs::remove_file(dir.path().join(FILE_NAME)).unwrap();
-        syncer.sync().unwrap();
-        journal.append(&closed(1)).unwrap();
-        assert!(syncer.sync().is_err(), "now there is something to sync");
-        assert!(syncer.sync().is_err(), "and still");
-        std::fs::write(dir.path().join(FILE_NAME), []).unwrap();
-        syncer.sync().unwrap();
-        std::fs::remove_file(dir.path().join(FILE_NAME)).unwrap();
-        syncer.sync().unwrap();
     }
 
     #[test]

@@ -232,7 +232,6 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
         .into_iter()
         .map(|((public_key, generation), slot)| Found { public_key, generation, slot })
         .collect();
-    let journal_sync = journal.as_ref().map(Journal::syncer);
     let journal = journal.map(|journal| Arc::new(Mutex::new(journal)));
     let capacity = counters.capacity();
     let mut engines = Engine::sharded(EngineConfig { counters, seed: rand::random() }, count);
@@ -255,7 +254,7 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     let mut watches: Vec<_> = pulses.iter().map(|pulse| Watch::new(Arc::clone(pulse), 0)).collect();
     let fleet = Fleet::new(controllers.clone(), pulses, capacity, &found);
     drop(found);
-    let server = Server::new(fleet, journal_sync);
+    let server = Server::new(fleet);
     let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from)?;
     let mut threads = Vec::new();
     for (number, worker) in workers.into_iter().enumerate() {

@@ -17,7 +17,6 @@ use super::{SOCKET_DIR, format};
 use crate::change::PeerChange;
 use crate::io::fleet::Fleet;
 use crate::io::mailbox::{Reply, Request, WorkerGone};
-use crate::journal::JournalSync;
 
 /// Clients served at the same time; more wait for the end of one, which is bounded in time.
 const MAX_CLIENTS: usize = 8;
@@ -110,12 +109,12 @@ pub(crate) struct Server {
     controller: Fleet,
     threads: Mutex<Threads>,
     /// One `set` at a time: a replacement of all peers spans several letters to the worker.
-    setting: Mutex<Option<JournalSync>>,
+    setting: Mutex<()>,
 }
 
 impl Server {
-    pub(crate) fn new(controller: Fleet, journal: Option<JournalSync>) -> Arc<Self> {
-        Arc::new(Self { controller, threads: Mutex::default(), setting: Mutex::new(journal) })
+    pub(crate) fn new(controller: Fleet) -> Arc<Self> {
+        Arc::new(Self { controller, threads: Mutex::default(), setting: Mutex::default() })
     }
 
     /// Serves clients from now on, on threads of its own, until the process ends.
@@ -219,7 +218,7 @@ impl Server {
     }
 
     fn set(&self, request: SetRequest) -> Result<i32, WorkerGone> {
-        let mut journal = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
         let SetRequest { device, replace_peers, end_replace, peers } = request;
         let mut errno = self.done(Request::Device(device))?;
         if errno != 0 {
@@ -239,9 +238,6 @@ impl Server {
                 settled = self.done(Request::Settle)?;
             }
             errno = if errno == 0 { settled } else { errno };
-        }
-        if let Some(Err(error)) = journal.as_mut().map(JournalSync::sync) {
-            tracing::warn!(%error, "the journal of closed peers may not survive a crash of the host");
         }
         Ok(errno)
     }
@@ -481,7 +477,7 @@ mod tests {
         let (controller, mailbox) = mailbox().unwrap();
         let engine = thread::spawn(move || worker(&mailbox));
         let fleet = Fleet::new(vec![controller.clone()], vec![Arc::default()], 600, &[]);
-        let server = Server::new(fleet, None);
+        let server = Server::new(fleet);
         let (mut client, ours) = UnixStream::pair().unwrap();
         let serving = thread::spawn(move || server.serve(&ours));
         client.write_all(request.as_bytes()).unwrap();
@@ -571,7 +567,7 @@ mod tests {
         thread::spawn(move || worker(&mailbox));
         let path = dir.join("wg0.sock");
         let fleet = Fleet::new(vec![controller], vec![Arc::default()], 600, &[]);
-        Server::new(fleet, None).start(UnixListener::bind(&path).unwrap()).unwrap();
+        Server::new(fleet).start(UnixListener::bind(&path).unwrap()).unwrap();
         path
     }
 
