@@ -29,6 +29,8 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest body of somebody without credentials: a few texts of a form.
 const STRANGERS_BODY_BYTES: usize = 16 << 10;
 const STRANGERS_BODY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Characters of a field's name that an answer repeats.
+const LONGEST_NAME: usize = 64;
 
 /// A JSON body. Also the JSON answer.
 #[derive(Debug)]
@@ -228,8 +230,11 @@ fn pointer(path: &serde_path_to_error::Path) -> String {
     })
 }
 
+/// The caller's own words, as far as they help to find the field.
 fn escape(key: &str) -> String {
-    key.replace('~', "~0").replace('/', "~1")
+    let short: String = key.chars().take(LONGEST_NAME).collect();
+    let more = if short.len() < key.len() { "…" } else { "" };
+    short.replace('~', "~0").replace('/', "~1") + more
 }
 
 /// serde's sentences name the field of a missing, unknown or doubled one between backticks; the rest is at `path`.

@@ -22,6 +22,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
+use crate::db::DbError;
 use crate::devices::{
     self, ClientDefaults, ConfigError, ConfigKeys, DeviceName, Fault, KeyRequest, NewDevice, NewDeviceKeys, Platform,
     PublicKey, RegisterError, Registered, RevokeError, RotateError, is_region, render_config,
@@ -103,9 +104,7 @@ async fn register(
     let arrived = context::arrived();
     let new = parse(body)?;
     let wait = preferred_wait(&headers).or(query.wait.map(|Wait::Active| DEFAULT_WAIT));
-    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
-    let work = register_once(&app, &mut tx, caller, new).await;
-    let device = match tx.finish(work).await? {
+    let device = match place(&app, caller, new).await? {
         Once::First(device) => device,
         Once::Replay(response) => return Ok(response),
     };
@@ -128,15 +127,58 @@ pub(super) enum Once<T> {
     Replay(Response),
 }
 
+/// Servers that may fill up between being chosen and being locked.
+const PLACEMENTS: usize = 4;
+
+/// Why a device was not registered.
+enum NotRegistered {
+    ServerFull,
+    Refused(Problem),
+}
+
+impl From<RegisterError> for NotRegistered {
+    fn from(error: RegisterError) -> Self {
+        match error {
+            RegisterError::ServerFull => Self::ServerFull,
+            error => Self::Refused(error.into()),
+        }
+    }
+}
+
+impl From<Problem> for NotRegistered {
+    fn from(problem: Problem) -> Self {
+        Self::Refused(problem)
+    }
+}
+
+impl From<DbError> for NotRegistered {
+    fn from(error: DbError) -> Self {
+        Self::Refused(error.into())
+    }
+}
+
+async fn place(app: &App, caller: Caller, new: NewDevice) -> Result<Once<Box<Registered>>, Problem> {
+    for _ in 0..PLACEMENTS {
+        let mut tx = app.db.tenancy.begin(caller.tenant).await?;
+        let work = register_once(app, &mut tx, caller, new.clone()).await;
+        match tx.finish(work).await {
+            Ok(done) => return Ok(done),
+            Err(NotRegistered::Refused(problem)) => return Err(problem),
+            Err(NotRegistered::ServerFull) => {}
+        }
+    }
+    Err(RegisterError::ServerUnavailable.into())
+}
+
 async fn register_once(
     app: &App,
     tx: &mut TenantTx,
     caller: Caller,
     new: NewDevice,
-) -> Result<Once<Box<Registered>>, Problem> {
+) -> Result<Once<Box<Registered>>, NotRegistered> {
     let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
         Claim::Proceed(place) => place,
-        Claim::Replay(replay) => return again(app, tx, caller, &replay).await.map(Once::Replay),
+        Claim::Replay(replay) => return Ok(Once::Replay(again(app, tx, caller, &replay).await?)),
     };
     let mut rng = StdRng::from_os_rng();
     let now = app.clock.now();
@@ -475,7 +517,9 @@ impl From<RegisterError> for Problem {
             RegisterError::PublicKeyInUse => {
                 Self::new(ErrorCode::PublicKeyInUse).detail("Another device has this public key. Make a new pair.")
             }
-            RegisterError::ServerUnavailable => Self::new(ErrorCode::ServerUnavailable).retry_after(5),
+            RegisterError::ServerUnavailable | RegisterError::ServerFull => {
+                Self::new(ErrorCode::ServerUnavailable).retry_after(5)
+            }
             RegisterError::PoolExhausted => Self::new(ErrorCode::PoolExhausted).retry_after(30),
             RegisterError::Key(error) => Self::internal(&error),
             RegisterError::Db(error) => error.into(),

@@ -57,10 +57,8 @@ async fn connect(
         Once::First(opened) => *opened,
         Once::Replay(response) => return Ok(response),
     };
-    if let Some(left) = connection.moved_from {
-        app.nodes.server_changed(left);
-        app.nodes.server_changed(connection.server.id);
-    }
+    let changed = connection.placed.then_some(connection.server.id);
+    changed.into_iter().chain(connection.moved_from).for_each(|server| app.nodes.server_changed(server));
     Ok(Json(answer).into_response())
 }
 
@@ -84,7 +82,7 @@ async fn connect_once(
             let gone = || Problem::new(ErrorCode::NotFound);
             let found = devices::find(tx, caller.user, device).await?.ok_or_else(gone)?;
             let server = servers::find(tx, found.server).await?.ok_or_else(gone)?;
-            let connection = Connection { session: session_id, device: found, server, moved_from: None };
+            let connection = Connection { session: session_id, device: found, server, placed: false, moved_from: None };
             return Ok(Once::Replay(replay.with(&connected(app, tx, &connection).await?)?));
         }
     };
@@ -200,6 +198,7 @@ impl From<ConnectError> for Problem {
     fn from(error: ConnectError) -> Self {
         match error {
             ConnectError::NotFound => Self::new(ErrorCode::NotFound),
+            ConnectError::TenantClosed => Self::new(ErrorCode::TenantSuspended),
             ConnectError::ServerUnavailable => Self::new(ErrorCode::ServerUnavailable).retry_after(5),
             ConnectError::BandwidthLimit { max, used } => bandwidth_exceeded(max, used),
             ConnectError::Db(error) => error.into(),
