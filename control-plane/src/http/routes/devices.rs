@@ -138,10 +138,7 @@ enum NotRegistered {
 
 impl From<RegisterError> for NotRegistered {
     fn from(error: RegisterError) -> Self {
-        match error {
-            RegisterError::ServerFull => Self::ServerFull,
-            error => Self::Refused(error.into()),
-        }
+        if matches!(error, RegisterError::ServerFull) { Self::ServerFull } else { Self::Refused(error.into()) }
     }
 }
 
