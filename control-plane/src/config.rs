@@ -172,7 +172,7 @@ pub const VARIABLES: &[Variable] = &[
         name: "CVAULT_RETENTION_HISTORY_DAYS",
         default: "400",
         used_by: "serve, dev",
-        meaning: "Days that closed sessions and revoked devices are kept, 62 to 3650. Hours, days and the audit log stay.",
+        meaning: "Days that closed sessions, revoked devices and keys, and bytes of unknown devices are kept, 62 to 3650. Hours, days and the audit log stay.",
     },
     Variable {
         name: "CVAULT_RETENTION_COUNTERS_DAYS",

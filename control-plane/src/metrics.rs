@@ -18,6 +18,7 @@ const BILLED_BYTES: &str = "cvault_billed_bytes_total";
 const ORPHAN_BYTES: &str = "cvault_orphan_bytes_total";
 const TASK_RUNS: &str = "cvault_task_runs_total";
 const PORTAL_VERDICTS: &str = "cvault_portal_verdicts_total";
+const PORTAL_THROTTLED: &str = "cvault_portal_throttled_total";
 const MAILS: &str = "cvault_mail_attempts_total";
 const OUTBOX: &str = "cvault_outbox_mails";
 const OUTBOX_OLDEST: &str = "cvault_outbox_oldest_seconds";
@@ -42,6 +43,10 @@ pub fn install() -> &'static PrometheusHandle {
         describe_counter!(REQUESTS, "Requests answered, by route template, method and status.");
         describe_histogram!(REQUEST_SECONDS, "Time from the request's head to its answer, by route template.");
         describe_counter!(PORTAL_VERDICTS, "Sensitive requests of portal sessions, by what was thought of them.");
+        describe_counter!(
+            PORTAL_THROTTLED,
+            "Attempts to log in to the portal, to sign up or to reset a password that a throttle refused, by kind."
+        );
         describe_gauge!(PASSWORD_QUEUE, "Password checks that run or wait.");
         describe_gauge!(SERVING, "Requests that are being served, those whose caller has left included.");
         describe_counter!(
@@ -83,6 +88,11 @@ pub fn request(route: &str, method: &str, status: u16, took: Duration) {
 /// `verdict`: `allow`, `challenge`, `block`.
 pub fn portal_verdict(verdict: &'static str) {
     counter!(PORTAL_VERDICTS, "verdict" => verdict).increment(1);
+}
+
+/// `kind`: `signup`, `login`, `password_reset`.
+pub fn portal_throttled(kind: &'static str) {
+    counter!(PORTAL_THROTTLED, "kind" => kind).increment(1);
 }
 
 pub fn password_queue(depth: usize) {

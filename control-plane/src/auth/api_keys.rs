@@ -21,6 +21,7 @@ use subtle::ConstantTimeEq;
 use time::OffsetDateTime;
 
 use super::opaque;
+use super::throttle::Credential;
 use super::tokens::ClientToken;
 use crate::app::App;
 use crate::db::DbError;
@@ -98,32 +99,48 @@ pub fn scope_of(path: &str) -> Option<Scope> {
     }
 }
 
-/// For calls that carry a user token besides the key. The key is public: what its tenant is charged with, and told,
-/// waits for `prove`, which checks the token. The user is charged first: what is refused to one user costs the others
+/// For calls that carry a user token besides the key; `claims` is what became of it. The key is public: what its tenant is
+/// charged with, and told, waits for the token. The user is charged first: what is refused to one user costs the others
 /// nothing.
 ///
 /// # Errors
-/// `INVALID_API_KEY`, `TENANT_SUSPENDED`, `ORIGIN_NOT_ALLOWED`, `INSUFFICIENT_SCOPE`, `RATE_LIMITED`, what `prove` says, or
-/// the database's.
+/// `INVALID_API_KEY`, `TENANT_SUSPENDED`, `ORIGIN_NOT_ALLOWED`, `INSUFFICIENT_SCOPE`, `RATE_LIMITED`, what is wrong with the
+/// token, or the database's.
 pub async fn authenticate_user(
     app: &App,
     request: &Parts,
-    prove: impl FnOnce(AuthenticatedKey) -> Result<ClientToken, Problem>,
+    claims: Result<ClientToken, Problem>,
 ) -> Result<ClientToken, Problem> {
     let ip = Peer::of(request).ip();
-    app.throttles.before_credentials(ip)?;
-    let proven = match find(app, request).await {
-        Ok(stored) => prove(stored.authenticated).map(|proof| (stored, proof)),
-        Err(problem) => Err(problem),
+    match &claims {
+        Ok(claims) => app.throttles.before_key_of(claims.user)?,
+        Err(_) => app.throttles.before_credentials(ip)?,
+    }
+    let found = match find(app, request).await {
+        Ok(stored) => claims.map(|claims| (stored, claims)),
+        Err(problem) => {
+            // a token that is right is nobody's guess: its user answers for the key, and not its network
+            match &claims {
+                Ok(claims) if problem.code() == ErrorCode::InvalidApiKey => app.throttles.key_failed_of(claims.user),
+                Ok(_) | Err(_) => note_failure(app, ip, &problem),
+            }
+            return Err(problem);
+        }
     };
-    let (stored, proof) = proven.inspect_err(|problem| note_failure(app, ip, problem))?;
-    let decision = app.throttles.user(proof.user, Allowance::per_minute(stored.user_per_minute));
+    let (stored, claims) = found.inspect_err(|problem| note_failure(app, ip, problem))?;
+    if claims.tenant != stored.authenticated.tenant {
+        app.throttles.key_failed_of(claims.user);
+        return Err(
+            Problem::new(ErrorCode::InvalidToken).detail("The token belongs to another tenant than the API key.")
+        );
+    }
+    let decision = app.throttles.user(claims.user, Allowance::per_minute(stored.user_per_minute));
     context::user_identified(stored.authenticated.tenant, decision);
     if !decision.allowed {
         return Err(rate_limited("user", decision));
     }
     admit(app, &stored, charge(app, &stored))?;
-    Ok(proof)
+    Ok(claims)
 }
 
 /// For calls of the tenant's own backend: the secret is needed too.
@@ -138,8 +155,10 @@ pub async fn authenticate_secret(app: &App, request: &Parts) -> Result<Authentic
         ));
     }
     let ip = Peer::of(request).ip();
-    app.throttles.before_credentials(ip)?;
+    let credential = credential(request);
+    app.throttles.before_credential(ip, credential)?;
     let stored = find_with_secret(app, request).await.inspect_err(|problem| note_failure(app, ip, problem))?;
+    app.throttles.credential_right(ip, credential);
     admit(app, &stored, charge(app, &stored))?;
     Ok(stored.authenticated)
 }
@@ -153,14 +172,15 @@ pub async fn authenticate_client(app: &App, request: &Parts) -> Result<(Authenti
     if request.headers.contains_key(SECRET_HEADER) {
         return Ok((authenticate_secret(app, request).await?, Proof::Secret));
     }
-    let ip = Peer::of(request).ip();
-    app.throttles.before_credentials(ip)?;
+    let (ip, credential) = (Peer::of(request).ip(), credential(request));
+    app.throttles.before_credential(ip, credential)?;
     let stored = match find(app, request).await {
         Ok(stored) if stored.public_clients => Ok(stored),
         Ok(_) => Err(Problem::new(ErrorCode::InvalidApiKey)),
         Err(problem) => Err(problem),
     }
     .inspect_err(|problem| note_failure(app, ip, problem))?;
+    app.throttles.credential_right(ip, credential);
     let tenant = stored.authenticated.tenant;
     app.throttles.public_call(tenant, ip)?;
     let decision = app.throttles.public_calls(tenant, Allowance::per_minute(stored.per_minute));
@@ -230,9 +250,14 @@ async fn find(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
     })
 }
 
-/// Nobody is charged for a database that is away.
+fn credential(request: &Parts) -> Credential {
+    let bytes = |name| request.headers.get(name).map_or(&[][..], HeaderValue::as_bytes);
+    Credential::of(bytes(KEY_HEADER), bytes(SECRET_HEADER))
+}
+
+/// Nobody is charged for a database that is away, nor for a token that was right once.
 fn note_failure(app: &App, ip: Option<IpAddr>, problem: &Problem) {
-    if matches!(problem.code(), ErrorCode::InvalidApiKey | ErrorCode::InvalidToken | ErrorCode::TokenExpired) {
+    if matches!(problem.code(), ErrorCode::InvalidApiKey | ErrorCode::InvalidToken) {
         app.throttles.credentials_failed(ip);
     }
 }

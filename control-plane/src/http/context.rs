@@ -38,6 +38,8 @@ pub struct RequestContext {
     body_digest: OnceLock<[u8; 32]>,
     /// Of a request to the portal only.
     sensitive: Option<(Option<String>, Seen)>,
+    /// The caller's credentials are right.
+    proven: OnceLock<()>,
 }
 
 /// What the limiter said, and of whom.
@@ -92,6 +94,7 @@ impl RequestContext {
             idempotency_key: key,
             body_digest: OnceLock::new(),
             sensitive,
+            proven: OnceLock::new(),
         }
     }
 
@@ -131,6 +134,7 @@ pub(crate) fn person_identified(tenant: TenantId, decision: Decision) {
 /// Notes whose user the caller is, and what the limiter said of that user.
 pub(crate) fn user_identified(tenant: TenantId, decision: Decision) {
     let noted = CONTEXT.try_with(|context| {
+        context.proven.get_or_init(|| ());
         context.tenant.get_or_init(|| tenant);
         context.user_rate.get_or_init(|| decision);
     });
@@ -142,6 +146,7 @@ pub(crate) fn user_identified(tenant: TenantId, decision: Decision) {
 /// Notes what the limiter said of one of the platform's staff.
 pub(super) fn staff_identified(decision: Decision) {
     let noted = CONTEXT.try_with(|context| {
+        context.proven.get_or_init(|| ());
         context.rate.get_or_init(|| Rate { policy: "staff", decision });
     });
     if noted.is_err() {
@@ -149,8 +154,14 @@ pub(super) fn staff_identified(decision: Decision) {
     }
 }
 
+/// Whether nothing has proven yet who the caller is. Nobody is a stranger outside of a request.
+pub(super) fn is_stranger() -> bool {
+    CONTEXT.try_with(|context| context.proven.get().is_none()).unwrap_or(false)
+}
+
 fn note(tenant: TenantId, rate: Rate) {
     let noted = CONTEXT.try_with(|context| {
+        context.proven.get_or_init(|| ());
         context.tenant.get_or_init(|| tenant);
         context.rate.get_or_init(|| rate);
     });

@@ -77,7 +77,7 @@ async fn a_disconnected_device_leaves_its_server_and_comes_back_with_another_add
     let (world, server, person) = reclaiming().await;
     let device = world.register(person, "d").await.unwrap().id;
     let first = connect(&world, person, device).await.unwrap();
-    assert!(!first.readdressed);
+    assert!(!first.placed);
     assert_eq!(peers(&world, server).await, 1);
     acknowledge(&world, server).await;
 
@@ -87,14 +87,14 @@ async fn a_disconnected_device_leaves_its_server_and_comes_back_with_another_add
     assert!(!disconnect(&world, person, device).await.unwrap().reclaims, "there is nothing to take any more");
 
     let second = connect(&world, person, device).await.unwrap();
-    assert!(second.readdressed && !second.device.reclaimed);
+    assert!(second.placed && !second.device.reclaimed);
     assert_ne!(second.device.addresses, first.device.addresses);
     assert_eq!(peers(&world, server).await, 1);
     assert_eq!(ipam::free_quarantined(&world.app.db.sys).await.unwrap(), 0, "the server may still have the first");
     acknowledge(&world, server).await;
     assert_eq!(ipam::free_quarantined(&world.app.db.sys).await.unwrap(), 1, "though the device is there again");
     let again = connect(&world, person, device).await.unwrap();
-    assert_eq!((again.device.addresses, again.readdressed), (second.device.addresses, false));
+    assert_eq!((again.device.addresses, again.placed), (second.device.addresses, false));
 }
 
 #[tokio::test]

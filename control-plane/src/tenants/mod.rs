@@ -25,7 +25,7 @@ use crate::http::Problem;
 use crate::tenancy::TenantTx;
 
 pub use client::{ClientSettings, client_settings};
-pub use delete::delete;
+pub use delete::{delete, finish_deletions};
 pub use settings::{SettingsChange, settings, update_settings};
 pub use suspension::{enforce as enforce_suspensions, enforce_users, mark_over_limit};
 
@@ -139,7 +139,7 @@ impl Settings {
             problem =
                 problem.field("/name", "invalid_format", "must have 1 to 255 characters and no control character");
         }
-        if self.status == TenantStatus::Deleted {
+        if matches!(self.status, TenantStatus::Deleting | TenantStatus::Deleted) {
             problem =
                 problem.field("/status", "invalid_value", "must be active, trial or suspended; delete with DELETE");
         }
@@ -233,11 +233,11 @@ pub async fn get(app: &App, id: TenantId) -> Result<Tenant, TenantError> {
 pub async fn list(sys: &PgPool, after: Option<TenantId>, limit: i64) -> Result<Vec<Tenant>, DbError> {
     let rows = sqlx::query_as!(
         Row,
-        "select tenant_id, name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user, rate_limit_per_minute,
+        r#"select tenant_id, name, case when deleting_since is null then status else 'deleting' end as "status!", bandwidth_limit_bytes, user_limit, max_devices_per_user, rate_limit_per_minute,
                 whitelabel_config, created_at, rate_up_bps, rate_down_bps, device_rate_up_bps, device_rate_down_bps,
                 allow_intra_tenant, allow_private_destinations, allow_smtp, over_quota, throttle_bps,
                 user_rate_limit_per_minute
-         from cvault.tenants where status <> 'deleted' and tenant_id > $1 order by tenant_id limit $2",
+         from cvault.tenants where status <> 'deleted' and tenant_id > $1 order by tenant_id limit $2"#,
         after.map_or(Uuid::nil(), TenantId::uuid),
         limit
     )
@@ -270,7 +270,7 @@ pub async fn update_in(
 ) -> Result<(Tenant, Vec<ServerId>), Problem> {
     let id = tx.tenant();
     let details = serde_json::to_value(&request).unwrap_or_default();
-    let before = load(tx).await?;
+    let before = load_to_change(tx).await?;
     let told = (before.policy.clone(), before.bandwidth_limit_gb);
     let settings = Settings {
         name: before.name,
@@ -333,16 +333,31 @@ async fn servers_of(tx: &mut TenantTx) -> Result<Vec<ServerId>, DbError> {
     Ok(servers.into_iter().map(ServerId::from_uuid).collect())
 }
 
-/// The row, locked until the transaction ends.
+/// The row, locked until the transaction ends. [`TenantError::NotFound`] also for a tenant that is being deleted.
+async fn load_to_change(tx: &mut TenantTx) -> Result<Tenant, TenantError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "select tenant_id from cvault.tenants where tenant_id = $1 and deleting_since is null for no key update",
+        tenant
+    )
+    .fetch_optional(tx.conn())
+    .await
+    .map_err(DbError::from)?
+    .ok_or(TenantError::NotFound)?;
+    // a statement of its own: it sees what was committed while the lock was waited for
+    load(tx).await
+}
+
 async fn load(tx: &mut TenantTx) -> Result<Tenant, TenantError> {
     let id = tx.tenant();
     let row = sqlx::query_as!(
         Row,
-        "select tenant_id, name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user, rate_limit_per_minute,
+        r#"select tenant_id, name, case when deleting_since is null then status else 'deleting' end as "status!",
+                bandwidth_limit_bytes, user_limit, max_devices_per_user, rate_limit_per_minute,
                 whitelabel_config, created_at, rate_up_bps, rate_down_bps, device_rate_up_bps, device_rate_down_bps,
                 allow_intra_tenant, allow_private_destinations, allow_smtp, over_quota, throttle_bps,
                 user_rate_limit_per_minute
-         from cvault.tenants where tenant_id = $1 and status <> 'deleted' for no key update",
+         from cvault.tenants where tenant_id = $1 and status <> 'deleted'"#,
         id.uuid()
     )
     .fetch_optional(tx.conn())
@@ -442,6 +457,7 @@ fn status_text(status: TenantStatus) -> &'static str {
         TenantStatus::Active => "active",
         TenantStatus::Trial => "trial",
         TenantStatus::Suspended => "suspended",
+        TenantStatus::Deleting => "deleting",
         TenantStatus::Deleted => "deleted",
     }
 }
@@ -450,6 +466,7 @@ fn parse_status(text: &str) -> TenantStatus {
     match text {
         "trial" => TenantStatus::Trial,
         "suspended" => TenantStatus::Suspended,
+        "deleting" => TenantStatus::Deleting,
         "deleted" => TenantStatus::Deleted,
         _ => TenantStatus::Active,
     }

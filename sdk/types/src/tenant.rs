@@ -13,6 +13,8 @@ pub enum TenantStatus {
     Active,
     Trial,
     Suspended,
+    /// For good: what is left of it is being erased.
+    Deleting,
     Deleted,
 }
 

@@ -58,12 +58,8 @@ async fn connect(
         Once::First(opened) => *opened,
         Once::Replay(response) => return Ok(response),
     };
-    if let Some(left) = connection.moved_from {
-        app.nodes.server_changed(left);
-    }
-    if connection.moved_from.is_some() || connection.readdressed {
-        app.nodes.server_changed(connection.server.id);
-    }
+    let changed = connection.placed.then_some(connection.server.id);
+    changed.into_iter().chain(connection.moved_from).for_each(|server| app.nodes.server_changed(server));
     Ok(Json(answer).into_response())
 }
 
@@ -87,8 +83,7 @@ async fn connect_once(
             let gone = || Problem::new(ErrorCode::NotFound);
             let found = devices::find(tx, caller.user, device).await?.ok_or_else(gone)?;
             let server = servers::find(tx, found.server).await?.ok_or_else(gone)?;
-            let connection =
-                Connection { session: session_id, device: found, server, moved_from: None, readdressed: false };
+            let connection = Connection { session: session_id, device: found, server, placed: false, moved_from: None };
             return Ok(Once::Replay(replay.with(&connected(app, tx, &connection).await?)?));
         }
     };
@@ -214,6 +209,7 @@ impl From<ConnectError> for Problem {
     fn from(error: ConnectError) -> Self {
         match error {
             ConnectError::NotFound => Self::new(ErrorCode::NotFound),
+            ConnectError::TenantClosed => Self::new(ErrorCode::TenantSuspended),
             ConnectError::ServerUnavailable => Self::new(ErrorCode::ServerUnavailable).retry_after(5),
             ConnectError::PoolExhausted => Self::new(ErrorCode::PoolExhausted).retry_after(30),
             ConnectError::BandwidthLimit { max, used } => bandwidth_exceeded(max, used),
