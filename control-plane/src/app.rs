@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::db::Db;
 use crate::http::health_cache::HealthCache;
 use crate::http::limit::Limiter;
+use crate::http::strangers::Strangers;
 use crate::keys::{KeyRing, PlatformSecrets};
 use crate::nodes::Hub;
 use cvault_types::TenantId;
@@ -31,6 +32,7 @@ pub struct Inner {
     pub throttles: Throttles,
     pub uses: Uses,
     pub health: HealthCache,
+    pub strangers: Strangers,
     /// Set once, at the beginning of the shutdown: readiness fails from then on.
     pub draining: tokio_util::sync::CancellationToken,
 }
@@ -51,6 +53,7 @@ impl App {
             throttles: Throttles::default(),
             uses: Uses::default(),
             health: HealthCache::default(),
+            strangers: Strangers::default(),
             draining: tokio_util::sync::CancellationToken::new(),
         }))
     }

@@ -121,6 +121,12 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "Requests a tenant may send in a minute, unless it has a limit of its own.",
     },
     Variable {
+        name: "CVAULT_ADMIN_STEP_UP",
+        default: "on",
+        used_by: "serve, dev",
+        meaning: "`on`: suspending or deleting a tenant and changing its limits over HTTP needs an approval (`admin approve`) besides the bearer token. `off`: it does not, for a back office that has its own.",
+    },
+    Variable {
         name: "CVAULT_TRUSTED_PROXIES",
         default: "127.0.0.0/8,::1/128",
         used_by: "serve, dev",
@@ -166,7 +172,7 @@ pub const VARIABLES: &[Variable] = &[
         name: "CVAULT_RETENTION_HISTORY_DAYS",
         default: "400",
         used_by: "serve, dev",
-        meaning: "Days that closed sessions and revoked devices are kept, 62 to 3650. Hours, days and the audit log stay.",
+        meaning: "Days that closed sessions, revoked devices and keys, and bytes of unknown devices are kept, 62 to 3650. Hours, days and the audit log stay.",
     },
     Variable {
         name: "CVAULT_RETENTION_COUNTERS_DAYS",
@@ -248,6 +254,8 @@ pub struct Config {
     pub client_dns: Vec<IpAddr>,
     pub client_mtu: u16,
     pub rate_limit_per_minute: u32,
+    /// Sensitive operations of staff need a second proof.
+    pub admin_step_up: bool,
     /// Their `X-Forwarded-For` is believed.
     pub trusted_proxies: Vec<IpNet>,
     pub quarantine_seconds: u32,
@@ -454,8 +462,20 @@ impl<'a> Reader<'a> {
             client_dns: self.client_dns(),
             client_mtu: u16::try_from(self.number("CVAULT_CLIENT_MTU", 1280, 1500)).unwrap_or(1420),
             rate_limit_per_minute: self.number("CVAULT_RATE_LIMIT_PER_MINUTE", 1, 1_000_000),
+            admin_step_up: self.switch("CVAULT_ADMIN_STEP_UP"),
             trusted_proxies: self.trusted_proxies(),
             quarantine_seconds: self.number("CVAULT_QUARANTINE_SECONDS", 0, 604_800),
+        }
+    }
+
+    fn switch(&mut self, name: &'static str) -> bool {
+        match self.text(name).as_str() {
+            "on" => true,
+            "off" => false,
+            _ => {
+                self.fault(format!("{name} must be on or off."));
+                true
+            }
         }
     }
 

@@ -125,6 +125,7 @@ async fn prepare(app: &App) -> Result<(), DevError> {
         ipv4: "10.8.0.0/16".parse().expect("a constant prefix"),
         ipv6: "fd00:cafe::/64".parse().expect("a constant prefix"),
         quarantine_seconds: app.config.quarantine_seconds,
+        reclaim: false,
     };
     if !ipam::list_pools(&app.db.sys).await?.iter().any(|made| made.name == POOL) {
         ipam::create_pool(&app.db.sys, &pool).await?;

@@ -10,11 +10,15 @@ const REQUESTS: &str = "cvault_http_requests_total";
 const REQUEST_SECONDS: &str = "cvault_http_request_duration_seconds";
 const PASSWORD_QUEUE: &str = "cvault_password_queue_depth";
 const POOL_CONNECTIONS: &str = "cvault_db_pool_connections";
+const SERVING: &str = "cvault_http_requests_in_flight";
+const RATE_LIMITED: &str = "cvault_rate_limited_total";
+const NODE_STREAMS: &str = "cvault_node_streams";
 const NODE_ALARMS: &str = "cvault_node_alarms_total";
 const BILLED_BYTES: &str = "cvault_billed_bytes_total";
 const ORPHAN_BYTES: &str = "cvault_orphan_bytes_total";
 const TASK_RUNS: &str = "cvault_task_runs_total";
 const PORTAL_VERDICTS: &str = "cvault_portal_verdicts_total";
+const PORTAL_THROTTLED: &str = "cvault_portal_throttled_total";
 const MAILS: &str = "cvault_mail_attempts_total";
 const OUTBOX: &str = "cvault_outbox_mails";
 const OUTBOX_OLDEST: &str = "cvault_outbox_oldest_seconds";
@@ -39,8 +43,18 @@ pub fn install() -> &'static PrometheusHandle {
         describe_counter!(REQUESTS, "Requests answered, by route template, method and status.");
         describe_histogram!(REQUEST_SECONDS, "Time from the request's head to its answer, by route template.");
         describe_counter!(PORTAL_VERDICTS, "Sensitive requests of portal sessions, by what was thought of them.");
+        describe_counter!(
+            PORTAL_THROTTLED,
+            "Attempts to log in to the portal, to sign up or to reset a password that a throttle refused, by kind."
+        );
         describe_gauge!(PASSWORD_QUEUE, "Password checks that run or wait.");
-        describe_gauge!(POOL_CONNECTIONS, "Connections of the cvault_sys pool, by state.");
+        describe_gauge!(SERVING, "Requests that are being served, those whose caller has left included.");
+        describe_counter!(
+            RATE_LIMITED,
+            "Requests refused by a limit: of a tenant, a user, a person of the portal, staff; throttle: after failures."
+        );
+        describe_gauge!(NODE_STREAMS, "Servers whose agent watches this replica.");
+        describe_gauge!(POOL_CONNECTIONS, "Connections to the database, by pool (app: tenants' work, sys) and state.");
         describe_counter!(NODE_ALARMS, "Faults of servers and of their state that somebody must look at, by kind.");
         describe_counter!(BILLED_BYTES, "Bytes entered into the ledger of a tenant.");
         describe_counter!(ORPHAN_BYTES, "Bytes of unknown devices: kept, billed to nobody.");
@@ -76,13 +90,53 @@ pub fn portal_verdict(verdict: &'static str) {
     counter!(PORTAL_VERDICTS, "verdict" => verdict).increment(1);
 }
 
+/// `kind`: `signup`, `login`, `password_reset`.
+pub fn portal_throttled(kind: &'static str) {
+    counter!(PORTAL_THROTTLED, "kind" => kind).increment(1);
+}
+
 pub fn password_queue(depth: usize) {
     gauge!(PASSWORD_QUEUE).set(u32::try_from(depth).unwrap_or(u32::MAX));
 }
 
-pub fn pool(size: u32, idle: usize) {
-    gauge!(POOL_CONNECTIONS, "state" => "open").set(size);
-    gauge!(POOL_CONNECTIONS, "state" => "idle").set(u32::try_from(idle).unwrap_or(u32::MAX));
+/// `pool`: `app`, `sys`.
+pub fn pool(pool: &'static str, size: u32, idle: usize) {
+    gauge!(POOL_CONNECTIONS, "pool" => pool, "state" => "open").set(size);
+    gauge!(POOL_CONNECTIONS, "pool" => pool, "state" => "idle").set(u32::try_from(idle).unwrap_or(u32::MAX));
+}
+
+/// `limit`: `tenant`, `user`, `person`, `staff`, `throttle`.
+pub fn rate_limited(limit: &'static str) {
+    counter!(RATE_LIMITED, "limit" => limit).increment(1);
+}
+
+/// One more of something, until it is dropped.
+#[derive(Debug)]
+pub struct Counted(&'static str);
+
+impl Counted {
+    fn one_more(name: &'static str) -> Self {
+        gauge!(name).increment(1);
+        Self(name)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        gauge!(self.0).decrement(1);
+    }
+}
+
+/// A request that is being served.
+#[must_use]
+pub fn serving() -> Counted {
+    Counted::one_more(SERVING)
+}
+
+/// A server's agent that watches.
+#[must_use]
+pub fn node_stream() -> Counted {
+    Counted::one_more(NODE_STREAMS)
 }
 
 pub fn node_alarm(kind: &'static str) {

@@ -42,6 +42,11 @@ const TASKS: &[Task] = &[
         run: |app| Box::pin(async move { tenants::enforce_suspensions(&app).await }),
     },
     Task {
+        name: "finish_deletions",
+        every: Duration::from_secs(30),
+        run: |app| Box::pin(async move { tenants::finish_deletions(&app).await }),
+    },
+    Task {
         name: "close_silent_sessions",
         every: Duration::from_secs(5),
         run: |app| Box::pin(async move { sessions::close_silent(&app.db.sys).await }),

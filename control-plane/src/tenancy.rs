@@ -95,6 +95,11 @@ impl Tenancy {
         Ok(TenantTx { tx, tenant })
     }
 
+    /// How many connections there are, and how many of them idle.
+    pub(crate) fn connections(&self) -> (u32, usize) {
+        (self.pool.size(), self.pool.num_idle())
+    }
+
     pub(crate) async fn ping(&self) -> Result<(), DbError> {
         sqlx::query_scalar!("select 1").fetch_one(&self.pool).await?;
         Ok(())
@@ -141,6 +146,8 @@ impl TenantTx {
     }
 }
 
+#[cfg(test)]
+mod crossing;
 #[cfg(test)]
 mod hostile;
 #[cfg(test)]

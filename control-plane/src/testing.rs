@@ -76,6 +76,7 @@ impl World {
             ipv4: ipv4.parse().unwrap(),
             ipv6: ipv6.parse().unwrap(),
             quarantine_seconds,
+            reclaim: false,
         };
         ipam::create_pool(&self.app.db.sys, &pool).await.unwrap();
     }

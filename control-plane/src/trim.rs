@@ -28,12 +28,17 @@ const STEPS: &[Step] = &[
     Step { name: "idempotency_keys", run: |conn, _| Box::pin(idempotency_keys(conn)) },
     Step { name: "refresh_tokens", run: |conn, _| Box::pin(refresh_tokens(conn)) },
     Step { name: "portal", run: |conn, _| Box::pin(crate::portal::trim(conn, BATCH)) },
+    Step { name: "staff", run: |conn, _| Box::pin(crate::auth::admin_tokens::trim(conn)) },
     Step { name: "usage_windows", run: |conn, _| Box::pin(usage_windows(conn)) },
     Step { name: "outbox", run: |conn, retention| Box::pin(outbox(conn, retention.mail_days)) },
     Step { name: "auth_events", run: |conn, retention| Box::pin(auth_events(conn, retention.auth_events_days)) },
     Step { name: "usage_counters", run: |conn, retention| Box::pin(usage_counters(conn, retention.counters_days)) },
     Step { name: "sessions", run: |conn, retention| Box::pin(sessions(conn, retention.history_days)) },
     Step { name: "devices", run: |conn, retention| Box::pin(devices(conn, retention.history_days)) },
+    Step { name: "device_drops", run: |conn, retention| Box::pin(device_drops(conn, retention.counters_days)) },
+    Step { name: "usage_orphans", run: |conn, retention| Box::pin(usage_orphans(conn, retention.history_days)) },
+    Step { name: "enrol_tokens", run: |conn, _| Box::pin(enrol_tokens(conn)) },
+    Step { name: "api_keys", run: |conn, retention| Box::pin(api_keys(conn, retention.history_days)) },
 ];
 
 /// All kinds; a fault of one does not keep the others.
@@ -220,6 +225,81 @@ async fn devices(conn: &mut PgConnection, days: i32) -> Result<u64, sqlx::Error>
     .await?;
     sqlx::query_scalar!("select platform.forget_peers($1)", &gone).fetch_one(conn).await?;
     Ok(gone.len() as u64)
+}
+
+/// Dropped packets that were counted where the device is no longer.
+async fn device_drops(conn: &mut PgConnection, days: i32) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query!(
+        "delete from platform.device_drops p
+         using (select o.server_id, o.device_id from platform.device_drops o
+                where o.reported_at < now() - make_interval(days => $2)
+                  and not exists (select from cvault.devices d
+                                  where d.device_id = o.device_id and d.server_id = o.server_id and d.status = 'active')
+                order by o.reported_at limit $1) old
+         where p.server_id = old.server_id and p.device_id = old.device_id
+           and p.reported_at < now() - make_interval(days => $2)",
+        BATCH,
+        days
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Bytes that were billed to nobody, when their counters are settled: they leave both sides of `admin verify-ledger`.
+async fn usage_orphans(conn: &mut PgConnection, days: i32) -> Result<u64, sqlx::Error> {
+    let gone = sqlx::query_scalar!(
+        r#"with gone as (
+               delete from platform.usage_orphans o
+               using (select server_id, device_id, hour from platform.usage_orphans u
+                      where u.hour < now() - make_interval(days => $2)
+                        and not exists (select from platform.usage_counters c where c.device_id = u.device_id)
+                      order by u.hour limit $1) old
+               where o.server_id = old.server_id and o.device_id = old.device_id and o.hour = old.hour
+               returning o.device_id, o.rx_bytes, o.tx_bytes
+           ), settled as (
+               update platform.usage_settled t
+               set rx_bytes = t.rx_bytes - sums.rx, tx_bytes = t.tx_bytes - sums.tx
+               from (select device_id, sum(rx_bytes) as rx, sum(tx_bytes) as tx from gone group by device_id) sums
+               where t.device_id = sums.device_id
+           )
+           select count(*) as "gone!" from gone"#,
+        BATCH,
+        days
+    )
+    .fetch_one(&mut *conn)
+    .await?;
+    sqlx::query!("delete from platform.usage_settled where rx_bytes = 0 and tx_bytes = 0").execute(conn).await?;
+    Ok(u64::try_from(gone).unwrap_or_default())
+}
+
+/// Tokens that enrol nobody any more, a month later.
+async fn enrol_tokens(conn: &mut PgConnection) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query!(
+        "delete from platform.enrol_tokens t
+         using (select token_id from platform.enrol_tokens
+                where expires_at < now() - interval '30 days' order by expires_at limit $1) old
+         where t.token_id = old.token_id",
+        BATCH
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Keys that were revoked. What was done with them is in the audit log.
+async fn api_keys(conn: &mut PgConnection, days: i32) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query!(
+        "delete from cvault.api_keys k
+         using (select tenant_id, api_key_id from cvault.api_keys
+                where revoked_at < now() - make_interval(days => $2) order by revoked_at limit $1) old
+         where k.tenant_id = old.tenant_id and k.api_key_id = old.api_key_id",
+        BATCH,
+        days
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected())
 }
 
 #[cfg(test)]

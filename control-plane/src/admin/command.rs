@@ -2,10 +2,15 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Subcommand};
-use cvault_types::{MailId, PoolId, ServerId, TenantId};
+use cvault_types::tenant::UpdateTenantPolicy;
+use cvault_types::{ApiKeyId, MailId, PoolId, ServerId, TenantId};
 use ipnet::{Ipv4Net, Ipv6Net};
+use uuid::Uuid;
+
+use crate::auth::approvals::Action;
 
 #[derive(Debug, Args)]
 pub struct AdminArgs {
@@ -22,7 +27,9 @@ pub struct AdminArgs {
 #[derive(Debug, Subcommand)]
 pub enum AdminCommand {
     /// Print a bearer token for /admin, valid for 12 hours
-    Token,
+    Token(TokenArgs),
+    /// Approve one operation on one tenant over HTTP: print a token for `X-Challenge-Token`, good once, for 5 minutes
+    Approve(ApproveArgs),
     /// Business customers
     #[command(subcommand)]
     Tenant(TenantCommand),
@@ -32,6 +39,15 @@ pub enum AdminCommand {
     /// WireGuard servers
     #[command(subcommand)]
     Server(ServerCommand),
+    /// A tenant's API keys
+    #[command(subcommand)]
+    ApiKey(ApiKeyCommand),
+    /// The people of tenants who use the portal
+    #[command(subcommand)]
+    Portal(PortalCommand),
+    /// The log of what was changed, by whom
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Key-encryption keys
     #[command(subcommand)]
     Keys(KeysCommand),
@@ -50,6 +66,11 @@ pub enum TenantCommand {
         name: String,
     },
     List,
+    Show {
+        id: TenantId,
+    },
+    /// Change a tenant's name, limits and policy; what is not named stays
+    Update(Box<TenantUpdate>),
     /// Refuse the tenant's API calls
     Suspend {
         id: TenantId,
@@ -61,6 +82,139 @@ pub enum TenantCommand {
     /// Delete a tenant, its devices and its data key; cannot be undone
     Delete {
         id: TenantId,
+    },
+}
+
+/// What changes of a tenant.
+#[derive(Debug, Args)]
+pub struct TenantUpdate {
+    pub id: TenantId,
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Per calendar month, UTC; or `none`
+    #[arg(long, value_name = "GB")]
+    pub bandwidth_limit_gb: Option<Limit<i64>>,
+    /// Or `none`
+    #[arg(long, value_name = "USERS")]
+    pub user_limit: Option<Limit<i32>>,
+    #[arg(long, value_name = "DEVICES")]
+    pub max_devices_per_user: Option<i32>,
+    /// Or `none`: the platform's
+    #[arg(long, value_name = "REQUESTS")]
+    pub rate_limit_per_minute: Option<Limit<i32>>,
+    /// Or `none`: half of the tenant's
+    #[arg(long, value_name = "REQUESTS")]
+    pub user_rate_limit_per_minute: Option<Limit<i32>>,
+    /// As `policy` of PATCH /admin/tenants/{id}, such as '{"allow_smtp":true}'
+    #[arg(long, value_name = "JSON")]
+    pub policy: Option<PolicyChange>,
+}
+
+/// A number, or `none`.
+#[derive(Debug, Clone, Copy)]
+pub struct Limit<T>(pub Option<T>);
+
+impl<T: FromStr> FromStr for Limit<T> {
+    type Err = T::Err;
+
+    fn from_str(text: &str) -> Result<Self, T::Err> {
+        if text == "none" { Ok(Self(None)) } else { text.parse().map(|number| Self(Some(number))) }
+    }
+}
+
+/// A change of a tenant's policy, in JSON.
+#[derive(Debug, Clone)]
+pub struct PolicyChange(pub UpdateTenantPolicy);
+
+impl FromStr for PolicyChange {
+    type Err = serde_json::Error;
+
+    fn from_str(text: &str) -> Result<Self, serde_json::Error> {
+        serde_json::from_str(text).map(Self)
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct TokenArgs {
+    /// Who will use it, as the audit log will say: `admin:NAME`
+    #[arg(long, default_value = "cli")]
+    pub name: String,
+    #[command(subcommand)]
+    pub command: Option<TokenCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token worthless at once, by its `token_id`
+    Revoke { id: Uuid },
+}
+
+#[derive(Debug, Args)]
+pub struct ApproveArgs {
+    #[arg(long, value_enum)]
+    pub action: Action,
+    /// The tenant
+    #[arg(long, value_name = "TENANT")]
+    pub target: TenantId,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ApiKeyCommand {
+    List {
+        #[arg(long)]
+        tenant: TenantId,
+    },
+    /// End a key at once
+    Revoke {
+        #[arg(long)]
+        tenant: TenantId,
+        id: ApiKeyId,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PortalCommand {
+    /// The accounts of a tenant
+    List {
+        #[arg(long)]
+        tenant: TenantId,
+    },
+    /// End somebody's sessions and let them log in no more
+    Disable { email: String },
+    /// Let somebody log in again
+    Enable { email: String },
+    /// Mail somebody a link to choose a new password
+    Reset { email: String },
+    /// End somebody's sessions
+    EndSessions { email: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AuditCommand {
+    /// Entries of all tenants and of the platform, newest first
+    List {
+        #[arg(long)]
+        tenant: Option<TenantId>,
+        /// `device.register`, or its noun
+        #[arg(long)]
+        action: Option<String>,
+        #[arg(long)]
+        actor: Option<String>,
+        /// RFC 3339; included
+        #[arg(long, value_name = "TIME")]
+        from: Option<String>,
+        /// RFC 3339; excluded
+        #[arg(long, value_name = "TIME")]
+        to: Option<String>,
+        #[arg(long, default_value_t = 50)]
+        limit: u32,
+    },
+    /// Recompute the chains of hashes; exit status 1 when an entry was changed, added or taken away
+    Verify {
+        /// Only this tenant's
+        #[arg(long)]
+        tenant: Option<TenantId>,
     },
 }
 
@@ -76,8 +230,27 @@ pub enum PoolCommand {
         /// Without it, a /64 is drawn from the unique local addresses
         #[arg(long, value_name = "CIDR")]
         v6: Option<Ipv6Net>,
+        /// Seconds a released address rests; without it, CVAULT_QUARANTINE_SECONDS
+        #[arg(long, value_name = "SECONDS")]
+        quarantine: Option<u32>,
+        /// Take the address of a device back when it disconnects
+        #[arg(long)]
+        reclaim: bool,
     },
     List,
+    Show {
+        id: PoolId,
+    },
+    /// Change a pool; what is not named stays
+    Update {
+        id: PoolId,
+        #[arg(long)]
+        name: Option<String>,
+        #[arg(long, value_name = "SECONDS")]
+        quarantine: Option<u32>,
+        #[arg(long, value_name = "true|false")]
+        reclaim: Option<bool>,
+    },
     /// Delete a pool that no server and no device uses
     Delete {
         id: PoolId,
@@ -104,6 +277,9 @@ pub enum ServerCommand {
         capacity: u32,
     },
     List,
+    Show {
+        id: ServerId,
+    },
     /// Print another enrolment token, once: for a token that was lost or has expired, and for a machine that replaces
     /// the server's first
     Token {

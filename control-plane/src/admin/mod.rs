@@ -3,10 +3,17 @@
 //! Each command answers with one JSON object (`--json`) or a few lines for people; secrets appear only in the answer
 //! that makes them.
 
+mod api_keys;
+mod audit;
 mod command;
 mod keys;
 mod mail;
+mod portal;
 mod run;
+mod token;
 
-pub use command::{AdminArgs, AdminCommand, KeysCommand, MailCommand, PoolCommand, ServerCommand, TenantCommand};
+pub use command::{
+    AdminArgs, AdminCommand, ApiKeyCommand, ApproveArgs, AuditCommand, KeysCommand, Limit, MailCommand, PolicyChange,
+    PoolCommand, PortalCommand, ServerCommand, TenantCommand, TenantUpdate, TokenArgs, TokenCommand,
+};
 pub use run::{AdminError, run};

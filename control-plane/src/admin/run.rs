@@ -4,25 +4,25 @@ use std::io::{self, Write};
 
 use cvault_node_protocol::token::EnrolToken;
 use cvault_types::admin::ServerStatus;
-use cvault_types::tenant::{TenantStatus, UpdateTenantRequest};
+use cvault_types::tenant::{Tenant, TenantStatus, UpdateTenantRequest};
 use cvault_types::{ErrorCode, ServerId, TenantId};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use serde_json::{Value, json};
 use time::format_description::well_known::Rfc3339;
 
-use super::{AdminArgs, AdminCommand, PoolCommand, ServerCommand, TenantCommand};
+use super::{AdminArgs, AdminCommand, PoolCommand, ServerCommand, TenantCommand, TenantUpdate};
 use crate::app::App;
-use crate::auth::tokens;
+use crate::auth::api_keys::ManageError;
 use crate::config::{Config, Faults, Lookup, Overrides, ServeConfig};
 use crate::db::{DbError, Tx};
 use crate::dev::{self, DevError};
 use crate::http::Problem;
-use crate::ipam::{self, CreatePoolError, DeletePoolError, NewPool};
+use crate::ipam::{self, CreatePoolError, DeletePoolError, NewPool, Pool, PoolChange};
 use crate::keys::RotateError;
-use crate::mail::{RetryError, SendError};
+use crate::mail::{EnqueueError, RetryError, SendError};
 use crate::serve::{self, StartError};
-use crate::servers::{self, CreateServerError, NewServer, Removal, RemoveServerError};
+use crate::servers::{self, CreateServerError, NewServer, Removal, RemoveServerError, ServerDetails, ServerFilter};
 use crate::tenants::{self, Actor, Settings, TenantError};
 use crate::usage;
 
@@ -48,6 +48,8 @@ pub enum AdminError {
     RemoveServer(#[from] RemoveServerError),
     #[error("there is no such server")]
     NoServer,
+    #[error("there is no such pool")]
+    NoPool,
     #[error(transparent)]
     Rotate(#[from] RotateError),
     #[error(transparent)]
@@ -58,6 +60,14 @@ pub enum AdminError {
     Db(#[from] DbError),
     #[error("the answer cannot be printed")]
     Print(#[from] io::Error),
+    #[error("the audit log was tampered with: see `broken`")]
+    Chain(Vec<Value>),
+    #[error("nobody has a portal account with this address")]
+    NoAccount,
+    #[error(transparent)]
+    ApiKey(#[from] ManageError),
+    #[error(transparent)]
+    Mail(#[from] EnqueueError),
     #[error("{mismatches} of {checked} counters disagree with what was billed")]
     Ledger { checked: u64, mismatches: u64 },
 }
@@ -79,6 +89,7 @@ pub async fn run(args: AdminArgs, lookup: Lookup<'_>) -> Result<(), AdminError> 
         Err(AdminError::Ledger { checked, mismatches }) => {
             (json!({"checked": checked, "mismatches": mismatches}), Some(AdminError::Ledger { checked, mismatches }))
         }
+        Err(AdminError::Chain(broken)) => (json!({"broken": broken}), Some(AdminError::Chain(Vec::new()))),
         result => (result?, None),
     };
     app.db.close().await;
@@ -88,20 +99,21 @@ pub async fn run(args: AdminArgs, lookup: Lookup<'_>) -> Result<(), AdminError> 
 
 async fn answer(app: &App, command: AdminCommand) -> Result<Value, AdminError> {
     match command {
-        AdminCommand::Token => {
-            let token = tokens::mint_admin(&app.secrets.token_key, &app.config.public_url, "cli", app.clock.now());
-            Ok(json!({"token": token.expose(), "expires_in": tokens::ADMIN_SECONDS}))
-        }
+        AdminCommand::Token(args) => super::token::run(app, args).await,
+        AdminCommand::Approve(args) => super::token::approve(app, args).await,
         AdminCommand::Tenant(command) => tenant(app, command).await,
         AdminCommand::Pool(command) => pool(app, command).await,
         AdminCommand::Server(command) => server(app, command).await,
+        AdminCommand::ApiKey(command) => super::api_keys::run(app, command).await,
+        AdminCommand::Portal(command) => super::portal::run(app, command).await,
+        AdminCommand::Audit(command) => super::audit::run(app, command).await,
         AdminCommand::Keys(command) => super::keys::run(app, command).await,
         AdminCommand::Mail(command) => super::mail::run(app, command).await,
         AdminCommand::VerifyLedger => verify_ledger(app).await,
     }
 }
 
-fn cli() -> Actor {
+pub(super) fn cli() -> Actor {
     Actor { name: "cli".to_owned(), request_id: None }
 }
 
@@ -125,6 +137,12 @@ async fn tenant(app: &App, command: TenantCommand) -> Result<Value, AdminError> 
                 all.extend(page);
             }
         }
+        TenantCommand::Show { id } => Ok(shown_tenant(&tenants::get(app, id).await?)),
+        TenantCommand::Update(update) => {
+            let id = update.id;
+            let tenant = tenants::update(app, id, request(*update), &actor).await.map_err(refused)?;
+            Ok(shown_tenant(&tenant))
+        }
         TenantCommand::Suspend { id } => set_status(app, id, TenantStatus::Suspended, &actor).await,
         TenantCommand::Resume { id } => set_status(app, id, TenantStatus::Active, &actor).await,
         TenantCommand::Delete { id } => {
@@ -132,6 +150,23 @@ async fn tenant(app: &App, command: TenantCommand) -> Result<Value, AdminError> 
             Ok(json!({"tenant_id": id, "status": "deleted"}))
         }
     }
+}
+
+fn request(update: TenantUpdate) -> UpdateTenantRequest {
+    UpdateTenantRequest {
+        name: update.name,
+        bandwidth_limit_gb: update.bandwidth_limit_gb.map(|limit| limit.0),
+        user_limit: update.user_limit.map(|limit| limit.0),
+        max_devices_per_user: update.max_devices_per_user,
+        rate_limit_per_minute: update.rate_limit_per_minute.map(|limit| limit.0),
+        user_rate_limit_per_minute: update.user_rate_limit_per_minute.map(|limit| limit.0),
+        policy: update.policy.map(|policy| policy.0),
+        ..UpdateTenantRequest::default()
+    }
+}
+
+fn shown_tenant(tenant: &Tenant) -> Value {
+    serde_json::to_value(tenant).expect("a tenant is plain data")
 }
 
 async fn set_status(app: &App, id: TenantId, status: TenantStatus, actor: &Actor) -> Result<Value, AdminError> {
@@ -150,12 +185,29 @@ fn refused(problem: Problem) -> AdminError {
 
 async fn pool(app: &App, command: PoolCommand) -> Result<Value, AdminError> {
     match command {
-        PoolCommand::Create { name, v4, v6 } => {
+        PoolCommand::Create { name, v4, v6, quarantine, reclaim } => {
             let v6 = v6.unwrap_or_else(|| ipam::draw_ula(&mut StdRng::from_os_rng()));
-            let pool = NewPool { name, ipv4: v4, ipv6: v6, quarantine_seconds: app.config.quarantine_seconds };
+            let quarantine_seconds = quarantine.unwrap_or(app.config.quarantine_seconds);
+            let pool = NewPool { name, ipv4: v4, ipv6: v6, quarantine_seconds, reclaim };
             let mut tx = Tx::begin(&app.db.sys).await?;
             let made = ipam::create_pool_noted(&mut tx, &pool, &cli()).await;
             Ok(json!({"pool_id": tx.finish(made).await?, "v6": v6}))
+        }
+        PoolCommand::Show { id } => {
+            let found = ipam::list_details(&app.db.sys, Some(id), None, 1).await?.pop();
+            Ok(shown_pool(found.ok_or(AdminError::NoPool)?))
+        }
+        PoolCommand::Update { id, name, quarantine, reclaim } => {
+            let change = PoolChange { name, quarantine_seconds: quarantine, reclaim };
+            let mut tx = Tx::begin(&app.db.sys).await?;
+            let work = match ipam::update_pool(&mut tx, id, change, &cli()).await {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(AdminError::NoPool),
+                Err(error) => Err(error.into()),
+            };
+            tx.finish(work).await?;
+            let found = ipam::list_details(&app.db.sys, Some(id), None, 1).await?.pop();
+            Ok(shown_pool(found.ok_or(AdminError::NoPool)?))
         }
         PoolCommand::Delete { id } => {
             let mut tx = Tx::begin(&app.db.sys).await?;
@@ -165,17 +217,16 @@ async fn pool(app: &App, command: PoolCommand) -> Result<Value, AdminError> {
         }
         PoolCommand::List => {
             let pools = ipam::list_pools(&app.db.sys).await?;
-            let rows: Vec<Value> = pools
-                .into_iter()
-                .map(|pool| {
-                    json!({"id": pool.id, "name": pool.name, "v4": pool.ipv4, "v6": pool.ipv6,
-                           "quarantine_seconds": pool.quarantine_seconds, "allocated": pool.allocated,
-                           "quarantined": pool.quarantined, "size": pool.size})
-                })
-                .collect();
+            let rows: Vec<Value> = pools.into_iter().map(shown_pool).collect();
             Ok(json!({"pools": rows}))
         }
     }
+}
+
+fn shown_pool(pool: Pool) -> Value {
+    json!({"id": pool.id, "name": pool.name, "v4": pool.ipv4, "v6": pool.ipv6,
+           "quarantine_seconds": pool.quarantine_seconds, "reclaim": pool.reclaim, "servers": pool.servers,
+           "allocated": pool.allocated, "quarantined": pool.quarantined, "size": pool.size})
 }
 
 async fn server(app: &App, command: ServerCommand) -> Result<Value, AdminError> {
@@ -185,19 +236,13 @@ async fn server(app: &App, command: ServerCommand) -> Result<Value, AdminError> 
             create_server(app, &server).await
         }
         ServerCommand::List => {
-            let rows: Vec<Value> = servers::list_all(&app.db.sys)
-                .await?
-                .into_iter()
-                .map(|server| {
-                    json!({"id": server.id, "name": server.name, "region": server.region, "public_ip": server.public_ip,
-                           "port": server.endpoint_port, "pool": server.pool, "capacity": server.capacity,
-                           "status": server.status, "enrolled": server.enrolled, "peers": server.peers,
-                           "revision": server.revision, "acked_revision": server.acked_revision,
-                           "last_seen_at": server.last_seen_at.and_then(|at| at.format(&Rfc3339).ok()),
-                           "health": server.health})
-                })
-                .collect();
+            let rows: Vec<Value> = servers::list_all(&app.db.sys).await?.into_iter().map(shown_server).collect();
             Ok(json!({"servers": rows}))
+        }
+        ServerCommand::Show { id } => {
+            let only = ServerFilter { id: Some(id), ..ServerFilter::default() };
+            let found = servers::list_details(&app.db.sys, &only, None, 1).await?.pop();
+            Ok(shown_server(found.ok_or(AdminError::NoServer)?))
         }
         ServerCommand::Token { id } => {
             let pin = app.secrets.node_identity.pin();
@@ -217,6 +262,15 @@ async fn server(app: &App, command: ServerCommand) -> Result<Value, AdminError> 
             Ok(json!({"server_id": id, "status": "removed"}))
         }
     }
+}
+
+fn shown_server(server: ServerDetails) -> Value {
+    json!({"id": server.id, "name": server.name, "region": server.region, "public_ip": server.public_ip,
+           "port": server.endpoint_port, "pool": server.pool, "capacity": server.capacity,
+           "status": server.status, "enrolled": server.enrolled, "peers": server.peers,
+           "revision": server.revision, "acked_revision": server.acked_revision,
+           "last_seen_at": server.last_seen_at.and_then(|at| at.format(&Rfc3339).ok()),
+           "health": server.health})
 }
 
 /// The server and its token, or neither.

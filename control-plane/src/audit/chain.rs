@@ -100,6 +100,15 @@ async fn chain_tenant(tx: &mut Tx, tenant: Uuid) -> Result<u64, DbError> {
     Ok(ids.len() as u64)
 }
 
+/// Whose chains there are: those of tenants, deleted ones included, and the platform's under the id of none.
+///
+/// # Errors
+/// Those of the database.
+pub async fn chains(sys: &PgPool) -> Result<Vec<Uuid>, DbError> {
+    let found = sqlx::query_scalar!("select distinct tenant_id from cvault.audit_log order by tenant_id");
+    Ok(found.fetch_all(sys).await?)
+}
+
 /// Recomputes a tenant's chain; `None` when it holds.
 ///
 /// # Errors

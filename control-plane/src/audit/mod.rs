@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::db::DbError;
 use crate::tenancy::TenantTx;
 
-pub use chain::{Broken, chain_new, verify_chain};
+pub use chain::{Broken, chain_new, chains, verify_chain};
 pub use of_tenant::{Wanted, list};
 pub use search::{Filter, search};
 

@@ -21,6 +21,8 @@ use subtle::ConstantTimeEq;
 use time::OffsetDateTime;
 
 use super::opaque;
+use super::throttle::Credential;
+use super::tokens::ClientToken;
 use crate::app::App;
 use crate::db::DbError;
 use crate::http::extract::single;
@@ -28,6 +30,7 @@ use crate::http::limit::{Allowance, Decision};
 use crate::http::serve::Peer;
 use crate::http::{Problem, context};
 use crate::keys::PlatformSecrets;
+use crate::metrics;
 use crate::tenancy::TenantTx;
 
 pub use manage::{
@@ -72,6 +75,7 @@ struct StoredKey {
     in_scope: bool,
     origin: Origin,
     per_minute: u32,
+    user_per_minute: u32,
 }
 
 /// Where a browser says that the call comes from. Other programs say nothing.
@@ -95,31 +99,54 @@ pub fn scope_of(path: &str) -> Option<Scope> {
     }
 }
 
-/// For calls that carry a user token besides the key. The key is public: what its tenant is charged with, and told,
-/// waits for `prove`, which checks the token.
+/// For calls that carry a user token besides the key; `claims` is what became of it. The key is public: what its tenant is
+/// charged with, and told, waits for the token. The user is charged first: what is refused to one user costs the others
+/// nothing.
 ///
 /// # Errors
-/// `INVALID_API_KEY`, `TENANT_SUSPENDED`, `ORIGIN_NOT_ALLOWED`, `INSUFFICIENT_SCOPE`, what `prove` says, or the database's.
-pub async fn authenticate_key<T>(
+/// `INVALID_API_KEY`, `TENANT_SUSPENDED`, `ORIGIN_NOT_ALLOWED`, `INSUFFICIENT_SCOPE`, `RATE_LIMITED`, what is wrong with the
+/// token, or the database's.
+pub async fn authenticate_user(
     app: &App,
     request: &Parts,
-    prove: impl FnOnce(AuthenticatedKey) -> Result<T, Problem>,
-) -> Result<T, Problem> {
+    claims: Result<ClientToken, Problem>,
+) -> Result<ClientToken, Problem> {
     let ip = Peer::of(request).ip();
-    app.throttles.before_credentials(ip)?;
-    let proven = match find(app, request).await {
-        Ok(stored) => prove(stored.authenticated).map(|proof| (stored, proof)),
-        Err(problem) => Err(problem),
+    match &claims {
+        Ok(claims) => app.throttles.before_key_of(claims.user)?,
+        Err(_) => app.throttles.before_credentials(ip)?,
+    }
+    let found = match find(app, request).await {
+        Ok(stored) => claims.map(|claims| (stored, claims)),
+        Err(problem) => {
+            // a token that is right is nobody's guess: its user answers for the key, and not its network
+            match &claims {
+                Ok(claims) if problem.code() == ErrorCode::InvalidApiKey => app.throttles.key_failed_of(claims.user),
+                Ok(_) | Err(_) => note_failure(app, ip, &problem),
+            }
+            return Err(problem);
+        }
     };
-    let (stored, proof) = proven.inspect_err(|problem| note_failure(app, ip, problem))?;
+    let (stored, claims) = found.inspect_err(|problem| note_failure(app, ip, problem))?;
+    if claims.tenant != stored.authenticated.tenant {
+        app.throttles.key_failed_of(claims.user);
+        return Err(
+            Problem::new(ErrorCode::InvalidToken).detail("The token belongs to another tenant than the API key.")
+        );
+    }
+    let decision = app.throttles.user(claims.user, Allowance::per_minute(stored.user_per_minute));
+    context::user_identified(stored.authenticated.tenant, decision);
+    if !decision.allowed {
+        return Err(rate_limited("user", decision));
+    }
     admit(app, &stored, charge(app, &stored))?;
-    Ok(proof)
+    Ok(claims)
 }
 
 /// For calls of the tenant's own backend: the secret is needed too.
 ///
 /// # Errors
-/// As [`authenticate_key`], and `SECRET_KEY_IN_BROWSER` when an `Origin` header says a browser sent the secret.
+/// As [`authenticate_user`], and `SECRET_KEY_IN_BROWSER` when an `Origin` header says a browser sent the secret.
 pub async fn authenticate_secret(app: &App, request: &Parts) -> Result<AuthenticatedKey, Problem> {
     let headers = &request.headers;
     if headers.contains_key(ORIGIN) && headers.contains_key(SECRET_HEADER) {
@@ -128,8 +155,10 @@ pub async fn authenticate_secret(app: &App, request: &Parts) -> Result<Authentic
         ));
     }
     let ip = Peer::of(request).ip();
-    app.throttles.before_credentials(ip)?;
+    let credential = credential(request);
+    app.throttles.before_credential(ip, credential)?;
     let stored = find_with_secret(app, request).await.inspect_err(|problem| note_failure(app, ip, problem))?;
+    app.throttles.credential_right(ip, credential);
     admit(app, &stored, charge(app, &stored))?;
     Ok(stored.authenticated)
 }
@@ -143,14 +172,15 @@ pub async fn authenticate_client(app: &App, request: &Parts) -> Result<(Authenti
     if request.headers.contains_key(SECRET_HEADER) {
         return Ok((authenticate_secret(app, request).await?, Proof::Secret));
     }
-    let ip = Peer::of(request).ip();
-    app.throttles.before_credentials(ip)?;
+    let (ip, credential) = (Peer::of(request).ip(), credential(request));
+    app.throttles.before_credential(ip, credential)?;
     let stored = match find(app, request).await {
         Ok(stored) if stored.public_clients => Ok(stored),
         Ok(_) => Err(Problem::new(ErrorCode::InvalidApiKey)),
         Err(problem) => Err(problem),
     }
     .inspect_err(|problem| note_failure(app, ip, problem))?;
+    app.throttles.credential_right(ip, credential);
     let tenant = stored.authenticated.tenant;
     app.throttles.public_call(tenant, ip)?;
     let decision = app.throttles.public_calls(tenant, Allowance::per_minute(stored.per_minute));
@@ -176,6 +206,7 @@ async fn find(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
     let origin = request.headers.get(ORIGIN);
     let row = sqlx::query!(
         r#"select k.tenant_id, k.api_key_id, k.secret_hash, t.status, t.rate_limit_per_minute, t.public_clients,
+                  t.user_rate_limit_per_minute,
                   case when k.previous_valid_until > $2 then k.previous_secret_hash end as previous_secret_hash,
                   coalesce($3 = any (k.scopes), true) as "in_scope!",
                   coalesce($4 = any (t.allowed_origins), false) as "origin_allowed!"
@@ -200,6 +231,8 @@ async fn find(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
         // now, so that a page can read also why it is refused
         context::origin_allowed(origin);
     }
+    let own = |limit: Option<i32>| limit.and_then(|limit| u32::try_from(limit).ok());
+    let per_minute = own(row.rate_limit_per_minute).unwrap_or(app.config.rate_limit_per_minute);
     Ok(StoredKey {
         authenticated: AuthenticatedKey {
             tenant: TenantId::from_uuid(row.tenant_id),
@@ -211,16 +244,20 @@ async fn find(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
         public_clients: row.public_clients,
         in_scope: row.in_scope,
         origin,
-        per_minute: row
-            .rate_limit_per_minute
-            .and_then(|limit| u32::try_from(limit).ok())
-            .unwrap_or(app.config.rate_limit_per_minute),
+        per_minute,
+        // one user alone cannot use up what all of them share
+        user_per_minute: own(row.user_rate_limit_per_minute).unwrap_or(per_minute.div_ceil(2)),
     })
 }
 
-/// Nobody is charged for a database that is away.
+fn credential(request: &Parts) -> Credential {
+    let bytes = |name| request.headers.get(name).map_or(&[][..], HeaderValue::as_bytes);
+    Credential::of(bytes(KEY_HEADER), bytes(SECRET_HEADER))
+}
+
+/// Nobody is charged for a database that is away, nor for a token that was right once.
 fn note_failure(app: &App, ip: Option<IpAddr>, problem: &Problem) {
-    if matches!(problem.code(), ErrorCode::InvalidApiKey | ErrorCode::InvalidToken | ErrorCode::TokenExpired) {
+    if matches!(problem.code(), ErrorCode::InvalidApiKey | ErrorCode::InvalidToken) {
         app.throttles.credentials_failed(ip);
     }
 }
@@ -234,8 +271,7 @@ fn admit(app: &App, stored: &StoredKey, decision: Decision) -> Result<(), Proble
     let AuthenticatedKey { tenant, api_key_id } = stored.authenticated;
     context::identified(tenant, decision);
     if !decision.allowed {
-        let (max, seconds) = (i64::from(decision.quota), decision.retry_after_seconds);
-        return Err(Problem::new(ErrorCode::RateLimited).limit("requests_per_minute", max, max).retry_after(seconds));
+        return Err(rate_limited("tenant", decision));
     }
     if stored.suspended {
         return Err(Problem::new(ErrorCode::TenantSuspended));
@@ -250,6 +286,12 @@ fn admit(app: &App, stored: &StoredKey, decision: Decision) -> Result<(), Proble
     }
     app.uses.note(tenant, api_key_id, app.clock.now());
     Ok(())
+}
+
+fn rate_limited(policy: &'static str, decision: Decision) -> Problem {
+    metrics::rate_limited(policy);
+    let (max, seconds) = (i64::from(decision.quota), decision.retry_after_seconds);
+    Problem::new(ErrorCode::RateLimited).limit("requests_per_minute", max, max).retry_after(seconds)
 }
 
 fn hash_secret(secrets: &PlatformSecrets, secret: &str) -> [u8; 32] {

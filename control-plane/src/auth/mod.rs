@@ -1,6 +1,8 @@
 //! Who is calling: API keys and secrets, passwords, user and admin tokens, refresh families.
 
+pub mod admin_tokens;
 pub mod api_keys;
+pub mod approvals;
 pub mod email;
 pub mod events;
 pub mod opaque;

@@ -1,18 +1,20 @@
 //! Throttles of those who have proven nothing yet. Only failures count (calls without a secret count all), so that nobody who knows the right password or
 //! key waits for somebody who does not, except at the account under attack itself.
 //!
-//! By network: attempts with API keys, secrets and user tokens. By account: guesses at one password. By tenant and
+//! By network: attempts with API keys, secrets and user tokens. A network that waits is refused before anything is looked up;
+//! only its neighbours pass who were right from there within a day, or whose token's signature is. By account: guesses at one password. By tenant and
 //! network: guesses at many; a tenant's backend usually calls from one address for all of its users, and another tenant
 //! must not feel it. An account is counted whether it exists or not. Each replica counts for itself.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use cvault_types::{ErrorCode, TenantAdminId, TenantId};
+use cvault_types::{ErrorCode, TenantAdminId, TenantId, UserId};
 use sha2::{Digest, Sha256};
 
 use crate::http::Problem;
 use crate::http::limit::{Allowance, Decision, Limiter};
+use crate::metrics;
 use crate::network::Network;
 
 /// Calls with a wrong key, secret or token from one network.
@@ -32,6 +34,11 @@ const MAILS: Allowance = Allowance { count: 5, window: Duration::from_secs(3600)
 const SIGNUPS: Allowance = Allowance { count: 10, window: Duration::from_secs(3600) };
 /// Requests of one person in the portal. Not the tenant's own allowance: a busy API must not lock its people out.
 const PORTAL: Allowance = Allowance::per_minute(300);
+/// Requests of one of the platform's staff, or of its back office.
+const STAFF: Allowance = Allowance::per_minute(3_000);
+
+/// A secret that was right is remembered for so long where it came from.
+const KNOWN: Allowance = Allowance { count: 1, window: Duration::from_secs(24 * 3600) };
 
 /// One for the process.
 #[derive(Debug, Default)]
@@ -40,8 +47,13 @@ pub struct Throttles {
     public_registrations: Limiter<(TenantId, Network)>,
     public_tenants: Limiter<TenantId>,
     credentials: Limiter<Network>,
+    known: Limiter<(Network, Credential)>,
+    keys_of_users: Limiter<UserId>,
     logins: Limiter<(TenantId, Network)>,
     accounts: Limiter<Account>,
+    users: Limiter<UserId>,
+    staff: Limiter<Account>,
+    staff_credentials: Limiter<Network>,
     portal: Limiter<TenantAdminId>,
     portal_logins: Limiter<Network>,
     signups: Limiter<Network>,
@@ -57,6 +69,23 @@ impl Account {
     pub fn of(tenant: TenantId, email: &str) -> Self {
         let text = email.to_ascii_lowercase();
         let digest = Sha256::new().chain_update(tenant.uuid().as_bytes()).chain_update(text).finalize();
+        Self(std::array::from_fn(|index| digest[index]))
+    }
+
+    fn of_staff(subject: &str) -> Self {
+        let digest = Sha256::new().chain_update("staff\0").chain_update(subject).finalize();
+        Self(std::array::from_fn(|index| digest[index]))
+    }
+}
+
+/// A key with its secret, or a cookie, as a digest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Credential([u8; 16]);
+
+impl Credential {
+    #[must_use]
+    pub fn of(name: &[u8], secret: &[u8]) -> Self {
+        let digest = Sha256::new().chain_update(name).chain_update([0]).chain_update(secret).finalize();
         Self(std::array::from_fn(|index| digest[index]))
     }
 }
@@ -76,6 +105,38 @@ impl Throttles {
     pub fn before_credentials(&self, ip: Option<IpAddr>) -> Result<(), Problem> {
         let Some(network) = ip.map(Network::of) else { return Ok(()) };
         refuse(self.credentials.ask(network, CREDENTIALS, Instant::now()))
+    }
+
+    /// As [`Throttles::before_credentials`], where one that was right from there lately passes.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn before_credential(&self, ip: Option<IpAddr>, credential: Credential) -> Result<(), Problem> {
+        let Some(network) = ip.map(Network::of) else { return Ok(()) };
+        if !self.known.ask((network, credential), KNOWN, Instant::now()).allowed {
+            return Ok(());
+        }
+        self.before_credentials(ip)
+    }
+
+    /// Notes one that was right.
+    pub fn credential_right(&self, ip: Option<IpAddr>, credential: Credential) {
+        if let Some(network) = ip.map(Network::of) {
+            self.known.charge((network, credential), KNOWN, Instant::now());
+        }
+    }
+
+    /// Asked before the key is looked up that came with the right token of a user.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for a user whose keys were wrong too often.
+    pub fn before_key_of(&self, user: UserId) -> Result<(), Problem> {
+        refuse(self.keys_of_users.ask(user, CREDENTIALS, Instant::now()))
+    }
+
+    /// Notes a key that was wrong.
+    pub fn key_failed_of(&self, user: UserId) {
+        self.keys_of_users.charge(user, CREDENTIALS, Instant::now());
     }
 
     /// Notes credentials that were wrong.
@@ -108,6 +169,33 @@ impl Throttles {
         refuse(self.public_registrations.charge((tenant, network), PUBLIC_REGISTRATIONS, Instant::now()))
     }
 
+    /// Counts a request of a tenant's user.
+    pub fn user(&self, user: UserId, allowance: Allowance) -> Decision {
+        self.users.charge(user, allowance, Instant::now())
+    }
+
+    /// Counts a request of platform staff.
+    pub fn staff(&self, subject: &str) -> Decision {
+        self.staff.charge(Account::of_staff(subject), STAFF, Instant::now())
+    }
+
+    /// Asked before an admin token is looked at. Apart from [`Throttles::before_credentials`]: a tenant's broken backend must not lock
+    /// out staff of the same network.
+    ///
+    /// # Errors
+    /// `RATE_LIMITED` for a network that has failed too often.
+    pub fn before_staff(&self, ip: Option<IpAddr>) -> Result<(), Problem> {
+        let Some(network) = ip.map(Network::of) else { return Ok(()) };
+        refuse(self.staff_credentials.ask(network, CREDENTIALS, Instant::now()))
+    }
+
+    /// Notes an admin token that was wrong.
+    pub fn staff_failed(&self, ip: Option<IpAddr>) {
+        if let Some(network) = ip.map(Network::of) {
+            self.staff_credentials.charge(network, CREDENTIALS, Instant::now());
+        }
+    }
+
     /// Counts a request of somebody who is logged in to the portal.
     pub fn portal(&self, admin: TenantAdminId) -> Decision {
         self.portal.charge(admin, PORTAL, Instant::now())
@@ -137,20 +225,21 @@ impl Throttles {
         refuse(self.mails.charge(account, MAILS, Instant::now()))
     }
 
-    /// Asked before an account is made. Addresses can be tried out here, too.
+    /// Counts an account before it is made, so that simultaneous ones count too; see [`Throttles::not_signed_up`].
+    /// Addresses can be tried out here, too.
     ///
     /// # Errors
     /// `RATE_LIMITED` for a network that has made too many, or failed too often.
     pub fn before_signup(&self, ip: Option<IpAddr>) -> Result<(), Problem> {
         let Some(network) = ip.map(Network::of) else { return Ok(()) };
-        refuse(self.signups.ask(network, SIGNUPS, Instant::now()))?;
-        refuse(self.portal_logins.ask(network, LOGINS, Instant::now()))
+        refuse(self.portal_logins.ask(network, LOGINS, Instant::now()))?;
+        refuse(self.signups.charge(network, SIGNUPS, Instant::now()))
     }
 
-    /// Notes an account that was made.
-    pub fn signed_up(&self, ip: Option<IpAddr>) {
+    /// No account was made.
+    pub fn not_signed_up(&self, ip: Option<IpAddr>) {
         if let Some(network) = ip.map(Network::of) {
-            self.signups.charge(network, SIGNUPS, Instant::now());
+            self.signups.give_back(network, SIGNUPS);
         }
     }
 
@@ -189,6 +278,7 @@ fn refuse(decision: Decision) -> Result<(), Problem> {
     if decision.allowed {
         return Ok(());
     }
+    metrics::rate_limited("throttle");
     Err(Problem::new(ErrorCode::RateLimited)
         .detail("Too many attempts. Wait as long as Retry-After says.")
         .retry_after(decision.retry_after_seconds))

@@ -75,6 +75,13 @@ pub struct PortalToken {
     pub session: Uuid,
 }
 
+/// Whose a verified admin token is, and which.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdminToken {
+    pub subject: String,
+    pub id: Uuid,
+}
+
 /// A token for a tenant's user, valid for [`ACCESS_SECONDS`].
 #[must_use]
 pub fn mint_client(key: &TokenKey, issuer: &str, who: ClientToken, family: Uuid, now: OffsetDateTime) -> Secret {
@@ -116,6 +123,12 @@ pub fn mint_portal(key: &TokenKey, issuer: &str, who: PortalToken, now: OffsetDa
 /// A token for platform staff, valid for [`ADMIN_SECONDS`].
 #[must_use]
 pub fn mint_admin(key: &TokenKey, issuer: &str, subject: &str, now: OffsetDateTime) -> Secret {
+    mint_admin_as(key, issuer, subject, Uuid::now_v7(), now)
+}
+
+/// As [`mint_admin`], with the id that it can be revoked by.
+#[must_use]
+pub fn mint_admin_as(key: &TokenKey, issuer: &str, subject: &str, id: Uuid, now: OffsetDateTime) -> Secret {
     let iat = now.unix_timestamp();
     sign(
         key,
@@ -125,7 +138,7 @@ pub fn mint_admin(key: &TokenKey, issuer: &str, subject: &str, now: OffsetDateTi
             sub: subject.to_owned(),
             iat,
             exp: iat + ADMIN_SECONDS.cast_signed(),
-            jti: Uuid::now_v7(),
+            jti: id,
         },
     )
 }
@@ -148,14 +161,14 @@ pub fn verify_portal(key: &TokenKey, issuer: &str, token: &str, now: OffsetDateT
     Ok(PortalToken { tenant: claims.tid, admin: claims.sub, session: claims.sid })
 }
 
-/// The subject of an admin token.
+/// Whether it was revoked is for the database to say.
 ///
 /// # Errors
 /// As [`verify_client`].
-pub fn verify_admin(key: &TokenKey, issuer: &str, token: &str, now: OffsetDateTime) -> Result<String, Problem> {
+pub fn verify_admin(key: &TokenKey, issuer: &str, token: &str, now: OffsetDateTime) -> Result<AdminToken, Problem> {
     let claims: AdminClaims = verify(key, issuer, ADMIN, token)?;
     not_expired(claims.exp, now)?;
-    Ok(claims.sub)
+    Ok(AdminToken { subject: claims.sub, id: claims.jti })
 }
 
 fn sign(key: &TokenKey, claims: &impl Serialize) -> Secret {
@@ -228,7 +241,7 @@ mod tests {
         assert_eq!(code(verify_admin(&key, ISSUER, token.expose(), at(1_001))), ErrorCode::InvalidToken);
         let admin = mint_admin(&key, ISSUER, "ops", at(1_000));
         assert_eq!(code(verify_client(&key, ISSUER, admin.expose(), at(1_001))), ErrorCode::InvalidToken);
-        assert_eq!(verify_admin(&key, ISSUER, admin.expose(), at(1_001)).unwrap(), "ops");
+        assert_eq!(verify_admin(&key, ISSUER, admin.expose(), at(1_001)).unwrap().subject, "ops");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::Reader;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Retention {
     pub auth_events_days: i32,
-    /// Closed sessions and revoked devices.
+    /// Closed sessions, revoked devices and keys, bytes of unknown devices.
     pub history_days: i32,
     /// Counters that will not be reported again.
     pub counters_days: i32,

@@ -24,6 +24,8 @@ pub struct Device {
     pub public_key: PublicKey,
     pub addresses: Addresses,
     pub server: ServerId,
+    /// Its pool has taken the addresses back: they were the last it had. It gets others when it connects.
+    pub reclaimed: bool,
     /// The server has to acknowledge this revision before the device works.
     pub placed_revision: u64,
     pub last_handshake_at: Option<OffsetDateTime>,
@@ -46,6 +48,7 @@ struct Row {
     ipv4: IpNet,
     ipv6: IpNet,
     server_id: uuid::Uuid,
+    reclaimed: bool,
     placed_revision: i64,
     last_handshake_at: Option<OffsetDateTime>,
     last_connected_at: Option<OffsetDateTime>,
@@ -63,6 +66,7 @@ impl TryFrom<Row> for Device {
             public_key: PublicKey::from_bytes(row.public_key.try_into().expect("devices_public_key_length")),
             addresses: ipam::addresses(row.ipv4, row.ipv6)?,
             server: ServerId::from_uuid(row.server_id),
+            reclaimed: row.reclaimed,
             placed_revision: u64::try_from(row.placed_revision).unwrap_or_default(),
             last_handshake_at: row.last_handshake_at,
             last_connected_at: row.last_connected_at,
@@ -85,7 +89,7 @@ pub async fn list(
     let rows = sqlx::query_as!(
         Row,
         r#"select device_id, name, platform, public_key, ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet", server_id,
-                  placed_revision, last_handshake_at, last_connected_at, created_at
+                  reclaimed, placed_revision, last_handshake_at, last_connected_at, created_at
            from cvault.devices
            where tenant_id = $1 and user_id = $2 and status = 'active' and ($3::uuid is null or device_id > $3)
            order by device_id limit $4"#,
@@ -116,7 +120,7 @@ pub async fn list_all(tx: &mut TenantTx, after: Option<DeviceId>, limit: u32) ->
     let tenant = tx.tenant().uuid();
     let rows = sqlx::query!(
         r#"select user_id, suspended, device_id, name, platform, public_key, ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet",
-                  server_id, placed_revision, last_handshake_at, last_connected_at, created_at
+                  server_id, reclaimed, placed_revision, last_handshake_at, last_connected_at, created_at
            from cvault.devices
            where tenant_id = $1 and status = 'active' and ($2::uuid is null or device_id > $2)
            order by device_id limit $3"#,
@@ -136,6 +140,7 @@ pub async fn list_all(tx: &mut TenantTx, after: Option<DeviceId>, limit: u32) ->
                 ipv4: row.ipv4,
                 ipv6: row.ipv6,
                 server_id: row.server_id,
+                reclaimed: row.reclaimed,
                 placed_revision: row.placed_revision,
                 last_handshake_at: row.last_handshake_at,
                 last_connected_at: row.last_connected_at,
@@ -155,7 +160,7 @@ pub async fn find(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<Optio
     let row = sqlx::query_as!(
         Row,
         r#"select device_id, name, platform, public_key, ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet", server_id,
-                  placed_revision, last_handshake_at, last_connected_at, created_at
+                  reclaimed, placed_revision, last_handshake_at, last_connected_at, created_at
            from cvault.devices
            where tenant_id = $1 and user_id = $2 and status = 'active' and device_id = $3"#,
         tenant,

@@ -53,6 +53,9 @@ pub enum RegisterError {
     PublicKeyInUse,
     #[error("no server takes a device now")]
     ServerUnavailable,
+    /// Another try finds another one.
+    #[error("the chosen server has filled up meanwhile")]
+    ServerFull,
     #[error("the address pool is exhausted")]
     PoolExhausted,
     #[error("the tenant's data key cannot be used")]
@@ -222,7 +225,7 @@ pub(super) fn refused(error: sqlx::Error) -> RegisterError {
         Some("devices_tenant_public_key" | "peers_public_key_unique" | "peers_public_key_device_unique") => {
             RegisterError::PublicKeyInUse
         }
-        Some("servers_open_for_peers") => RegisterError::ServerUnavailable,
+        Some("servers_open_for_peers") => RegisterError::ServerFull,
         Some("peers_tenant_open") => RegisterError::TenantClosed,
         Some(_) | None => RegisterError::Db(error),
     }

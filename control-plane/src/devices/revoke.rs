@@ -24,6 +24,23 @@ pub struct Revoked {
     pub revision: Option<u64>,
 }
 
+/// Whether `user` had this device, as long as that is remembered.
+///
+/// # Errors
+/// Those of the database.
+pub async fn is_revoked(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<bool, DbError> {
+    let tenant = tx.tenant().uuid();
+    Ok(sqlx::query_scalar!(
+        r#"select exists (select from cvault.devices
+                          where tenant_id = $1 and user_id = $2 and device_id = $3 and status = 'revoked') as "revoked!""#,
+        tenant,
+        user.uuid(),
+        id.uuid()
+    )
+    .fetch_one(tx.conn())
+    .await?)
+}
+
 /// Deletes a device of `user`. After COMMIT, call `Hub::server_changed` for its server.
 ///
 /// # Errors

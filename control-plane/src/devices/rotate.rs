@@ -57,7 +57,7 @@ pub async fn rotate(
 ) -> Result<Rotated, RotateError> {
     let (tenant, id) = (tx.tenant().uuid(), new.device);
     let row = sqlx::query!(
-        r#"select d.preshared_key_sealed is not null as "has_preshared!", t.data_key_sealed,
+        r#"select d.preshared_key_sealed is not null as "has_preshared!", d.suspended, t.data_key_sealed,
                   t.status in ('active', 'trial') as "open!", t.over_limit_since is not null as "over_limit!",
                   t.client_dns as "dns: Vec<IpNet>", t.client_allowed_ips as "allowed_ips: Vec<IpNet>", t.client_mtu
            from cvault.devices d join cvault.tenants t on t.tenant_id = d.tenant_id
@@ -82,7 +82,8 @@ pub async fn rotate(
     let device = read::find(tx, user, id).await.map_err(RegisterError::from)?.ok_or(RotateError::NotFound)?;
     let server = servers::find(tx, device.server).await.map_err(RegisterError::from)?;
     let server = server.ok_or(RegisterError::ServerUnavailable)?;
-    let target = if server.active {
+    // one that is off since a suspension needs a place
+    let target = if server.active && (!row.suspended || server.peers < server.capacity) {
         server
     } else {
         // the device keeps its address, so it can only move within the pool
@@ -98,7 +99,7 @@ pub async fn rotate(
     }
     sqlx::query!(
         "update cvault.devices set public_key = $3, private_key_sealed = $4, preshared_key_sealed = $5,
-                                   preshared_key_hash = $6
+                                   preshared_key_hash = $6, suspended = false
          where tenant_id = $1 and device_id = $2",
         tenant,
         id.uuid(),

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use cvault_types::ServerId;
+use cvault_types::{DeviceId, ServerId};
 use tokio::task::JoinSet;
 
 use super::*;
@@ -453,6 +453,58 @@ async fn new_keys_bring_a_device_away_from_a_server_that_is_drained() {
     let second = world.server("s2", "default", "lab-2").await;
     let rotated = world.rotate(person, device.id, None).await.unwrap();
     assert_eq!((rotated.moved_from, rotated.device.server.id), (Some(first), second));
+    assert_eq!((snapshot_count(&world, first).await, snapshot_count(&world, second).await), (0, 1));
+}
+
+#[tokio::test]
+async fn a_device_that_is_off_since_a_suspension_is_put_back_by_new_keys_and_by_a_connection() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let devices = [world.register(person, "a").await.unwrap().id, world.register(person, "b").await.unwrap().id];
+    let enforce = async |status: &str| {
+        let status = format!("update cvault.tenants set status = '{status}'");
+        sqlx::query(sqlx::AssertSqlSafe(status)).execute(&mut world.superuser().await).await.unwrap();
+        crate::tenants::enforce_suspensions(&world.app).await.unwrap()
+    };
+    assert_eq!(enforce("suspended").await, 2);
+    sqlx::query("update cvault.tenants set status = 'active'").execute(&mut world.superuser().await).await.unwrap();
+    world.rotate(person, devices[0], None).await.unwrap();
+    let connection = connect(&world, person, devices[1], None).await.unwrap();
+    assert!(connection.placed);
+    assert_eq!(snapshot_count(&world, server).await, 2);
+    let before = position(&world, server).await;
+    assert_eq!(enforce("active").await, 0, "nothing is left to be put back");
+    assert_eq!(position(&world, server).await, before);
+}
+
+async fn connect(
+    world: &World,
+    person: Person,
+    device: DeviceId,
+    region: Option<&str>,
+) -> Result<crate::sessions::Connection, crate::sessions::ConnectError> {
+    let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
+    let now = world.app.clock.now();
+    let work = crate::sessions::connect(&mut tx, person.user, device, region, now, request_id()).await;
+    tx.finish(work).await
+}
+
+#[tokio::test]
+async fn a_connection_leads_to_a_server_that_works() {
+    use crate::sessions::ConnectError;
+    let (world, first) = World::with_server().await;
+    let person = world.person().await;
+    let device = world.register(person, "d").await.unwrap();
+    let sys = &world.app.db.sys;
+    sqlx::query("update platform.servers set status = 'draining'").execute(sys).await.unwrap();
+    let stays = connect(&world, person, device.id, None).await.unwrap();
+    assert_eq!((stays.server.id, stays.placed), (first, false), "a server that is drained keeps those it has");
+    sqlx::query("update platform.servers set last_seen_at = now() - interval '2 minutes'").execute(sys).await.unwrap();
+    let refused = connect(&world, person, device.id, None).await;
+    assert!(matches!(refused, Err(ConnectError::ServerUnavailable)), "nobody knows whether it runs");
+    let second = world.server("s2", "default", "lab-2").await;
+    let moved = connect(&world, person, device.id, None).await.unwrap();
+    assert_eq!((moved.server.id, moved.placed, moved.moved_from), (second, true, Some(first)));
     assert_eq!((snapshot_count(&world, first).await, snapshot_count(&world, second).await), (0, 1));
 }
 

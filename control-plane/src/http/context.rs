@@ -25,6 +25,8 @@ pub struct RequestContext {
     pub id: RequestId,
     pub tenant: OnceLock<TenantId>,
     pub rate: OnceLock<Rate>,
+    /// What the limiter said of the tenant's user, beside `rate`.
+    pub user_rate: OnceLock<Decision>,
     /// The caller's origin, when its tenant has allowed it.
     pub origin: OnceLock<HeaderValue>,
     /// When the request's head was complete.
@@ -36,12 +38,14 @@ pub struct RequestContext {
     body_digest: OnceLock<[u8; 32]>,
     /// Of a request to the portal only.
     sensitive: Option<(Option<String>, Seen)>,
+    /// The caller's credentials are right.
+    proven: OnceLock<()>,
 }
 
 /// What the limiter said, and of whom.
 #[derive(Debug, Clone, Copy)]
 pub struct Rate {
-    /// The policy's name: `tenant`, `person`.
+    /// The policy's name: `tenant`, `person`, `staff`.
     pub policy: &'static str,
     pub decision: Decision,
 }
@@ -82,6 +86,7 @@ impl RequestContext {
             id: RequestId::from_uuid(Uuid::now_v7()),
             tenant: OnceLock::new(),
             rate: OnceLock::new(),
+            user_rate: OnceLock::new(),
             origin: OnceLock::new(),
             arrived: Instant::now(),
             // without scheme and host: HTTP/2 sends them, HTTP/1.1 does not
@@ -89,6 +94,7 @@ impl RequestContext {
             idempotency_key: key,
             body_digest: OnceLock::new(),
             sensitive,
+            proven: OnceLock::new(),
         }
     }
 
@@ -130,8 +136,37 @@ pub(crate) fn person_identified(tenant: TenantId, decision: Decision) {
     note(tenant, Rate { policy: "person", decision });
 }
 
+/// Notes whose user the caller is, and what the limiter said of that user.
+pub(crate) fn user_identified(tenant: TenantId, decision: Decision) {
+    let noted = CONTEXT.try_with(|context| {
+        context.proven.get_or_init(|| ());
+        context.tenant.get_or_init(|| tenant);
+        context.user_rate.get_or_init(|| decision);
+    });
+    if noted.is_err() {
+        tracing::debug!("identified outside of a request");
+    }
+}
+
+/// Notes what the limiter said of one of the platform's staff.
+pub(super) fn staff_identified(decision: Decision) {
+    let noted = CONTEXT.try_with(|context| {
+        context.proven.get_or_init(|| ());
+        context.rate.get_or_init(|| Rate { policy: "staff", decision });
+    });
+    if noted.is_err() {
+        tracing::debug!("identified outside of a request");
+    }
+}
+
+/// Whether nothing has proven yet who the caller is. Nobody is a stranger outside of a request.
+pub(super) fn is_stranger() -> bool {
+    CONTEXT.try_with(|context| context.proven.get().is_none()).unwrap_or(false)
+}
+
 fn note(tenant: TenantId, rate: Rate) {
     let noted = CONTEXT.try_with(|context| {
+        context.proven.get_or_init(|| ());
         context.tenant.get_or_init(|| tenant);
         context.rate.get_or_init(|| rate);
     });

@@ -11,6 +11,7 @@ use http::header::{AUTHORIZATION, CONTENT_TYPE};
 use http::request::Parts;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
 
 mod portal;
 
@@ -18,13 +19,20 @@ pub use portal::Portal;
 
 use super::{Problem, context};
 use crate::app::App;
-use crate::auth::api_keys::{self, AuthenticatedKey, Proof};
-use crate::auth::tokens;
+use crate::auth::api_keys::{self, Proof};
+use crate::auth::{admin_tokens, tokens};
+use crate::http::serve::Peer;
+use crate::metrics;
 
 /// The largest body the API reads.
 pub const MAX_BODY_BYTES: usize = 1 << 20;
 /// A body must be complete within this time.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest body of somebody without credentials: a few texts of a form.
+const STRANGERS_BODY_BYTES: usize = 16 << 10;
+const STRANGERS_BODY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Characters of a field's name that an answer repeats.
+const LONGEST_NAME: usize = 64;
 
 /// A JSON body. Also the JSON answer.
 #[derive(Debug)]
@@ -66,26 +74,33 @@ pub struct ClientKey {
 /// Platform staff: bearer token of audience `admin`.
 #[derive(Debug, Clone)]
 pub struct Admin {
+    /// Who the token was made for.
     pub subject: String,
+    /// `X-Challenge-Token`: the second proof that some operations ask for.
+    pub challenge_token: Option<String>,
     pub request_id: RequestId,
+}
+
+impl ClientKey {
+    /// Whose `Idempotency-Key` a request brings: the backend's; or, of programs that all have the same key, that of whoever
+    /// `concerns` names. They know nothing of each other, and must not meet.
+    #[must_use]
+    pub fn principal(&self, concerns: &[u8]) -> String {
+        match self.proof {
+            Proof::Secret => self.api_key_id.to_string(),
+            Proof::KeyAlone => format!("{}/{}", self.api_key_id, hex::encode(Sha256::digest(concerns))),
+        }
+    }
 }
 
 impl FromRequestParts<App> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-        let token = |key: AuthenticatedKey| {
-            let bearer = bearer(&parts.headers)?;
-            let claims =
-                tokens::verify_client(&app.secrets.token_key, &app.config.public_url, bearer, app.clock.now())?;
-            if claims.tenant == key.tenant {
-                Ok(claims)
-            } else {
-                Err(Problem::new(ErrorCode::InvalidToken)
-                    .detail("The token belongs to another tenant than the API key."))
-            }
-        };
-        let claims = api_keys::authenticate_key(app, parts, token).await?;
+        let (key, issuer) = (&app.secrets.token_key, &app.config.public_url);
+        let claims =
+            bearer(&parts.headers).and_then(|token| tokens::verify_client(key, issuer, token, app.clock.now()));
+        let claims = api_keys::authenticate_user(app, parts, claims).await?;
         Ok(Self { tenant: claims.tenant, user: claims.user, request_id: context::request_id() })
     }
 }
@@ -112,14 +127,35 @@ impl FromRequestParts<App> for Admin {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-        let subject = tokens::verify_admin(
-            &app.secrets.token_key,
-            &app.config.public_url,
-            bearer(&parts.headers)?,
-            app.clock.now(),
-        )?;
-        Ok(Self { subject, request_id: context::request_id() })
+        let ip = Peer::of(parts).ip();
+        app.throttles.before_staff(ip)?;
+        let subject = staff_token(app, parts).await.inspect_err(|problem| {
+            // nobody is charged for a database that is away, nor for a token that was right once
+            if problem.code() == ErrorCode::InvalidToken {
+                app.throttles.staff_failed(ip);
+            }
+        })?;
+        let decision = app.throttles.staff(&subject);
+        context::staff_identified(decision);
+        if !decision.allowed {
+            metrics::rate_limited("staff");
+            let (max, seconds) = (i64::from(decision.quota), decision.retry_after_seconds);
+            let problem = Problem::new(ErrorCode::RateLimited).limit("requests_per_minute", max, max);
+            return Err(problem.retry_after(seconds));
+        }
+        let challenge_token = single(&parts.headers, "x-challenge-token").map(str::to_owned);
+        Ok(Self { subject, challenge_token, request_id: context::request_id() })
     }
+}
+
+/// The subject of an admin token that nobody has revoked.
+async fn staff_token(app: &App, parts: &Parts) -> Result<String, Problem> {
+    let (key, issuer) = (&app.secrets.token_key, &app.config.public_url);
+    let token = tokens::verify_admin(key, issuer, bearer(&parts.headers)?, app.clock.now())?;
+    if admin_tokens::is_revoked(&app.db.sys, token.id).await? {
+        return Err(Problem::new(ErrorCode::InvalidToken).detail("This token was revoked."));
+    }
+    Ok(token.subject)
 }
 
 pub(super) fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {
@@ -142,11 +178,11 @@ pub(crate) fn single<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> 
 impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
     type Rejection = Problem;
 
-    async fn from_request(request: Request, _app: &App) -> Result<Self, Problem> {
+    async fn from_request(request: Request, app: &App) -> Result<Self, Problem> {
         if !is_json(request.headers()) {
             return Err(Problem::new(ErrorCode::UnsupportedMediaType));
         }
-        let body = read_body(request).await?;
+        let body = read_body(request, app).await?;
         context::body_was(&body);
         parse_json(&body).map(Json)
     }
@@ -170,9 +206,16 @@ fn is_json(headers: &HeaderMap) -> bool {
         })
 }
 
-async fn read_body(request: Request) -> Result<axum::body::Bytes, Problem> {
-    let body = Limited::new(request.into_body(), MAX_BODY_BYTES);
-    match tokio::time::timeout(BODY_TIMEOUT, body.collect()).await {
+async fn read_body(request: Request, app: &App) -> Result<axum::body::Bytes, Problem> {
+    let stranger = context::is_stranger();
+    let (bytes, time) =
+        if stranger { (STRANGERS_BODY_BYTES, STRANGERS_BODY_TIMEOUT) } else { (MAX_BODY_BYTES, BODY_TIMEOUT) };
+    let _reading = match stranger {
+        true => Some(app.strangers.take(request.extensions().get().copied().unwrap_or_default())?),
+        false => None,
+    };
+    let body = Limited::new(request.into_body(), bytes);
+    match tokio::time::timeout(time, body.collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(Problem::new(ErrorCode::PayloadTooLarge)),
         Ok(Err(_)) => Err(Problem::new(ErrorCode::MalformedRequest).detail("The body broke off.")),
@@ -212,8 +255,11 @@ fn pointer(path: &serde_path_to_error::Path) -> String {
     })
 }
 
+/// The caller's own words, as far as they help to find the field.
 fn escape(key: &str) -> String {
-    key.replace('~', "~0").replace('/', "~1")
+    let short: String = key.chars().take(LONGEST_NAME).collect();
+    let more = if short.len() < key.len() { "…" } else { "" };
+    short.replace('~', "~0").replace('/', "~1") + more
 }
 
 /// serde's sentences name the field of a missing, unknown or doubled one between backticks; the rest is at `path`.

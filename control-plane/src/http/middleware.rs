@@ -13,9 +13,9 @@ use http::header::{
     X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
 
-use super::context::{Rate, RequestContext};
+use super::context::RequestContext;
 use super::{Problem, cors};
 use crate::metrics;
 
@@ -45,6 +45,14 @@ impl InFlight {
     pub fn at_most(requests: usize) -> Self {
         Self { places: Arc::new(Semaphore::new(requests)), timeout: REQUEST_TIMEOUT }
     }
+
+    /// A request of `route`'s place while it runs: none, where operators look when all places are taken.
+    fn admit(&self, route: &str) -> Result<Option<OwnedSemaphorePermit>, TryAcquireError> {
+        if matches!(route, "/health" | "/health/ready" | "/metrics") {
+            return Ok(None);
+        }
+        Arc::clone(&self.places).try_acquire_owned().map(Some)
+    }
 }
 
 /// Runs the request in a task of its own: a client that goes away cancels nothing, neither a BEGIN nor a COMMIT.
@@ -56,7 +64,7 @@ pub async fn own_task(State(in_flight): State<InFlight>, request: Request, next:
     let route =
         request.extensions().get::<MatchedPath>().map_or("unmatched".to_owned(), |path| path.as_str().to_owned());
     let correlation = request.headers().get(&CORRELATION_ID).filter(|value| value.len() <= 128).cloned();
-    let Ok(permit) = in_flight.places.try_acquire_owned() else {
+    let Ok(permit) = in_flight.admit(&route) else {
         let mut response = problem(&context, Problem::new(ErrorCode::Overloaded).retry_after(1)).await;
         log(&context, method.as_str(), &route, response.status(), started);
         add_headers(response.headers_mut(), &context);
@@ -66,10 +74,11 @@ pub async fn own_task(State(in_flight): State<InFlight>, request: Request, next:
         let context = Arc::clone(&context);
         let finishing = Arc::clone(&context);
         let (method, route) = (method.clone(), route.clone());
+        let serving = metrics::serving();
         async move {
             let response = context.scope(async move { as_problem(next.run(request).await) }).await;
             log(&finishing, method.as_str(), &route, response.status(), started);
-            drop(permit);
+            drop((permit, serving));
             response
         }
     };
@@ -163,12 +172,19 @@ pub(super) fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
     if let Some(origin) = context.origin.get() {
         cors::allow(headers, origin.clone());
     }
-    if let Some(Rate { policy: name, decision: rate }) = context.rate.get() {
-        // draft-ietf-httpapi-ratelimit-headers
-        let policy = format!("\"{name}\";q={};w=60", rate.quota);
-        let state = format!("\"{name}\";r={};t={}", rate.remaining, rate.reset_seconds);
-        headers.insert(RATE_LIMIT_POLICY, HeaderValue::from_str(&policy).expect("digits are ASCII"));
-        headers.insert(RATE_LIMIT, HeaderValue::from_str(&state).expect("digits are ASCII"));
+    let rates = context.rate.get().map(|rate| (rate.policy, rate.decision));
+    let rates = rates.into_iter().chain(context.user_rate.get().map(|decision| ("user", *decision)));
+    // draft-ietf-httpapi-ratelimit-headers
+    let (policies, states): (Vec<_>, Vec<_>) = rates
+        .map(|(name, rate)| {
+            let policy = format!("\"{name}\";q={};w=60", rate.quota);
+            (policy, format!("\"{name}\";r={};t={}", rate.remaining, rate.reset_seconds))
+        })
+        .unzip();
+    if !policies.is_empty() {
+        let policies = HeaderValue::from_str(&policies.join(", ")).expect("digits are ASCII");
+        headers.insert(RATE_LIMIT_POLICY, policies);
+        headers.insert(RATE_LIMIT, HeaderValue::from_str(&states.join(", ")).expect("digits are ASCII"));
     }
 }
 
@@ -219,7 +235,7 @@ mod tests {
                 begun.notify_one();
             }
         };
-        let router = surrounded(Router::new().route("/", get(handler)));
+        let router = surrounded(Router::new().route("/", get(handler)).route("/health", get(async || ())));
         let call = tokio::spawn(router.clone().oneshot(request("/")));
         begun.notified().await;
         call.abort();
@@ -227,6 +243,7 @@ mod tests {
         let refused = router.clone().oneshot(request("/")).await.unwrap();
         assert_eq!((refused.status().as_u16(), refused.headers()["retry-after"].to_str().unwrap()), (503, "1"));
         assert!(refused.headers().contains_key(REQUEST_ID));
+        assert_eq!(router.clone().oneshot(request("/health")).await.unwrap().status(), 200, "needs no place");
         go_on.notify_one();
         begun.notified().await;
         assert!(done.load(Ordering::Relaxed));

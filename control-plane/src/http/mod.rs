@@ -19,6 +19,7 @@ pub mod router;
 pub mod routes;
 pub mod serve;
 pub mod staff;
+pub mod strangers;
 pub mod tls;
 
 pub use extract::{Admin, Caller, ClientKey, Json, Path, Portal, Query, TenantKey};

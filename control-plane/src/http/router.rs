@@ -12,7 +12,7 @@ use super::{Problem, cors, middleware, openapi, routes};
 use crate::app::App;
 
 /// About a second's work of the database; those that wait for an activation hold no connection.
-const MAX_IN_FLIGHT: usize = 2_000;
+pub(crate) const MAX_IN_FLIGHT: usize = 2_000;
 
 /// The routes with their descriptions: one that is not described cannot be added.
 pub fn routes() -> OpenApiRouter<App> {

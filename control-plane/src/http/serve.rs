@@ -3,17 +3,19 @@
 //! A connection has to bring a whole request soon, and is closed when it then has none for a while, whatever it speaks:
 //! half a head, half an HTTP/2 preface and silence are the same.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::IpAddr;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::{Body, Bytes};
 use axum::extract::FromRequestParts;
 use http::HeaderMap;
 use http::request::Parts;
-use http_body_util::BodyExt;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
@@ -49,6 +51,8 @@ pub struct Limits {
     pub first_request: Duration,
     /// A connection without a request is closed after this time.
     pub idle: Duration,
+    /// A connection whose client takes nothing of an answer for this long is closed.
+    pub stalled: Duration,
     /// Proxies whose `X-Forwarded-For` is believed.
     pub trusted_proxies: Vec<IpNet>,
 }
@@ -61,6 +65,7 @@ impl Limits {
             connections_per_network: 500,
             first_request: HEAD_TIMEOUT,
             idle: Duration::from_secs(60),
+            stalled: Duration::from_secs(30),
             trusted_proxies,
         }
     }
@@ -205,7 +210,7 @@ async fn attend(
     let service = {
         let activity = Arc::clone(&activity);
         let service = router.map_request(move |request: http::Request<hyper::body::Incoming>| {
-            let mut request = request.map(axum::body::Body::new);
+            let mut request = request.map(Body::new);
             let caller = limits.caller(peer, request.headers());
             request.extensions_mut().insert(Peer::from(caller));
             request
@@ -215,14 +220,7 @@ async fn attend(
             let answer = service.clone().oneshot(request);
             async move {
                 // it runs until its answer's body is sent
-                answer.await.map(|response| {
-                    response.map(|body| {
-                        body.map_frame(move |frame| {
-                            let _running = &running;
-                            frame
-                        })
-                    })
-                })
+                answer.await.map(|response| response.map(|body| Sending::begin(body, running)))
             }
         })
     };
@@ -247,38 +245,59 @@ async fn attend(
     }
 }
 
-/// Whether requests run on a connection, and until when it may stay without.
+/// Whether requests run on a connection, until when it may stay without, and whose answers nobody takes.
 struct Activity {
     state: Mutex<State>,
     changed: Notify,
     idle: Duration,
+    stalled: Duration,
 }
 
 /// A request that runs, until this is dropped.
-struct Running(Arc<Activity>);
+struct Running {
+    activity: Arc<Activity>,
+    number: u64,
+}
+
+/// The body of an answer. hyper asks for its next frame when the client has taken enough of those before.
+struct Sending {
+    body: Body,
+    running: Running,
+}
 
 struct State {
     running: usize,
+    begun: u64,
     quiet_until: Instant,
+    /// Answers whose next frame hyper has not asked for, and since when. Those that wait for us are not among them.
+    waiting: HashMap<u64, Instant>,
 }
 
 impl Activity {
     fn new(limits: &Limits) -> Self {
-        let state = State { running: 0, quiet_until: Instant::now() + limits.first_request };
-        Self { state: Mutex::new(state), changed: Notify::new(), idle: limits.idle }
+        let quiet_until = Instant::now() + limits.first_request;
+        let state = State { running: 0, begun: 0, quiet_until, waiting: HashMap::new() };
+        Self { state: Mutex::new(state), changed: Notify::new(), idle: limits.idle, stalled: limits.stalled }
     }
 
     fn with<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Returns when the connection has been without a request for too long. Cancel-safe.
+    /// Returns when the connection has been without a request, or an answer without a taker, for too long. Cancel-safe.
     async fn quiet(&self) {
         loop {
-            match self.with(|state| (state.running == 0).then_some(state.quiet_until)) {
+            let until = self.with(|state| {
+                let stalled = state.waiting.values().min().map(|since| *since + self.stalled);
+                stalled.into_iter().chain((state.running == 0).then_some(state.quiet_until)).min()
+            });
+            match until {
                 None => self.changed.notified().await,
                 Some(until) if until <= Instant::now() => return,
-                Some(until) => tokio::time::sleep_until(until).await,
+                Some(until) => tokio::select! {
+                    () = tokio::time::sleep_until(until) => {}
+                    () = self.changed.notified() => {}
+                },
             }
         }
     }
@@ -286,18 +305,72 @@ impl Activity {
 
 impl Running {
     fn begin(activity: &Arc<Activity>) -> Self {
-        activity.with(|state| state.running += 1);
-        Self(Arc::clone(activity))
+        let number = activity.with(|state| {
+            state.running += 1;
+            state.begun += 1;
+            state.begun
+        });
+        Self { activity: Arc::clone(activity), number }
+    }
+
+    /// The client is to take what there is.
+    fn handed_over(&self) {
+        let first = self.activity.with(|state| {
+            state.waiting.insert(self.number, Instant::now());
+            state.waiting.len() == 1
+        });
+        if first {
+            self.activity.changed.notify_one();
+        }
+    }
+
+    /// The client waits for us.
+    fn asked(&self) {
+        self.activity.with(|state| state.waiting.remove(&self.number));
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.0.with(|state| {
+        self.activity.with(|state| {
             state.running -= 1;
-            state.quiet_until = Instant::now() + self.0.idle;
+            state.waiting.remove(&self.number);
+            state.quiet_until = Instant::now() + self.activity.idle;
         });
-        self.0.changed.notify_one();
+        self.activity.changed.notify_one();
+    }
+}
+
+impl Sending {
+    fn begin(body: Body, running: Running) -> Self {
+        running.handed_over();
+        Self { body, running }
+    }
+}
+
+impl hyper::body::Body for Sending {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, axum::Error>>> {
+        let frame = Pin::new(&mut self.body).poll_frame(cx);
+        if frame.is_ready() {
+            self.running.handed_over()
+        } else {
+            self.running.asked()
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -318,7 +391,11 @@ mod tests {
         let mut limits = Limits { first_request: SOON, idle: SOON, ..Limits::behind(Vec::new()) };
         change(&mut limits);
         let shutdown = CancellationToken::new();
-        let router = Router::new().route("/", get(|peer: Peer| async move { peer.ip().unwrap().to_string() }));
+        let endless =
+            async || Body::from_stream(futures::stream::repeat(Ok::<_, Infallible>(Bytes::from_static(&[0; 1 << 16]))));
+        let router = Router::new()
+            .route("/endless", get(endless))
+            .route("/", get(|peer: Peer| async move { peer.ip().unwrap().to_string() }));
         tokio::spawn(serve(listener, router, limits, shutdown.clone()));
         (address, shutdown)
     }
@@ -350,6 +427,30 @@ mod tests {
         stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
         let text = String::from_utf8(until_closed(&mut stream).await).unwrap();
         assert!(text.starts_with("HTTP/1.1 200 OK\r\n") && text.ends_with("127.0.0.1"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn who_takes_nothing_of_an_answer_is_closed_over_http_1_and_2() {
+        let over_http_1 = b"GET /endless HTTP/1.1\r\nHost: a\r\n\r\n".as_slice();
+        // SETTINGS with a window of 0, and HEADERS: GET, http, /, authority a
+        let over_http_2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x06\x04\0\0\0\0\0\0\x04\0\0\0\0\
+            \0\0\x06\x01\x05\0\0\0\x01\x82\x86\x84\x41\x01a";
+        for request in [over_http_1, over_http_2] {
+            let (address, shutdown) = start(|limits| {
+                limits.connections = 1;
+                limits.idle = DEADLINE * 2;
+                limits.stalled = SOON;
+            })
+            .await;
+            let mut silent = TcpStream::connect(address).await.unwrap();
+            silent.write_all(request).await.unwrap();
+            // the only connection there may be
+            let mut next = TcpStream::connect(address).await.unwrap();
+            next.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await.unwrap();
+            let text = String::from_utf8(until_closed(&mut next).await).unwrap();
+            assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{text}");
+            shutdown.cancel();
+        }
     }
 
     #[tokio::test]

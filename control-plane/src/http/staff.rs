@@ -3,6 +3,7 @@
 //! transaction of role `cvault_sys`.
 
 use axum::response::{IntoResponse, Response};
+use cvault_types::ErrorCode;
 use futures::future::BoxFuture;
 use http::StatusCode;
 use serde::Serialize;
@@ -11,6 +12,7 @@ use zeroize::Zeroizing;
 use super::idempotency::{self, Kept, Place, Replay, Wanted};
 use super::{Admin, Json, Problem};
 use crate::app::App;
+use crate::auth::approvals::{self, Action};
 use crate::db::{DbError, Tx};
 use crate::keys::{KeyRing, kept_answer_aad};
 use crate::tenants::Actor;
@@ -21,6 +23,27 @@ impl Admin {
     pub fn actor(&self) -> Actor {
         Actor { name: format!("admin:{}", self.subject), request_id: Some(self.request_id) }
     }
+}
+
+/// In front of an operation that needs a second proof: an approval of exactly this. Outside of any transaction; it is used up
+/// whatever comes of the operation.
+///
+/// # Errors
+/// `CHALLENGE_REQUIRED`, or the database's.
+pub async fn approved(app: &App, admin: &Admin, action: Action, target: &str) -> Result<(), Problem> {
+    if !app.config.admin_step_up {
+        return Ok(());
+    }
+    if let Some(token) = &admin.challenge_token
+        && approvals::take(app, action, target, token, &admin.actor().name).await?
+    {
+        return Ok(());
+    }
+    Err(Problem::new(ErrorCode::ChallengeRequired).detail(format!(
+        "This has to be approved: run `admin approve --action {} --target {target}` on the control plane's host, and \
+         repeat the request with what it prints as X-Challenge-Token.",
+        action.as_str()
+    )))
 }
 
 /// Does `work` once for each `Idempotency-Key` of this caller, in one transaction with the answer that is kept.

@@ -7,7 +7,7 @@ mod pools;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use cvault_types::{DeviceId, PoolId};
+use cvault_types::{DeviceId, PoolId, ServerId};
 use ipnet::IpNet;
 use sqlx::PgPool;
 
@@ -35,6 +35,22 @@ pub async fn allocate(tx: &mut TenantTx, pool: PoolId, device: DeviceId) -> Resu
         r#"select ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet" from platform.allocate_address($1, $2)"#,
         pool.uuid(),
         device.uuid()
+    )
+    .fetch_optional(tx.conn())
+    .await?;
+    row.map(|row| addresses(row.ipv4, row.ipv6)).transpose()
+}
+
+/// Gives a device that has no address one of the pool of `server`, which becomes its server; `None` when the pool is
+/// exhausted.
+///
+/// # Errors
+/// Those of the database.
+pub async fn restore(tx: &mut TenantTx, device: DeviceId, server: ServerId) -> Result<Option<Addresses>, DbError> {
+    let row = sqlx::query!(
+        r#"select ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet" from platform.restore_address($1, $2)"#,
+        device.uuid(),
+        server.uuid()
     )
     .fetch_optional(tx.conn())
     .await?;
@@ -95,7 +111,8 @@ pub async fn free_quarantined(sys: &PgPool) -> Result<u64, DbError> {
                and not exists (
                    select from platform.peers r join platform.servers s on s.server_id = r.server_id
                    where r.device_id = a.released_device_id and s.status <> 'removed'
-                     and coalesce(r.removed_revision > s.acked_revision, true))
+                     -- a device that is there again came with another address: what told of that took this one away
+                     and coalesce(r.removed_revision, r.generation) > s.acked_revision)
              for update of a skip locked
          )
          update platform.addresses a set state = 'free', released_device_id = null

@@ -21,6 +21,8 @@ pub struct NewPool {
     pub ipv6: Ipv6Net,
     /// How long a released address rests after the server has acknowledged the removal at the latest.
     pub quarantine_seconds: u32,
+    /// Whether a device that disconnects gives its address back.
+    pub reclaim: bool,
 }
 
 /// What an administrator changes of a pool; absent: stays.
@@ -28,6 +30,7 @@ pub struct NewPool {
 pub struct PoolChange {
     pub name: Option<String>,
     pub quarantine_seconds: Option<u32>,
+    pub reclaim: Option<bool>,
 }
 
 /// A pool as administrators see it.
@@ -38,6 +41,7 @@ pub struct Pool {
     pub ipv4: Ipv4Net,
     pub ipv6: Ipv6Net,
     pub quarantine_seconds: u32,
+    pub reclaim: bool,
     /// Servers that share it.
     pub servers: u32,
     /// Addresses that devices hold.
@@ -92,13 +96,14 @@ pub async fn create_pool(sys: impl PgExecutor<'_>, pool: &NewPool) -> Result<Poo
     check(pool)?;
     let id = PoolId::from_uuid(Uuid::now_v7());
     sqlx::query!(
-        "insert into platform.address_pools (pool_id, name, ipv4, ipv6, quarantine_seconds)
-         values ($1, $2, $3::inet::cidr, $4::inet::cidr, $5)",
+        "insert into platform.address_pools (pool_id, name, ipv4, ipv6, quarantine_seconds, reclaim)
+         values ($1, $2, $3::inet::cidr, $4::inet::cidr, $5, $6)",
         id.uuid(),
         pool.name,
         IpNet::V4(pool.ipv4),
         IpNet::V6(pool.ipv6),
         i32::try_from(pool.quarantine_seconds).unwrap_or(i32::MAX),
+        pool.reclaim,
     )
     .execute(sys)
     .await
@@ -113,7 +118,7 @@ pub async fn create_pool(sys: impl PgExecutor<'_>, pool: &NewPool) -> Result<Poo
 pub async fn create_pool_noted(tx: &mut Tx, pool: &NewPool, actor: &Actor) -> Result<PoolId, CreatePoolError> {
     let id = create_pool(tx.conn(), pool).await?;
     let details = json!({"name": pool.name, "ipv4": pool.ipv4, "ipv6": pool.ipv6,
-                         "quarantine_seconds": pool.quarantine_seconds});
+                         "quarantine_seconds": pool.quarantine_seconds, "reclaim": pool.reclaim});
     note(tx, actor, "pool.create", id, details).await?;
     Ok(id)
 }
@@ -128,16 +133,19 @@ pub async fn update_pool(tx: &mut Tx, id: PoolId, change: PoolChange, actor: &Ac
     }
     let done = sqlx::query!(
         "update platform.address_pools
-         set name = coalesce($2, name), quarantine_seconds = coalesce($3, quarantine_seconds)
+         set name = coalesce($2, name), quarantine_seconds = coalesce($3, quarantine_seconds),
+             reclaim = coalesce($4, reclaim)
          where pool_id = $1 and deleted_at is null",
         id.uuid(),
         change.name,
         change.quarantine_seconds.map(|seconds| i32::try_from(seconds).unwrap_or(i32::MAX)),
+        change.reclaim,
     )
     .execute(tx.conn())
     .await
     .map_err(|error| refused(error, change.name.as_deref().unwrap_or_default()))?;
-    let details = json!({"name": change.name, "quarantine_seconds": change.quarantine_seconds});
+    let details = json!({"name": change.name, "quarantine_seconds": change.quarantine_seconds,
+                         "reclaim": change.reclaim});
     note(tx, actor, "pool.update", id, details).await?;
     Ok(done.rows_affected() == 1)
 }
@@ -235,7 +243,7 @@ pub async fn list_details(
     let rows = sqlx::query!(
         // what is neither free nor resting is held: counting the held ones themselves would read every row of a /10
         r#"select p.pool_id, p.name, p.ipv4::inet as "ipv4!: IpNet", p.ipv6::inet as "ipv6!: IpNet", p.quarantine_seconds,
-                  p.created_at, p.next_host - 2 as "opened!",
+                  p.reclaim, p.created_at, p.next_host - 2 as "opened!",
                   (select count(*) from platform.servers s where s.pool_id = p.pool_id and s.status <> 'removed') as "servers!",
                   (select count(*) from platform.addresses a where a.pool_id = p.pool_id and a.state = 'free') as "free!",
                   (select count(*) from platform.addresses a where a.pool_id = p.pool_id and a.state = 'quarantine')
@@ -258,6 +266,7 @@ pub async fn list_details(
                 ipv4,
                 ipv6,
                 quarantine_seconds: u32::try_from(row.quarantine_seconds).unwrap_or_default(),
+                reclaim: row.reclaim,
                 servers: u32::try_from(row.servers).unwrap_or_default(),
                 allocated: u64::try_from(row.opened - row.free - row.quarantined).unwrap_or_default(),
                 quarantined: u64::try_from(row.quarantined).unwrap_or_default(),

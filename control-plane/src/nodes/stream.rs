@@ -106,6 +106,7 @@ pub(super) async fn run(
     shutdown: CancellationToken,
 ) {
     let server = session.server;
+    let _watching = metrics::node_stream();
     let feed = feed(&app, session, have, &events, &snapshots);
     let end = tokio::select! {
         end = feed => end,

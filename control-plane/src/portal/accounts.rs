@@ -36,6 +36,43 @@ pub enum CreateError {
     Db(#[from] DbError),
 }
 
+/// The accounts of the transaction's tenant, oldest first.
+///
+/// # Errors
+/// Those of the database.
+pub async fn list(tx: &mut TenantTx) -> Result<Vec<Account>, DbError> {
+    let tenant = tx.tenant().uuid();
+    let rows = sqlx::query_scalar!(
+        "select admin_id from cvault.tenant_admins where tenant_id = $1 order by admin_id limit 1000",
+        tenant
+    )
+    .fetch_all(tx.conn())
+    .await?;
+    let mut accounts = Vec::new();
+    for admin in rows {
+        accounts.extend(load(tx, TenantAdminId::from_uuid(admin)).await?);
+    }
+    Ok(accounts)
+}
+
+/// Lets somebody log in again, or no more. Their sessions are the caller's to end.
+///
+/// # Errors
+/// Those of the database.
+pub async fn set_active(tx: &mut TenantTx, admin: TenantAdminId, active: bool) -> Result<(), DbError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "update cvault.tenant_admins set status = case when $3 then 'active' else 'disabled' end
+         where tenant_id = $1 and admin_id = $2",
+        tenant,
+        admin.uuid(),
+        active
+    )
+    .execute(tx.conn())
+    .await?;
+    Ok(())
+}
+
 /// Looks across tenants, with role `cvault_sys`.
 ///
 /// # Errors

@@ -20,6 +20,17 @@ pub enum AttemptKind {
     PasswordReset,
 }
 
+impl AttemptKind {
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Signup => "signup",
+            Self::Login => "login",
+            Self::PasswordReset => "password_reset",
+        }
+    }
+}
+
 /// What was tried at an account, and how it ended.
 #[derive(Debug, Clone, Copy)]
 pub struct Attempt {
@@ -38,11 +49,6 @@ pub fn account(email: &str) -> Account {
 /// # Errors
 /// Those of the database.
 pub async fn record(sys: &PgPool, attempt: Attempt, request_id: RequestId, now: OffsetDateTime) -> Result<(), DbError> {
-    let kind = match attempt.kind {
-        AttemptKind::Signup => "signup",
-        AttemptKind::Login => "login",
-        AttemptKind::PasswordReset => "password_reset",
-    };
     let account = attempt.account.bytes();
     sqlx::query!(
         "insert into platform.portal_attempts (attempt_id, at, account, kind, outcome, client_ip, request_id)
@@ -50,7 +56,7 @@ pub async fn record(sys: &PgPool, attempt: Attempt, request_id: RequestId, now: 
         Uuid::now_v7(),
         now,
         account.as_slice(),
-        kind,
+        attempt.kind.as_str(),
         attempt.outcome.as_str(),
         attempt.client_ip.map(ipnet::IpNet::from),
         request_id.uuid()
@@ -76,7 +82,7 @@ pub async fn recent_failures(sys: &PgPool, who: Owner, since: OffsetDateTime) ->
     let account = account(&email).bytes();
     let count = sqlx::query_scalar!(
         r#"select count(*) as "count!" from platform.portal_attempts
-           where account = $1 and at >= $2 and kind = 'login' and outcome <> 'success'"#,
+           where account = $1 and at >= $2 and kind = 'login' and outcome = 'failure'"#,
         account.as_slice(),
         since
     )

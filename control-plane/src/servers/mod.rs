@@ -56,11 +56,17 @@ impl Server {
         u64::from(self.peers) * 1_000_000 / u64::from(self.capacity.max(1))
     }
 
+    /// Whether the devices it has are served, new ones or not.
+    #[must_use]
+    pub fn works(&self, now: OffsetDateTime) -> bool {
+        let seen = self.last_seen_at.is_some_and(|at| (now - at).whole_seconds() < SILENT_AFTER_SECONDS);
+        self.public_key.is_some() && seen
+    }
+
     /// Whether a new device may be placed here.
     #[must_use]
     pub fn takes_devices(&self, now: OffsetDateTime) -> bool {
-        let seen = self.last_seen_at.is_some_and(|at| (now - at).whole_seconds() < SILENT_AFTER_SECONDS);
-        self.active && self.public_key.is_some() && seen && self.peers < self.capacity
+        self.active && self.works(now) && self.peers < self.capacity
     }
 }
 

@@ -1,4 +1,4 @@
-//! `connect`: opens a session, and moves the device when another region is asked for.
+//! `connect`: opens a session, and moves the device when another region is asked for or its server does not work.
 
 use cvault_types::{DeviceId, RequestId, ServerId, SessionId, UserId};
 use time::OffsetDateTime;
@@ -7,6 +7,7 @@ use uuid::Uuid;
 use crate::audit;
 use crate::db::DbError;
 use crate::devices::{self, Device};
+use crate::ipam;
 use crate::servers::{self, Server};
 use crate::tenancy::TenantTx;
 
@@ -16,6 +17,11 @@ pub enum ConnectError {
     NotFound,
     #[error("no server can take this device now")]
     ServerUnavailable,
+    /// Only for a device whose address was taken back when it disconnected.
+    #[error("the address pool is exhausted")]
+    PoolExhausted,
+    #[error("the tenant is suspended or being deleted")]
+    TenantClosed,
     #[error("the tenant has carried {used} of {max} bytes this month")]
     BandwidthLimit { max: i64, used: i64 },
     #[error(transparent)]
@@ -28,7 +34,9 @@ pub struct Connection {
     pub session: SessionId,
     pub device: Device,
     pub server: Server,
-    /// The server the device was moved away from. After COMMIT, call `Hub::server_changed` for both.
+    /// The device was put onto `server`. After COMMIT, call `Hub::server_changed` for it.
+    pub placed: bool,
+    /// The server the device was moved away from, to be called for too.
     pub moved_from: Option<ServerId>,
 }
 
@@ -44,22 +52,17 @@ pub async fn connect(
     now: OffsetDateTime,
     request_id: RequestId,
 ) -> Result<Connection, ConnectError> {
-    if lock_device(tx, user, id).await? == Month::UsedUp {
+    let Locked { used_up, suspended } = lock_device(tx, user, id).await?;
+    if used_up {
         let devices::Carried { max, used } = devices::carried(tx).await?;
         return Err(ConnectError::BandwidthLimit { max, used });
     }
-    let device = devices::find(tx, user, id).await?.ok_or(ConnectError::NotFound)?;
-    let current = servers::find(tx, device.server).await?;
-    let target = match (current, region) {
-        (Some(server), None) => server,
-        (Some(server), Some(region)) if server.region == region => server,
-        (Some(server), Some(region)) => servers::candidates(tx, Some(region), now)
-            .await?
-            .into_iter()
-            // the device keeps its address, so it can only move within the pool
-            .find(|candidate| candidate.pool == server.pool)
-            .ok_or(ConnectError::ServerUnavailable)?,
-        (None, _) => return Err(ConnectError::ServerUnavailable),
+    let mut device = devices::find(tx, user, id).await?.ok_or(ConnectError::NotFound)?;
+    let readdressed = device.reclaimed;
+    let target = if readdressed {
+        readdress(tx, &mut device, region, now).await?
+    } else {
+        target(tx, &device, suspended, region, now).await?
     };
     let session = open(tx, &device, target.id, now).await?;
     let entry = audit::Entry {
@@ -71,24 +74,75 @@ pub async fn connect(
     };
     audit::record(tx, entry).await?;
     let moved_from = (target.id != device.server).then_some(device.server);
-    if moved_from.is_some() {
+    let placed = suspended || readdressed || moved_from.is_some();
+    if suspended {
+        put_back(tx, id).await?;
+    }
+    if placed {
         // last: from here to COMMIT both servers' rows are locked
         move_device(tx, id, target.id).await?;
     }
-    Ok(Connection { session, device, server: target, moved_from })
+    Ok(Connection { session, device, server: target, placed, moved_from })
 }
 
-/// What is left of the tenant's month.
-#[derive(PartialEq, Eq)]
-enum Month {
-    Open,
-    UsedUp,
+/// Gives a device that has no address one on its server, or, when that takes no devices or another region is asked for, on
+/// the least loaded one that has an address left. It may change pools: nothing of it is left in its own.
+async fn readdress(
+    tx: &mut TenantTx,
+    device: &mut Device,
+    region: Option<&str>,
+    now: OffsetDateTime,
+) -> Result<Server, ConnectError> {
+    let home = servers::find(tx, device.server).await?;
+    let stays = |server: &Server| server.takes_devices(now) && region.is_none_or(|region| region == server.region);
+    let candidates = match home.filter(stays) {
+        Some(server) => vec![server],
+        None => servers::candidates(tx, region, now).await?,
+    };
+    let mut refusal = ConnectError::ServerUnavailable;
+    for server in candidates {
+        let Some(addresses) = ipam::restore(tx, device.id, server.id).await? else {
+            refusal = ConnectError::PoolExhausted;
+            continue;
+        };
+        (device.addresses, device.server, device.reclaimed) = (addresses, server.id, false);
+        return Ok(server);
+    }
+    Err(refusal)
 }
 
-async fn lock_device(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<Month, ConnectError> {
+/// Where the device is to be: where it is, if that works and is in the region that was asked for; otherwise on the least
+/// loaded server of its pool, as it keeps its address. A device that is still off since a suspension needs a place.
+async fn target(
+    tx: &mut TenantTx,
+    device: &Device,
+    suspended: bool,
+    region: Option<&str>,
+    now: OffsetDateTime,
+) -> Result<Server, ConnectError> {
+    let home = servers::find(tx, device.server).await?.ok_or(ConnectError::ServerUnavailable)?;
+    let serves = if suspended { home.takes_devices(now) } else { home.works(now) };
+    if serves && region.is_none_or(|region| home.region == region) {
+        return Ok(home);
+    }
+    let mut others = servers::candidates(tx, region, now).await?;
+    others.retain(|other| other.pool == home.pool);
+    // of the same region rather
+    let near = others.iter().position(|other| other.region == home.region).unwrap_or(0);
+    if near < others.len() { Ok(others.swap_remove(near)) } else { Err(ConnectError::ServerUnavailable) }
+}
+
+struct Locked {
+    /// The tenant's month.
+    used_up: bool,
+    /// The device is on no server since a suspension.
+    suspended: bool,
+}
+
+async fn lock_device(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<Locked, ConnectError> {
     let tenant = tx.tenant().uuid();
-    let over_limit = sqlx::query_scalar!(
-        r#"select t.over_limit_since is not null as "over_limit!"
+    let row = sqlx::query!(
+        r#"select t.over_limit_since is not null as "over_limit!", d.suspended
            from cvault.devices d join cvault.tenants t on t.tenant_id = d.tenant_id
            join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
            where d.tenant_id = $1 and d.user_id = $2 and d.device_id = $3 and d.status = 'active' and u.status = 'active'
@@ -101,7 +155,19 @@ async fn lock_device(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<Mo
     .await
     .map_err(DbError::from)?
     .ok_or(ConnectError::NotFound)?;
-    Ok(if over_limit { Month::UsedUp } else { Month::Open })
+    Ok(Locked { used_up: row.over_limit, suspended: row.suspended })
+}
+
+async fn put_back(tx: &mut TenantTx, id: DeviceId) -> Result<(), DbError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "update cvault.devices set suspended = false where tenant_id = $1 and device_id = $2",
+        tenant,
+        id.uuid()
+    )
+    .execute(tx.conn())
+    .await?;
+    Ok(())
 }
 
 async fn open(tx: &mut TenantTx, device: &Device, server: ServerId, now: OffsetDateTime) -> Result<SessionId, DbError> {
@@ -134,6 +200,7 @@ async fn move_device(tx: &mut TenantTx, id: DeviceId, server: ServerId) -> Resul
             let error = DbError::from(error);
             match error.constraint() {
                 Some("servers_open_for_peers") => ConnectError::ServerUnavailable,
+                Some("peers_tenant_open") => ConnectError::TenantClosed,
                 Some(_) | None => ConnectError::Db(error),
             }
         })?;

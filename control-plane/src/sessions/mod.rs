@@ -4,6 +4,7 @@
 //! All times are the receiver's: when the report arrived, minus the ages the agent measured on its own clock.
 
 mod connect;
+mod disconnect;
 mod track;
 
 use cvault_types::{DeviceId, SessionId, UserId};
@@ -13,7 +14,11 @@ use crate::db::DbError;
 use crate::tenancy::TenantTx;
 
 pub use connect::{ConnectError, Connection, connect};
+pub use disconnect::{Held, hold, reclaim};
 pub use track::{Handshake, close_silent, note_handshakes};
+
+#[cfg(test)]
+mod tests;
 
 /// A session without a handshake for this long is over (REJECT_AFTER_TIME of WireGuard).
 pub const SILENT_AFTER_SECONDS: i64 = 180;

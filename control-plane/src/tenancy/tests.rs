@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 
 use super::*;
 use crate::db::{Db, DbConfig};
-use crate::testing::World;
+use crate::testing::{World, eventually};
 
 async fn small(world: &World) -> Db {
     let config = DbConfig { app_connections: 4, ..world.database.config() };
@@ -15,11 +15,11 @@ async fn small(world: &World) -> Db {
 }
 
 /// What the transaction sees of itself: its own tenant, and only rows of it.
-async fn sees_itself(tenancy: &Tenancy, tenant: TenantId) -> Result<(), DbError> {
+async fn sees_itself(tenancy: &Tenancy, tenant: TenantId, writes: bool) -> Result<(), DbError> {
     let mut tx = tenancy.begin(tenant).await?;
     let seen = sqlx::query!(
         r#"select cvault.tenant_id() as tenant, pg_current_xact_id_if_assigned()::text as xid,
-                  (select count(*) from cvault.tenants) as "rows!",
+                  (select count(*) from cvault.tenants) as "rows!", (select min(name) from cvault.tenants) as "name!",
                   (select count(*) from cvault.tenants where tenant_id = $1) as "own!""#,
         tenant.uuid()
     )
@@ -27,38 +27,83 @@ async fn sees_itself(tenancy: &Tenancy, tenant: TenantId) -> Result<(), DbError>
     .await?;
     assert_eq!(seen.tenant, Some(tenant.uuid()), "another tenant's context");
     assert_eq!((seen.rows, seen.own), (1, 1), "rows of another tenant");
+    assert_eq!(seen.name, "T", "what a transaction that panicked had written");
     assert_eq!(seen.xid, None, "a transaction that had already written");
-    sqlx::query!("update cvault.tenants set updated_at = now() where tenant_id = $1", tenant.uuid())
-        .execute(tx.conn())
-        .await?;
+    if writes {
+        sqlx::query!("update cvault.tenants set updated_at = now() where tenant_id = $1", tenant.uuid())
+            .execute(tx.conn())
+            .await?;
+    }
     tx.commit().await
 }
 
+/// What a transaction of the storm ends with when it panics on purpose.
+struct Deliberate;
+
+/// How one transaction of the storm is to end.
+#[derive(Clone, Copy)]
+enum Fate {
+    Run {
+        writes: bool,
+    },
+    /// Dropped after so many polls, so at any await point of BEGIN, the work or COMMIT.
+    Cancelled(usize),
+    /// Panics in the middle, having written.
+    Panics,
+}
+
+#[derive(Default)]
+struct Outcomes {
+    done: usize,
+    cancelled: usize,
+    panicked: usize,
+    /// Its connection was killed under it, or none could be had in time.
+    failed: usize,
+}
+
+/// 20,000 transactions over four connections: one in ten is cancelled, one in a hundred panics, and meanwhile a backend
+/// of the pool is killed now and then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_storm_of_cancelled_transactions_leaves_no_connection_in_another_tenants_context() {
+async fn a_storm_of_cancelled_panicking_and_killed_transactions_leaves_no_connection_in_another_tenants_context() {
     let world = World::new().await;
     let mut tenants = Vec::new();
     for _ in 0..8 {
         tenants.push(world.person().await.tenant);
     }
     let db = small(&world).await;
+    let mut superuser = world.superuser().await;
     let mut tasks = JoinSet::new();
-    let mut cancelled = 0;
-    for number in 0..2_000usize {
+    let (mut outcomes, mut killed) = (Outcomes::default(), 0);
+    for number in 0..20_000usize {
         let (tenancy, tenant) = (db.tenancy.clone(), tenants[number % tenants.len()]);
-        // dropped after a random number of polls, so at any await point of BEGIN, the work or COMMIT
-        let polls = if number % 10 == 0 { rand::rng().random_range(1..12) } else { usize::MAX };
-        tasks.spawn(async move { limited(polls, sees_itself(&tenancy, tenant)).await });
+        let fate = match number % 100 {
+            7 => Fate::Panics,
+            ten if ten % 10 == 0 => Fate::Cancelled(rand::rng().random_range(1..12)),
+            _ => Fate::Run { writes: number % 4 == 0 },
+        };
+        tasks.spawn(async move {
+            match fate {
+                Fate::Run { writes } => limited(usize::MAX, sees_itself(&tenancy, tenant, writes)).await,
+                Fate::Cancelled(polls) => limited(polls, sees_itself(&tenancy, tenant, true)).await,
+                Fate::Panics => panics(&tenancy, tenant).await,
+            }
+        });
+        if number % 250 == 249 {
+            killed += kill_one(&mut superuser).await;
+        }
         if tasks.len() >= 32 {
-            cancelled += usize::from(finished(tasks.join_next().await));
+            outcomes.count(tasks.join_next().await.expect("there are tasks"));
         }
     }
     while let Some(done) = tasks.join_next().await {
-        cancelled += usize::from(finished(Some(done)));
+        outcomes.count(done);
     }
-    assert!((50..=200).contains(&cancelled), "{cancelled} cancelled of 2000");
-    let mut superuser = world.superuser().await;
-    crate::testing::eventually("no session is left inside a transaction", Duration::from_secs(5), async || {
+    let Outcomes { done, cancelled, panicked, failed } = outcomes;
+    assert!((500..=2_000).contains(&cancelled), "{cancelled} cancelled of 20000");
+    assert!((150..=200).contains(&panicked), "{panicked} panicked");
+    assert!(killed > 40, "{killed} backends killed");
+    assert!(done > 17_000, "{done} done, {failed} failed");
+    eventually("no session is left inside a transaction", Duration::from_secs(5), async || {
         sqlx::query_scalar!(
             // every open transaction holds a lock on its own number; the role's activity is not tracked
             r#"select count(*) = 0 as "none!" from pg_locks l join pg_stat_activity a using (pid)
@@ -70,18 +115,61 @@ async fn a_storm_of_cancelled_transactions_leaves_no_connection_in_another_tenan
     })
     .await;
     for tenant in tenants {
-        sees_itself(&db.tenancy, tenant).await.unwrap();
+        eventually("the pool has replaced what was killed", Duration::from_secs(10), async || {
+            sees_itself(&db.tenancy, tenant, true).await.is_ok()
+        })
+        .await;
     }
 }
 
-fn finished(done: Option<Result<Option<Result<(), DbError>>, tokio::task::JoinError>>) -> bool {
-    match done.expect("there are tasks").expect("no assertion has failed") {
-        Some(outcome) => {
-            // while connections are being replaced, one may not be had in time; anything else is a fault
-            assert!(matches!(outcome, Ok(()) | Err(DbError::Unavailable(_))), "{outcome:?}");
-            false
+/// Kills any one backend of the pool, whatever it is doing; 0 when there is none.
+async fn kill_one(superuser: &mut PgConnection) -> usize {
+    let killed: Vec<bool> = sqlx::query_scalar(
+        "select pg_terminate_backend(pid) from (select pid from pg_stat_activity
+         where datname = current_database() and usename = 'cvault_app' order by random() limit 1) one",
+    )
+    .fetch_all(superuser)
+    .await
+    .unwrap();
+    killed.into_iter().filter(|killed| *killed).count()
+}
+
+/// Writes, then panics with the transaction open.
+async fn panics(tenancy: &Tenancy, tenant: TenantId) -> Option<Result<(), DbError>> {
+    let written = async {
+        let mut tx = tenancy.begin(tenant).await?;
+        sqlx::query!("update cvault.tenants set name = 'written by a panic' where tenant_id = $1", tenant.uuid())
+            .execute(tx.conn())
+            .await?;
+        Ok::<_, DbError>(tx)
+    };
+    match written.await {
+        Ok(_tx) => std::panic::resume_unwind(Box::new(Deliberate)),
+        Err(error) => Some(Err(error)),
+    }
+}
+
+impl Outcomes {
+    fn count(&mut self, done: Result<Option<Result<(), DbError>>, tokio::task::JoinError>) {
+        match done {
+            Ok(Some(Ok(()))) => self.done += 1,
+            Ok(Some(Err(error))) => {
+                // a statement that ran is never refused: what fails is the connection
+                assert!(
+                    matches!(error, DbError::Unavailable(_) | DbError::CommitUnknown(_))
+                        || error.to_string().contains("terminating connection")
+                        || matches!(error, DbError::Other(sqlx::Error::Io(_))),
+                    "{error:?}"
+                );
+                self.failed += 1;
+            }
+            Ok(None) => self.cancelled += 1,
+            Err(error) if error.is_panic() => {
+                assert!(error.into_panic().is::<Deliberate>(), "an assertion of the storm has failed");
+                self.panicked += 1;
+            }
+            Err(error) => panic!("a task of the storm was lost: {error}"),
         }
-        None => true,
     }
 }
 

@@ -1,9 +1,10 @@
 //! Deleting a tenant. Several transactions, so that no server's row is locked for long; each can be repeated, and a
-//! deletion that was interrupted is finished by asking for it again.
+//! deletion that was interrupted is finished by a periodic task, or by asking for it again.
 
 use cvault_types::{DeviceId, RequestId, TenantId, UserId};
 use http::StatusCode;
 use serde_json::json;
+use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
 
 use super::{Actor, TenantError, note};
@@ -19,14 +20,99 @@ use crate::tenancy::TenantTx;
 /// Devices looked up at once; each is withdrawn in a transaction of its own.
 const BATCH: i64 = 200;
 
-/// Revokes the tenant's keys, withdraws its devices, destroys its data key.
+/// Users erased in one transaction.
+const USERS: i64 = 1_000;
+/// Deletions in one run of [`finish_deletions`].
+const TENANTS: i64 = 20;
+/// Whoever asked for a deletion is at it for so long; then it is taken to be interrupted.
+const INTERRUPTED: Duration = Duration::minutes(1);
+
+/// Revokes the tenant's keys, withdraws its devices, erases its people and users, and destroys its data key. What it has
+/// used stays in the ledger under ids that name nobody. Deleting a deleted tenant changes nothing.
 ///
 /// # Errors
-/// [`TenantError::NotFound`] also for a tenant that is deleted already.
+/// [`TenantError::NotFound`] for one that never was.
 pub async fn delete(app: &App, id: TenantId, actor: &Actor) -> Result<(), TenantError> {
-    close(app, id).await?;
+    match close(app, id, actor).await? {
+        Closed::Deleting => erase(app, id, actor).await,
+        Closed::Deleted => Ok(()),
+    }
+}
+
+/// Goes on with deletions that were interrupted. Returns how many were finished.
+///
+/// # Errors
+/// The first fault; one tenant's does not keep the others.
+pub async fn finish_deletions(app: &App) -> Result<u64, DbError> {
+    let tenants = sqlx::query_scalar!(
+        "select tenant_id from cvault.tenants
+         where deleting_since <= $1 and status <> 'deleted' order by deleting_since, tenant_id limit $2",
+        app.clock.now() - INTERRUPTED,
+        TENANTS
+    )
+    .fetch_all(&app.db.sys)
+    .await?;
+    let actor = Actor { name: "platform".to_owned(), request_id: None };
+    let (mut finished, mut fault) = (0, None);
+    for tenant in tenants {
+        match erase(app, TenantId::from_uuid(tenant), &actor).await {
+            Ok(()) => finished += 1,
+            Err(TenantError::Db(error)) => fault = fault.or(Some(error)),
+            Err(error) => tracing::error!(error = crate::http::problem::chain(&error), "a deletion cannot be finished"),
+        }
+    }
+    fault.map_or(Ok(finished), Err)
+}
+
+enum Closed {
+    Deleting,
+    Deleted,
+}
+
+/// From here nobody of the tenant gets in, neither its users nor its own people, whose addresses are free again.
+async fn close(app: &App, id: TenantId, actor: &Actor) -> Result<Closed, TenantError> {
+    let mut tx = app.db.tenancy.begin(id).await?;
+    let work = close_in(&mut tx, actor, app.clock.now()).await;
+    tx.finish(work).await
+}
+
+async fn close_in(tx: &mut TenantTx, actor: &Actor, now: OffsetDateTime) -> Result<Closed, TenantError> {
+    let tenant = tx.tenant().uuid();
+    let row = sqlx::query!(
+        r#"select status = 'deleted' as "deleted!", deleting_since is not null as "deleting!"
+           from cvault.tenants where tenant_id = $1 for no key update"#,
+        tenant
+    )
+    .fetch_optional(tx.conn())
+    .await
+    .map_err(DbError::from)?
+    .ok_or(TenantError::NotFound)?;
+    if row.deleted {
+        return Ok(Closed::Deleted);
+    }
+    if row.deleting {
+        return Ok(Closed::Deleting);
+    }
+    sqlx::query!(
+        "update cvault.tenants set status = 'suspended', deleting_since = $2, updated_at = $2 where tenant_id = $1",
+        tenant,
+        now
+    )
+    .execute(tx.conn())
+    .await
+    .map_err(DbError::from)?;
+    api_keys::revoke_all(tx, now).await?;
+    refresh::revoke_all(tx, now).await?;
+    accounts::delete_all(tx).await?;
+    note(tx, actor, "tenant.delete", json!({})).await?;
+    Ok(Closed::Deleting)
+}
+
+/// What remains to be done to a tenant that is closed. May be repeated, and done by several at once.
+async fn erase(app: &App, id: TenantId, actor: &Actor) -> Result<(), TenantError> {
     loop {
         withdraw_devices(app, id, actor).await?;
+        erase_users(app, id).await?;
         let mut tx = app.db.tenancy.begin(id).await?;
         let work = destroy(&mut tx, actor, app).await;
         if tx.finish(work).await? {
@@ -35,25 +121,27 @@ pub async fn delete(app: &App, id: TenantId, actor: &Actor) -> Result<(), Tenant
     }
 }
 
-/// From here nobody of the tenant gets in, neither its users nor its own people, whose addresses are free again.
-async fn close(app: &App, id: TenantId) -> Result<(), TenantError> {
-    let now = app.clock.now();
-    let mut tx = app.db.tenancy.begin(id).await?;
-    let closed = sqlx::query!(
-        "update cvault.tenants set status = 'suspended', updated_at = $2 where tenant_id = $1 and status <> 'deleted'",
-        id.uuid(),
-        now
-    )
-    .execute(tx.conn())
-    .await
-    .map_err(DbError::from)?;
-    if closed.rows_affected() == 0 {
-        return tx.finish(Err(TenantError::NotFound)).await;
+/// As the deletion of each does; see [`crate::users::delete`].
+async fn erase_users(app: &App, id: TenantId) -> Result<(), DbError> {
+    loop {
+        let mut tx = app.db.tenancy.begin(id).await?;
+        let erased = sqlx::query!(
+            "update cvault.users u
+             set status = 'deleted', deleted_at = $2, email = null, external_user_id = null, password_hash = null
+             from (select user_id from cvault.users where tenant_id = $1 and status <> 'deleted'
+                   order by user_id limit $3 for no key update) present
+             where u.tenant_id = $1 and u.user_id = present.user_id",
+            id.uuid(),
+            app.clock.now(),
+            USERS
+        )
+        .execute(tx.conn())
+        .await?;
+        tx.commit().await?;
+        if erased.rows_affected() < USERS.unsigned_abs() {
+            return Ok(());
+        }
     }
-    api_keys::revoke_all(&mut tx, now).await?;
-    refresh::revoke_all(&mut tx, now).await?;
-    accounts::delete_all(&mut tx).await?;
-    Ok(tx.commit().await?)
 }
 
 async fn withdraw_devices(app: &App, id: TenantId, actor: &Actor) -> Result<(), TenantError> {
@@ -92,17 +180,29 @@ async fn active_devices(app: &App, id: TenantId) -> Result<Vec<(UserId, DeviceId
     Ok(rows.into_iter().map(|row| (UserId::from_uuid(row.user_id), DeviceId::from_uuid(row.device_id))).collect())
 }
 
-/// `false`, and nothing changed, when the tenant has got a device meanwhile.
+/// `false`, and nothing changed, when the tenant has got a device or a user meanwhile.
 async fn destroy(tx: &mut TenantTx, actor: &Actor, app: &App) -> Result<bool, TenantError> {
     let tenant = tx.tenant().uuid();
     // waits for registrations in flight, which hold the row; those that come later find it suspended
-    sqlx::query!("select tenant_id from cvault.tenants where tenant_id = $1 for no key update", tenant)
-        .fetch_optional(tx.conn())
-        .await
-        .map_err(DbError::from)?;
+    let deleted = sqlx::query_scalar!(
+        r#"select status = 'deleted' as "deleted!" from cvault.tenants where tenant_id = $1 for no key update"#,
+        tenant
+    )
+    .fetch_optional(tx.conn())
+    .await
+    .map_err(DbError::from)?;
+    if deleted == Some(true) {
+        // somebody else was at it too
+        keep_answer(tx, actor, app).await.map_err(TenantError::Idempotency)?;
+        return Ok(true);
+    }
     let done = sqlx::query!(
-        "update cvault.tenants set status = 'deleted', data_key_sealed = null, deleted_at = $2, updated_at = $2
-         where tenant_id = $1 and not exists (select from cvault.devices where tenant_id = $1 and status = 'active')",
+        "update cvault.tenants
+         set status = 'deleted', data_key_sealed = null, deleted_at = $2, updated_at = $2, whitelabel_config = '{}',
+             allowed_origins = '{}', client_dns = null, client_allowed_ips = null, client_mtu = null
+         where tenant_id = $1
+           and not exists (select from cvault.devices where tenant_id = $1 and status = 'active')
+           and not exists (select from cvault.users where tenant_id = $1 and status <> 'deleted')",
         tenant,
         app.clock.now()
     )
@@ -112,7 +212,15 @@ async fn destroy(tx: &mut TenantTx, actor: &Actor, app: &App) -> Result<bool, Te
     if done.rows_affected() == 0 {
         return Ok(false);
     }
-    note(tx, actor, "tenant.delete", json!({})).await?;
+    sqlx::query!("delete from cvault.refresh_tokens where tenant_id = $1", tenant)
+        .execute(tx.conn())
+        .await
+        .map_err(DbError::from)?;
+    sqlx::query!("delete from cvault.outbox where tenant_id = $1", tenant)
+        .execute(tx.conn())
+        .await
+        .map_err(DbError::from)?;
+    note(tx, actor, "tenant.erase", json!({})).await?;
     keep_answer(tx, actor, app).await.map_err(TenantError::Idempotency)?;
     Ok(true)
 }
@@ -129,6 +237,7 @@ async fn keep_answer(tx: &mut TenantTx, actor: &Actor, app: &App) -> Result<(), 
 mod tests {
     use std::time::Duration;
 
+    use cvault_types::tenant::{TenantStatus, UpdateTenantRequest};
     use rand::SeedableRng as _;
     use rand::rngs::StdRng;
 
@@ -184,9 +293,51 @@ mod tests {
         let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
         assert!(!destroy(&mut tx, &actor, &world.app).await.unwrap());
         tx.commit().await.unwrap();
-        close(&world.app, person.tenant).await.unwrap();
+        close(&world.app, person.tenant, &actor).await.unwrap();
         assert!(matches!(world.register(person, "e").await, Err(RegisterError::TenantClosed)));
         delete(&world.app, person.tenant, &actor).await.unwrap();
-        assert!(matches!(delete(&world.app, person.tenant, &actor).await, Err(TenantError::NotFound)));
+        delete(&world.app, person.tenant, &actor).await.unwrap();
+        let nobody = TenantId::from_uuid(Uuid::now_v7());
+        assert!(matches!(delete(&world.app, nobody, &actor).await, Err(TenantError::NotFound)));
+    }
+
+    #[tokio::test]
+    async fn a_deletion_that_was_interrupted_is_never_taken_back_and_finished_by_itself() {
+        let (world, _) = World::with_server().await;
+        let person = world.person().await;
+        world.register(person, "d").await.unwrap();
+        let actor = Actor { name: "cli".to_owned(), request_id: None };
+        close(&world.app, person.tenant, &actor).await.unwrap();
+        let shown = crate::tenants::get(&world.app, person.tenant).await.unwrap();
+        assert_eq!(shown.status, TenantStatus::Deleting);
+        for status in [TenantStatus::Active, TenantStatus::Suspended] {
+            let request = UpdateTenantRequest { status: Some(status), ..UpdateTenantRequest::default() };
+            let refused = crate::tenants::update(&world.app, person.tenant, request, &actor).await.unwrap_err();
+            assert_eq!(refused.code(), cvault_types::ErrorCode::NotFound);
+        }
+        assert_eq!(finish_deletions(&world.app).await.unwrap(), 0, "somebody is at it");
+        let mut superuser = world.superuser().await;
+        sqlx::query("update cvault.tenants set deleting_since = now() - interval '2 minutes'")
+            .execute(&mut superuser)
+            .await
+            .unwrap();
+        assert_eq!(finish_deletions(&world.app).await.unwrap(), 1);
+        assert_eq!(finish_deletions(&world.app).await.unwrap(), 0);
+        let left: (String, i64, i64) = sqlx::query_as(
+            "select (select status from cvault.tenants),
+                    (select count(*) from platform.peers where removed_revision is null),
+                    (select count(*) from cvault.users where email is not null)",
+        )
+        .fetch_one(&mut superuser)
+        .await
+        .unwrap();
+        assert_eq!(left, ("deleted".to_owned(), 0, 0));
+        let noted: Vec<(String, String)> =
+            sqlx::query_as("select actor, action from cvault.audit_log where action like 'tenant.%' order by audit_id")
+                .fetch_all(&mut superuser)
+                .await
+                .unwrap();
+        let noted: Vec<_> = noted.iter().map(|(actor, action)| (actor.as_str(), action.as_str())).collect();
+        assert_eq!(noted, [("cli", "tenant.delete"), ("platform", "tenant.erase")]);
     }
 }

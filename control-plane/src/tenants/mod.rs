@@ -25,7 +25,7 @@ use crate::http::Problem;
 use crate::tenancy::TenantTx;
 
 pub use client::{ClientSettings, client_settings};
-pub use delete::delete;
+pub use delete::{delete, finish_deletions};
 pub use settings::{SettingsChange, settings, update_settings};
 pub use suspension::{enforce as enforce_suspensions, enforce_users, mark_over_limit};
 
@@ -62,6 +62,7 @@ pub struct Settings {
     pub user_limit: Option<i32>,
     pub max_devices_per_user: i32,
     pub rate_limit_per_minute: Option<i32>,
+    pub user_rate_limit_per_minute: Option<i32>,
     pub whitelabel_config: serde_json::Map<String, serde_json::Value>,
     pub policy: TenantPolicy,
 }
@@ -77,6 +78,7 @@ impl Settings {
             user_limit: None,
             max_devices_per_user: 5,
             rate_limit_per_minute: None,
+            user_rate_limit_per_minute: None,
             whitelabel_config: serde_json::Map::new(),
             policy: TenantPolicy::default(),
         }
@@ -92,6 +94,7 @@ impl Settings {
             user_limit: request.user_limit,
             max_devices_per_user: request.max_devices_per_user.unwrap_or(defaults.max_devices_per_user),
             rate_limit_per_minute: request.rate_limit_per_minute,
+            user_rate_limit_per_minute: request.user_rate_limit_per_minute,
             whitelabel_config: request.whitelabel_config.unwrap_or_default(),
             policy: policy::changed(defaults.policy, request.policy.unwrap_or_default()),
             name: defaults.name,
@@ -107,6 +110,7 @@ impl Settings {
             user_limit: request.user_limit.unwrap_or(self.user_limit),
             max_devices_per_user: request.max_devices_per_user.unwrap_or(self.max_devices_per_user),
             rate_limit_per_minute: request.rate_limit_per_minute.unwrap_or(self.rate_limit_per_minute),
+            user_rate_limit_per_minute: request.user_rate_limit_per_minute.unwrap_or(self.user_rate_limit_per_minute),
             whitelabel_config: request.whitelabel_config.unwrap_or(self.whitelabel_config),
             policy: policy::changed(self.policy, request.policy.unwrap_or_default()),
         }
@@ -130,11 +134,12 @@ impl Settings {
         bounds("/user_limit", self.user_limit.map(i64::from), 0, i64::from(i32::MAX));
         bounds("/max_devices_per_user", Some(i64::from(self.max_devices_per_user)), 0, 1_000);
         bounds("/rate_limit_per_minute", self.rate_limit_per_minute.map(i64::from), 1, 1_000_000);
+        bounds("/user_rate_limit_per_minute", self.user_rate_limit_per_minute.map(i64::from), 1, 1_000_000);
         if !(1..=255).contains(&self.name.chars().count()) || self.name.contains(char::is_control) {
             problem =
                 problem.field("/name", "invalid_format", "must have 1 to 255 characters and no control character");
         }
-        if self.status == TenantStatus::Deleted {
+        if matches!(self.status, TenantStatus::Deleting | TenantStatus::Deleted) {
             problem =
                 problem.field("/status", "invalid_value", "must be active, trial or suspended; delete with DELETE");
         }
@@ -181,8 +186,8 @@ pub async fn create_in(
         "insert into cvault.tenants (tenant_id, name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user,
              whitelabel_config, rate_limit_per_minute, data_key_version, data_key_sealed, created_at, updated_at,
              rate_up_bps, rate_down_bps, device_rate_up_bps, device_rate_down_bps, allow_intra_tenant,
-             allow_private_destinations, allow_smtp, over_quota, throttle_bps)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)",
+             allow_private_destinations, allow_smtp, over_quota, throttle_bps, user_rate_limit_per_minute)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)",
         id.uuid(),
         settings.name,
         status_text(settings.status),
@@ -203,6 +208,7 @@ pub async fn create_in(
         settings.policy.allow_smtp,
         policy::over_quota_text(settings.policy.over_quota),
         i64::from(settings.policy.throttle_kbps) * policy::KBIT,
+        settings.user_rate_limit_per_minute,
     )
     .execute(tx.conn())
     .await
@@ -227,10 +233,11 @@ pub async fn get(app: &App, id: TenantId) -> Result<Tenant, TenantError> {
 pub async fn list(sys: &PgPool, after: Option<TenantId>, limit: i64) -> Result<Vec<Tenant>, DbError> {
     let rows = sqlx::query_as!(
         Row,
-        "select tenant_id, name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user, rate_limit_per_minute,
+        r#"select tenant_id, name, case when deleting_since is null then status else 'deleting' end as "status!", bandwidth_limit_bytes, user_limit, max_devices_per_user, rate_limit_per_minute,
                 whitelabel_config, created_at, rate_up_bps, rate_down_bps, device_rate_up_bps, device_rate_down_bps,
-                allow_intra_tenant, allow_private_destinations, allow_smtp, over_quota, throttle_bps
-         from cvault.tenants where status <> 'deleted' and tenant_id > $1 order by tenant_id limit $2",
+                allow_intra_tenant, allow_private_destinations, allow_smtp, over_quota, throttle_bps,
+                user_rate_limit_per_minute
+         from cvault.tenants where status <> 'deleted' and tenant_id > $1 order by tenant_id limit $2"#,
         after.map_or(Uuid::nil(), TenantId::uuid),
         limit
     )
@@ -263,7 +270,7 @@ pub async fn update_in(
 ) -> Result<(Tenant, Vec<ServerId>), Problem> {
     let id = tx.tenant();
     let details = serde_json::to_value(&request).unwrap_or_default();
-    let before = load(tx).await?;
+    let before = load_to_change(tx).await?;
     let told = (before.policy.clone(), before.bandwidth_limit_gb);
     let settings = Settings {
         name: before.name,
@@ -272,6 +279,7 @@ pub async fn update_in(
         user_limit: before.user_limit,
         max_devices_per_user: before.max_devices_per_user,
         rate_limit_per_minute: before.rate_limit_per_minute,
+        user_rate_limit_per_minute: before.user_rate_limit_per_minute,
         whitelabel_config: before.whitelabel_config,
         policy: before.policy,
     }
@@ -282,7 +290,8 @@ pub async fn update_in(
              max_devices_per_user = $6, whitelabel_config = $7, rate_limit_per_minute = $8, updated_at = $9,
              rate_up_bps = $10, rate_down_bps = $11, device_rate_up_bps = $12, device_rate_down_bps = $13,
              allow_intra_tenant = $14, allow_private_destinations = $15, allow_smtp = $16, over_quota = $17,
-             throttle_bps = $18, policy_revision = policy_revision + case when $19 then 1 else 0 end
+             throttle_bps = $18, policy_revision = policy_revision + case when $19 then 1 else 0 end,
+             user_rate_limit_per_minute = $20
          where tenant_id = $1",
         id.uuid(),
         settings.name,
@@ -302,7 +311,8 @@ pub async fn update_in(
         settings.policy.allow_smtp,
         policy::over_quota_text(settings.policy.over_quota),
         i64::from(settings.policy.throttle_kbps) * policy::KBIT,
-        concerns_servers
+        concerns_servers,
+        settings.user_rate_limit_per_minute
     )
     .execute(tx.conn())
     .await
@@ -323,15 +333,31 @@ async fn servers_of(tx: &mut TenantTx) -> Result<Vec<ServerId>, DbError> {
     Ok(servers.into_iter().map(ServerId::from_uuid).collect())
 }
 
-/// The row, locked until the transaction ends.
+/// The row, locked until the transaction ends. [`TenantError::NotFound`] also for a tenant that is being deleted.
+async fn load_to_change(tx: &mut TenantTx) -> Result<Tenant, TenantError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "select tenant_id from cvault.tenants where tenant_id = $1 and deleting_since is null for no key update",
+        tenant
+    )
+    .fetch_optional(tx.conn())
+    .await
+    .map_err(DbError::from)?
+    .ok_or(TenantError::NotFound)?;
+    // a statement of its own: it sees what was committed while the lock was waited for
+    load(tx).await
+}
+
 async fn load(tx: &mut TenantTx) -> Result<Tenant, TenantError> {
     let id = tx.tenant();
     let row = sqlx::query_as!(
         Row,
-        "select tenant_id, name, status, bandwidth_limit_bytes, user_limit, max_devices_per_user, rate_limit_per_minute,
+        r#"select tenant_id, name, case when deleting_since is null then status else 'deleting' end as "status!",
+                bandwidth_limit_bytes, user_limit, max_devices_per_user, rate_limit_per_minute,
                 whitelabel_config, created_at, rate_up_bps, rate_down_bps, device_rate_up_bps, device_rate_down_bps,
-                allow_intra_tenant, allow_private_destinations, allow_smtp, over_quota, throttle_bps
-         from cvault.tenants where tenant_id = $1 and status <> 'deleted' for no key update",
+                allow_intra_tenant, allow_private_destinations, allow_smtp, over_quota, throttle_bps,
+                user_rate_limit_per_minute
+         from cvault.tenants where tenant_id = $1 and status <> 'deleted'"#,
         id.uuid()
     )
     .fetch_optional(tx.conn())
@@ -349,6 +375,7 @@ struct Row {
     user_limit: Option<i32>,
     max_devices_per_user: i32,
     rate_limit_per_minute: Option<i32>,
+    user_rate_limit_per_minute: Option<i32>,
     whitelabel_config: serde_json::Value,
     created_at: OffsetDateTime,
     rate_up_bps: Option<i64>,
@@ -372,6 +399,7 @@ impl Row {
             user_limit: self.user_limit,
             max_devices_per_user: self.max_devices_per_user,
             rate_limit_per_minute: self.rate_limit_per_minute,
+            user_rate_limit_per_minute: self.user_rate_limit_per_minute,
             whitelabel_config: object(self.whitelabel_config),
             policy: TenantPolicy {
                 rate_up_mbps: mbps(self.rate_up_bps),
@@ -413,6 +441,7 @@ fn tenant(id: TenantId, settings: Settings, created_at: OffsetDateTime) -> Tenan
         user_limit: settings.user_limit,
         max_devices_per_user: settings.max_devices_per_user,
         rate_limit_per_minute: settings.rate_limit_per_minute,
+        user_rate_limit_per_minute: settings.user_rate_limit_per_minute,
         whitelabel_config: settings.whitelabel_config,
         policy: settings.policy,
         created_at,
@@ -428,6 +457,7 @@ fn status_text(status: TenantStatus) -> &'static str {
         TenantStatus::Active => "active",
         TenantStatus::Trial => "trial",
         TenantStatus::Suspended => "suspended",
+        TenantStatus::Deleting => "deleting",
         TenantStatus::Deleted => "deleted",
     }
 }
@@ -436,6 +466,7 @@ fn parse_status(text: &str) -> TenantStatus {
     match text {
         "trial" => TenantStatus::Trial,
         "suspended" => TenantStatus::Suspended,
+        "deleting" => TenantStatus::Deleting,
         "deleted" => TenantStatus::Deleted,
         _ => TenantStatus::Active,
     }

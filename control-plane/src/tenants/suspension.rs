@@ -7,6 +7,7 @@
 use cvault_types::{DeviceId, ServerId, TenantId};
 use sqlx::PgPool;
 use time::OffsetDateTime;
+use uuid::Uuid;
 
 use crate::app::App;
 use crate::db::DbError;
@@ -16,38 +17,85 @@ use crate::tenancy::TenantTx;
 
 /// Devices in one transaction, which holds the rows of their servers: some tens of milliseconds.
 const CHUNK: i64 = 100;
-/// Tenants in one run; the others are found by the next.
+/// Tenants looked up at once.
 const TENANTS: i64 = 100;
 
-/// Brings devices in line with the status of their tenants. Returns how many were taken off or put back.
+/// Brings devices in line with the status of their tenants: first all that are to be off, then those that some server takes
+/// back. Returns how many were taken off or put back.
 ///
 /// # Errors
-/// Those of the database.
+/// The first fault; one tenant's does not keep the others.
 pub async fn enforce(app: &App) -> Result<u64, DbError> {
-    let tenants = sqlx::query!(
-        r#"select t.tenant_id, t.status = 'suspended' or t.over_limit_since is not null as "closed!"
-           from cvault.tenants t
-           where (t.status = 'suspended' or t.over_limit_since is not null and t.status in ('active', 'trial'))
-                   and exists (select from cvault.devices d
-                       where d.tenant_id = t.tenant_id and d.status = 'active' and not d.suspended)
-              or t.status in ('active', 'trial') and t.over_limit_since is null
-                   and (exists (select from cvault.devices d join cvault.users u using (tenant_id, user_id)
-                           where d.tenant_id = t.tenant_id and d.status = 'active' and d.suspended and u.status = 'active')
-                       or exists (select from cvault.users u join cvault.devices d using (tenant_id, user_id)
-                           where u.tenant_id = t.tenant_id and u.status = 'disabled' and d.status = 'active'
-                             and not d.suspended))
-           limit $1"#,
-        TENANTS
-    )
-    .fetch_all(&app.db.sys)
-    .await?;
-    let mut done = 0;
-    for row in tenants {
-        let tenant = TenantId::from_uuid(row.tenant_id);
-        done +=
-            if row.closed { move_all(app, tenant, Which::Placed).await? } else { enforce_users(app, tenant).await? };
+    let (mut done, mut fault) = (0, None);
+    for which in [Which::Placed, Which::PlacedOfDisabled, Which::SuspendedOfActive] {
+        let mut after = Uuid::nil();
+        loop {
+            let tenants = concerned(&app.db.sys, which, after).await?;
+            for tenant in &tenants {
+                match move_all(app, TenantId::from_uuid(*tenant), which).await {
+                    Ok(moved) => done += moved,
+                    Err(error) => fault = fault.or(Some(error)),
+                }
+            }
+            match tenants.last() {
+                Some(last) if tenants.len() as u64 == TENANTS.unsigned_abs() => after = *last,
+                Some(_) | None => break,
+            }
+        }
     }
-    Ok(done)
+    fault.map_or(Ok(done), Err)
+}
+
+/// The next tenants that have such devices, in the order of their ids: none is passed over.
+async fn concerned(sys: &PgPool, which: Which, after: Uuid) -> Result<Vec<Uuid>, DbError> {
+    let tenants = match which {
+        Which::Placed => {
+            sqlx::query_scalar!(
+                "select t.tenant_id from cvault.tenants t
+                 where (t.status = 'suspended' or t.over_limit_since is not null and t.status in ('active', 'trial'))
+                   and t.tenant_id > $1
+                   and exists (select from cvault.devices d
+                               where d.tenant_id = t.tenant_id and d.status = 'active' and not d.suspended)
+                 order by t.tenant_id limit $2",
+                after,
+                TENANTS
+            )
+            .fetch_all(sys)
+            .await?
+        }
+        Which::PlacedOfDisabled => {
+            sqlx::query_scalar!(
+                "select distinct u.tenant_id
+                 from cvault.users u join cvault.devices d using (tenant_id, user_id)
+                     join cvault.tenants t using (tenant_id)
+                 where u.status = 'disabled' and d.status = 'active' and not d.suspended
+                   and t.status in ('active', 'trial') and t.over_limit_since is null and u.tenant_id > $1
+                 order by u.tenant_id limit $2",
+                after,
+                TENANTS
+            )
+            .fetch_all(sys)
+            .await?
+        }
+        Which::SuspendedOfActive => {
+            sqlx::query_scalar!(
+                "select distinct d.tenant_id
+                 from cvault.devices d join cvault.users u using (tenant_id, user_id)
+                     join cvault.tenants t using (tenant_id)
+                 where d.suspended and d.status = 'active' and u.status = 'active'
+                   and t.status in ('active', 'trial') and t.over_limit_since is null and d.tenant_id > $1
+                   -- as long as no server of its pool takes a device there is nothing to be done
+                   and exists (select from platform.servers s join platform.servers home on home.pool_id = s.pool_id
+                               where home.server_id = d.server_id and s.status = 'active' and s.peer_count < s.capacity)
+                 order by d.tenant_id limit $2",
+                after,
+                TENANTS
+            )
+            .fetch_all(sys)
+            .await?
+        }
+    };
+    Ok(tenants)
 }
 
 /// Brings the devices of an open tenant in line with the status of their users. Returns how many were taken off or put back.
@@ -61,7 +109,7 @@ pub async fn enforce_users(app: &App, tenant: TenantId) -> Result<u64, DbError> 
 /// Which devices a run is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Which {
-    /// All that are on a server: to be taken off.
+    /// All of a closed tenant that are on a server: to be taken off.
     Placed,
     /// Those of disabled users that are on a server: to be taken off.
     PlacedOfDisabled,
@@ -70,21 +118,17 @@ enum Which {
 }
 
 async fn move_all(app: &App, tenant: TenantId, which: Which) -> Result<u64, DbError> {
-    let mut done = 0;
+    let (mut done, mut after) = (0, None);
     loop {
         let now = app.clock.now();
         let mut tx = app.db.tenancy.begin(tenant).await?;
-        let work = match which {
-            Which::Placed | Which::PlacedOfDisabled => take_off(&mut tx, which, now).await,
-            Which::SuspendedOfActive => put_back(&mut tx, now).await,
-        };
+        let work = move_chunk(&mut tx, which, after, now).await;
         let chunk = tx.finish(work).await?;
         chunk.servers.iter().for_each(|server| app.nodes.server_changed(*server));
-        done += chunk.moved;
-        // those that no server takes now are tried again by the next run
-        if chunk.moved == 0 || chunk.moved < CHUNK.unsigned_abs() {
-            return Ok(done);
-        }
+        done += chunk.servers.len() as u64;
+        // those that no server takes now are passed over, and tried again by the next run
+        let Some(last) = chunk.more_after else { return Ok(done) };
+        after = Some(last);
     }
 }
 
@@ -104,10 +148,16 @@ pub async fn mark_over_limit(sys: &PgPool, now: OffsetDateTime) -> Result<u64, D
                    and u.day >= date_trunc('month', $1::timestamptz, 'UTC')::date) as over
              from cvault.tenants t
              where t.bandwidth_limit_bytes is not null or t.over_limit_since is not null
+         ), changed as (
+             select t.tenant_id, used.over
+             from cvault.tenants t join used using (tenant_id)
+             where coalesce(used.over, false) <> (t.over_limit_since is not null)
+             -- one order for all replicas
+             order by t.tenant_id for no key update of t
          )
-         update cvault.tenants t set over_limit_since = case when used.over then $1::timestamptz end
-         from used
-         where t.tenant_id = used.tenant_id and coalesce(used.over, false) <> (t.over_limit_since is not null)",
+         update cvault.tenants t set over_limit_since = case when changed.over then $1::timestamptz end
+         from changed
+         where t.tenant_id = changed.tenant_id",
         now
     )
     .execute(sys)
@@ -115,44 +165,79 @@ pub async fn mark_over_limit(sys: &PgPool, now: OffsetDateTime) -> Result<u64, D
     Ok(changed.rows_affected())
 }
 
-/// What a transaction did, and the servers that are to be told.
+/// What a transaction did: a server to be told for each device it moved.
 #[derive(Default)]
 struct Chunk {
-    moved: u64,
     servers: Vec<ServerId>,
+    /// There may be more devices after this one.
+    more_after: Option<Placing>,
 }
 
-async fn take_off(tx: &mut TenantTx, which: Which, now: OffsetDateTime) -> Result<Chunk, DbError> {
-    let mut chunk = Chunk::default();
-    for (device, server) in devices(tx, which).await? {
-        let tenant = tx.tenant().uuid();
-        sessions::close(tx, device, now).await?;
-        if which == Which::PlacedOfDisabled {
-            // no row: the user was enabled meanwhile
-            sqlx::query_scalar!("select platform.suspend_user_peer($1)", device.uuid())
-                .fetch_optional(tx.conn())
-                .await?;
-        } else {
-            sqlx::query_scalar!("select platform.suspend_peer($1)", device.uuid()).fetch_one(tx.conn()).await?;
-        }
-        sqlx::query!(
-            "update cvault.devices set suspended = true where tenant_id = $1 and device_id = $2",
-            tenant,
-            device.uuid()
-        )
-        .execute(tx.conn())
-        .await?;
-        chunk.moved += 1;
-        chunk.servers.push(server);
+/// A device and the server it is on, or was on.
+#[derive(Debug, Clone, Copy)]
+struct Placing {
+    server: ServerId,
+    device: DeviceId,
+}
+
+async fn move_chunk(
+    tx: &mut TenantTx,
+    which: Which,
+    after: Option<Placing>,
+    now: OffsetDateTime,
+) -> Result<Chunk, DbError> {
+    if which == Which::Placed && !is_closed(tx).await? {
+        return Ok(Chunk::default());
     }
-    Ok(chunk)
+    let found = devices(tx, which, after).await?;
+    let more_after = found.last().copied().filter(|_| found.len() as u64 == CHUNK.unsigned_abs());
+    let servers = match which {
+        Which::Placed | Which::PlacedOfDisabled => take_off(tx, which, found, now).await?,
+        Which::SuspendedOfActive => put_back(tx, found, now).await?,
+    };
+    Ok(Chunk { servers, more_after })
+}
+
+/// Whether the tenant is suspended or over its limit; it stays so until the transaction ends.
+async fn is_closed(tx: &mut TenantTx) -> Result<bool, DbError> {
+    let tenant = tx.tenant().uuid();
+    let closed = sqlx::query_scalar!(
+        r#"select status = 'suspended' or over_limit_since is not null as "closed!"
+           from cvault.tenants where tenant_id = $1 for share"#,
+        tenant
+    )
+    .fetch_optional(tx.conn())
+    .await?;
+    Ok(closed.unwrap_or_default())
+}
+
+async fn take_off(
+    tx: &mut TenantTx,
+    which: Which,
+    found: Vec<Placing>,
+    now: OffsetDateTime,
+) -> Result<Vec<ServerId>, DbError> {
+    for Placing { device, .. } in &found {
+        sessions::close(tx, *device, now).await?;
+    }
+    mark(tx, &found, true).await?;
+    // last: from here to COMMIT the servers' rows are locked, in the order of their ids
+    for Placing { device, .. } in &found {
+        let device = device.uuid();
+        if which == Which::PlacedOfDisabled {
+            sqlx::query_scalar!("select platform.suspend_user_peer($1)", device).fetch_one(tx.conn()).await?;
+        } else {
+            sqlx::query_scalar!("select platform.suspend_peer($1)", device).fetch_one(tx.conn()).await?;
+        }
+    }
+    Ok(found.into_iter().map(|placing| placing.server).collect())
 }
 
 /// Each to the server it was on, or, when that takes no devices, to the least loaded one of its pool.
-async fn put_back(tx: &mut TenantTx, now: OffsetDateTime) -> Result<Chunk, DbError> {
-    let mut chunk = Chunk::default();
+async fn put_back(tx: &mut TenantTx, found: Vec<Placing>, now: OffsetDateTime) -> Result<Vec<ServerId>, DbError> {
     let mut servers = servers::list(tx).await?;
-    for (device, server) in devices(tx, Which::SuspendedOfActive).await? {
+    let mut targets = Vec::new();
+    for Placing { device, server } in found {
         let Some(home) = servers.iter().position(|candidate| candidate.id == server) else { continue };
         let (stays, pool) = (servers[home].active && servers[home].peers < servers[home].capacity, servers[home].pool);
         let others = || {
@@ -161,46 +246,63 @@ async fn put_back(tx: &mut TenantTx, now: OffsetDateTime) -> Result<Chunk, DbErr
         };
         let Some(target) = stays.then_some(home).or_else(others) else { continue };
         servers[target].peers += 1;
-        let target = &servers[target];
-        let tenant = tx.tenant().uuid();
-        sqlx::query!(
-            "update cvault.devices set suspended = false where tenant_id = $1 and device_id = $2",
-            tenant,
-            device.uuid()
-        )
-        .execute(tx.conn())
-        .await?;
-        sqlx::query_scalar!("select platform.move_peer($1, $2)", device.uuid(), target.id.uuid())
+        targets.push(Placing { server: servers[target].id, device });
+    }
+    mark(tx, &targets, false).await?;
+    // last: from here to COMMIT the servers' rows are locked, in the order of their ids
+    targets.sort_by_key(|placing| placing.server);
+    for Placing { device, server } in &targets {
+        sqlx::query_scalar!("select platform.move_peer($1, $2)", device.uuid(), server.uuid())
             .fetch_one(tx.conn())
             .await?;
-        chunk.moved += 1;
-        chunk.servers.push(target.id);
     }
-    Ok(chunk)
+    Ok(targets.into_iter().map(|placing| placing.server).collect())
 }
 
-/// Locked; those that somebody else is at are left to the next run. Ordered by server, as everything that locks several.
-async fn devices(tx: &mut TenantTx, which: Which) -> Result<Vec<(DeviceId, ServerId)>, DbError> {
+async fn mark(tx: &mut TenantTx, devices: &[Placing], suspended: bool) -> Result<(), DbError> {
+    let tenant = tx.tenant().uuid();
+    let devices: Vec<Uuid> = devices.iter().map(|placing| placing.device.uuid()).collect();
+    sqlx::query!(
+        "update cvault.devices set suspended = $3 where tenant_id = $1 and device_id = any ($2)",
+        tenant,
+        &devices,
+        suspended
+    )
+    .execute(tx.conn())
+    .await?;
+    Ok(())
+}
+
+/// Locked; those that somebody else is at are left to the next run. Their users stay what they are meanwhile. Ordered by
+/// server, as everything that locks several.
+async fn devices(tx: &mut TenantTx, which: Which, after: Option<Placing>) -> Result<Vec<Placing>, DbError> {
     let tenant = tx.tenant().uuid();
     let of_disabled = match which {
         Which::Placed => None,
         Which::PlacedOfDisabled => Some(true),
         Which::SuspendedOfActive => Some(false),
     };
+    let (server, device) =
+        after.map_or((Uuid::nil(), Uuid::nil()), |placing| (placing.server.uuid(), placing.device.uuid()));
     let rows = sqlx::query!(
         "select d.device_id, d.server_id
          from cvault.devices d join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
          where d.tenant_id = $1 and d.status = 'active' and d.suspended = $2
-           and ($4::boolean is null or (u.status = 'disabled') = $4)
-         order by d.server_id, d.device_id limit $3 for no key update of d skip locked",
+           and ($4::boolean is null or (u.status = 'disabled') = $4) and (d.server_id, d.device_id) > ($5, $6)
+         order by d.server_id, d.device_id limit $3 for share of u for no key update of d skip locked",
         tenant,
         which == Which::SuspendedOfActive,
         CHUNK,
-        of_disabled
+        of_disabled,
+        server,
+        device
     )
     .fetch_all(tx.conn())
     .await?;
-    Ok(rows.into_iter().map(|row| (DeviceId::from_uuid(row.device_id), ServerId::from_uuid(row.server_id))).collect())
+    Ok(rows
+        .into_iter()
+        .map(|row| Placing { server: ServerId::from_uuid(row.server_id), device: DeviceId::from_uuid(row.device_id) })
+        .collect())
 }
 
 #[cfg(test)]
@@ -325,5 +427,67 @@ mod tests {
         let second = world.server("s2", "default", "lab-2").await;
         assert_eq!(enforce(&world.app).await.unwrap(), 1);
         assert_eq!((peers(&world, first).await, peers(&world, second).await), (0, 1));
+    }
+
+    #[tokio::test]
+    async fn a_full_server_does_not_keep_the_devices_of_another_off() {
+        let (world, full) = World::with_server().await;
+        world.pool("second", "10.9.0.0/16", "fd00:cafe:1::/64", 0).await;
+        let person = world.person().await;
+        let count = usize::try_from(CHUNK).unwrap() + 1;
+        for number in 0..count {
+            world.register(person, &format!("d{number}")).await.unwrap();
+        }
+        let other = world.server("s2", "second", "lab-2").await;
+        let enter = |server: ServerId, status: &'static str| {
+            sqlx::query("update platform.servers set status = $2 where server_id = $1")
+                .bind(server.uuid())
+                .bind(status)
+                .execute(&world.app.db.sys)
+        };
+        enter(full, "draining").await.unwrap();
+        world.register(person, "elsewhere").await.unwrap();
+        set_status(&world, person, TenantStatus::Suspended).await;
+        assert_eq!(enforce(&world.app).await.unwrap(), count as u64 + 1);
+        set_status(&world, person, TenantStatus::Active).await;
+        assert_eq!(enforce(&world.app).await.unwrap(), 1, "those of the first server wait, in front of it");
+        assert_eq!((peers(&world, full).await, peers(&world, other).await), (0, 1));
+        enter(full, "active").await.unwrap();
+        assert_eq!(enforce(&world.app).await.unwrap(), count as u64);
+    }
+
+    #[tokio::test]
+    async fn tenants_that_wait_for_a_server_keep_nobody_waiting() {
+        let (world, first) = World::with_server().await;
+        let mut people = Vec::new();
+        for _ in 0..=TENANTS {
+            let person = world.person().await;
+            world.register(person, "d").await.unwrap();
+            set_status(&world, person, TenantStatus::Suspended).await;
+            people.push(person);
+        }
+        let last = people.pop().unwrap();
+        assert_eq!(enforce(&world.app).await.unwrap(), TENANTS.unsigned_abs() + 1);
+        set_status(&world, last, TenantStatus::Active).await;
+        assert_eq!(enforce(&world.app).await.unwrap(), 1);
+        sqlx::query("update platform.servers set capacity = 1").execute(&world.app.db.sys).await.unwrap();
+        for person in people {
+            set_status(&world, person, TenantStatus::Active).await;
+        }
+        set_status(&world, last, TenantStatus::Suspended).await;
+        assert_eq!(enforce(&world.app).await.unwrap(), 2, "one leaves, and one takes its place");
+        assert_eq!(peers(&world, first).await, 1);
+    }
+
+    #[tokio::test]
+    async fn a_device_whose_tenant_or_user_was_let_in_again_meanwhile_is_not_marked() {
+        let (world, server) = World::with_server().await;
+        let person = world.person().await;
+        world.register(person, "d").await.unwrap();
+        for which in [Which::Placed, Which::PlacedOfDisabled] {
+            assert_eq!(move_all(&world.app, person.tenant, which).await.unwrap(), 0, "{which:?}");
+        }
+        assert_eq!(peers(&world, server).await, 1);
+        assert_eq!(enforce(&world.app).await.unwrap(), 0);
     }
 }

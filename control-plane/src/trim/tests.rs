@@ -225,3 +225,51 @@ async fn more_than_a_batch_of_old_events_and_mails_goes_and_one_replica_does_it(
     assert_eq!(count(&world, "cvault.auth_events").await, 2_500);
     assert_eq!((count(&world, "cvault.outbox").await, count(&world, "cvault.idempotency_keys").await), (2, 1));
 }
+
+#[tokio::test]
+async fn what_no_longer_means_anything_goes_and_the_ledger_still_adds_up() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    let (stays, leaves) = (world.register(person, "a").await.unwrap(), world.register(person, "b").await.unwrap());
+    let nobody = DeviceId::from_uuid(Uuid::now_v7());
+    enter(&world, server, NOW, 1, stays.id, stays.revision, 100).await;
+    enter(&world, server, EARLIER, 1, nobody, 1, 1_000).await;
+    ledger_adds_up(&world).await;
+    world.revoke(person, leaves.id).await;
+    let (tenant, server) = (person.tenant.uuid(), server.uuid());
+    let drops = |device: DeviceId, days: u32| {
+        format!("('{server}', '{}', 1, '{{}}', now() - interval '{days} days')", device.uuid())
+    };
+    sql(
+        &world,
+        &format!(
+            "insert into platform.device_drops (server_id, device_id, generation, drops, reported_at)
+             values {}, {}, {};
+             insert into platform.enrol_tokens (token_id, server_id, secret_hash, expires_at)
+             select gen_random_uuid(), '{server}', decode(repeat('00', 32), 'hex'), now() - make_interval(days => age)
+             from unnest(array[-1, 29, 31]) as age;
+             insert into cvault.api_keys (tenant_id, api_key_id, key_text, secret_hash, created_at, revoked_at)
+             values ('{tenant}', gen_random_uuid(), 'cvk_1', decode(repeat('00', 32), 'hex'), now(), null),
+                    ('{tenant}', gen_random_uuid(), 'cvk_2', decode(repeat('00', 32), 'hex'), now(), now() - interval '300 days'),
+                    ('{tenant}', gen_random_uuid(), 'cvk_3', decode(repeat('00', 32), 'hex'), now(), now() - interval '500 days');
+             update platform.usage_orphans set hour = hour - interval '500 days'",
+            drops(stays.id, 300),
+            drops(leaves.id, 300),
+            drops(nobody, 1)
+        ),
+    )
+    .await;
+    trim(&world.app).await.unwrap();
+    assert_eq!(count(&world, "platform.device_drops").await, 2);
+    assert_eq!(count(&world, "platform.enrol_tokens").await, 2);
+    assert_eq!(count(&world, "cvault.api_keys").await, 2);
+    assert_eq!(count(&world, "platform.usage_orphans").await, 1, "its counters may be reported again");
+    sql(&world, "update platform.usage_counters set updated_at = now() - interval '60 days'").await;
+    trim(&world.app).await.unwrap();
+    trim(&world.app).await.unwrap();
+    assert_eq!(count(&world, "platform.usage_orphans").await, 0);
+    assert_eq!(count(&world, "platform.usage_settled").await, 0);
+    ledger_adds_up(&world).await;
+    let spared = sqlx::query("delete from cvault.api_keys where revoked_at is null").execute(&world.app.db.sys).await;
+    assert_eq!(spared.unwrap().rows_affected(), 0, "a key in use stays, whatever a statement says");
+}

@@ -193,6 +193,22 @@ pub async fn replace_hash(tx: &mut TenantTx, user: UserId, old: &str, new: &str)
     Ok(())
 }
 
+/// Whether the user exists and may log in; it stays so until the transaction ends.
+///
+/// # Errors
+/// Those of the database.
+pub async fn hold_active(tx: &mut TenantTx, user: UserId) -> Result<bool, DbError> {
+    let tenant = tx.tenant().uuid();
+    let found = sqlx::query!(
+        "select user_id from cvault.users where tenant_id = $1 and user_id = $2 and status = 'active' for share",
+        tenant,
+        user.uuid()
+    )
+    .fetch_optional(tx.conn())
+    .await?;
+    Ok(found.is_some())
+}
+
 /// Whether the user exists and may log in.
 ///
 /// # Errors

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 use sqlx::Connection;
 
+use crate::people::Person;
 use crate::platform::Platform;
 
 #[tokio::test]
@@ -150,7 +151,7 @@ async fn a_deleted_tenant_is_gone_and_its_data_key_with_it() {
     assert_eq!(platform.admin("DELETE", &path).send().await.status, 204);
     platform.register(&tenant, "b@example.com").await.is_problem("key", 401, "INVALID_API_KEY");
     platform.admin("GET", &path).refused(404, "NOT_FOUND").await;
-    platform.admin("DELETE", &path).refused(404, "NOT_FOUND").await;
+    assert_eq!(platform.admin("DELETE", &path).send().await.status, 204, "idempotent");
     platform.admin("PATCH", &path).json(&json!({"status": "active"})).refused(404, "NOT_FOUND").await;
     assert_eq!(platform.admin("GET", "/admin/tenants").send().await.body["data"], json!([]));
     let mut connection = sqlx::PgConnection::connect_with(&platform.database.superuser()).await.unwrap();
@@ -161,7 +162,38 @@ async fn a_deleted_tenant_is_gone_and_its_data_key_with_it() {
     .fetch_one(&mut connection)
     .await
     .unwrap();
-    assert_eq!((keys, actions), (0, vec!["tenant.create".to_owned(), "tenant.delete".to_owned()]));
+    assert_eq!(
+        (keys, actions),
+        (0, vec!["tenant.create".to_owned(), "tenant.delete".to_owned(), "tenant.erase".to_owned()])
+    );
+}
+
+#[tokio::test]
+async fn a_deleted_tenant_leaves_nothing_of_its_users_and_people() {
+    let platform = Platform::start().await;
+    let owner = Person::owner(&platform, "owner@example.com").await;
+    let (tenant, mut superuser) = (&owner.tenant, platform.superuser().await);
+    platform.register(tenant, "a@example.com").await;
+    let vouched = platform.call("POST", "/api/v1/users/ext-b/login-token").backend(tenant).send().await;
+    assert_eq!(vouched.status, 201, "{}", vouched.text);
+    sqlx::query("update cvault.tenants set whitelabel_config = '{\"brand\": \"Brand\"}', allowed_origins = '{https://a.example.com}', client_dns = '{192.0.2.53}'")
+        .execute(&mut superuser)
+        .await
+        .unwrap();
+    let path = format!("/admin/tenants/{}", tenant.id);
+    assert_eq!(platform.admin("DELETE", &path).send().await.status, 204);
+    let traces: Vec<String> = sqlx::query_scalar(
+        "select x from (select 'user ' || u::text as x from cvault.users u union all select t::text from cvault.tenants t
+                        union all select a::text from cvault.audit_log a union all select p::text from cvault.tenant_admins p
+                        union all select s::text from cvault.portal_sessions s union all select l::text from cvault.portal_links l) t
+         where x ~ '@example.com|ext-b|[$]2b[$]|Brand|a[.]example|192[.]0[.]2[.]53'
+         union all select 'token' from cvault.refresh_tokens union all select 'mail' from cvault.outbox
+         union all select 'user' from cvault.users where status <> 'deleted'",
+    )
+    .fetch_all(&mut superuser)
+    .await
+    .unwrap();
+    assert_eq!(traces, Vec::<String>::new());
 }
 
 #[tokio::test]

@@ -72,6 +72,38 @@ async fn a_login_brings_an_old_hash_up_to_the_configured_scheme() {
 }
 
 #[tokio::test]
+async fn a_user_that_is_disabled_while_its_password_is_checked_gets_no_tokens() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    let user = platform.register(&tenant, "a@example.com").await.text("user_id").parse::<UserId>().unwrap();
+    let (mut disabling, mut watching) = (platform.superuser().await, platform.superuser().await);
+    sqlx::raw_sql("begin").execute(&mut disabling).await.unwrap();
+    sqlx::query("update cvault.users set status = 'disabled' where user_id = $1")
+        .bind(user.uuid())
+        .execute(&mut disabling)
+        .await
+        .unwrap();
+    let login = platform.post("/api/v1/auth/login", &login_body("a@example.com", PASSWORD)).backend(&tenant).send();
+    let commit = async {
+        let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(30);
+        let waits = "select exists (select from pg_locks l join pg_stat_activity a using (pid)
+                                    where a.datname = current_database() and not l.granted)";
+        while !sqlx::query_scalar::<_, bool>(waits).fetch_one(&mut watching).await.unwrap() {
+            assert!(tokio::time::Instant::now() < deadline, "the login does not look again");
+        }
+        sqlx::raw_sql("commit").execute(&mut disabling).await.unwrap();
+    };
+    let (answer, ()) = tokio::join!(login, commit);
+    answer.is_problem("a login", 401, "INVALID_CREDENTIALS");
+    let tokens: i64 =
+        sqlx::query_scalar("select count(*) from cvault.refresh_tokens where issued_at > now() - interval '1 hour'")
+            .fetch_one(&mut watching)
+            .await
+            .unwrap();
+    assert_eq!(tokens, 1, "of the registration");
+}
+
+#[tokio::test]
 async fn a_refresh_token_used_twice_ends_its_whole_family() {
     let platform = Platform::start().await;
     let tenant = platform.tenant().await;

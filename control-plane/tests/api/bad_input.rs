@@ -50,6 +50,18 @@ async fn a_body_of_one_mebibyte_is_read_and_one_byte_more_is_not() {
 }
 
 #[tokio::test]
+async fn an_answer_does_not_repeat_a_name_of_any_length() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    let body = json!({"email": "a@b.de", "password": PASSWORD, "x".repeat(100_000): true});
+    let answer = platform.post(REGISTER, &body).backend(&tenant).refused(422, "VALIDATION_FAILED").await;
+    assert_eq!(answer.faults(), [format!("/{}… unknown", "x".repeat(64))]);
+    let query = format!("/admin/tenants?{}=1", "y".repeat(5_000));
+    let answer = platform.admin("GET", &query).refused(422, "VALIDATION_FAILED").await;
+    assert_eq!(answer.faults(), [format!("?{}… unknown", "y".repeat(64))]);
+}
+
+#[tokio::test]
 async fn each_fault_of_a_body_is_named_with_its_place() {
     let platform = Platform::start().await;
     let tenant = platform.tenant().await;

@@ -20,6 +20,7 @@ pub(crate) async fn platform() -> (Platform, ServerId) {
         ipv4: "10.8.0.0/16".parse().unwrap(),
         ipv6: "fd00:cafe::/64".parse().unwrap(),
         quarantine_seconds: 60,
+        reclaim: false,
     };
     ipam::create_pool(sys, &pool).await.unwrap();
     let server = server(&platform, "s1", "lab-1", "203.0.113.10").await;
@@ -114,8 +115,35 @@ async fn a_device_is_registered_listed_read_and_deleted() {
     }
     let deleted = user.call("DELETE", &path).send().await;
     assert_eq!((deleted.status.as_u16(), deleted.text.as_str()), (204, ""));
-    user.call("DELETE", &path).refused(404, "NOT_FOUND").await;
+    assert_eq!(user.call("DELETE", &path).send().await.status, 204, "idempotent");
+    other.call("DELETE", &path).refused(404, "NOT_FOUND").await;
     user.call("GET", &path).refused(404, "NOT_FOUND").await;
+}
+
+#[tokio::test]
+async fn a_server_that_fills_up_at_the_last_moment_gives_way_to_the_next() {
+    let (platform, first) = platform().await;
+    server(&platform, "s2", "lab-2", "203.0.113.11").await;
+    let user = User::new(&platform, &platform.tenant().await, "a@example.com").await;
+    let (mut filling, mut watching) = (platform.superuser().await, platform.superuser().await);
+    sqlx::raw_sql("begin").execute(&mut filling).await.unwrap();
+    sqlx::query("update platform.servers set status = 'draining' where server_id = $1")
+        .bind(first.uuid())
+        .execute(&mut filling)
+        .await
+        .unwrap();
+    let registration = user.call("POST", "/api/v1/devices").json(&json!({"device_name": "d"})).send();
+    let commit = async {
+        let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(30);
+        let waits = "select exists (select from pg_locks l join pg_stat_activity a using (pid)
+                                    where a.datname = current_database() and not l.granted)";
+        while !sqlx::query_scalar::<_, bool>(waits).fetch_one(&mut watching).await.unwrap() {
+            assert!(tokio::time::Instant::now() < deadline, "it does not come to the server");
+        }
+        sqlx::raw_sql("commit").execute(&mut filling).await.unwrap();
+    };
+    let (answer, ()) = tokio::join!(registration, commit);
+    assert_eq!((answer.status.as_u16(), &answer.body["server"]["region"]), (201, &json!("lab-2")), "{}", answer.text);
 }
 
 #[tokio::test]

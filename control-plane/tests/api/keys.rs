@@ -2,6 +2,7 @@
 
 use cvault_control_plane::auth::api_keys::{self, KeyChange, KeySettings};
 use cvault_control_plane::auth::passwords::Scheme;
+use cvault_control_plane::auth::throttle::Account;
 use cvault_control_plane::http::router;
 use cvault_control_plane::tenancy::TenantTx;
 use cvault_control_plane::tenants::Actor;
@@ -72,6 +73,34 @@ async fn set(platform: &Platform, tenant: &Tenant, public_clients: bool, origins
         .execute(&mut platform.superuser().await)
         .await
         .unwrap();
+}
+
+#[tokio::test]
+async fn programs_with_one_public_key_and_one_idempotency_key_do_not_meet() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    set(&platform, &tenant, true, &[]).await;
+    let send = |path: &str, email: &str, password: &str| {
+        let call = platform.post(path, &json!({"email": email, "password": password})).header("x-api-key", &tenant.key);
+        call.header("idempotency-key", path)
+    };
+    for path in ["/api/v1/auth/register", "/api/v1/auth/login"] {
+        for email in ["a@example.com", "b@example.com"] {
+            let first = send(path, email, PASSWORD).send().await;
+            assert!(first.status.is_success() && first.header("idempotency-replayed").is_empty(), "{}", first.text);
+            let again = send(path, email, PASSWORD).send().await;
+            assert_eq!((&again.text, again.header("idempotency-replayed")), (&first.text, "true"));
+        }
+    }
+    // an answer that is kept is no way to try passwords
+    let login = "/api/v1/auth/login";
+    let account = Account::of(tenant.id.parse().unwrap(), "a@example.com");
+    for _ in 0..18 {
+        platform.app.throttles.guess(account).unwrap();
+    }
+    send(login, "a@example.com", "wrong password").refused(422, "IDEMPOTENCY_KEY_REUSED").await;
+    send(login, "a@example.com", "wrong password").refused(422, "IDEMPOTENCY_KEY_REUSED").await;
+    send(login, "a@example.com", "wrong password").refused(429, "RATE_LIMITED").await;
 }
 
 #[tokio::test]

@@ -64,6 +64,7 @@ impl Platform {
         let database = Arc::new(ScratchDatabase::create().await.unwrap());
         let mut config = Config::from_env(&|_| None, &Overrides::default()).unwrap();
         config.rate_limit_per_minute = 100_000;
+        config.admin_step_up = false;
         change(&mut config);
         let keys = KeyRing::single(Zeroizing::new([7; 32]));
         let app = serve::open(config, &database.config(), keys).await.unwrap();

@@ -332,6 +332,8 @@ async fn guesses_at_one_account_are_bounded_whether_it_exists_or_not() {
         let right = platform.post(LOGIN, &credentials(&email.to_uppercase(), PASSWORD)).from("203.0.113.1");
         right.refused(429, "RATE_LIMITED").await;
     }
+    let attempts = strings(&platform, "select outcome from platform.portal_attempts").await;
+    assert_eq!(attempts, ["failure"; 40], "what is refused unchecked leaves no row");
 }
 
 #[tokio::test]
@@ -359,7 +361,11 @@ async fn one_network_makes_ten_accounts_an_hour() {
         sign_up(&platform, &format!("owner{number}@example.com")).await;
     }
     at_home(platform.post(SIGNUP, &form("more@example.com"))).refused(429, "RATE_LIMITED").await;
-    assert_eq!(platform.post(SIGNUP, &form("more@example.com")).from("203.0.113.1").send().await.status, 201);
+    let form = |number| form(&format!("more{number}@example.com"));
+    let at_once = (0..12).map(|number| platform.post(SIGNUP, &form(number)).from("203.0.113.1").send());
+    let answers = futures::future::join_all(at_once.collect::<Vec<_>>()).await;
+    let count = |status: u16| answers.iter().filter(|answer| answer.status == status).count();
+    assert_eq!((count(201), count(429)), (10, 2), "also when they come at once");
 }
 
 #[tokio::test]

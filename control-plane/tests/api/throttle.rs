@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use cvault_control_plane::auth::passwords::Scheme;
+use cvault_control_plane::auth::tokens::{self, ClientToken};
 use serde_json::{Value, json};
 use sqlx::ConnectOptions;
 
@@ -64,8 +65,52 @@ async fn a_network_that_fails_too_often_waits_while_another_is_served() {
     let refused = wrong("2001:db8::1:1").refused(429, "RATE_LIMITED").await;
     assert_eq!(refused.header("retry-after"), "1");
     let right = |ip: &str| platform.call("GET", "/api/v1/usage").backend(&tenant).from(ip).send();
-    assert_eq!(right("2001:db8::1").await.status, 429);
+    assert_eq!(right("2001:db8::1").await.status, 429, "nobody has been right from there");
     assert_eq!(right("2001:db8:0:1::1").await.status, 200);
+}
+
+#[tokio::test]
+async fn who_is_known_or_has_a_right_token_does_not_wait_for_its_neighbours() {
+    let platform = Platform::start().await;
+    let (tenant, newcomer) = (platform.tenant().await, platform.tenant().await);
+    let session = platform.register(&tenant, "a@example.com").await;
+    let nat = "198.51.100.1";
+    let usage = |tenant: &Tenant| platform.call("GET", "/api/v1/usage").backend(tenant).from(nat);
+    assert_eq!(usage(&tenant).send().await.status, 200);
+    let devices = |token: &str, key: &str| {
+        let call = platform.call("GET", "/api/v1/devices").header("x-api-key", key).from(nat);
+        call.header("authorization", &format!("Bearer {token}"))
+    };
+    for _ in 0..100 {
+        platform.app.throttles.credentials_failed(Some(nat.parse().unwrap()));
+    }
+    usage(&newcomer).refused(429, "RATE_LIMITED").await;
+    assert_eq!(usage(&tenant).send().await.status, 200);
+    let token = session.text("access_token");
+    assert_eq!(devices(&token, &tenant.key).send().await.status, 200);
+    devices("a.b.c", &tenant.key).refused(429, "RATE_LIMITED").await;
+    // a right token does not open the way to keys: its user is charged
+    devices(&token, &newcomer.key).refused(401, "INVALID_TOKEN").await;
+    let user = session.text("user_id").parse().unwrap();
+    for _ in 0..100 {
+        platform.app.throttles.key_failed_of(user);
+    }
+    devices(&token, &newcomer.key).refused(429, "RATE_LIMITED").await;
+}
+
+#[tokio::test]
+async fn a_token_that_has_expired_is_nobodys_guess() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    let session = platform.register(&tenant, "a@example.com").await;
+    let who = ClientToken { tenant: tenant.id.parse().unwrap(), user: session.text("user_id").parse().unwrap() };
+    let (key, issuer) = (&platform.app.secrets.token_key, &platform.app.config.public_url);
+    let long_ago = platform.app.clock.now() - time::Duration::hours(1);
+    let token = tokens::mint_client(key, issuer, who, uuid::Uuid::now_v7(), long_ago);
+    for _ in 0..110 {
+        let call = platform.call("GET", "/api/v1/devices").header("x-api-key", &tenant.key).from("198.51.100.1");
+        call.header("authorization", &format!("Bearer {}", token.expose())).refused(401, "TOKEN_EXPIRED").await;
+    }
 }
 
 #[tokio::test]

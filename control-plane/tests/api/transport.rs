@@ -1,11 +1,16 @@
 //! What protects every answer on its way, and TLS and the keys as an operator handles them.
 
+use std::convert::Infallible;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
 
+use axum::body::{Body, Bytes};
+use cvault_control_plane::http::router;
+use cvault_control_plane::http::serve::Peer;
+use http::Request;
 use rcgen::{CertifiedKey, generate_simple_self_signed};
 use rustix::process::Signal;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -13,6 +18,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tower::ServiceExt;
 
 use crate::binary::{eventually, program, serve, signal};
 use crate::platform::{Answer, Platform};
@@ -71,6 +77,33 @@ async fn every_answer_is_protected_and_asks_for_tls_only_where_there_is_some() {
             }
         }
     }
+}
+
+#[tokio::test]
+async fn slow_bodies_of_one_network_without_credentials_leave_places_to_everybody_else() {
+    let platform = Platform::start().await;
+    let router = router::api(platform.app.clone());
+    let slow = |number: usize| {
+        let (arrives, body) = futures::channel::mpsc::unbounded::<Result<Bytes, Infallible>>();
+        let request = Request::post("/api/v1/tenant/auth/login").header("content-type", "application/json");
+        let peer = Peer::from(std::net::IpAddr::from([192, 0, 2, 1]));
+        let request = request.extension(peer).header("x-number", number).body(Body::from_stream(body)).unwrap();
+        (arrives, tokio::spawn(router.clone().oneshot(request)))
+    };
+    let mut held: Vec<_> = (0..100).map(slow).collect();
+    let login = |ip: &str| platform.post("/api/v1/tenant/auth/login", &json!({})).from(ip);
+    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(4);
+    while login("192.0.2.1").send().await.status != 429 {
+        assert!(tokio::time::Instant::now() < deadline, "they are read without bound");
+    }
+    login("192.0.2.1").refused(429, "RATE_LIMITED").await;
+    login("192.0.2.2").refused(422, "VALIDATION_FAILED").await;
+    assert_eq!(platform.call("GET", "/health").from("192.0.2.1").send().await.status, 200);
+    let (arrives, answer) = held.pop().unwrap();
+    arrives.unbounded_send(Ok(Bytes::from(vec![b' '; (16 << 10) + 1]))).unwrap();
+    assert_eq!(answer.await.unwrap().unwrap().status(), 413);
+    let (_silent, answer) = held.pop().unwrap();
+    assert_eq!(answer.await.unwrap().unwrap().status(), 408);
 }
 
 /// A `serve` with TLS; killed when dropped.

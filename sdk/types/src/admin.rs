@@ -124,6 +124,9 @@ pub struct CreatePoolRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 604_800)]
     pub quarantine_seconds: Option<u32>,
+    /// Whether a device that disconnects gives its address back: its next connect answers with another configuration.
+    #[serde(default)]
+    pub reclaim: bool,
 }
 
 /// Absent fields stay as they are.
@@ -136,6 +139,9 @@ pub struct UpdatePoolRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 604_800)]
     pub quarantine_seconds: Option<u32>,
+    /// Holds for the disconnects that come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reclaim: Option<bool>,
 }
 
 /// An address pool and how full it is.
@@ -146,6 +152,8 @@ pub struct AddressPool {
     pub ipv4: String,
     pub ipv6: String,
     pub quarantine_seconds: u32,
+    /// Whether a device that disconnects gives its address back.
+    pub reclaim: bool,
     /// Servers that share it.
     pub servers: u32,
     /// Addresses it can hand out in all.

@@ -13,6 +13,8 @@ pub enum TenantStatus {
     Active,
     Trial,
     Suspended,
+    /// For good: what is left of it is being erased.
+    Deleting,
     Deleted,
 }
 
@@ -112,6 +114,9 @@ pub struct CreateTenantRequest {
     /// Absent: the platform's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limit_per_minute: Option<i32>,
+    /// What one of its users may send of that. Absent: half.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_rate_limit_per_minute: Option<i32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub whitelabel_config: Option<serde_json::Map<String, serde_json::Value>>,
@@ -140,6 +145,9 @@ pub struct UpdateTenantRequest {
     #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<i32>)]
     pub rate_limit_per_minute: Option<Option<i32>>,
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<i32>)]
+    pub user_rate_limit_per_minute: Option<Option<i32>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub whitelabel_config: Option<serde_json::Map<String, serde_json::Value>>,
@@ -165,6 +173,8 @@ pub struct Tenant {
     pub user_limit: Option<i32>,
     pub max_devices_per_user: i32,
     pub rate_limit_per_minute: Option<i32>,
+    /// What one user may send; null: half of what the tenant may.
+    pub user_rate_limit_per_minute: Option<i32>,
     #[schema(value_type = Object)]
     pub whitelabel_config: serde_json::Map<String, serde_json::Value>,
     pub policy: TenantPolicy,

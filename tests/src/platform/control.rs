@@ -156,6 +156,8 @@ fn start_dev(machine: &Machine, program: &str, data_dir: &Path, options: &Contro
             ("CVAULT_CLIENT_DNS", &format!("{DNS_V4},{DNS_V6}")),
             ("CVAULT_RATE_LIMIT_PER_MINUTE", &options.rate_limit_per_minute.to_string()),
             ("CVAULT_QUARANTINE_SECONDS", &options.quarantine_seconds.to_string()),
+            // suspensions and limits are changed by programs here
+            ("CVAULT_ADMIN_STEP_UP", "off"),
         ],
     )
 }

@@ -7,11 +7,11 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use cvault_types::{ApiKeyId, TenantId};
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use time::{Date, OffsetDateTime};
 use uuid::Uuid;
 
-use crate::db::DbError;
+use crate::db::{DbError, Tx};
 
 /// One for the process. Bounded by the keys that exist: only calls that were let in are noted.
 #[derive(Debug, Default)]
@@ -36,24 +36,44 @@ impl Uses {
     /// Writes what was noted: the time of each key at most once a minute, whatever the number of replicas.
     ///
     /// # Errors
-    /// Those of the database. Times are kept for the next run; calls are not, as they may have been counted.
+    /// Those of the database. What was not written is kept for the next run; what may have been written is not.
     pub async fn flush(&self, sys: &PgPool) -> Result<u64, DbError> {
-        let Pending { last, calls } = std::mem::take(&mut *self.pending.lock().unwrap_or_else(PoisonError::into_inner));
-        let written = write_times(sys, &last).await;
-        if written.is_err() {
-            let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
-            for (key, at) in last {
-                pending.last.entry(key).or_insert(at);
-            }
+        let noted = std::mem::take(&mut *self.pending.lock().unwrap_or_else(PoisonError::into_inner));
+        let written = noted.write(sys).await;
+        if let Err(error) = &written
+            && !matches!(error, DbError::CommitUnknown(_))
+        {
+            self.pending.lock().unwrap_or_else(PoisonError::into_inner).add(noted);
         }
-        Ok(written? + write_calls(sys, calls).await?)
+        written
     }
 }
 
-async fn write_times(sys: &PgPool, last: &HashMap<(TenantId, ApiKeyId), OffsetDateTime>) -> Result<u64, DbError> {
-    if last.is_empty() {
-        return Ok(0);
+impl Pending {
+    fn add(&mut self, earlier: Self) {
+        for (key, at) in earlier.last {
+            self.last.entry(key).or_insert(at);
+        }
+        for (day, calls) in earlier.calls {
+            *self.calls.entry(day).or_default() += calls;
+        }
     }
+
+    async fn write(&self, sys: &PgPool) -> Result<u64, DbError> {
+        if self.calls.is_empty() {
+            return Ok(0);
+        }
+        let mut tx = Tx::begin(sys).await?;
+        let work =
+            async { Ok(write_times(tx.conn(), &self.last).await? + write_calls(tx.conn(), &self.calls).await?) }.await;
+        tx.finish(work).await
+    }
+}
+
+async fn write_times(
+    conn: &mut PgConnection,
+    last: &HashMap<(TenantId, ApiKeyId), OffsetDateTime>,
+) -> Result<u64, DbError> {
     let tenants: Vec<Uuid> = last.keys().map(|(tenant, _)| tenant.uuid()).collect();
     let keys: Vec<Uuid> = last.keys().map(|(_, key)| key.uuid()).collect();
     let times: Vec<OffsetDateTime> = last.values().copied().collect();
@@ -74,15 +94,12 @@ async fn write_times(sys: &PgPool, last: &HashMap<(TenantId, ApiKeyId), OffsetDa
         &keys,
         &times
     )
-    .execute(sys)
+    .execute(conn)
     .await?;
     Ok(done.rows_affected())
 }
 
-async fn write_calls(sys: &PgPool, calls: HashMap<(TenantId, Date), i64>) -> Result<u64, DbError> {
-    if calls.is_empty() {
-        return Ok(0);
-    }
+async fn write_calls(conn: &mut PgConnection, calls: &HashMap<(TenantId, Date), i64>) -> Result<u64, DbError> {
     let tenants: Vec<Uuid> = calls.keys().map(|(tenant, _)| tenant.uuid()).collect();
     let days: Vec<Date> = calls.keys().map(|(_, day)| *day).collect();
     let counts: Vec<i64> = calls.values().copied().collect();
@@ -96,7 +113,38 @@ async fn write_calls(sys: &PgPool, calls: HashMap<(TenantId, Date), i64>) -> Res
         &days,
         &counts
     )
-    .execute(sys)
+    .execute(conn)
     .await?;
     Ok(done.rows_affected())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::World;
+
+    #[tokio::test]
+    async fn calls_that_could_not_be_written_are_written_later() {
+        let world = World::new().await;
+        let (person, key) = (world.person().await, ApiKeyId::from_uuid(Uuid::now_v7()));
+        let (uses, now, sys) = (Uses::default(), world.app.clock.now(), &world.app.db.sys);
+        let mut superuser = world.superuser().await;
+        for refused in ["update (last_used_at) on cvault.api_keys", "insert on cvault.usage_daily"] {
+            let (object, right) = (refused.split_once(" on ").unwrap().1, refused.split_once(" on ").unwrap().0);
+            uses.note(person.tenant, key, now);
+            let sql = format!("revoke {right} on {object} from cvault_sys");
+            sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut superuser).await.unwrap();
+            uses.flush(sys).await.unwrap_err();
+            uses.note(person.tenant, key, now);
+            let sql = format!("grant {right} on {object} to cvault_sys");
+            sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut superuser).await.unwrap();
+            uses.flush(sys).await.unwrap();
+        }
+        let calls: i64 = sqlx::query_scalar("select sum(api_calls)::bigint from cvault.usage_daily")
+            .fetch_one(&mut superuser)
+            .await
+            .unwrap();
+        assert_eq!(calls, 4);
+        assert_eq!(uses.flush(sys).await.unwrap(), 0);
+    }
 }

@@ -9,9 +9,10 @@ use uuid::Uuid;
 
 use super::bearer;
 use crate::app::App;
-use crate::auth::{opaque, tokens};
+use crate::auth::{opaque, throttle, tokens};
 use crate::http::serve::Peer;
 use crate::http::{Problem, browser, context};
+use crate::metrics;
 use crate::portal::sessions::{self, Credential, Found};
 
 /// Whoever calls `/api/v1/tenant/*`. A suspended tenant's people may read, and change nothing.
@@ -50,19 +51,36 @@ impl Portal {
     /// The session behind the request's credentials, also of a suspended tenant.
     pub(crate) async fn find(parts: &Parts, app: &App) -> Result<Found, Problem> {
         let ip = Peer::of(parts).ip();
-        app.throttles.before_credentials(ip)?;
-        let found = match credential(parts, app) {
+        // a token that is right is nobody's guess, whoever fails from the same network; a cookie is known when it was right
+        let credential = credential(parts, app);
+        let known = match &credential {
+            Ok(Credential::Token(_)) => None,
+            Ok(Credential::Cookie(hash)) => {
+                let known = throttle::Credential::of(hash, &[]);
+                app.throttles.before_credential(ip, known)?;
+                Some(known)
+            }
+            Err(_) => {
+                app.throttles.before_credentials(ip)?;
+                None
+            }
+        };
+        let found = match credential {
             Ok(credential) => sessions::find(app, credential).await,
             Err(problem) => Err(problem),
         };
         let found = found.inspect_err(|problem| {
-            if matches!(problem.code(), ErrorCode::InvalidToken | ErrorCode::TokenExpired) {
+            if problem.code() == ErrorCode::InvalidToken {
                 app.throttles.credentials_failed(ip);
             }
         })?;
+        if let Some(known) = known {
+            app.throttles.credential_right(ip, known);
+        }
         let decision = app.throttles.portal(found.token.admin);
         context::person_identified(found.token.tenant, decision);
         if !decision.allowed {
+            metrics::rate_limited("person");
             let (max, seconds) = (i64::from(decision.quota), decision.retry_after_seconds);
             return Err(Problem::new(ErrorCode::RateLimited)
                 .limit("requests_per_minute", max, max)

@@ -15,6 +15,7 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::app::App;
+use crate::auth::approvals::Action;
 use crate::http::idempotency::{self, Claim};
 use crate::http::{Admin, Json, Path, Problem, Query, cursor, staff};
 use crate::tenants::{self, Settings};
@@ -121,8 +122,11 @@ async fn get(State(app): State<App>, _admin: Admin, Path(id): Path<TenantId>) ->
 /// Change a tenant. Absent fields stay; `null` takes a limit away.
 #[utoipa::path(patch, path = "/admin/tenants/{tenant_id}", tag = "admin", security(("admin" = [])),
     params(("tenant_id" = TenantId, Path),
+           ("X-Challenge-Token" = Option<String>, Header, description = "From `admin approve`; asked for with 428."),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")), request_body = UpdateTenantRequest,
-    responses((status = 200, body = Tenant), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = Tenant),
+              (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED: it has to be approved with `admin approve`"),
+              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn update(
     State(app): State<App>,
     admin: Admin,
@@ -135,13 +139,17 @@ async fn update(
 /// Delete a tenant: its keys are revoked, its devices taken off the servers, its data key destroyed. Cannot be undone.
 #[utoipa::path(delete, path = "/admin/tenants/{tenant_id}", tag = "admin", security(("admin" = [])),
     params(("tenant_id" = TenantId, Path),
+           ("X-Challenge-Token" = Option<String>, Header, description = "From `admin approve`; asked for with 428."),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
-    responses((status = 204), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 204),
+              (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED: it has to be approved with `admin approve`"),
+              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn delete(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) -> Result<Response, Problem> {
     let actor = admin.actor();
     if let Some(replay) = staff::earlier(&app, &actor).await? {
         return Ok(replay);
     }
+    staff::approved(&app, &admin, Action::Delete, &id.to_string()).await?;
     tenants::delete(&app, id, &actor).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
@@ -149,8 +157,11 @@ async fn delete(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) 
 /// Suspend a tenant: its API calls are refused with TENANT_SUSPENDED.
 #[utoipa::path(post, path = "/admin/tenants/{tenant_id}/suspend", tag = "admin", security(("admin" = [])),
     params(("tenant_id" = TenantId, Path),
+           ("X-Challenge-Token" = Option<String>, Header, description = "From `admin approve`; asked for with 428."),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
-    responses((status = 200, body = Tenant), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = Tenant),
+              (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED: it has to be approved with `admin approve`"),
+              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn suspend(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) -> Result<Response, Problem> {
     set_status(&app, &admin, id, TenantStatus::Suspended).await
 }
@@ -164,6 +175,26 @@ async fn resume(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) 
     set_status(&app, &admin, id, TenantStatus::Active).await
 }
 
+/// What of a change needs a second proof; one request brings one.
+fn sensitive(request: &UpdateTenantRequest) -> Result<Option<Action>, Problem> {
+    let limits = request.bandwidth_limit_gb.is_some()
+        || request.user_limit.is_some()
+        || request.max_devices_per_user.is_some()
+        || request.rate_limit_per_minute.is_some()
+        || request.user_rate_limit_per_minute.is_some()
+        || request.policy.is_some();
+    match (request.status == Some(TenantStatus::Suspended), limits) {
+        (true, true) => Err(Problem::validation().field(
+            "/status",
+            "invalid_value",
+            "must be changed in a request of its own: a suspension and other limits are approved one by one",
+        )),
+        (true, false) => Ok(Some(Action::Suspend)),
+        (false, true) => Ok(Some(Action::Limits)),
+        (false, false) => Ok(None),
+    }
+}
+
 async fn set_status(app: &App, admin: &Admin, id: TenantId, status: TenantStatus) -> Result<Response, Problem> {
     change(app, admin, id, UpdateTenantRequest { status: Some(status), ..UpdateTenantRequest::default() }).await
 }
@@ -172,6 +203,11 @@ async fn change(app: &App, admin: &Admin, id: TenantId, request: UpdateTenantReq
     let actor = admin.actor();
     if let Some(replay) = staff::earlier(app, &actor).await? {
         return Ok(replay);
+    }
+    if app.config.admin_step_up
+        && let Some(action) = sensitive(&request)?
+    {
+        staff::approved(app, admin, action, &id.to_string()).await?;
     }
     let mut tx = app.db.tenancy.begin(id).await?;
     let work = async {

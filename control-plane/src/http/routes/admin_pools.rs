@@ -74,7 +74,8 @@ fn parse(app: &App, body: CreatePoolRequest) -> Result<NewPool, Problem> {
     match (ipv4, ipv6) {
         (Some(ipv4), Some(ipv6)) => {
             let quarantine_seconds = body.quarantine_seconds.unwrap_or(app.config.quarantine_seconds);
-            Ok(NewPool { name: body.name.trim().to_owned(), ipv4, ipv6, quarantine_seconds })
+            let (name, reclaim) = (body.name.trim().to_owned(), body.reclaim);
+            Ok(NewPool { name, ipv4, ipv6, quarantine_seconds, reclaim })
         }
         (None, _) | (_, None) => Err(problem),
     }
@@ -104,7 +105,7 @@ async fn get_pool(State(app): State<App>, _admin: Admin, Path(id): Path<PoolId>)
     Ok(Json(find(&app.db.sys, id).await?))
 }
 
-/// Change a pool's name or quarantine. Its prefixes stay: devices have addresses of them.
+/// Change a pool's name, quarantine or reclaiming. Its prefixes stay: devices have addresses of them.
 #[utoipa::path(patch, path = "/admin/pools/{pool_id}", tag = "admin", security(("admin" = [])),
     params(("pool_id" = PoolId, Path),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
@@ -119,7 +120,7 @@ async fn update_pool(
     Json(body): Json<UpdatePoolRequest>,
 ) -> Result<Response, Problem> {
     let name = body.name.map(|name| name.trim().to_owned());
-    let change = PoolChange { name, quarantine_seconds: body.quarantine_seconds };
+    let change = PoolChange { name, quarantine_seconds: body.quarantine_seconds, reclaim: body.reclaim };
     staff::once(&app, &admin, StatusCode::OK, move |tx, _app, actor| {
         Box::pin(async move {
             if !ipam::update_pool(tx, id, change, &actor).await? {
@@ -158,6 +159,7 @@ fn shown(pool: Pool) -> AddressPool {
         ipv4: pool.ipv4.to_string(),
         ipv6: pool.ipv6.to_string(),
         quarantine_seconds: pool.quarantine_seconds,
+        reclaim: pool.reclaim,
         servers: pool.servers,
         size: pool.size,
         used: pool.allocated,

@@ -55,12 +55,13 @@ async fn register(
     };
     let admitted = admitted.and_then(|()| app.throttles.before_login(key.tenant, peer.ip()));
     event.admitted(&app, admitted).await?;
-    if let Some(replay) = before_hashing(&app, event, &email).await? {
+    let principal = key.principal(&Account::of(key.tenant, email.as_str()).bytes());
+    if let Some(replay) = before_hashing(&app, event, &principal, &email).await? {
         return Ok(replay);
     }
     let hash = app.passwords.hash(password).await?;
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let place = match idempotency::claim(&mut tx, &app, key.api_key_id.to_string()).await? {
+    let place = match idempotency::claim(&mut tx, &app, principal).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;
@@ -86,9 +87,14 @@ async fn register(
 
 /// What can be answered without the costly hash: a replay, or an address that is taken. Both are asked again later,
 /// under the lock.
-async fn before_hashing(app: &App, event: Attempt, email: &Email) -> Result<Option<Response>, Problem> {
+async fn before_hashing(
+    app: &App,
+    event: Attempt,
+    principal: &str,
+    email: &Email,
+) -> Result<Option<Response>, Problem> {
     let mut tx = app.db.tenancy.begin(event.key.tenant).await?;
-    let claim = idempotency::claim(&mut tx, app, event.key.api_key_id.to_string()).await?;
+    let claim = idempotency::claim(&mut tx, app, principal.to_owned()).await?;
     let taken = users::email_exists(&mut tx, email).await?;
     // the claim is given back: hashing takes a fifth of a second, and no transaction waits for it
     tx.rollback().await?;
@@ -117,11 +123,13 @@ async fn login(
     let event = Attempt { kind: AuthKind::Login, key, client_ip: peer.ip() };
     let account = Account::of(key.tenant, &body.email);
     event.admitted(&app, app.throttles.before_login(key.tenant, peer.ip())).await?;
-    // without the costly hash: the first answer was given to the same password
-    if let Some(replay) = idempotency::earlier(&app, key.tenant, key.api_key_id.to_string()).await? {
+    // also before a kept answer is looked for: it tells whether a password is the one that was sent with the key
+    event.admitted(&app, app.throttles.guess(account)).await?;
+    let principal = key.principal(&account.bytes());
+    if let Some(replay) = idempotency::earlier(&app, key.tenant, principal.clone()).await? {
+        app.throttles.no_guess(account);
         return Ok(replay);
     }
-    event.admitted(&app, app.throttles.guess(account)).await?;
     let checked = check_password(&app, key.tenant, body).await;
     if !matches!(checked, Ok(Checked { right: false, .. })) {
         app.throttles.no_guess(account);
@@ -136,7 +144,13 @@ async fn login(
     if let Some(Rehashed { old, new }) = rehashed {
         users::replace_hash(&mut tx, user, &old, &new).await?;
     }
-    let place = match idempotency::claim(&mut tx, &app, key.api_key_id.to_string()).await? {
+    // again: its password has taken a while
+    if !users::hold_active(&mut tx, user).await? {
+        tx.rollback().await?;
+        event.note(&app, Outcome::Failure, Some(user)).await?;
+        return Err(Problem::new(ErrorCode::InvalidCredentials));
+    }
+    let place = match idempotency::claim(&mut tx, &app, principal).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;
@@ -193,8 +207,9 @@ async fn refresh_tokens(
     Json(body): Json<RefreshRequest>,
 ) -> Result<Response, Problem> {
     let event = Attempt { kind: AuthKind::Refresh, key, client_ip: peer.ip() };
+    let principal = key.principal(body.refresh_token.expose().as_bytes());
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let place = match idempotency::claim(&mut tx, &app, key.api_key_id.to_string()).await? {
+    let place = match idempotency::claim(&mut tx, &app, principal).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;
@@ -237,8 +252,9 @@ async fn logout(
 ) -> Result<Response, Problem> {
     let event = Attempt { kind: AuthKind::Logout, key, client_ip: peer.ip() };
     let now = app.clock.now();
+    let principal = key.principal(body.refresh_token.expose().as_bytes());
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let place = match idempotency::claim(&mut tx, &app, key.api_key_id.to_string()).await? {
+    let place = match idempotency::claim(&mut tx, &app, principal).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;

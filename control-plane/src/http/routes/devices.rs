@@ -22,6 +22,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
+use crate::db::DbError;
 use crate::devices::{
     self, ClientDefaults, ConfigError, ConfigKeys, DeviceName, Fault, KeyRequest, NewDevice, NewDeviceKeys, Platform,
     PublicKey, RegisterError, Registered, RevokeError, RotateError, is_region, render_config,
@@ -103,9 +104,7 @@ async fn register(
     let arrived = context::arrived();
     let new = parse(body)?;
     let wait = preferred_wait(&headers).or(query.wait.map(|Wait::Active| DEFAULT_WAIT));
-    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
-    let work = register_once(&app, &mut tx, caller, new).await;
-    let device = match tx.finish(work).await? {
+    let device = match place(&app, caller, new).await? {
         Once::First(device) => device,
         Once::Replay(response) => return Ok(response),
     };
@@ -128,15 +127,55 @@ pub(super) enum Once<T> {
     Replay(Response),
 }
 
+/// Servers that may fill up between being chosen and being locked.
+const PLACEMENTS: usize = 4;
+
+/// Why a device was not registered.
+enum NotRegistered {
+    ServerFull,
+    Refused(Problem),
+}
+
+impl From<RegisterError> for NotRegistered {
+    fn from(error: RegisterError) -> Self {
+        if matches!(error, RegisterError::ServerFull) { Self::ServerFull } else { Self::Refused(error.into()) }
+    }
+}
+
+impl From<Problem> for NotRegistered {
+    fn from(problem: Problem) -> Self {
+        Self::Refused(problem)
+    }
+}
+
+impl From<DbError> for NotRegistered {
+    fn from(error: DbError) -> Self {
+        Self::Refused(error.into())
+    }
+}
+
+async fn place(app: &App, caller: Caller, new: NewDevice) -> Result<Once<Box<Registered>>, Problem> {
+    for _ in 0..PLACEMENTS {
+        let mut tx = app.db.tenancy.begin(caller.tenant).await?;
+        let work = register_once(app, &mut tx, caller, new.clone()).await;
+        match tx.finish(work).await {
+            Ok(done) => return Ok(done),
+            Err(NotRegistered::Refused(problem)) => return Err(problem),
+            Err(NotRegistered::ServerFull) => {}
+        }
+    }
+    Err(RegisterError::ServerUnavailable.into())
+}
+
 async fn register_once(
     app: &App,
     tx: &mut TenantTx,
     caller: Caller,
     new: NewDevice,
-) -> Result<Once<Box<Registered>>, Problem> {
+) -> Result<Once<Box<Registered>>, NotRegistered> {
     let place = match idempotency::claim(tx, app, caller.user.to_string()).await? {
         Claim::Proceed(place) => place,
-        Claim::Replay(replay) => return again(app, tx, caller, &replay).await.map(Once::Replay),
+        Claim::Replay(replay) => return Ok(Once::Replay(again(app, tx, caller, &replay).await?)),
     };
     let mut rng = StdRng::from_os_rng();
     let now = app.clock.now();
@@ -288,7 +327,7 @@ async fn list(
 }
 
 fn shown(device: devices::Device, server: Option<&Server>, now: OffsetDateTime) -> Device {
-    let acked = server.is_some_and(|server| server.acked_revision >= device.placed_revision);
+    let acked = !device.reclaimed && server.is_some_and(|server| server.acked_revision >= device.placed_revision);
     Device {
         device_id: device.id,
         tunnel_up: device.tunnel_up(now),
@@ -328,6 +367,7 @@ async fn get(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -
            ("format" = Option<String>, Query, description = "`qr`: an SVG picture instead of the text.")),
     responses((status = 200, content((String = "text/plain"), (String = "image/svg+xml"))),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
+              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "CONFLICT: its pool took the address back when it disconnected"),
               (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn config(
@@ -341,6 +381,12 @@ async fn config(
         tx.rollback().await?;
         return Err(Problem::new(ErrorCode::NotFound));
     };
+    if device.reclaimed {
+        tx.rollback().await?;
+        return Err(Problem::new(ErrorCode::Conflict).detail(
+            "The device has no address since it disconnected. Connect it: the answer holds its configuration.",
+        ));
+    }
     let keys = devices::config_of(&mut tx, &app.keys, id).await?;
     let server = servers::find(&mut tx, device.server).await?;
     let client = tenants::client_settings(&mut tx).await?;
@@ -424,14 +470,15 @@ async fn rotate_once(
 #[utoipa::path(delete, path = "/api/v1/devices/{device_id}", tag = "devices", security(("api_key" = [], "user_token" = [])),
     params(("device_id" = DeviceId, Path),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
-    responses((status = 204, description = "Deleted."),
+    responses((status = 204, description = "Deleted, now or before."),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn delete(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -> Result<Response, Problem> {
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
     let work = delete_once(&app, &mut tx, caller, id).await;
     match tx.finish(work).await? {
-        Once::First(revoked) => app.nodes.server_changed(revoked.server),
+        Once::First(Some(revoked)) => app.nodes.server_changed(revoked.server),
+        Once::First(None) => {}
         Once::Replay(response) => return Ok(response),
     }
     Ok(StatusCode::NO_CONTENT.into_response())
@@ -442,12 +489,16 @@ async fn delete_once(
     tx: &mut TenantTx,
     caller: Caller,
     id: DeviceId,
-) -> Result<Once<devices::Revoked>, Problem> {
+) -> Result<Once<Option<devices::Revoked>>, Problem> {
     let place = match idempotency::claim(tx, app, caller.user.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => return Ok(Once::Replay(replay.into_response())),
     };
-    let revoked = devices::revoke(tx, caller.user, id, app.clock.now(), caller.request_id).await?;
+    let revoked = match devices::revoke(tx, caller.user, id, app.clock.now(), caller.request_id).await {
+        Ok(revoked) => Some(revoked),
+        Err(RevokeError::NotFound) if devices::is_revoked(tx, caller.user, id).await? => None,
+        Err(error) => return Err(error.into()),
+    };
     idempotency::keep(tx, &app.keys, place, StatusCode::NO_CONTENT, &()).await?;
     Ok(Once::First(revoked))
 }
@@ -470,7 +521,9 @@ impl From<RegisterError> for Problem {
             RegisterError::PublicKeyInUse => {
                 Self::new(ErrorCode::PublicKeyInUse).detail("Another device has this public key. Make a new pair.")
             }
-            RegisterError::ServerUnavailable => Self::new(ErrorCode::ServerUnavailable).retry_after(5),
+            RegisterError::ServerUnavailable | RegisterError::ServerFull => {
+                Self::new(ErrorCode::ServerUnavailable).retry_after(5)
+            }
             RegisterError::PoolExhausted => Self::new(ErrorCode::PoolExhausted).retry_after(30),
             RegisterError::Key(error) => Self::internal(&error),
             RegisterError::Db(error) => error.into(),

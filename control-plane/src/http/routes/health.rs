@@ -51,7 +51,9 @@ fn answer(app: &App, healthy: bool, db: bool) -> (StatusCode, Json<Health>) {
 #[utoipa::path(get, path = "/metrics", tag = "platform", security(()),
     responses((status = 200, body = String, content_type = "text/plain")))]
 async fn metrics_text(State(app): State<App>) -> impl IntoResponse {
-    metrics::pool(app.db.sys.size(), app.db.sys.num_idle());
+    metrics::pool("sys", app.db.sys.size(), app.db.sys.num_idle());
+    let (size, idle) = app.db.tenancy.connections();
+    metrics::pool("app", size, idle);
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics::render())
 }
 

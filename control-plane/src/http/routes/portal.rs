@@ -34,7 +34,7 @@ use crate::http::{Json, Portal, Problem, browser};
 use crate::portal::accounts::{self, Account, CreateError};
 use crate::portal::attempts::{self, AttemptKind};
 use crate::portal::sessions::{self, COOKIE_LIFETIME, End, How, NewSession, Seen, Taken};
-use crate::portal::signup::{self, Form, SignupError};
+use crate::portal::signup::{self, Form, SignedUp, SignupError};
 use crate::tenancy::TenantTx;
 use crate::tenants::{self, Settings};
 
@@ -60,23 +60,36 @@ pub fn router() -> OpenApiRouter<App> {
 async fn sign_up(State(app): State<App>, origin: Origin, Json(body): Json<SignupRequest>) -> Result<Response, Problem> {
     let (settings, email) = checked(&body)?;
     let attempt = Attempt::at(&app, AttemptKind::Signup, &body.email, &origin.seen);
-    attempt.admitted(app.throttles.before_signup(origin.seen.ip)).await?;
-    if accounts::find(&app.db.sys, &email).await?.is_some() {
-        app.throttles.portal_login_failed(origin.seen.ip);
-        return attempt.refused(email_taken()).await;
-    }
-    let password_hash = app.passwords.hash(body.password).await?;
-    let form = Form { settings, email, password_hash };
-    let made = signup::sign_up(&app, form, origin.how(), &origin.seen, &mut StdRng::from_os_rng()).await;
+    attempt.admitted(app.throttles.before_signup(origin.seen.ip))?;
+    let made = make_account(&app, (settings, email), body.password, &origin).await;
     let made = match made {
         Ok(made) => made,
-        Err(SignupError::Account(CreateError::EmailTaken)) => return attempt.refused(email_taken()).await,
-        Err(error) => return Err(error.into()),
+        Err(problem) => {
+            app.throttles.not_signed_up(origin.seen.ip);
+            if problem.code() != ErrorCode::EmailTaken {
+                return Err(problem);
+            }
+            app.throttles.portal_login_failed(origin.seen.ip);
+            return attempt.refused(problem).await;
+        }
     };
-    app.throttles.signed_up(origin.seen.ip);
     let (login, cookie) = login_answer(made.tenant.id, made.admin, TenantRole::Owner, made.session);
     let answer = SignupResponse { login, tenant: made.tenant, api_key: made.key.key, api_secret: made.key.secret };
     Ok(with_cookie((StatusCode::CREATED, Json(answer)).into_response(), cookie))
+}
+
+async fn make_account(
+    app: &App,
+    (settings, email): (Settings, Email),
+    password: Secret,
+    origin: &Origin,
+) -> Result<SignedUp, Problem> {
+    if accounts::find(&app.db.sys, &email).await?.is_some() {
+        return Err(email_taken());
+    }
+    let password_hash = app.passwords.hash(password).await?;
+    let form = Form { settings, email, password_hash };
+    Ok(signup::sign_up(app, form, origin.how(), &origin.seen, &mut StdRng::from_os_rng()).await?)
 }
 
 /// Log in. A retry begins another session; an `Idempotency-Key` is not looked at.
@@ -95,7 +108,7 @@ async fn login(
     let attempt = Attempt::at(&app, AttemptKind::Login, &body.email, &origin.seen);
     let account = attempts::account(&body.email);
     let admitted = app.throttles.before_portal_login(origin.seen.ip).and_then(|()| app.throttles.guess(account));
-    attempt.admitted(admitted).await?;
+    attempt.admitted(admitted)?;
     let checked = check_password(&app, body).await;
     if !matches!(checked, Ok(Checked { right: false, .. })) {
         app.throttles.no_guess(account);

@@ -105,7 +105,7 @@ async fn request_reset(
     };
     let attempt = Attempt::at(&app, AttemptKind::PasswordReset, &body.email, &origin.seen);
     let admitted = app.throttles.before_portal_login(origin.seen.ip);
-    attempt.admitted(admitted.and_then(|()| app.throttles.mail(attempts::account(&body.email)))).await?;
+    attempt.admitted(admitted.and_then(|()| app.throttles.mail(attempts::account(&body.email))))?;
     app.throttles.portal_login_failed(origin.seen.ip);
     attempt.note(Outcome::Success).await?;
     let caller = Caller { ip: origin.seen.ip, request_id: context::request_id() };

@@ -9,6 +9,7 @@ use crate::auth::events::{self, AdminEvent, AuthKind, Outcome};
 use crate::auth::throttle::Account;
 use crate::db::DbError;
 use crate::http::{Problem, context};
+use crate::metrics;
 use crate::portal::attempts::{self, AttemptKind};
 use crate::portal::sessions::Seen;
 use crate::tenancy::TenantTx;
@@ -28,12 +29,9 @@ impl<'a> Attempt<'a> {
         Self { app, kind, account, ip: seen.ip, request_id: context::request_id() }
     }
 
-    /// Notes what a throttle has refused.
-    pub(super) async fn admitted(&self, decision: Result<(), Problem>) -> Result<(), Problem> {
-        if decision.is_err() {
-            self.note(Outcome::Limited).await?;
-        }
-        decision
+    /// Counts what a throttle has refused. Only counts: a row of each could be had without end.
+    pub(super) fn admitted(&self, decision: Result<(), Problem>) -> Result<(), Problem> {
+        decision.inspect_err(|_| metrics::portal_throttled(self.kind.as_str()))
     }
 
     /// Notes a failure, whether the account exists or not, and answers it.

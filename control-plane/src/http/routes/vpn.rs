@@ -32,7 +32,8 @@ pub fn router() -> OpenApiRouter<App> {
 
 /// Open a session of a device.
 ///
-/// Repeating it returns the open session. A tunnel brought up from the configuration file alone opens a session when its
+/// Repeating it returns the open session. A device whose pool takes addresses back when devices disconnect gets another
+/// address, and the `config` of the answer is the one to use from then on. A tunnel brought up from the configuration file alone opens a session when its
 /// handshake is seen.
 #[utoipa::path(post, path = "/api/v1/vpn/connect", tag = "vpn", security(("api_key" = [], "user_token" = [])),
     params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
@@ -40,7 +41,7 @@ pub fn router() -> OpenApiRouter<App> {
     responses((status = 200, body = Connected),
               (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "BANDWIDTH_LIMIT_EXCEEDED, TENANT_SUSPENDED"),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE, DATABASE_UNAVAILABLE"),
+              (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE, POOL_EXHAUSTED, DATABASE_UNAVAILABLE"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn connect(
     State(app): State<App>,
@@ -57,10 +58,8 @@ async fn connect(
         Once::First(opened) => *opened,
         Once::Replay(response) => return Ok(response),
     };
-    if let Some(left) = connection.moved_from {
-        app.nodes.server_changed(left);
-        app.nodes.server_changed(connection.server.id);
-    }
+    let changed = connection.placed.then_some(connection.server.id);
+    changed.into_iter().chain(connection.moved_from).for_each(|server| app.nodes.server_changed(server));
     Ok(Json(answer).into_response())
 }
 
@@ -84,7 +83,7 @@ async fn connect_once(
             let gone = || Problem::new(ErrorCode::NotFound);
             let found = devices::find(tx, caller.user, device).await?.ok_or_else(gone)?;
             let server = servers::find(tx, found.server).await?.ok_or_else(gone)?;
-            let connection = Connection { session: session_id, device: found, server, moved_from: None };
+            let connection = Connection { session: session_id, device: found, server, placed: false, moved_from: None };
             return Ok(Once::Replay(replay.with(&connected(app, tx, &connection).await?)?));
         }
     };
@@ -111,6 +110,9 @@ async fn connected(app: &App, tx: &mut TenantTx, connection: &Connection) -> Res
 }
 
 /// Close the session of a device. Closing one that is not open changes nothing.
+///
+/// Where the pool of the device's address takes addresses back (`reclaim`), the device leaves its server, open session or
+/// not, and has no address until it connects again.
 #[utoipa::path(post, path = "/api/v1/vpn/disconnect", tag = "vpn", security(("api_key" = [], "user_token" = [])),
     params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = DisconnectRequest,
@@ -126,17 +128,17 @@ async fn disconnect(
     let work = async {
         let place = match idempotency::claim(&mut tx, &app, caller.user.to_string()).await? {
             Claim::Proceed(place) => place,
-            Claim::Replay(replay) => return Ok(replay.into_response()),
+            Claim::Replay(replay) => return Ok((None, replay.into_response())),
         };
-        let device = devices::find(&mut tx, caller.user, body.device_id).await?;
-        let device = device.ok_or_else(|| Problem::new(ErrorCode::NotFound))?;
-        let closed = sessions::close(&mut tx, device.id, app.clock.now()).await?;
-        if let Some(session) = closed {
+        let held = sessions::hold(&mut tx, caller.user, body.device_id).await?;
+        let held = held.ok_or_else(|| Problem::new(ErrorCode::NotFound))?;
+        let closed = sessions::close(&mut tx, body.device_id, app.clock.now()).await?;
+        if closed.is_some() || held.reclaims {
             let entry = audit::Entry {
                 actor: &caller.user.to_string(),
                 action: "vpn.disconnect",
-                target: &device.id.to_string(),
-                details: serde_json::json!({ "session": session.to_string() }),
+                target: &body.device_id.to_string(),
+                details: serde_json::json!({"session": closed, "address_reclaimed": held.reclaims}),
                 request_id: Some(caller.request_id),
             };
             audit::record(&mut tx, entry).await?;
@@ -144,10 +146,17 @@ async fn disconnect(
         let answer =
             Disconnected { status: ConnectionStatus::Disconnected, device_id: body.device_id, session_id: closed };
         idempotency::keep(&mut tx, &app.keys, place, StatusCode::OK, &answer).await?;
-        Ok::<_, Problem>(Json(answer).into_response())
+        if held.reclaims {
+            sessions::reclaim(&mut tx, body.device_id).await?;
+        }
+        Ok::<_, Problem>((held.reclaims.then_some(held.server), Json(answer).into_response()))
     }
     .await;
-    tx.finish(work).await
+    let (left, response) = tx.finish(work).await?;
+    if let Some(server) = left {
+        app.nodes.server_changed(server);
+    }
+    Ok(response)
 }
 
 /// Sessions and tunnels of the caller's devices.
@@ -200,7 +209,9 @@ impl From<ConnectError> for Problem {
     fn from(error: ConnectError) -> Self {
         match error {
             ConnectError::NotFound => Self::new(ErrorCode::NotFound),
+            ConnectError::TenantClosed => Self::new(ErrorCode::TenantSuspended),
             ConnectError::ServerUnavailable => Self::new(ErrorCode::ServerUnavailable).retry_after(5),
+            ConnectError::PoolExhausted => Self::new(ErrorCode::PoolExhausted).retry_after(30),
             ConnectError::BandwidthLimit { max, used } => bandwidth_exceeded(max, used),
             ConnectError::Db(error) => error.into(),
         }

@@ -1,0 +1,267 @@
+//! Platform staff: names, revoked tokens, limits, the second proof; and the `admin` commands through the binary.
+
+use serde_json::{Value, json};
+
+use crate::binary::program;
+use crate::platform::{Call, Platform};
+use crate::scene::{Person, with_server};
+
+const KEK: &str = "0707070707070707070707070707070707070707070707070707070707070707";
+
+/// Runs `admin --json …` on the platform's database; what it printed, and whether it succeeded.
+fn admin(platform: &Platform, args: &[&str]) -> (Value, bool) {
+    let database = &platform.database;
+    let output = program()
+        .args(["admin", "--json"])
+        .args(args)
+        .env("DATABASE_URL", database.url("cvault_app"))
+        .env("CVAULT_DATABASE_SYS_URL", database.url("cvault_sys"))
+        .env("API_ENCRYPTION_KEY", KEK)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    (serde_json::from_str(&text).unwrap_or(Value::String(error)), output.status.success())
+}
+
+fn done(platform: &Platform, args: &[&str]) -> Value {
+    let (answer, success) = admin(platform, args);
+    assert!(success, "{args:?}: {answer}");
+    answer
+}
+
+fn text(answer: &Value, name: &str) -> String {
+    answer[name].as_str().unwrap_or_else(|| panic!("no {name} in {answer}")).to_owned()
+}
+
+fn bearer<'a>(call: Call<'a>, token: &str) -> Call<'a> {
+    call.header("authorization", &format!("Bearer {token}"))
+}
+
+#[tokio::test]
+async fn a_token_has_a_name_in_the_audit_log_and_ends_when_it_is_revoked() {
+    let platform = Platform::start().await;
+    let made = done(&platform, &["token", "--name", "jane@example.com"]);
+    let token = text(&made, "token");
+    let call = bearer(platform.call("POST", "/admin/pools"), &token);
+    let pool = call.json(&json!({"name": "default", "ipv4": "10.8.0.0/16"})).send().await;
+    assert_eq!(pool.status, 201, "{}", pool.text);
+    assert_eq!(pool.header("ratelimit-policy"), "\"staff\";q=3000;w=60");
+    assert!(pool.header("ratelimit").starts_with("\"staff\";r=2999;"), "{}", pool.header("ratelimit"));
+    let log = platform.admin("GET", "/admin/audit?actor=admin:jane@example.com").send().await;
+    assert_eq!(log.body["data"][0]["action"], "pool.create");
+
+    let id = text(&made, "token_id");
+    assert_eq!(done(&platform, &["token", "revoke", &id])["was_revoked"], false);
+    bearer(platform.call("GET", "/admin/pools"), &token).refused(401, "INVALID_TOKEN").await;
+    assert_eq!(done(&platform, &["token", "revoke", &id])["was_revoked"], true);
+    assert_eq!(platform.admin("GET", "/admin/pools").send().await.status, 200, "another token");
+    let actions = platform.admin("GET", "/admin/audit?action=admin_token").send().await;
+    let actions: Vec<_> = actions.body["data"].as_array().unwrap().iter().map(|row| row["action"].clone()).collect();
+    assert_eq!(actions, ["admin_token.revoke", "admin_token.create"]);
+    let (refusal, success) = admin(&platform, &["token", "--name", "two words"]);
+    assert!(!success && refusal.as_str().unwrap().contains("--name"), "{refusal}");
+}
+
+#[tokio::test]
+async fn a_network_that_guesses_admin_tokens_waits_and_others_do_not() {
+    let platform = Platform::start().await;
+    for _ in 0..100 {
+        bearer(platform.call("GET", "/admin/pools").from("192.0.2.7"), "guess").refused(401, "INVALID_TOKEN").await;
+    }
+    let refused = platform.admin("GET", "/admin/pools").from("192.0.2.7").refused(429, "RATE_LIMITED").await;
+    assert!(refused.headers.contains_key("retry-after"));
+    assert_eq!(platform.admin("GET", "/admin/pools").from("198.51.100.7").send().await.status, 200);
+    let tenant = platform.tenant().await;
+    let users = platform.call("GET", "/api/v1/users").from("192.0.2.7").backend(&tenant).send().await;
+    assert_eq!(users.status, 200, "tenants of that network are not concerned");
+}
+
+#[tokio::test]
+async fn suspending_deleting_and_other_limits_need_an_approval_that_is_good_once() {
+    let platform = Platform::with(|config| config.admin_step_up = true).await;
+    let (tenant, other) = (platform.tenant().await, platform.tenant().await);
+    let path = format!("/admin/tenants/{}", tenant.id);
+    let suspend = format!("{path}/suspend");
+    let approve = |action: &str, target: &str| {
+        text(&done(&platform, &["approve", "--action", action, "--target", target]), "challenge_token")
+    };
+    let limits = json!({"user_limit": 7});
+    for (method, path, body) in [
+        ("POST", &suspend, Value::Null),
+        ("DELETE", &path, Value::Null),
+        ("PATCH", &path, limits.clone()),
+        ("PATCH", &path, json!({"status": "suspended"})),
+        ("PATCH", &path, json!({"policy": {"allow_smtp": true}})),
+    ] {
+        let call = platform.admin(method, path);
+        let call = if body.is_null() { call } else { call.json(&body) };
+        let refused = call.refused(428, "CHALLENGE_REQUIRED").await;
+        assert!(refused.text("detail").contains(&format!("--target {}", tenant.id)), "{}", refused.text);
+    }
+    let proven =
+        |method: &str, path: &str, token: &str| platform.admin(method, path).header("x-challenge-token", token);
+    let both = json!({"status": "suspended", "user_limit": 7});
+    platform.admin("PATCH", &path).json(&both).refused(422, "VALIDATION_FAILED").await;
+
+    let token = approve("tenant.limits", &tenant.id);
+    proven("POST", &suspend, &token).refused(428, "CHALLENGE_REQUIRED").await;
+    let elsewhere = format!("/admin/tenants/{}", other.id);
+    proven("PATCH", &elsewhere, &token).json(&limits).refused(428, "CHALLENGE_REQUIRED").await;
+    let changed = proven("PATCH", &path, &token).json(&limits).send().await;
+    assert_eq!((changed.status.as_u16(), &changed.body["user_limit"]), (200, &json!(7)), "{}", changed.text);
+    proven("PATCH", &path, &token).json(&limits).refused(428, "CHALLENGE_REQUIRED").await;
+
+    let token = approve("tenant.suspend", &tenant.id);
+    fn key(call: Call<'_>) -> Call<'_> {
+        call.header("idempotency-key", "k1")
+    }
+    assert_eq!(key(proven("POST", &suspend, &token)).send().await.body["status"], "suspended");
+    let replay = key(platform.admin("POST", &suspend)).send().await;
+    assert_eq!(replay.header("idempotency-replayed"), "true", "a retry needs no second approval");
+    let resumed = platform.admin("POST", &format!("{path}/resume")).send().await;
+    assert_eq!(resumed.body["status"], "active", "{}", resumed.text);
+    assert_eq!(platform.admin("PATCH", &path).json(&json!({"name": "B"})).send().await.status, 200);
+
+    let token = approve("tenant.delete", &tenant.id);
+    sqlx::query("update platform.admin_approvals set expires_at = now() - interval '1 second' where used_at is null")
+        .execute(&mut platform.superuser().await)
+        .await
+        .unwrap();
+    proven("DELETE", &path, &token).refused(428, "CHALLENGE_REQUIRED").await;
+    let token = approve("tenant.delete", &tenant.id);
+    assert_eq!(proven("DELETE", &path, &token).send().await.status, 204);
+}
+
+#[tokio::test]
+async fn one_user_cannot_use_up_what_its_tenant_may_send() {
+    cvault_control_plane::metrics::install();
+    let platform = Platform::start().await;
+    let tenant = platform.tenant_with(json!({"name": "Acme", "rate_limit_per_minute": 20})).await;
+    let busy = Person::of(&platform, &tenant, "busy@example.com").await;
+    let other = Person::of(&platform, &tenant, "other@example.com").await;
+    let first = busy.call(&platform, "GET", "/api/v1/devices").send().await;
+    assert_eq!(first.header("ratelimit-policy"), "\"tenant\";q=20;w=60, \"user\";q=10;w=60");
+    for _ in 1..10 {
+        assert_eq!(busy.call(&platform, "GET", "/api/v1/devices").send().await.status, 200);
+    }
+    for _ in 0..20 {
+        let refused = busy.call(&platform, "GET", "/api/v1/devices").refused(429, "RATE_LIMITED").await;
+        assert_eq!(refused.body["limit"]["max"], 10, "{}", refused.text);
+        assert!(refused.header("ratelimit").contains("\"user\";r=0;"), "{}", refused.header("ratelimit"));
+    }
+    assert_eq!(other.call(&platform, "GET", "/api/v1/devices").send().await.status, 200);
+
+    let set = json!({"user_rate_limit_per_minute": 1_000, "rate_limit_per_minute": 2_000});
+    let changed = platform.admin("PATCH", &format!("/admin/tenants/{}", tenant.id)).json(&set).send().await;
+    assert_eq!(changed.body["user_rate_limit_per_minute"], 1_000, "{}", changed.text);
+    assert_eq!(busy.call(&platform, "GET", "/api/v1/devices").send().await.status, 200);
+    let text = platform.call("GET", "/metrics").send().await.text;
+    for line in [
+        "cvault_rate_limited_total{limit=\"user\"}",
+        "cvault_db_pool_connections{pool=\"app\",state=\"open\"}",
+        "cvault_db_pool_connections{pool=\"sys\",state=\"idle\"}",
+        "cvault_http_requests_in_flight",
+    ] {
+        assert!(text.contains(line), "{line} is not in {text}");
+    }
+    assert!(!text.contains(&tenant.id));
+}
+
+#[test]
+fn every_metric_is_on_its_page() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/");
+    let source = std::fs::read_to_string(format!("{folder}src/metrics.rs")).unwrap();
+    let page = std::fs::read_to_string(format!("{folder}../docs/operations/metrics.md")).unwrap();
+    let names: Vec<_> = source.split('"').filter(|part| part.starts_with("cvault_")).collect();
+    assert!(names.len() > 12);
+    for name in names {
+        assert!(page.contains(&format!("`{name}`")), "{name} is not in docs/operations/metrics.md");
+    }
+}
+
+#[tokio::test]
+async fn every_operation_has_a_twin_on_the_command_line() {
+    let platform = Platform::start().await;
+    let server = with_server(&platform).await;
+    let pools = done(&platform, &["pool", "list"]);
+    let pool = text(&pools["pools"][0], "id");
+    let shown = done(&platform, &["pool", "update", &pool, "--quarantine", "7", "--reclaim", "true"]);
+    assert_eq!((&shown["quarantine_seconds"], &shown["reclaim"]), (&json!(7), &json!(true)));
+    assert_eq!(done(&platform, &["pool", "show", &pool]), shown);
+    assert_eq!(platform.admin("GET", &format!("/admin/pools/{pool}")).send().await.body["reclaim"], true);
+    let (refusal, success) = admin(&platform, &["pool", "show", "pol_00000000000000000000000001"]);
+    assert!(!success && refusal.as_str().unwrap().contains("no such pool"), "{refusal}");
+    assert_eq!(done(&platform, &["server", "show", &server])["name"], "s1");
+
+    let id = text(&done(&platform, &["tenant", "create", "--name", "Acme"]), "tenant_id");
+    let policy = r#"{"allow_smtp":true}"#;
+    let change = ["--user-limit", "9", "--bandwidth-limit-gb", "none", "--user-rate-limit-per-minute", "50"];
+    let update = [&["tenant", "update", &id, "--policy", policy][..], &change].concat();
+    let updated = done(&platform, &update);
+    let limits = (&updated["user_limit"], &updated["user_rate_limit_per_minute"], &updated["policy"]["allow_smtp"]);
+    assert_eq!(limits, (&json!(9), &json!(50), &json!(true)));
+    assert_eq!(done(&platform, &["tenant", "show", &id]), updated);
+    assert_eq!(platform.admin("GET", &format!("/admin/tenants/{id}")).send().await.body, updated);
+
+    let keys = done(&platform, &["api-key", "list", "--tenant", &id]);
+    let key = text(&keys["api_keys"][0], "id");
+    assert!(!keys.to_string().contains("cvs_"), "{keys}");
+    done(&platform, &["api-key", "revoke", "--tenant", &id, &key]);
+    assert_eq!(done(&platform, &["api-key", "list", "--tenant", &id])["api_keys"], json!([]));
+
+    let entries = done(&platform, &["audit", "list", "--tenant", &id, "--action", "api_key.revoke"]);
+    assert_eq!((&entries["entries"][0]["actor"], &entries["entries"][0]["target"]), (&json!("cli"), &json!(key)));
+    assert_eq!(done(&platform, &["audit", "verify"])["broken"], json!([]));
+}
+
+#[tokio::test]
+async fn an_audit_log_that_was_tampered_with_is_told_and_ends_with_status_1() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    let mut superuser = platform.superuser().await;
+    // settled: as if it had been written a minute ago
+    let earlier = "update cvault.audit_log set at = at - interval '1 minute'";
+    sqlx::query(earlier).execute(&mut superuser).await.unwrap();
+    assert!(cvault_control_plane::audit::chain_new(&platform.app.db.sys).await.unwrap() > 0);
+    assert_eq!(done(&platform, &["audit", "verify"])["broken"], json!([]));
+    sqlx::query("update cvault.audit_log set actor = 'usr_somebody'").execute(&mut superuser).await.unwrap();
+    let (answer, success) = admin(&platform, &["audit", "verify"]);
+    assert!(!success);
+    assert_eq!(answer["broken"], json!([{"tenant_id": tenant.id, "chain_sequence": 1}]));
+}
+
+#[tokio::test]
+async fn a_portal_account_is_disabled_reset_and_logged_out_from_the_command_line() {
+    let platform = Platform::start().await;
+    let password = crate::platform::PASSWORD;
+    let body = json!({"business_name": "Acme", "email": "owner@example.com", "password": password});
+    let signed_up = platform.post("/api/v1/tenant/auth/signup", &body).send().await;
+    assert_eq!(signed_up.status, 201, "{}", signed_up.text);
+    let log_in = || {
+        platform.post("/api/v1/tenant/auth/login", &json!({"email": "owner@example.com", "password": password})).send()
+    };
+    let token = |answer: &crate::platform::Answer| answer.body["tokens"]["access_token"].as_str().unwrap().to_owned();
+    let me = |token: &str| bearer(platform.call("GET", "/api/v1/tenant/me"), token);
+    let first = token(&signed_up);
+    assert_eq!(me(&first).send().await.status, 200);
+
+    assert_eq!(done(&platform, &["portal", "end-sessions", "owner@example.com"])["sessions_ended"], 1);
+    assert_eq!(me(&first).send().await.status, 401);
+    let second = token(&log_in().await);
+    assert_eq!(done(&platform, &["portal", "disable", "owner@example.com"])["sessions_ended"], 1);
+    assert_eq!(me(&second).send().await.status, 401);
+    assert_eq!(log_in().await.status, 401);
+    let tenant = signed_up.body["tenant"]["id"].as_str().unwrap().to_owned();
+    let accounts = done(&platform, &["portal", "list", "--tenant", &tenant]);
+    assert_eq!(accounts["accounts"][0]["status"], "disabled");
+    assert!(!accounts.to_string().contains('$'), "no hash: {accounts}");
+    done(&platform, &["portal", "enable", "owner@example.com"]);
+    assert_eq!(log_in().await.status, 200);
+    done(&platform, &["portal", "reset", "owner@example.com"]);
+    let mails = done(&platform, &["mail", "list"]);
+    let kinds: Vec<_> = mails["mails"].as_array().unwrap().iter().map(|mail| mail["kind"].clone()).collect();
+    assert!(kinds.contains(&json!("reset_password")), "{mails}");
+    let (refusal, success) = admin(&platform, &["portal", "disable", "nobody@example.com"]);
+    assert!(!success && refusal.as_str().unwrap().contains("nobody has a portal account"), "{refusal}");
+}
