@@ -293,26 +293,32 @@ CREATE FUNCTION platform.withdraw(p_device uuid, p_tenant uuid) RETURNS bigint
     AS $$
 declare
     v_peer platform.peers;
+    v_server uuid;
     v_revision bigint;
 begin
-    select p.* into v_peer from platform.peers p
-        where p.device_id = p_device and p.tenant_id = p_tenant and p.removed_revision is null
-        for update;
+    select p.server_id into v_server from platform.peers p
+        where p.device_id = p_device and p.tenant_id = p_tenant and p.removed_revision is null;
     if not found then
         return null;
     end if;
-    select s.revision + 1 into v_revision from platform.servers s where s.server_id = v_peer.server_id
-        for no key update;
+    select s.revision + 1 into v_revision from platform.servers s where s.server_id = v_server for no key update;
+    select p.* into v_peer from platform.peers p
+        where p.server_id = v_server and p.device_id = p_device and p.tenant_id = p_tenant and p.removed_revision is null
+        for update;
+    -- it has left while the server was waited for
+    if not found then
+        return null;
+    end if;
     update platform.peers p set removed_revision = v_revision, preshared_key_sealed = null
-        where p.server_id = v_peer.server_id and p.device_id = p_device;
+        where p.server_id = v_server and p.device_id = p_device;
     update platform.servers s
         set revision = v_revision, peer_count = s.peer_count - 1,
             digest = (s.digest - platform.peer_record_digest(s.digest_key, p_device, v_peer.tenant_id, v_peer.public_key,
                 v_peer.preshared_key_hash, v_peer.ipv4, v_peer.ipv6, v_peer.generation)
                 + 340282366920938463463374607431768211456) % 340282366920938463463374607431768211456
-        where s.server_id = v_peer.server_id;
+        where s.server_id = v_server;
     insert into platform.node_changes (server_id, revision, op, device_id, public_key)
-        values (v_peer.server_id, v_revision, 'remove', p_device, v_peer.public_key);
+        values (v_server, v_revision, 'remove', p_device, v_peer.public_key);
     return v_revision;
 end
 $$;
@@ -595,12 +601,14 @@ CREATE TABLE cvault.tenants (
     over_quota text DEFAULT 'block'::text NOT NULL,
     throttle_bps bigint DEFAULT 1000000 NOT NULL,
     policy_revision bigint DEFAULT 1 NOT NULL,
+    deleting_since timestamp with time zone,
     CONSTRAINT tenants_allowed_origins CHECK ((cardinality(allowed_origins) <= 100)),
     CONSTRAINT tenants_bandwidth_limit CHECK ((bandwidth_limit_bytes >= 0)),
     CONSTRAINT tenants_client_allowed_ips CHECK (((cardinality(client_allowed_ips) >= 1) AND (cardinality(client_allowed_ips) <= 32))),
     CONSTRAINT tenants_client_dns CHECK (((cardinality(client_dns) >= 1) AND (cardinality(client_dns) <= 4))),
     CONSTRAINT tenants_client_mtu CHECK (((client_mtu >= 1280) AND (client_mtu <= 1500))),
     CONSTRAINT tenants_data_key CHECK (((data_key_sealed IS NULL) = (status = 'deleted'::text))),
+    CONSTRAINT tenants_deleting CHECK (((deleting_since IS NULL) OR (status = ANY (ARRAY['suspended'::text, 'deleted'::text])))),
     CONSTRAINT tenants_device_rate_down CHECK ((device_rate_down_bps > 0)),
     CONSTRAINT tenants_device_rate_up CHECK ((device_rate_up_bps > 0)),
     CONSTRAINT tenants_max_devices CHECK (((max_devices_per_user >= 0) AND (max_devices_per_user <= 1000))),
@@ -1043,6 +1051,7 @@ ALTER TABLE ONLY platform.usage_settled
 ALTER TABLE ONLY platform.usage_windows
     ADD CONSTRAINT usage_windows_pkey PRIMARY KEY (server_id, counter_epoch, sequence);
 CREATE UNIQUE INDEX api_keys_key_text ON cvault.api_keys USING btree (key_text);
+CREATE INDEX api_keys_revoked ON cvault.api_keys USING btree (revoked_at) WHERE (revoked_at IS NOT NULL);
 CREATE INDEX audit_log_id ON cvault.audit_log USING btree (audit_id);
 CREATE INDEX audit_log_unchained ON cvault.audit_log USING btree (tenant_id, audit_id) WHERE (chain_sequence IS NULL);
 CREATE INDEX auth_events_at ON cvault.auth_events USING btree (at);
@@ -1072,6 +1081,7 @@ CREATE INDEX sessions_open ON cvault.sessions USING btree (connected_at) WHERE (
 CREATE INDEX step_up_challenges_session ON cvault.step_up_challenges USING btree (tenant_id, session_id);
 CREATE UNIQUE INDEX tenant_admins_email ON cvault.tenant_admins USING btree (email);
 CREATE INDEX tenants_closed ON cvault.tenants USING btree (tenant_id) WHERE ((status = 'suspended'::text) OR (over_limit_since IS NOT NULL));
+CREATE INDEX tenants_deleting ON cvault.tenants USING btree (deleting_since) WHERE ((deleting_since IS NOT NULL) AND (status <> 'deleted'::text));
 CREATE INDEX tenants_limited ON cvault.tenants USING btree (tenant_id) WHERE ((bandwidth_limit_bytes IS NOT NULL) OR (over_limit_since IS NOT NULL));
 CREATE INDEX usage_hourly_hour ON ONLY cvault.usage_hourly USING btree (hour);
 CREATE INDEX usage_hourly_2026_11_hour_idx ON cvault.usage_hourly_2026_11 USING btree (hour);
@@ -1084,6 +1094,8 @@ CREATE INDEX users_present ON cvault.users USING btree (tenant_id, user_id) WHER
 CREATE UNIQUE INDEX address_pools_name_unique ON platform.address_pools USING btree (name) WHERE (deleted_at IS NULL);
 CREATE INDEX addresses_free ON platform.addresses USING btree (pool_id, released_at NULLS FIRST, host) WHERE (state = 'free'::text);
 CREATE INDEX addresses_quarantine ON platform.addresses USING btree (pool_id, released_at) WHERE (state = 'quarantine'::text);
+CREATE INDEX device_drops_reported ON platform.device_drops USING btree (reported_at);
+CREATE INDEX enrol_tokens_expires ON platform.enrol_tokens USING btree (expires_at);
 CREATE INDEX peers_device ON platform.peers USING btree (device_id);
 CREATE INDEX peers_generation ON platform.peers USING btree (server_id, generation) WHERE (removed_revision IS NULL);
 CREATE UNIQUE INDEX peers_ipv4_device_unique ON platform.peers USING btree (ipv4) WHERE (removed_revision IS NULL);
@@ -1100,6 +1112,8 @@ CREATE UNIQUE INDEX servers_name_unique ON platform.servers USING btree (name) W
 CREATE INDEX servers_pool ON platform.servers USING btree (pool_id) WHERE (status <> 'removed'::text);
 CREATE INDEX usage_counters_device ON platform.usage_counters USING btree (device_id);
 CREATE INDEX usage_counters_updated ON platform.usage_counters USING btree (updated_at);
+CREATE INDEX usage_orphans_hour ON platform.usage_orphans USING btree (hour);
+CREATE INDEX usage_settled_nothing ON platform.usage_settled USING btree (device_id) WHERE ((rx_bytes = (0)::numeric) AND (tx_bytes = (0)::numeric));
 ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_2026_11_hour_idx;
 ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2026_11_pkey;
 ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_2026_12_hour_idx;
@@ -1193,6 +1207,7 @@ ALTER TABLE cvault.portal_networks ENABLE ROW LEVEL SECURITY;
 ALTER TABLE cvault.portal_refresh_tokens ENABLE ROW LEVEL SECURITY;
 ALTER TABLE cvault.portal_sessions ENABLE ROW LEVEL SECURITY;
 ALTER TABLE cvault.refresh_tokens ENABLE ROW LEVEL SECURITY;
+CREATE POLICY revoked_only ON cvault.api_keys AS RESTRICTIVE FOR DELETE TO cvault_sys USING ((revoked_at IS NOT NULL));
 CREATE POLICY revoked_only ON cvault.devices AS RESTRICTIVE FOR DELETE TO cvault_sys USING ((status = 'revoked'::text));
 ALTER TABLE cvault.sessions ENABLE ROW LEVEL SECURITY;
 ALTER TABLE cvault.step_up_challenges ENABLE ROW LEVEL SECURITY;
@@ -1268,7 +1283,7 @@ REVOKE ALL ON FUNCTION platform.withdraw_peer(p_device uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.withdraw_unreadable_peer(p_device uuid, p_tenant uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.withdraw_unreadable_peer(p_device uuid, p_tenant uuid) TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.api_keys TO cvault_app;
-GRANT SELECT ON TABLE cvault.api_keys TO cvault_sys;
+GRANT SELECT,DELETE ON TABLE cvault.api_keys TO cvault_sys;
 GRANT UPDATE(last_used_at) ON TABLE cvault.api_keys TO cvault_sys;
 GRANT SELECT,INSERT ON TABLE cvault.audit_log TO cvault_app;
 GRANT SELECT,INSERT ON TABLE cvault.audit_log TO cvault_sys;
@@ -1322,6 +1337,7 @@ GRANT SELECT(status) ON TABLE cvault.idempotency_keys TO cvault_sys;
 GRANT SELECT(response_sealed) ON TABLE cvault.idempotency_keys TO cvault_sys;
 GRANT SELECT(created_at) ON TABLE cvault.idempotency_keys TO cvault_sys;
 GRANT SELECT,DELETE ON TABLE cvault.outbox TO cvault_sys;
+GRANT DELETE ON TABLE cvault.outbox TO cvault_app;
 GRANT SELECT(tenant_id),INSERT(tenant_id) ON TABLE cvault.outbox TO cvault_app;
 GRANT SELECT(mail_id),INSERT(mail_id) ON TABLE cvault.outbox TO cvault_app;
 GRANT INSERT(kind) ON TABLE cvault.outbox TO cvault_app;
@@ -1414,6 +1430,7 @@ GRANT INSERT(allow_smtp),UPDATE(allow_smtp) ON TABLE cvault.tenants TO cvault_ap
 GRANT INSERT(over_quota),UPDATE(over_quota) ON TABLE cvault.tenants TO cvault_app;
 GRANT INSERT(throttle_bps),UPDATE(throttle_bps) ON TABLE cvault.tenants TO cvault_app;
 GRANT UPDATE(policy_revision) ON TABLE cvault.tenants TO cvault_app;
+GRANT UPDATE(deleting_since) ON TABLE cvault.tenants TO cvault_app;
 GRANT SELECT ON TABLE cvault.usage_daily TO cvault_app;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.usage_daily TO cvault_sys;
 GRANT SELECT ON TABLE cvault.usage_hourly TO cvault_app;
@@ -1440,8 +1457,8 @@ GRANT UPDATE(released_device_id) ON TABLE platform.addresses TO cvault_sys;
 GRANT UPDATE(released_at) ON TABLE platform.addresses TO cvault_sys;
 GRANT SELECT ON TABLE platform.context_keys TO cvault_fn;
 GRANT SELECT ON TABLE platform.context_keys TO cvault_sys;
-GRANT SELECT,INSERT,UPDATE ON TABLE platform.device_drops TO cvault_sys;
-GRANT SELECT,INSERT,UPDATE ON TABLE platform.enrol_tokens TO cvault_sys;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.device_drops TO cvault_sys;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.enrol_tokens TO cvault_sys;
 GRANT SELECT,INSERT,DELETE ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT UPDATE(fingerprint) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT UPDATE(status) ON TABLE platform.idempotency_keys TO cvault_sys;
@@ -1459,6 +1476,6 @@ GRANT SELECT,INSERT,UPDATE ON TABLE platform.secrets TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_fn;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.usage_counters TO cvault_sys;
-GRANT SELECT,INSERT,UPDATE ON TABLE platform.usage_orphans TO cvault_sys;
-GRANT SELECT,INSERT,UPDATE ON TABLE platform.usage_settled TO cvault_sys;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.usage_orphans TO cvault_sys;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.usage_settled TO cvault_sys;
 GRANT SELECT,INSERT,DELETE ON TABLE platform.usage_windows TO cvault_sys;
