@@ -124,7 +124,14 @@ CREATE FUNCTION platform.move_peer(p_device uuid, p_server uuid) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
+declare
+    v_placed bigint;
 begin
+    select d.placed_revision into v_placed from cvault.devices d
+        where d.tenant_id = cvault.tenant_id() and d.device_id = p_device and d.status = 'active' and d.reclaimed;
+    if found then
+        return v_placed;
+    end if;
     -- both servers in id order, so that two devices that change places cannot wait for each other
     perform from platform.servers s
         where s.server_id = p_server or s.server_id = (
@@ -141,6 +148,32 @@ begin
 end
 $$;
 ALTER FUNCTION platform.move_peer(p_device uuid, p_server uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.open_addresses(p_pool uuid, p_ahead integer) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+    v_pool platform.address_pools;
+    v_free bigint;
+    v_last bigint;
+    v_to bigint;
+begin
+    select count(*) into v_free from (
+        select from platform.addresses a where a.pool_id = p_pool and a.state = 'free' limit p_ahead) as free;
+    -- not for every number that was taken
+    if v_free > p_ahead / 2 then
+        return 0;
+    end if;
+    select * into v_pool from platform.address_pools p where p.pool_id = p_pool for no key update;
+    v_last := (1::bigint << (32 - masklen(v_pool.ipv4))) - 2;
+    v_to := least(v_pool.next_host + (p_ahead - v_free) - 1, v_last);
+    insert into platform.addresses (pool_id, host, state)
+        select p_pool, h, 'free' from generate_series(v_pool.next_host, v_to) as h;
+    update platform.address_pools p set next_host = v_to + 1 where p.pool_id = p_pool and v_to >= v_pool.next_host;
+    return greatest(v_to - v_pool.next_host + 1, 0);
+end
+$$;
+ALTER FUNCTION platform.open_addresses(p_pool uuid, p_ahead integer) OWNER TO cvault_fn;
 CREATE FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) RETURNS numeric
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -217,6 +250,13 @@ begin
 end
 $$;
 ALTER FUNCTION platform.place_peer(p_device uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.pool_reclaims(p_pool uuid) RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+    select coalesce((select p.reclaim from platform.address_pools p where p.pool_id = p_pool), false)
+$$;
+ALTER FUNCTION platform.pool_reclaims(p_pool uuid) OWNER TO cvault_fn;
 CREATE PROCEDURE platform.protect(IN p_table regclass)
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -230,6 +270,57 @@ begin
 end
 $$;
 ALTER PROCEDURE platform.protect(IN p_table regclass) OWNER TO cvault_owner;
+CREATE FUNCTION platform.reclaim_address(p_device uuid) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+    update cvault.devices d set reclaimed = true
+        from platform.address_pools p
+        where d.tenant_id = cvault.tenant_id() and d.device_id = p_device and d.status = 'active' and not d.reclaimed
+          and p.pool_id = d.pool_id and p.reclaim;
+    if not found then
+        return false;
+    end if;
+    update platform.addresses a
+        set state = 'quarantine', tenant_id = null, device_id = null, released_device_id = p_device,
+            released_at = now()
+        where a.device_id = p_device and a.tenant_id = cvault.tenant_id();
+    perform platform.withdraw_peer(p_device);
+    return true;
+end
+$$;
+ALTER FUNCTION platform.reclaim_address(p_device uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.restore_address(p_device uuid, p_server uuid) RETURNS TABLE(ipv4 inet, ipv6 inet)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+    v_pool uuid;
+    v_ipv4 inet;
+    v_ipv6 inet;
+begin
+    perform from cvault.devices d
+        where d.tenant_id = cvault.tenant_id() and d.device_id = p_device and d.status = 'active' and d.reclaimed
+        for no key update;
+    if not found then
+        raise no_data_found using message = 'no such device without an address';
+    end if;
+    select s.pool_id into v_pool from platform.servers s where s.server_id = p_server and s.status <> 'removed';
+    if not found then
+        raise no_data_found using message = 'no such server';
+    end if;
+    select a.ipv4, a.ipv6 into v_ipv4, v_ipv6 from platform.allocate_address(v_pool, p_device) a;
+    if v_ipv4 is null then
+        return;
+    end if;
+    update cvault.devices d
+        set reclaimed = false, pool_id = v_pool, server_id = p_server, ipv4 = v_ipv4, ipv6 = v_ipv6
+        where d.tenant_id = cvault.tenant_id() and d.device_id = p_device;
+    return query select v_ipv4, v_ipv6;
+end
+$$;
+ALTER FUNCTION platform.restore_address(p_device uuid, p_server uuid) OWNER TO cvault_fn;
 CREATE FUNCTION platform.retire_peer(p_device uuid) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -409,6 +500,7 @@ CREATE TABLE cvault.devices (
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     revoked_at timestamp with time zone,
     suspended boolean DEFAULT false NOT NULL,
+    reclaimed boolean DEFAULT false NOT NULL,
     CONSTRAINT devices_families CHECK (((family(ipv4) = 4) AND (family(ipv6) = 6))),
     CONSTRAINT devices_keys_destroyed CHECK (((status = 'active'::text) OR ((private_key_sealed IS NULL) AND (preshared_key_sealed IS NULL)))),
     CONSTRAINT devices_name_length CHECK (((char_length(name) >= 1) AND (char_length(name) <= 255))),
@@ -602,6 +694,7 @@ CREATE TABLE cvault.tenants (
     throttle_bps bigint DEFAULT 1000000 NOT NULL,
     policy_revision bigint DEFAULT 1 NOT NULL,
     deleting_since timestamp with time zone,
+    user_rate_limit_per_minute integer,
     CONSTRAINT tenants_allowed_origins CHECK ((cardinality(allowed_origins) <= 100)),
     CONSTRAINT tenants_bandwidth_limit CHECK ((bandwidth_limit_bytes >= 0)),
     CONSTRAINT tenants_client_allowed_ips CHECK (((cardinality(client_allowed_ips) >= 1) AND (cardinality(client_allowed_ips) <= 32))),
@@ -620,7 +713,8 @@ CREATE TABLE cvault.tenants (
     CONSTRAINT tenants_rate_up CHECK ((rate_up_bps > 0)),
     CONSTRAINT tenants_status CHECK ((status = ANY (ARRAY['active'::text, 'suspended'::text, 'trial'::text, 'deleted'::text]))),
     CONSTRAINT tenants_throttle CHECK ((throttle_bps > 0)),
-    CONSTRAINT tenants_user_limit CHECK ((user_limit >= 0))
+    CONSTRAINT tenants_user_limit CHECK ((user_limit >= 0)),
+    CONSTRAINT tenants_user_rate_limit CHECK ((user_rate_limit_per_minute > 0))
 );
 ALTER TABLE ONLY cvault.tenants FORCE ROW LEVEL SECURITY;
 ALTER TABLE cvault.tenants OWNER TO cvault_owner;
@@ -744,6 +838,7 @@ CREATE TABLE platform.address_pools (
     quarantine_seconds integer DEFAULT 60 NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     deleted_at timestamp with time zone,
+    reclaim boolean DEFAULT false NOT NULL,
     CONSTRAINT address_pools_families CHECK (((family((ipv4)::inet) = 4) AND (family((ipv6)::inet) = 6))),
     CONSTRAINT address_pools_ipv4_size CHECK (((masklen((ipv4)::inet) >= 8) AND (masklen((ipv4)::inet) <= 29))),
     CONSTRAINT address_pools_ipv6_size CHECK (((masklen((ipv6)::inet) >= 48) AND (masklen((ipv6)::inet) <= 96))),
@@ -763,6 +858,19 @@ CREATE TABLE platform.addresses (
     CONSTRAINT addresses_state CHECK ((state = ANY (ARRAY['free'::text, 'allocated'::text, 'quarantine'::text])))
 );
 ALTER TABLE platform.addresses OWNER TO cvault_owner;
+CREATE TABLE platform.admin_approvals (
+    token_hash bytea NOT NULL,
+    action text NOT NULL,
+    target text NOT NULL,
+    approved_by text NOT NULL,
+    created_at timestamp with time zone NOT NULL,
+    expires_at timestamp with time zone NOT NULL,
+    used_at timestamp with time zone,
+    used_by text,
+    CONSTRAINT admin_approvals_hash_length CHECK ((octet_length(token_hash) = 32)),
+    CONSTRAINT admin_approvals_used CHECK (((used_at IS NULL) = (used_by IS NULL)))
+);
+ALTER TABLE platform.admin_approvals OWNER TO cvault_owner;
 CREATE TABLE platform.context_keys (
     key_id smallint NOT NULL,
     key bytea NOT NULL,
@@ -799,6 +907,8 @@ CREATE TABLE platform.idempotency_keys (
     status smallint,
     response_sealed bytea,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
+    kek_version smallint,
+    CONSTRAINT idempotency_keys_kek_version CHECK (((response_sealed IS NULL) = (kek_version IS NULL))),
     CONSTRAINT idempotency_keys_key_length CHECK (((char_length(key) >= 1) AND (char_length(key) <= 255)))
 );
 ALTER TABLE platform.idempotency_keys OWNER TO cvault_owner;
@@ -867,6 +977,12 @@ CREATE TABLE platform.quota_months (
     CONSTRAINT quota_months_month CHECK ((month = (date_trunc('month'::text, (month)::timestamp without time zone))::date))
 );
 ALTER TABLE platform.quota_months OWNER TO cvault_owner;
+CREATE TABLE platform.revoked_admin_tokens (
+    token_id uuid NOT NULL,
+    revoked_at timestamp with time zone DEFAULT now() NOT NULL,
+    expires_at timestamp with time zone NOT NULL
+);
+ALTER TABLE platform.revoked_admin_tokens OWNER TO cvault_owner;
 CREATE TABLE platform.secrets (
     name text NOT NULL,
     kek_version smallint NOT NULL,
@@ -1016,6 +1132,8 @@ ALTER TABLE ONLY platform.addresses
     ADD CONSTRAINT addresses_device_unique UNIQUE (device_id);
 ALTER TABLE ONLY platform.addresses
     ADD CONSTRAINT addresses_pkey PRIMARY KEY (pool_id, host);
+ALTER TABLE ONLY platform.admin_approvals
+    ADD CONSTRAINT admin_approvals_pkey PRIMARY KEY (token_hash);
 ALTER TABLE ONLY platform.context_keys
     ADD CONSTRAINT context_keys_pkey PRIMARY KEY (key_id);
 ALTER TABLE ONLY platform.device_drops
@@ -1036,6 +1154,8 @@ ALTER TABLE ONLY platform.quota_leases
     ADD CONSTRAINT quota_leases_pkey PRIMARY KEY (tenant_id, server_id, counter_epoch, device_id, generation);
 ALTER TABLE ONLY platform.quota_months
     ADD CONSTRAINT quota_months_pkey PRIMARY KEY (tenant_id, month);
+ALTER TABLE ONLY platform.revoked_admin_tokens
+    ADD CONSTRAINT revoked_admin_tokens_pkey PRIMARY KEY (token_id);
 ALTER TABLE ONLY platform.secrets
     ADD CONSTRAINT secrets_pkey PRIMARY KEY (name);
 ALTER TABLE ONLY platform.servers
@@ -1094,6 +1214,7 @@ CREATE INDEX users_present ON cvault.users USING btree (tenant_id, user_id) WHER
 CREATE UNIQUE INDEX address_pools_name_unique ON platform.address_pools USING btree (name) WHERE (deleted_at IS NULL);
 CREATE INDEX addresses_free ON platform.addresses USING btree (pool_id, released_at NULLS FIRST, host) WHERE (state = 'free'::text);
 CREATE INDEX addresses_quarantine ON platform.addresses USING btree (pool_id, released_at) WHERE (state = 'quarantine'::text);
+CREATE INDEX admin_approvals_expiry ON platform.admin_approvals USING btree (expires_at);
 CREATE INDEX device_drops_reported ON platform.device_drops USING btree (reported_at);
 CREATE INDEX enrol_tokens_expires ON platform.enrol_tokens USING btree (expires_at);
 CREATE INDEX peers_device ON platform.peers USING btree (device_id);
@@ -1107,6 +1228,7 @@ CREATE INDEX peers_removed ON platform.peers USING btree (server_id, removed_rev
 CREATE INDEX portal_attempts_account ON platform.portal_attempts USING btree (account, at);
 CREATE INDEX portal_attempts_at ON platform.portal_attempts USING btree (at);
 CREATE INDEX quota_leases_server ON platform.quota_leases USING btree (server_id);
+CREATE INDEX revoked_admin_tokens_expiry ON platform.revoked_admin_tokens USING btree (expires_at);
 CREATE UNIQUE INDEX servers_endpoint_unique ON platform.servers USING btree (public_ip, endpoint_port) WHERE (status <> 'removed'::text);
 CREATE UNIQUE INDEX servers_name_unique ON platform.servers USING btree (name) WHERE (status <> 'removed'::text);
 CREATE INDEX servers_pool ON platform.servers USING btree (pool_id) WHERE (status <> 'removed'::text);
@@ -1266,11 +1388,19 @@ GRANT ALL ON FUNCTION platform.list_servers() TO cvault_app;
 GRANT ALL ON FUNCTION platform.list_servers() TO cvault_sys;
 REVOKE ALL ON FUNCTION platform.move_peer(p_device uuid, p_server uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.move_peer(p_device uuid, p_server uuid) TO cvault_app;
+REVOKE ALL ON FUNCTION platform.open_addresses(p_pool uuid, p_ahead integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.open_addresses(p_pool uuid, p_ahead integer) TO cvault_sys;
 REVOKE ALL ON FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) TO cvault_sys;
 REVOKE ALL ON FUNCTION platform.place_peer(p_device uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.place_peer(p_device uuid) TO cvault_app;
+REVOKE ALL ON FUNCTION platform.pool_reclaims(p_pool uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.pool_reclaims(p_pool uuid) TO cvault_app;
 REVOKE ALL ON PROCEDURE platform.protect(IN p_table regclass) FROM PUBLIC;
+REVOKE ALL ON FUNCTION platform.reclaim_address(p_device uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.reclaim_address(p_device uuid) TO cvault_app;
+REVOKE ALL ON FUNCTION platform.restore_address(p_device uuid, p_server uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.restore_address(p_device uuid, p_server uuid) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.retire_peer(p_device uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.retire_peer(p_device uuid) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.suspend_peer(p_device uuid) FROM PUBLIC;
@@ -1310,8 +1440,11 @@ GRANT INSERT(private_key_sealed),UPDATE(private_key_sealed) ON TABLE cvault.devi
 GRANT INSERT(preshared_key_sealed),UPDATE(preshared_key_sealed) ON TABLE cvault.devices TO cvault_app;
 GRANT INSERT(preshared_key_hash),UPDATE(preshared_key_hash) ON TABLE cvault.devices TO cvault_app;
 GRANT INSERT(pool_id) ON TABLE cvault.devices TO cvault_app;
+GRANT UPDATE(pool_id) ON TABLE cvault.devices TO cvault_fn;
 GRANT INSERT(ipv4) ON TABLE cvault.devices TO cvault_app;
+GRANT UPDATE(ipv4) ON TABLE cvault.devices TO cvault_fn;
 GRANT INSERT(ipv6) ON TABLE cvault.devices TO cvault_app;
+GRANT UPDATE(ipv6) ON TABLE cvault.devices TO cvault_fn;
 GRANT INSERT(server_id) ON TABLE cvault.devices TO cvault_app;
 GRANT UPDATE(server_id) ON TABLE cvault.devices TO cvault_fn;
 GRANT SELECT(server_id) ON TABLE cvault.devices TO cvault_sys;
@@ -1327,6 +1460,7 @@ GRANT UPDATE(revoked_at) ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT(revoked_at) ON TABLE cvault.devices TO cvault_sys;
 GRANT UPDATE(suspended) ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT(suspended) ON TABLE cvault.devices TO cvault_sys;
+GRANT UPDATE(reclaimed) ON TABLE cvault.devices TO cvault_fn;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE cvault.idempotency_keys TO cvault_app;
 GRANT DELETE ON TABLE cvault.idempotency_keys TO cvault_sys;
 GRANT SELECT(tenant_id) ON TABLE cvault.idempotency_keys TO cvault_sys;
@@ -1431,6 +1565,7 @@ GRANT INSERT(over_quota),UPDATE(over_quota) ON TABLE cvault.tenants TO cvault_ap
 GRANT INSERT(throttle_bps),UPDATE(throttle_bps) ON TABLE cvault.tenants TO cvault_app;
 GRANT UPDATE(policy_revision) ON TABLE cvault.tenants TO cvault_app;
 GRANT UPDATE(deleting_since) ON TABLE cvault.tenants TO cvault_app;
+GRANT INSERT(user_rate_limit_per_minute),UPDATE(user_rate_limit_per_minute) ON TABLE cvault.tenants TO cvault_app;
 GRANT SELECT ON TABLE cvault.usage_daily TO cvault_app;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.usage_daily TO cvault_sys;
 GRANT SELECT ON TABLE cvault.usage_hourly TO cvault_app;
@@ -1448,6 +1583,7 @@ GRANT UPDATE(name) ON TABLE platform.address_pools TO cvault_sys;
 GRANT UPDATE(next_host) ON TABLE platform.address_pools TO cvault_fn;
 GRANT UPDATE(quarantine_seconds) ON TABLE platform.address_pools TO cvault_sys;
 GRANT UPDATE(deleted_at) ON TABLE platform.address_pools TO cvault_sys;
+GRANT UPDATE(reclaim) ON TABLE platform.address_pools TO cvault_sys;
 GRANT SELECT,DELETE ON TABLE platform.addresses TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.addresses TO cvault_fn;
 GRANT UPDATE(state) ON TABLE platform.addresses TO cvault_sys;
@@ -1455,6 +1591,9 @@ GRANT UPDATE(tenant_id) ON TABLE platform.addresses TO cvault_sys;
 GRANT UPDATE(device_id) ON TABLE platform.addresses TO cvault_sys;
 GRANT UPDATE(released_device_id) ON TABLE platform.addresses TO cvault_sys;
 GRANT UPDATE(released_at) ON TABLE platform.addresses TO cvault_sys;
+GRANT SELECT,INSERT,DELETE ON TABLE platform.admin_approvals TO cvault_sys;
+GRANT UPDATE(used_at) ON TABLE platform.admin_approvals TO cvault_sys;
+GRANT UPDATE(used_by) ON TABLE platform.admin_approvals TO cvault_sys;
 GRANT SELECT ON TABLE platform.context_keys TO cvault_fn;
 GRANT SELECT ON TABLE platform.context_keys TO cvault_sys;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.device_drops TO cvault_sys;
@@ -1464,6 +1603,7 @@ GRANT UPDATE(fingerprint) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT UPDATE(status) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT UPDATE(response_sealed) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT UPDATE(created_at) ON TABLE platform.idempotency_keys TO cvault_sys;
+GRANT UPDATE(kek_version) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT SELECT ON TABLE platform.installation TO cvault_sys;
 GRANT SELECT,DELETE ON TABLE platform.node_changes TO cvault_sys;
 GRANT INSERT ON TABLE platform.node_changes TO cvault_fn;
@@ -1472,6 +1612,7 @@ GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.peers TO cvault_fn;
 GRANT SELECT,INSERT,DELETE ON TABLE platform.portal_attempts TO cvault_sys;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.quota_leases TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.quota_months TO cvault_sys;
+GRANT SELECT,INSERT,DELETE ON TABLE platform.revoked_admin_tokens TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.secrets TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_fn;
