@@ -16,6 +16,8 @@ pub(crate) const MAX_SEGMENTS: usize = 64;
 /// Of larger ones fewer than that fill the largest packet.
 const SMALL: usize = MAX_PACKET / MAX_SEGMENTS + 48;
 const UDP: u8 = 17;
+/// How many flows are told apart when datagrams are counted: those that are not are merged a little less.
+const FLOWS: usize = 64;
 
 /// Merges packets in place and writes the headers of those that are left.
 ///
@@ -35,13 +37,27 @@ pub(crate) fn merge(gro: &mut GROTable, mut packets: &mut [TunPacket], uso: bool
 
 /// How many packets may be merged at a time, so that no datagrams become one that the kernel refuses.
 fn run_length(packets: &[TunPacket]) -> usize {
-    let small = packets.iter().enumerate().filter(|(_, packet)| is_small_datagram(&packet.buf[TUN_HEADROOM..]));
-    small.map(|(at, _)| at).nth(MAX_SEGMENTS).unwrap_or(packets.len())
+    let mut counts = [0; FLOWS];
+    for (at, packet) in packets.iter().enumerate() {
+        let Some(flow) = small_datagram(&packet.buf[TUN_HEADROOM..]) else {
+            continue;
+        };
+        counts[flow] += 1;
+        if counts[flow] > MAX_SEGMENTS {
+            return at;
+        }
+    }
+    packets.len()
 }
 
-fn is_small_datagram(packet: &[u8]) -> bool {
-    let protocol = if packet.first().is_some_and(|first| first >> 4 == 6) { packet.get(6) } else { packet.get(9) };
-    packet.len() < SMALL && protocol == Some(&UDP)
+/// Of a datagram of which many make one packet a number below [`FLOWS`] that all of its flow have.
+fn small_datagram(packet: &[u8]) -> Option<usize> {
+    let first = packet.first().filter(|_| packet.len() < SMALL)?;
+    let v6 = first >> 4 == 6;
+    let (protocol, transport) = if v6 { (packet.get(6), 40) } else { (packet.get(9), usize::from(first & 0x0f) * 4) };
+    let ports = packet.get(transport..transport + 4).filter(|_| protocol == Some(&UDP))?;
+    let ports = u32::from_be_bytes(ports.try_into().expect("four bytes"));
+    Some((ports.wrapping_mul(0x9e37_79b1) >> (u32::BITS - FLOWS.ilog2())) as usize)
 }
 
 /// Whether the packet is part of another one now.
