@@ -111,6 +111,8 @@ pub(crate) enum Timers {
     Nothing,
     /// Send this many bytes of the buffer.
     Send(usize),
+    /// Send them too; the peer has not answered, perhaps because it cannot from where we sent.
+    SendAnew(usize),
     /// The tunnel is of no use any more.
     Expired,
 }
@@ -120,6 +122,8 @@ struct UnderWay {
     initiated: Initiated,
     /// An earlier initiation, of which the response may still come.
     earlier: Option<Initiated>,
+    /// It has come: there is a session, of which the other side may know nothing any more once it answers the last one.
+    is_answered: bool,
     began_ms: u64,
     sent_ms: u64,
 }
@@ -204,7 +208,7 @@ impl Tunnel {
                 *session = None;
             }
         }
-        let mut wants_session = false;
+        let (mut wants_session, mut unanswered) = (false, false);
         if let Some(under_way) = &self.under_way {
             if since(under_way.began_ms) >= REKEY_ATTEMPT_TIME_MS {
                 self.under_way = None;
@@ -212,19 +216,24 @@ impl Tunnel {
                     return Timers::Expired;
                 }
             } else if since(under_way.sent_ms) >= REKEY_TIMEOUT_MS + self.jitter_ms() {
-                return self.initiate_again(now, room).map_or(Timers::Nothing, Timers::Send);
+                if !under_way.is_answered || !self.heard {
+                    return self.initiate_again(now, room).map_or(Timers::Nothing, Timers::SendAnew);
+                }
+                // The session that an earlier initiation brought is good, so the last one has gone astray.
+                self.under_way = None;
             }
         } else {
             let aged = self
                 .current
                 .as_ref()
                 .is_some_and(|session| session.is_ours && self.heard && since(session.born_ms) >= REKEY_ON_RECEIVE_MS);
-            let unanswered = self.unanswered_since_ms.is_some_and(|then| since(then) >= UNANSWERED_MS);
+            unanswered = self.unanswered_since_ms.is_some_and(|then| since(then) >= UNANSWERED_MS);
             wants_session = aged || unanswered || std::mem::take(&mut self.wants_rekey);
         }
         if wants_session {
             self.unanswered_since_ms = None;
-            return self.initiate(now, room).map_or(Timers::Nothing, Timers::Send);
+            let send = if unanswered { Timers::SendAnew } else { Timers::Send };
+            return self.initiate(now, room).map_or(Timers::Nothing, send);
         }
         if self.unconfirmed_since_ms.is_some_and(|then| since(then) >= KEEPALIVE_TIMEOUT_MS) {
             self.unconfirmed_since_ms = None;
@@ -253,7 +262,8 @@ impl Tunnel {
             Some(under_way) => (Some(under_way.initiated), under_way.began_ms),
             None => (None, now.mono_ms),
         };
-        self.under_way = Some(Box::new(UnderWay { initiated, earlier, began_ms, sent_ms: now.mono_ms }));
+        let sent_ms = now.mono_ms;
+        self.under_way = Some(Box::new(UnderWay { initiated, earlier, is_answered: false, began_ms, sent_ms }));
         Some(INITIATION_BYTES)
     }
 
@@ -264,24 +274,35 @@ impl Tunnel {
         self.jar.sign(now.mono_ms, &mut room[..RESPONSE_BYTES]);
         self.next = Some(Box::new(Session::new(&keys, index, false, now.mono_ms)));
         self.previous = None;
+        self.unanswered_since_ms = None;
         Some(RESPONSE_BYTES)
     }
 
-    /// Takes the answer to an initiation of ours: there is a new session.
+    /// Takes the answer to an initiation of ours: there is a new session. After the answer to an earlier one that to the
+    /// last is still awaited: when the other side has given it, it has forgotten the session before.
     pub(crate) fn finish(&mut self, now: Now, index: u32, response: &[u8]) -> Result<(), Drop> {
-        let under_way = self.under_way.as_ref().ok_or(Drop::NoSession)?;
-        let initiated = [Some(&under_way.initiated), under_way.earlier.as_ref()].into_iter().flatten();
-        let initiated = initiated.into_iter().find(|one| one.local_index == index).ok_or(Drop::NoSession)?;
+        let under_way = self.under_way.as_mut().ok_or(Drop::NoSession)?;
+        let earlier = under_way.earlier.as_ref().filter(|one| one.local_index == index);
+        let is_last = earlier.is_none();
+        let initiated = earlier.unwrap_or(&under_way.initiated);
+        if initiated.local_index != index {
+            return Err(Drop::NoSession);
+        }
         let keys = self.local.finish(&self.remote, initiated, response).ok_or(Drop::Decrypt)?;
         let session = Box::new(Session::new(&keys, index, true, now.mono_ms));
         self.previous = self.next.take().or_else(|| self.current.take());
         self.current = Some(session);
+        if is_last {
+            self.under_way = None;
+        } else {
+            under_way.earlier = None;
+            under_way.is_answered = true;
+        }
         self.began();
         Ok(())
     }
 
     fn began(&mut self) {
-        self.under_way = None;
         self.wants_rekey = false;
         self.heard = false;
         self.unanswered_since_ms = None;
@@ -295,9 +316,12 @@ impl Tunnel {
     /// Opens a data message; `room` must be at least as long as it. `true`: it completes a handshake that the other
     /// side began.
     pub(crate) fn receive(&mut self, index: u32, message: &[u8], room: &mut [u8]) -> (Received, bool) {
-        let named = |session: &&mut Box<Session>| session.local_index == index;
-        let sessions = [&mut self.current, &mut self.next, &mut self.previous].into_iter();
-        let Some(session) = sessions.filter_map(Option::as_mut).find(named) else {
+        let sessions = [(&mut self.current, false), (&mut self.next, true), (&mut self.previous, false)];
+        let found = sessions.into_iter().find_map(|(session, is_next)| {
+            let session = session.as_mut().filter(|session| session.local_index == index)?;
+            Some((session, is_next))
+        });
+        let Some((session, completes)) = found else {
             return (Received::Refused(Drop::NoSession), false);
         };
         let len = match session.open(message, room) {
@@ -305,10 +329,10 @@ impl Tunnel {
             Err(Unopened::Replayed) => return (Received::Refused(Drop::Replay), false),
             Err(Unopened::Forged) => return (Received::Refused(Drop::Decrypt), false),
         };
-        let completes = self.next.as_ref().is_some_and(|next| next.local_index == index);
         if completes {
             self.previous = self.current.take();
             self.current = self.next.take();
+            self.under_way = None;
             self.began();
         }
         self.unanswered_since_ms = None;
@@ -339,8 +363,21 @@ impl Tunnel {
         std::mem::take(&mut self.wants_rekey)
     }
 
+    /// One that no session and no handshake of this tunnel has: there are at most five of them.
     fn draw_index(&mut self) -> u32 {
-        self.indices = self.indices.wrapping_add(1);
-        self.index | u32::from(self.indices)
+        loop {
+            self.indices = self.indices.wrapping_add(1);
+            let index = self.index | u32::from(self.indices);
+            if !self.uses(index) {
+                return index;
+            }
+        }
+    }
+
+    fn uses(&self, index: u32) -> bool {
+        let sessions = [&self.current, &self.previous, &self.next].into_iter().flatten();
+        let under_way = self.under_way.iter();
+        let initiated = under_way.flat_map(|one| [Some(&one.initiated), one.earlier.as_ref()]).flatten();
+        sessions.map(|session| session.local_index).chain(initiated.map(|one| one.local_index)).any(|used| used == index)
     }
 }

@@ -316,6 +316,12 @@ impl Engine {
                 peer.last_attempt_ms = now.mono_ms;
                 push(peer, slot, len, 0, out);
             }
+            Timers::SendAnew(len) => {
+                peer.last_attempt_ms = now.mono_ms;
+                // As the kernel does: it may know another way by now.
+                peer.via = None;
+                push(peer, slot, len, 0, out);
+            }
             Timers::Expired => self.drop_tunnel(slot),
         }
     }

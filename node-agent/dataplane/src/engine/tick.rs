@@ -100,6 +100,7 @@ impl Engine {
         };
         if let Some(len) = tunnel.initiate_again(now, room) {
             peer.last_attempt_ms = now.mono_ms;
+            peer.via = None;
             push(peer, slot, len, 0, out);
         }
         self.expect_answer(now, slot, repeats_left);
