@@ -88,6 +88,20 @@ fn an_initiation_from_before_a_restart_is_refused_and_makes_nothing() {
 }
 
 #[test]
+fn an_initiation_from_before_the_host_booted_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, mut client) = pair();
+    let old = initiation(&mut client);
+    for boot in 1..=3 {
+        let counters = CounterTable::open(dir.path(), 16, [boot; 16], [boot; 16]).unwrap();
+        let mut server = Host::with(counters, 1, SERVER);
+        server.peer(2, |p| p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()]).unwrap();
+        server.udp(&old, CLIENT);
+        assert_eq!(server.sent().len(), usize::from(boot == 1), "boot {boot}");
+    }
+}
+
+#[test]
 fn an_initiation_from_before_the_tunnel_went_cold_is_refused() {
     let (mut server, mut client) = pair();
     let (oldest, old) = (initiation(&mut client), initiation(&mut client));

@@ -164,17 +164,19 @@ impl Engine {
     /// An engine without key and peers. Slots found occupied in the counters wait for their peers to be added again.
     #[must_use]
     pub fn new(config: EngineConfig) -> Self {
-        let EngineConfig { counters, seed } = config;
-        let hold = Hold::new(1, counters.capacity() as usize).pop().expect("one was asked for");
+        let EngineConfig { mut counters, seed } = config;
+        let former = counters.take_former();
+        let hold = Hold::new(1, counters.capacity() as usize, former).pop().expect("one was asked for");
         Self::of_shard(Shard::ALONE, hold, Arc::new(counters), seed)
     }
 
     /// `count` engines that share counters and directory; the low byte of a slot says which of them owns it.
     #[must_use]
     pub fn sharded(config: EngineConfig, count: u16) -> Vec<Self> {
-        let EngineConfig { counters, seed } = config;
+        let EngineConfig { mut counters, seed } = config;
+        let former = counters.take_former();
         let counters = Arc::new(counters);
-        let holds = Hold::new(usize::from(count), counters.capacity() as usize).into_iter();
+        let holds = Hold::new(usize::from(count), counters.capacity() as usize, former).into_iter();
         let shards = (0..count).map(|index| Shard { index, count });
         shards.zip(holds).map(|(shard, hold)| Self::of_shard(shard, hold, Arc::clone(&counters), seed)).collect()
     }

@@ -150,7 +150,7 @@ pub(super) fn settle(server: &mut Host, client: &mut Host) {
 /// A server with a tenant's peer 2 at 10.8.0.2, and that peer as client with everything routed to the server.
 pub(super) fn pair() -> (Host, Host) {
     let mut server = Host::new(1, SERVER);
-    server.engine.set_overlay(true, &["10.8.0.0/16".parse().unwrap(), "fd00:cafe::/64".parse().unwrap()]);
+    server.engine.set_overlay(true, &["10.8.0.0/16".parse().unwrap(), "fd00:cafe::/64".parse().unwrap()]).unwrap();
     server
         .peer(2, |p| {
             p.tenant = Some(TENANT);
@@ -472,6 +472,37 @@ fn another_generation_starts_at_zero_and_the_same_goes_on() {
 }
 
 #[test]
+fn a_life_that_is_removed_and_added_again_is_counted_on() {
+    let (mut server, mut client) = connected();
+    let add = |server: &mut Host, generation| {
+        server
+            .peer(2, |p| {
+                p.generation = generation;
+                p.tenant = Some(TENANT);
+                p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()];
+            })
+            .unwrap();
+    };
+    add(&mut server, Some(3));
+    closed(&mut server);
+    for host in [&mut server, &mut client] {
+        host.now.mono_ms += 200_000;
+        host.now.unix_ms += 200_000;
+    }
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    assert_eq!(server.delivered().len(), 1);
+    for generation in [Some(3), None] {
+        server.peer(2, |p| p.remove = true).unwrap();
+        let last = closed(&mut server)[0].counts;
+        assert_eq!((last.rx_inner, last.rx_packets), (100, 1));
+        add(&mut server, generation);
+        let expected = if generation.is_some() { last } else { crate::counters::Counts::default() };
+        assert_eq!(server.view(2).counts, crate::counters::Counts { last_handshake_ms: 0, ..expected });
+    }
+}
+
+#[test]
 fn replacing_all_peers_keeps_the_sessions_of_those_that_stay() {
     let (mut server, mut client) = connected();
     server.peer(3, |p| p.allowed_ips = vec!["10.8.0.3/32".parse().unwrap()]).unwrap();
@@ -700,6 +731,30 @@ fn allowed_ips_move_to_the_peer_that_is_told_last() {
     assert_eq!(server.view(3).allowed_ips, ["10.8.0.2/32".parse::<IpNet>().unwrap()]);
     server.peer(3, |p| p.removed_ips = vec!["10.8.0.2/32".parse().unwrap()]).unwrap();
     assert_eq!(server.view(3).allowed_ips, []);
+}
+
+#[test]
+fn many_prefixes_move_and_go_together() {
+    let mut server = Host::new(1, SERVER);
+    let nets: Vec<IpNet> = (0..1000).map(|bits| IpNet::from(IpAddr::from(Ipv4Addr::from(0x0a00_0000 + bits)))).collect();
+    server.peer(2, |p| p.allowed_ips.clone_from(&nets)).unwrap();
+    server.peer(3, |p| p.allowed_ips = vec!["10.9.0.1/32".parse().unwrap()]).unwrap();
+    server.peer(4, |p| p.allowed_ips = nets[100..].iter().copied().chain(["10.9.0.1/32".parse().unwrap()]).collect()).unwrap();
+    assert_eq!((server.view(2).allowed_ips[..].to_vec(), server.view(3).allowed_ips.len()), (nets[..100].to_vec(), 0));
+    server.peer(4, |p| p.removed_ips = nets[50..900].to_vec()).unwrap();
+    assert_eq!(server.view(4).allowed_ips.len(), 101);
+    assert_eq!(server.view(2).allowed_ips.len(), 100, "only the owner's go");
+    consistent(&server.engine).unwrap();
+}
+
+#[test]
+fn more_prefixes_of_the_overlay_than_a_packet_can_be_compared_with_are_refused() {
+    let mut server = Host::new(1, SERVER);
+    let nets: Vec<IpNet> = (0..257).map(|bits| IpNet::from(IpAddr::from(Ipv4Addr::from(0x0a00_0000 + bits)))).collect();
+    server.engine.set_overlay(true, &nets[..256]).unwrap();
+    assert!(server.engine.set_overlay(false, &nets[256..]).is_err());
+    server.engine.set_overlay(false, &nets[..10]).unwrap();
+    assert_eq!(server.engine.device().overlay.len(), 256);
 }
 
 #[test]

@@ -339,7 +339,7 @@ impl Worker {
                 return Reply::Changed { errno, notices: self.engine.take_notices(), settled };
             }
             Request::Notices(notices) => {
-                notices.into_iter().for_each(|notice| self.engine.on_notice(notice));
+                self.engine.on_notices(notices);
                 self.settle();
                 0
             }
@@ -362,8 +362,9 @@ impl Worker {
     }
 
     fn change_device(&mut self, now: Now, change: DeviceChange) -> io::Result<()> {
-        let policy = self.engine.change_policy(now, change.policy);
-        policy.map_err(|TooMany| io::Error::from_raw_os_error(libc::ENOSPC))?;
+        let too_many = |TooMany| io::Error::from_raw_os_error(libc::ENOSPC);
+        self.engine.set_overlay(change.replace_overlay, &change.overlay).map_err(too_many)?;
+        self.engine.change_policy(now, change.policy).map_err(too_many)?;
         if let Some(fwmark) = change.fwmark {
             if let Some(sockets) = &self.net.sockets {
                 sockets.set_fwmark(fwmark)?;
@@ -373,7 +374,6 @@ impl Worker {
         if let Some(secret) = &change.private_key {
             self.engine.set_private_key(secret);
         }
-        self.engine.set_overlay(change.replace_overlay, &change.overlay);
         let bound = self.net.sockets.as_ref().map(Sockets::port);
         let wanted = match (change.listen_port, bound) {
             (Some(port), Some(bound)) if port == bound => None,
