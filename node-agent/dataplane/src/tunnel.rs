@@ -12,6 +12,7 @@ use crate::change::Secret;
 use crate::drops::Drop;
 use crate::engine::Now;
 pub(crate) use crate::noise::{INITIATION_BYTES, OVERHEAD, REJECT_AFTER_MESSAGES, RESPONSE_BYTES};
+pub(crate) use crate::noise::Stamp;
 use crate::noise::{Initiated, Jar, Local, Opened, Proof, Proved, Remote, Session, Shared, Unopened, Warden};
 
 /// How old the timers may be when a tunnel is used.
@@ -128,6 +129,12 @@ struct UnderWay {
     sent_ms: u64,
 }
 
+/// How long a packet becomes, so that its length says less about it (section 5.4.6): a multiple of 16, but no more than
+/// what the interface takes.
+pub(crate) fn padded(len: usize, mtu: usize) -> usize {
+    len.next_multiple_of(16).min(len.max(mtu))
+}
+
 /// State of one live peer, about 4 KB with a session.
 pub(crate) struct Tunnel {
     local: Arc<Local>,
@@ -136,6 +143,7 @@ pub(crate) struct Tunnel {
     /// The high 24 bits of our session indices; the low ones count.
     index: u32,
     indices: u8,
+    stamp: Stamp,
     current: Option<Box<Session>>,
     previous: Option<Box<Session>>,
     /// A session we answered with, until the initiator uses it.
@@ -152,13 +160,14 @@ pub(crate) struct Tunnel {
 }
 
 impl Tunnel {
-    /// `shared` is that of the identity with the peer, `index` of 24 bits.
+    /// `shared` is that of the identity with the peer, `index` of 24 bits, `stamp` that of the peer's last tunnel.
     pub(crate) fn new(
         identity: &Identity,
         peer: &[u8; 32],
         psk: Option<&Secret>,
         shared: Shared,
         index: u32,
+        stamp: Stamp,
         now: Now,
     ) -> Self {
         let preshared = psk.map_or_else(|| Zeroizing::new([0; 32]), |psk| psk.0.clone());
@@ -168,6 +177,7 @@ impl Tunnel {
             jar: Jar::new(peer),
             index: index << 8,
             indices: 0,
+            stamp,
             current: None,
             previous: None,
             next: None,
@@ -178,6 +188,11 @@ impl Tunnel {
             unanswered_since_ms: None,
             unconfirmed_since_ms: None,
         }
+    }
+
+    /// For the next tunnel to the same peer.
+    pub(crate) fn stamp(&self) -> Stamp {
+        self.stamp
     }
 
     /// Whether a packet can be encrypted now.
@@ -237,7 +252,7 @@ impl Tunnel {
         }
         if self.unconfirmed_since_ms.is_some_and(|then| since(then) >= KEEPALIVE_TIMEOUT_MS) {
             self.unconfirmed_since_ms = None;
-            return self.encrypt(&[], room).map_or(Timers::Nothing, Timers::Send);
+            return self.encrypt(&[], 0, room).map_or(Timers::Nothing, Timers::Send);
         }
         Timers::Nothing
     }
@@ -256,7 +271,7 @@ impl Tunnel {
     /// Another initiation although one is under way: an answer to either is accepted.
     pub(crate) fn initiate_again(&mut self, now: Now, room: &mut [u8]) -> Option<usize> {
         let index = self.draw_index();
-        let initiated = self.local.initiate(&self.remote, index, now.unix_ms, room)?;
+        let initiated = self.local.initiate(&self.remote, index, (&mut self.stamp, now.unix_ms), room)?;
         self.jar.sign(now.mono_ms, &mut room[..INITIATION_BYTES]);
         let (earlier, began_ms) = match self.under_way.take() {
             Some(under_way) => (Some(under_way.initiated), under_way.began_ms),
@@ -345,10 +360,10 @@ impl Tunnel {
         (packet, completes)
     }
 
-    /// Encrypts a packet (or a keepalive when it is empty). Needs a session and `packet.len() + OVERHEAD` bytes.
-    pub(crate) fn encrypt(&mut self, packet: &[u8], room: &mut [u8]) -> Option<usize> {
+    /// Encrypts a packet (or a keepalive when it is empty). Needs a session and `padded(packet, mtu) + OVERHEAD` bytes.
+    pub(crate) fn encrypt(&mut self, packet: &[u8], mtu: usize, room: &mut [u8]) -> Option<usize> {
         let session = self.current.as_mut()?;
-        let len = session.seal(packet, room)?;
+        let len = session.seal(packet, padded(packet.len(), mtu), room)?;
         let age_ms = self.updated_ms.saturating_sub(session.born_ms);
         self.wants_rekey |= session.sent() > REKEY_AFTER_MESSAGES || session.is_ours && age_ms >= REKEY_AFTER_TIME_MS;
         self.unconfirmed_since_ms = None;

@@ -13,7 +13,7 @@ use crate::drops::Drop;
 use crate::journal::ClosedPeer;
 use crate::out::Out;
 use crate::policy::{PeerPolicy, TooMany};
-use crate::tunnel::Identity;
+use crate::tunnel::{Identity, Stamp};
 
 /// After a restart, peers whose last handshake is younger than this still believe in their session.
 const CALLBACK_AGE_MS: u64 = 180_000;
@@ -303,6 +303,7 @@ impl Engine {
             last_traffic_ms: None,
             last_attempt_ms: now.mono_ms,
             last_init_ms: None,
+            stamp: Stamp::default(),
             static_shared: None,
             policy: PeerPolicy::default(),
         }));

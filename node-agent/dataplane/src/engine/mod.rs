@@ -42,7 +42,7 @@ use crate::journal::ClosedPeer;
 use crate::noise::Shared;
 use crate::out::{Datagram, NO_SLOT, Out};
 use crate::policy::{PeerPolicy, Policy};
-use crate::tunnel::{Identity, MIN_ROOM, Timers, Tunnel};
+use crate::tunnel::{Identity, MIN_ROOM, Stamp, Timers, Tunnel};
 
 pub(crate) use apply::Notice;
 pub use apply::Settled;
@@ -109,6 +109,8 @@ struct Peer {
     last_attempt_ms: u64,
     /// Last accepted initiation.
     last_init_ms: Option<u64>,
+    /// Of its last tunnel.
+    stamp: Stamp,
     /// Between our key and the peer's, once that cost an X25519.
     static_shared: Option<Box<Shared>>,
     policy: PeerPolicy,
@@ -158,6 +160,8 @@ pub struct Engine {
     queued: usize,
     policy: Policy,
     hairpin: police::Hairpin,
+    /// Of the TUN; 0 is unknown, and nothing is padded.
+    mtu: usize,
 }
 
 impl Engine {
@@ -222,7 +226,13 @@ impl Engine {
             queued: 0,
             policy: Policy::default(),
             hairpin: police::Hairpin::default(),
+            mtu: 0,
         }
+    }
+
+    /// The largest packet that the TUN takes now: none is padded beyond it.
+    pub fn set_mtu(&mut self, mtu: u16) {
+        self.mtu = usize::from(mtu);
     }
 
     /// Before a pass: takes part in the directory that all workers share.
@@ -333,7 +343,9 @@ impl Engine {
         let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
             return;
         };
-        peer.tunnel = None;
+        if let Some(tunnel) = peer.tunnel.take() {
+            peer.stamp = tunnel.stamp();
+        }
         self.queued -= peer.queue.len();
         for packet in peer.queue.drain(..) {
             self.drops.one(Drop::TxNoSession, packet.len());
@@ -381,7 +393,7 @@ impl Tunnel {
             None => peer.static_shared.insert(Box::new(identity.shared_with(&peer.public_key)?)),
         };
         let psk = peer.preshared_key.as_deref();
-        Some(Self::new(identity, &peer.public_key, psk, Shared::clone(shared), index, now))
+        Some(Self::new(identity, &peer.public_key, psk, Shared::clone(shared), index, peer.stamp, now))
     }
 }
 

@@ -196,6 +196,24 @@ fn data_flows_both_ways_and_is_counted_to_the_byte() {
 }
 
 #[test]
+fn lengths_are_rounded_up_as_far_as_the_mtu_and_the_counters_do_not_see_it() {
+    let (mut server, mut client) = connected();
+    client.engine.set_mtu(1420);
+    let before = server.view(2).counts;
+    for (len, wire) in [(33, 48), (48, 48), (100, 112), (1409, 1420), (1420, 1420), (1421, 1421)] {
+        let up = packet("10.8.0.2", "192.0.2.99", len);
+        client.tun(&up);
+        let sent = client.sent();
+        assert_eq!(sent[0].1.len(), wire + 32);
+        server.udp(&sent[0].1, CLIENT);
+        assert_eq!(server.delivered(), [up]);
+    }
+    let (at_server, at_client) = (server.view(2).counts, client.view(1).counts);
+    assert_eq!(at_server.rx_inner - before.rx_inner, 33 + 48 + 100 + 1409 + 1420 + 1421);
+    assert_eq!(at_client.tx_inner, at_server.rx_inner);
+}
+
+#[test]
 fn a_cold_server_peer_has_no_tunnel_and_cannot_be_called_without_endpoint() {
     let (mut server, _) = pair();
     server.tun(&packet("192.0.2.99", "10.8.0.2", 100));
@@ -788,7 +806,7 @@ fn a_malformed_packet_inside_an_authentic_message_is_dropped() {
         }
         let peer = client.engine.peers[usize::from(slot)].as_mut().unwrap();
         let mut room = vec![0; 2000];
-        let len = peer.tunnel.as_mut().unwrap().encrypt(&inner, &mut room).unwrap();
+        let len = peer.tunnel.as_mut().unwrap().encrypt(&inner, 0, &mut room).unwrap();
         server.udp(&room[..len], CLIENT);
     }
     assert_eq!((server.delivered().len(), server.drops(Drop::Malformed)), (0, 5));

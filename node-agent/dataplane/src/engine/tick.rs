@@ -154,7 +154,7 @@ impl Engine {
             let Some(room) = out.net_room(MIN_ROOM) else {
                 return;
             };
-            let Some(len) = tunnel.encrypt(&[], room) else {
+            let Some(len) = tunnel.encrypt(&[], 0, room) else {
                 return;
             };
             peer.last_traffic_ms = Some(now.mono_ms);

@@ -109,6 +109,11 @@ impl Tun {
         self.device.as_fd()
     }
 
+    /// As it is now: the operator may change it while traffic runs.
+    pub(crate) fn mtu(&self) -> io::Result<u16> {
+        self.device.mtu()
+    }
+
     /// What was configured, for the sockets too.
     pub(crate) fn offloads(&self) -> Offloads {
         self.offloads

@@ -57,6 +57,7 @@ pub(crate) struct Worker {
     panics: Panics,
     started_ms: u64,
     next_tick_ms: u64,
+    next_mtu_ms: u64,
     reading: Reading,
     end: Option<End>,
 }
@@ -119,6 +120,7 @@ impl Worker {
             panics: Panics::default(),
             started_ms,
             next_tick_ms: 0,
+            next_mtu_ms: 0,
             reading: Reading::default(),
             end: None,
         }
@@ -191,6 +193,13 @@ impl Worker {
         worked |= self.receive(now);
         worked |= self.read_tun(now)?;
         worked |= self.engine.on_handshakes(now, &mut self.out);
+        if now.mono_ms >= self.next_mtu_ms {
+            self.next_mtu_ms = now.mono_ms + SECOND_MS;
+            match self.tun.mtu() {
+                Ok(mtu) => self.engine.set_mtu(mtu),
+                Err(error) => tracing::debug!(%error, "the MTU cannot be read"),
+            }
+        }
         if now.mono_ms >= self.next_tick_ms {
             self.engine.on_tick(now, &mut self.out);
             self.next_tick_ms = now.mono_ms + self.engine.tick_interval_ms();
