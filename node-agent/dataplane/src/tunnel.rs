@@ -11,8 +11,8 @@ use zeroize::Zeroizing;
 use crate::change::Secret;
 use crate::drops::Drop;
 use crate::engine::Now;
-pub(crate) use crate::noise::{INITIATION_BYTES, OVERHEAD, REJECT_AFTER_MESSAGES, RESPONSE_BYTES};
 pub(crate) use crate::noise::Stamp;
+pub(crate) use crate::noise::{INITIATION_BYTES, OVERHEAD, REJECT_AFTER_MESSAGES, RESPONSE_BYTES};
 use crate::noise::{Initiated, Jar, Local, Opened, Proof, Proved, Remote, Session, Shared, Unopened, Warden};
 
 /// How old the timers may be when a tunnel is used.
@@ -393,6 +393,9 @@ impl Tunnel {
         let sessions = [&self.current, &self.previous, &self.next].into_iter().flatten();
         let under_way = self.under_way.iter();
         let initiated = under_way.flat_map(|one| [Some(&one.initiated), one.earlier.as_ref()]).flatten();
-        sessions.map(|session| session.local_index).chain(initiated.map(|one| one.local_index)).any(|used| used == index)
+        sessions
+            .map(|session| session.local_index)
+            .chain(initiated.map(|one| one.local_index))
+            .any(|used| used == index)
     }
 }

@@ -450,6 +450,23 @@ fn initiations_that_nobody_completes_disturb_no_session() {
 }
 
 #[test]
+fn whoever_has_just_begun_a_handshake_is_not_called() {
+    let (mut server, mut client) = connected();
+    server.tun(&packet("192.0.2.99", "10.8.0.2", 100));
+    for second in 1..=20 {
+        server.tick(1000);
+        client.tick(1000);
+        if second == 10 {
+            let initiation = initiation(&mut client);
+            server.udp(&initiation, CLIENT);
+        }
+    }
+    let sent = server.sent();
+    assert_eq!(sent.iter().filter(|(_, datagram)| datagram[0] == 2).count(), 1, "an answer, which is lost");
+    assert_eq!(sent.iter().filter(|(_, datagram)| datagram[0] == 1).count(), 0);
+}
+
+#[test]
 fn an_initiation_after_silence_goes_out_by_the_way_the_kernel_knows_now() {
     let (mut server, _client) = connected();
     let slot = server.engine.directory.get().by_key[&public(2)];

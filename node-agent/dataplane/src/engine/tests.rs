@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::change::{PeerChange, Refused};
 use crate::ecn::Ecn;
+use crate::policy::PeerLimitsChange;
 use crate::tunnel::REJECT_AFTER_MESSAGES;
 
 pub(super) const SERVER: &str = "192.0.2.1:51820";
@@ -754,10 +755,13 @@ fn allowed_ips_move_to_the_peer_that_is_told_last() {
 #[test]
 fn many_prefixes_move_and_go_together() {
     let mut server = Host::new(1, SERVER);
-    let nets: Vec<IpNet> = (0..1000).map(|bits| IpNet::from(IpAddr::from(Ipv4Addr::from(0x0a00_0000 + bits)))).collect();
+    let nets: Vec<IpNet> =
+        (0..1000).map(|bits| IpNet::from(IpAddr::from(Ipv4Addr::from(0x0a00_0000 + bits)))).collect();
     server.peer(2, |p| p.allowed_ips.clone_from(&nets)).unwrap();
     server.peer(3, |p| p.allowed_ips = vec!["10.9.0.1/32".parse().unwrap()]).unwrap();
-    server.peer(4, |p| p.allowed_ips = nets[100..].iter().copied().chain(["10.9.0.1/32".parse().unwrap()]).collect()).unwrap();
+    server
+        .peer(4, |p| p.allowed_ips = nets[100..].iter().copied().chain(["10.9.0.1/32".parse().unwrap()]).collect())
+        .unwrap();
     assert_eq!((server.view(2).allowed_ips[..].to_vec(), server.view(3).allowed_ips.len()), (nets[..100].to_vec(), 0));
     server.peer(4, |p| p.removed_ips = nets[50..900].to_vec()).unwrap();
     assert_eq!(server.view(4).allowed_ips.len(), 101);
@@ -919,6 +923,9 @@ fn consistent(engine: &Engine) -> Result<(), TestCaseError> {
 #[test]
 fn congestion_marks_pass_through_the_tunnel_and_what_may_not_carry_them_is_dropped() {
     let (mut server, mut client) = connected();
+    // For what was received, and two of three packets: what is dropped takes nothing of it.
+    let limits = PeerLimitsChange { lease: Some(Some(300)), ..PeerLimitsChange::default() };
+    server.peer(2, |p| p.limits = limits).unwrap();
     let send = |client: &mut Host, class: u8| {
         let mut packet = packet("10.8.0.2", "192.0.2.99", 100);
         packet[1] = class;

@@ -80,7 +80,15 @@ impl Net {
             engines.peer(at, change);
         }
         let shared = identity.shared_with(&server_key).expect("a good key");
-        let client = Tunnel::new(&identity, &server_key, psk.as_ref(), shared.clone(), CLIENT_INDEX, Stamp::default(), engines.now);
+        let client = Tunnel::new(
+            &identity,
+            &server_key,
+            psk.as_ref(),
+            shared.clone(),
+            CLIENT_INDEX,
+            Stamp::default(),
+            engines.now,
+        );
         let (seen, sent) = (Vec::new(), Vec::new());
         let (delivered_bytes, endpoint) = (0, None);
         let mut net = Self {
