@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use cvault_dataplane::counters::{self, CounterFileError, CounterReader, Counts};
-use cvault_dataplane::journal::{self, ClosedPeer, JournalAck, JournalReader};
+use cvault_dataplane::journal::{self, Closed, ClosedPeer, JournalAck, JournalReader};
 use cvault_node_protocol::v1;
 
 use crate::clock::Moment;
@@ -108,19 +108,9 @@ impl Meter {
         let previous = self.read_previous(&mut readings)?;
         // Counters before the journal: a peer that is closed in between is then read twice, not missed.
         let read = self.read_counters(&mut readings, &mut pass.counted)?;
-        let closed = self.journal.read_after(self.taken).map_err(MeterError::Journal)?;
-        let fresh = closed.peers.iter().filter(|peer| !self.unplaced.contains(peer)).count();
-        let mut unplaced = std::mem::take(&mut self.unplaced);
-        unplaced.retain(|peer| !closed.peers.contains(peer));
-        unplaced.extend(&closed.peers);
-        unplaced.retain(|peer| !readings.take(peer.epoch, life_of(peer), &peer.counts));
+        let (closed, fresh, unplaced) = self.read_closed(&mut readings)?;
         pass.strangers = readings.strangers;
-        let span = Span { boot_id: self.boot_id, start: self.last_pass, end: now };
-        for (epoch, peers) in readings.by_epoch {
-            let peers: Vec<_> = peers.into_values().collect();
-            self.spool.append(epoch, span, &peers)?;
-        }
-        self.spool.sync().map_err(SpoolError::from)?;
+        self.keep(now, readings)?;
         self.known.extend(read);
         self.known.retain(|(_, life), _| pass.counted.contains(life));
         self.last_pass = now;
@@ -146,6 +136,40 @@ impl Meter {
             remove_file(&file).map_err(SpoolError::from)?;
         }
         Ok(pass)
+    }
+
+    /// Makes the final counters of removed peers durable, and nothing else: their removal can be reported then. The tunnel
+    /// keeps its journal until the next pass.
+    pub(crate) fn take_closed(&mut self, now: Moment, desired: &Desired) -> Result<(), MeterError> {
+        let mut readings = Readings { desired, wall_ms: now.wall_ms, by_epoch: BTreeMap::new(), strangers: 0 };
+        let (closed, _, unplaced) = self.read_closed(&mut readings)?;
+        if readings.by_epoch.is_empty() || closed.damaged > 0 {
+            return Ok(());
+        }
+        self.keep(now, readings)?;
+        self.taken = closed.ack();
+        self.unplaced = unplaced;
+        Ok(())
+    }
+
+    /// What the journal has behind what was taken, how much of it is new, and what belongs to no known device.
+    fn read_closed(&self, readings: &mut Readings<'_>) -> Result<(Closed, usize, Vec<ClosedPeer>), MeterError> {
+        let closed = self.journal.read_after(self.taken).map_err(MeterError::Journal)?;
+        let fresh = closed.peers.iter().filter(|peer| !self.unplaced.contains(peer)).count();
+        let mut unplaced = self.unplaced.clone();
+        unplaced.retain(|peer| !closed.peers.contains(peer));
+        unplaced.extend(&closed.peers);
+        unplaced.retain(|peer| !readings.take(peer.epoch, life_of(peer), &peer.counts));
+        Ok((closed, fresh, unplaced))
+    }
+
+    fn keep(&mut self, now: Moment, readings: Readings<'_>) -> Result<(), MeterError> {
+        let span = Span { boot_id: self.boot_id, start: self.last_pass, end: now };
+        for (epoch, peers) in readings.by_epoch {
+            let peers: Vec<_> = peers.into_values().collect();
+            self.spool.append(epoch, span, &peers)?;
+        }
+        Ok(self.spool.sync().map_err(SpoolError::from)?)
     }
 
     /// The journal must not grow for ever: what it holds is copied, for somebody to look at.
@@ -239,7 +263,7 @@ fn life_of(peer: &ClosedPeer) -> Life {
     Life { public_key: PublicKey(peer.public_key), generation: peer.generation }
 }
 
-/// What a pass collects, by epoch; of each life the reading taken last.
+/// What a pass collects, by epoch; of each life the greatest values.
 struct Readings<'a> {
     desired: &'a Desired,
     wall_ms: u64,
@@ -270,9 +294,19 @@ impl Readings<'_> {
             tx_packets: counts.tx_packets,
             handshake_age_ms,
         };
-        self.by_epoch.entry(epoch).or_default().insert((device_id, life.generation), usage);
+        let all = self.by_epoch.entry(epoch).or_default();
+        all.entry((device_id, life.generation)).and_modify(|known| greatest(known, &usage)).or_insert(usage);
         true
     }
+}
+
+/// A life that was ended and goes on is read in both places; its counters only grow.
+fn greatest(known: &mut v1::PeerUsage, other: &v1::PeerUsage) {
+    known.rx_bytes = known.rx_bytes.max(other.rx_bytes);
+    known.tx_bytes = known.tx_bytes.max(other.tx_bytes);
+    known.rx_packets = known.rx_packets.max(other.rx_packets);
+    known.tx_packets = known.tx_packets.max(other.tx_packets);
+    known.handshake_age_ms = known.handshake_age_ms.min(other.handshake_age_ms);
 }
 
 fn open_counters(path: &Path) -> Result<Option<CounterReader>, CounterFileError> {
@@ -342,6 +376,39 @@ mod tests {
         journal.append(&closed(7, 600)).unwrap();
         meter.pass(now, &desired(7)).unwrap();
         assert_eq!(meter.spool.next(now, [1; 16]).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn what_removed_peers_were_counted_is_kept_before_the_next_pass() {
+        let root = private_directory();
+        let dir = StateDir::open(root.path()).unwrap();
+        let now = Moment::now();
+        let mut meter = Meter::open(&dir, [1; 16], now).unwrap();
+        let mut journal = Journal::open(root.path()).unwrap();
+        meter.take_closed(now, &desired(7)).unwrap();
+        journal.append(&closed(7, 500)).unwrap();
+        for _ in 0..2 {
+            meter.take_closed(now, &desired(7)).unwrap();
+            let windows = meter.spool.next(now, [1; 16]).unwrap();
+            assert_eq!((windows.len(), windows[0].peers[0].rx_bytes), (1, 500), "once");
+        }
+        let reopened = Spool::open(&dir.file(SPOOL_FILE), MAX_BYTES, now.wall_ms).unwrap();
+        assert_eq!(reopened.next(now, [1; 16]).unwrap().len(), 1, "and durable");
+        let pass = meter.pass(now, &desired(7)).unwrap();
+        assert_eq!(pass.journal.unwrap().len, 128, "the tunnel hears of it at the next pass");
+        assert_eq!(meter.spool.next(now, [1; 16]).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn of_a_life_that_goes_on_the_greatest_values_are_told() {
+        let root = private_directory();
+        let dir = StateDir::open(root.path()).unwrap();
+        let now = Moment::now();
+        let mut meter = Meter::open(&dir, [1; 16], now).unwrap();
+        let mut journal = Journal::open(root.path()).unwrap();
+        journal.append_all(&[closed(7, 900), closed(7, 500)]).unwrap();
+        meter.pass(now, &desired(7)).unwrap();
+        assert_eq!(meter.spool.next(now, [1; 16]).unwrap()[0].peers[0].rx_bytes, 900);
     }
 
     #[test]

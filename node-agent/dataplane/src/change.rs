@@ -3,8 +3,10 @@
 use std::net::SocketAddr;
 
 use ipnet::IpNet;
+use smallvec::{SmallVec, smallvec};
 use zeroize::Zeroizing;
 
+use crate::allowed::is_host;
 use crate::journal::JournalAck;
 use crate::policy::{PeerLimitsChange, PolicyChange};
 
@@ -80,6 +82,29 @@ pub struct PeerChange {
     pub limits: PeerLimitsChange,
 }
 
+impl PeerChange {
+    /// The same as changes of at most `limit` prefixes each, to be applied one after the other.
+    pub(crate) fn parts(mut self, limit: usize) -> SmallVec<[Self; 1]> {
+        let refused = self.tenant.is_some() && !self.allowed_ips.iter().all(|net| is_host(*net));
+        if self.remove || refused || self.removed_ips.len() + self.allowed_ips.len() <= limit {
+            return smallvec![self];
+        }
+        let mut removed = std::mem::take(&mut self.removed_ips).into_iter();
+        let mut added = std::mem::take(&mut self.allowed_ips).into_iter();
+        let mut parts = SmallVec::new();
+        let mut part = self;
+        loop {
+            part.removed_ips = removed.by_ref().take(limit).collect();
+            part.allowed_ips = added.by_ref().take(limit - part.removed_ips.len()).collect();
+            let next = Self { public_key: part.public_key, update_only: true, ..Self::default() };
+            parts.push(std::mem::replace(&mut part, next));
+            if removed.len() + added.len() == 0 {
+                return parts;
+            }
+        }
+    }
+}
+
 /// A peer's address as the sockets want it: an IPv4-mapped IPv6 address is IPv4. The scope of others is kept.
 pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
     match addr {
@@ -102,4 +127,42 @@ pub enum Refused {
     /// A tenant's peer may only have single addresses.
     #[error("a peer with a tenant may only have /32 and /128 allowed-ips")]
     TenantPrefix,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    fn nets(from: u32, count: u32) -> Vec<IpNet> {
+        (from..from + count).map(|bits| IpNet::from(std::net::IpAddr::from(Ipv4Addr::from(bits)))).collect()
+    }
+
+    #[test]
+    fn a_peer_with_many_prefixes_is_told_in_parts() {
+        let change = PeerChange {
+            public_key: [7; 32],
+            replace_allowed_ips: true,
+            removed_ips: nets(0, 700),
+            allowed_ips: nets(1000, 900),
+            ..PeerChange::default()
+        };
+        let parts = change.parts(512);
+        let lengths: Vec<_> = parts.iter().map(|part| (part.removed_ips.len(), part.allowed_ips.len())).collect();
+        assert_eq!(lengths, [(512, 0), (188, 324), (0, 512), (0, 64)]);
+        assert!(parts[0].replace_allowed_ips && !parts[0].update_only);
+        assert!(parts[1..].iter().all(|part| part.public_key == [7; 32] && part.update_only));
+        assert!(parts[1..].iter().all(|part| !part.replace_allowed_ips));
+        assert_eq!(parts.iter().flat_map(|part| part.removed_ips.clone()).collect::<Vec<_>>(), nets(0, 700));
+        assert_eq!(parts.iter().flat_map(|part| part.allowed_ips.clone()).collect::<Vec<_>>(), nets(1000, 900));
+    }
+
+    #[test]
+    fn what_will_be_refused_is_refused_as_a_whole() {
+        let mut allowed_ips = nets(0, 600);
+        allowed_ips.push("10.0.0.0/8".parse().unwrap());
+        let change = PeerChange { tenant: Some([1; 16]), allowed_ips, ..PeerChange::default() };
+        assert_eq!(change.parts(512).len(), 1);
+    }
 }

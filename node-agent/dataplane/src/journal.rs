@@ -18,7 +18,7 @@ pub const FILE_NAME: &str = "closed.journal";
 
 const MAGIC: [u8; 4] = *b"CVC1";
 const RECORD_BYTES: usize = 128;
-/// Below this the acknowledged front of a journal that is still in use is not worth two syncs: it waits for a moment in
+/// Below this the acknowledged front of a journal that is still in use is not worth a copy: it waits for a moment in
 /// which all of it is acknowledged. Under removals without a pause that moment may never come.
 const LONG_BYTES: u64 = 1 << 20;
 
@@ -265,18 +265,18 @@ impl Journal {
         Ok(crc32fast::hash(&record) == ack.last_crc)
     }
 
-    /// Goes on in a new file with the records from `start` on. At every moment one whole file has the name.
+    /// Goes on in a new file with the records from `start` on. At every moment one whole file has the name; as with
+    /// [`Self::append_all`] nothing waits for the disk, because the packets would wait too.
     fn keep_behind(&mut self, start: u64) -> io::Result<()> {
         let mut rest = vec![0; usize::try_from(self.len - start).map_err(io::Error::other)?];
         self.file.read_exact_at(&mut rest, start)?;
         let temporary = self.dir.join("closed.new");
         let mut file = options().truncate(true).open(&temporary)?;
         file.write_all(&rest)?;
-        file.sync_data()?;
         std::fs::rename(&temporary, self.path())?;
         self.file = file;
         self.len -= start;
-        File::open(&self.dir)?.sync_data()
+        Ok(())
     }
 }
 

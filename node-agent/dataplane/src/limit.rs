@@ -8,12 +8,20 @@ use std::net::{IpAddr, Ipv6Addr};
 const RATE: u32 = 500;
 /// How many may come at once.
 const BURST: u32 = 1000;
-/// Beyond this many sources the shared limiter alone protects us, which is weaker but bounded in memory.
+/// Sources beyond this many share one bucket: whoever has many networks cannot make room for himself.
 const MAX_SOURCES: usize = 16_384;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct SourceLimit {
     tokens: HashMap<IpAddr, u32>,
+    /// Of all the sources that have none of their own.
+    shared: u32,
+}
+
+impl Default for SourceLimit {
+    fn default() -> Self {
+        Self { tokens: HashMap::new(), shared: BURST }
+    }
 }
 
 impl SourceLimit {
@@ -21,14 +29,13 @@ impl SourceLimit {
     pub(crate) fn admit(&mut self, source: IpAddr) -> bool {
         let key = network(source);
         if let Some(tokens) = self.tokens.get_mut(&key) {
-            let left = tokens.checked_sub(1);
-            *tokens = left.unwrap_or(0);
-            return left.is_some();
+            return take(tokens);
         }
         if self.tokens.len() < MAX_SOURCES {
             self.tokens.insert(key, BURST - 1);
+            return true;
         }
-        true
+        take(&mut self.shared)
     }
 
     #[cfg(test)]
@@ -38,11 +45,18 @@ impl SourceLimit {
 
     /// Refills; called once a second. Full buckets are forgotten.
     pub(crate) fn refill(&mut self) {
+        self.shared = (self.shared + RATE).min(BURST);
         self.tokens.retain(|_, tokens| {
             *tokens += RATE;
             *tokens < BURST
         });
     }
+}
+
+fn take(tokens: &mut u32) -> bool {
+    let left = tokens.checked_sub(1);
+    *tokens = left.unwrap_or(0);
+    left.is_some()
 }
 
 fn network(source: IpAddr) -> IpAddr {
@@ -66,5 +80,17 @@ mod tests {
         assert!(limit.admit("192.0.2.1".parse().unwrap()));
         limit.refill();
         assert_eq!((0..5000).filter(|_| limit.admit(flooder)).count(), RATE as usize);
+    }
+
+    #[test]
+    fn whoever_has_a_network_full_of_networks_shares_one_bucket_at_the_end() {
+        let net = |number: u32| IpAddr::from(Ipv6Addr::from_bits(0x2001_0db8 << 96 | u128::from(number) << 64));
+        let mut limit = SourceLimit::default();
+        let regular: IpAddr = "192.0.2.1".parse().unwrap();
+        assert!(limit.admit(regular));
+        let admitted = (0..65_536).filter(|number| limit.admit(net(*number))).count();
+        assert_eq!(admitted, MAX_SOURCES - 1 + BURST as usize);
+        assert_eq!(limit.len(), MAX_SOURCES);
+        assert!(limit.admit(regular), "who was there has a bucket");
     }
 }

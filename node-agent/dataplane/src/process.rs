@@ -22,7 +22,7 @@ use crate::io::ring::rings;
 use crate::io::signals;
 use crate::io::tun::{Tun, TunConfig};
 use crate::io::watch::{Health, Watch};
-use crate::io::worker::{End, Worker};
+use crate::io::worker::{End, Worker, boot_ms};
 use crate::journal::Journal;
 use crate::policy::SharedRates;
 use crate::uapi::server::{self, Occupant, Server, occupant, socket_path};
@@ -240,14 +240,14 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     let (controllers, mailboxes): (Vec<_>, Vec<_>) =
         (0..count).map(|_| mailbox()).collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
     let neighbours = rings(&mailboxes);
-    let started = Instant::now();
+    let (started, started_ms) = (Instant::now(), boot_ms());
     let workers: Vec<_> = engines
         .into_iter()
         .zip(tuns)
         .zip(mailboxes)
         .zip(neighbours)
         .map(|(((engine, tun), mailbox), neighbours)| {
-            Worker::new(engine, tun, journal.clone(), mailbox, neighbours, started)
+            Worker::new(engine, tun, journal.clone(), mailbox, neighbours, started_ms)
         })
         .collect();
     let pulses: Vec<_> = workers.iter().map(Worker::pulse).collect();

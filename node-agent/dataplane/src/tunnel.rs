@@ -11,6 +11,7 @@ use zeroize::Zeroizing;
 use crate::change::Secret;
 use crate::drops::Drop;
 use crate::engine::Now;
+pub(crate) use crate::noise::Stamp;
 pub(crate) use crate::noise::{INITIATION_BYTES, OVERHEAD, REJECT_AFTER_MESSAGES, RESPONSE_BYTES};
 use crate::noise::{Initiated, Jar, Local, Opened, Proof, Proved, Remote, Session, Shared, Unopened, Warden};
 
@@ -111,6 +112,8 @@ pub(crate) enum Timers {
     Nothing,
     /// Send this many bytes of the buffer.
     Send(usize),
+    /// Send them too; the peer has not answered, perhaps because it cannot from where we sent.
+    SendAnew(usize),
     /// The tunnel is of no use any more.
     Expired,
 }
@@ -120,8 +123,16 @@ struct UnderWay {
     initiated: Initiated,
     /// An earlier initiation, of which the response may still come.
     earlier: Option<Initiated>,
+    /// It has come: there is a session, of which the other side may know nothing any more once it answers the last one.
+    is_answered: bool,
     began_ms: u64,
     sent_ms: u64,
+}
+
+/// How long a packet becomes, so that its length says less about it (section 5.4.6): a multiple of 16, but no more than
+/// what the interface takes.
+pub(crate) fn padded(len: usize, mtu: usize) -> usize {
+    len.next_multiple_of(16).min(len.max(mtu))
 }
 
 /// State of one live peer, about 4 KB with a session.
@@ -132,6 +143,7 @@ pub(crate) struct Tunnel {
     /// The high 24 bits of our session indices; the low ones count.
     index: u32,
     indices: u8,
+    stamp: Stamp,
     current: Option<Box<Session>>,
     previous: Option<Box<Session>>,
     /// A session we answered with, until the initiator uses it.
@@ -148,13 +160,14 @@ pub(crate) struct Tunnel {
 }
 
 impl Tunnel {
-    /// `shared` is that of the identity with the peer, `index` of 24 bits.
+    /// `shared` is that of the identity with the peer, `index` of 24 bits, `stamp` that of the peer's last tunnel.
     pub(crate) fn new(
         identity: &Identity,
         peer: &[u8; 32],
         psk: Option<&Secret>,
         shared: Shared,
         index: u32,
+        stamp: Stamp,
         now: Now,
     ) -> Self {
         let preshared = psk.map_or_else(|| Zeroizing::new([0; 32]), |psk| psk.0.clone());
@@ -164,6 +177,7 @@ impl Tunnel {
             jar: Jar::new(peer),
             index: index << 8,
             indices: 0,
+            stamp,
             current: None,
             previous: None,
             next: None,
@@ -174,6 +188,11 @@ impl Tunnel {
             unanswered_since_ms: None,
             unconfirmed_since_ms: None,
         }
+    }
+
+    /// For the next tunnel to the same peer.
+    pub(crate) fn stamp(&self) -> Stamp {
+        self.stamp
     }
 
     /// Whether a packet can be encrypted now.
@@ -204,7 +223,7 @@ impl Tunnel {
                 *session = None;
             }
         }
-        let mut wants_session = false;
+        let (mut wants_session, mut unanswered) = (false, false);
         if let Some(under_way) = &self.under_way {
             if since(under_way.began_ms) >= REKEY_ATTEMPT_TIME_MS {
                 self.under_way = None;
@@ -212,23 +231,28 @@ impl Tunnel {
                     return Timers::Expired;
                 }
             } else if since(under_way.sent_ms) >= REKEY_TIMEOUT_MS + self.jitter_ms() {
-                return self.initiate_again(now, room).map_or(Timers::Nothing, Timers::Send);
+                if !under_way.is_answered || !self.heard {
+                    return self.initiate_again(now, room).map_or(Timers::Nothing, Timers::SendAnew);
+                }
+                // The session that an earlier initiation brought is good, so the last one has gone astray.
+                self.under_way = None;
             }
         } else {
             let aged = self
                 .current
                 .as_ref()
                 .is_some_and(|session| session.is_ours && self.heard && since(session.born_ms) >= REKEY_ON_RECEIVE_MS);
-            let unanswered = self.unanswered_since_ms.is_some_and(|then| since(then) >= UNANSWERED_MS);
+            unanswered = self.unanswered_since_ms.is_some_and(|then| since(then) >= UNANSWERED_MS);
             wants_session = aged || unanswered || std::mem::take(&mut self.wants_rekey);
         }
         if wants_session {
             self.unanswered_since_ms = None;
-            return self.initiate(now, room).map_or(Timers::Nothing, Timers::Send);
+            let send = if unanswered { Timers::SendAnew } else { Timers::Send };
+            return self.initiate(now, room).map_or(Timers::Nothing, send);
         }
         if self.unconfirmed_since_ms.is_some_and(|then| since(then) >= KEEPALIVE_TIMEOUT_MS) {
             self.unconfirmed_since_ms = None;
-            return self.encrypt(&[], room).map_or(Timers::Nothing, Timers::Send);
+            return self.encrypt(&[], 0, room).map_or(Timers::Nothing, Timers::Send);
         }
         Timers::Nothing
     }
@@ -247,13 +271,14 @@ impl Tunnel {
     /// Another initiation although one is under way: an answer to either is accepted.
     pub(crate) fn initiate_again(&mut self, now: Now, room: &mut [u8]) -> Option<usize> {
         let index = self.draw_index();
-        let initiated = self.local.initiate(&self.remote, index, now.unix_ms, room)?;
+        let initiated = self.local.initiate(&self.remote, index, (&mut self.stamp, now.unix_ms), room)?;
         self.jar.sign(now.mono_ms, &mut room[..INITIATION_BYTES]);
         let (earlier, began_ms) = match self.under_way.take() {
             Some(under_way) => (Some(under_way.initiated), under_way.began_ms),
             None => (None, now.mono_ms),
         };
-        self.under_way = Some(Box::new(UnderWay { initiated, earlier, began_ms, sent_ms: now.mono_ms }));
+        let sent_ms = now.mono_ms;
+        self.under_way = Some(Box::new(UnderWay { initiated, earlier, is_answered: false, began_ms, sent_ms }));
         Some(INITIATION_BYTES)
     }
 
@@ -264,24 +289,35 @@ impl Tunnel {
         self.jar.sign(now.mono_ms, &mut room[..RESPONSE_BYTES]);
         self.next = Some(Box::new(Session::new(&keys, index, false, now.mono_ms)));
         self.previous = None;
+        self.unanswered_since_ms = None;
         Some(RESPONSE_BYTES)
     }
 
-    /// Takes the answer to an initiation of ours: there is a new session.
+    /// Takes the answer to an initiation of ours: there is a new session. After the answer to an earlier one that to the
+    /// last is still awaited: when the other side has given it, it has forgotten the session before.
     pub(crate) fn finish(&mut self, now: Now, index: u32, response: &[u8]) -> Result<(), Drop> {
-        let under_way = self.under_way.as_ref().ok_or(Drop::NoSession)?;
-        let initiated = [Some(&under_way.initiated), under_way.earlier.as_ref()].into_iter().flatten();
-        let initiated = initiated.into_iter().find(|one| one.local_index == index).ok_or(Drop::NoSession)?;
+        let under_way = self.under_way.as_mut().ok_or(Drop::NoSession)?;
+        let earlier = under_way.earlier.as_ref().filter(|one| one.local_index == index);
+        let is_last = earlier.is_none();
+        let initiated = earlier.unwrap_or(&under_way.initiated);
+        if initiated.local_index != index {
+            return Err(Drop::NoSession);
+        }
         let keys = self.local.finish(&self.remote, initiated, response).ok_or(Drop::Decrypt)?;
         let session = Box::new(Session::new(&keys, index, true, now.mono_ms));
         self.previous = self.next.take().or_else(|| self.current.take());
         self.current = Some(session);
+        if is_last {
+            self.under_way = None;
+        } else {
+            under_way.earlier = None;
+            under_way.is_answered = true;
+        }
         self.began();
         Ok(())
     }
 
     fn began(&mut self) {
-        self.under_way = None;
         self.wants_rekey = false;
         self.heard = false;
         self.unanswered_since_ms = None;
@@ -295,9 +331,12 @@ impl Tunnel {
     /// Opens a data message; `room` must be at least as long as it. `true`: it completes a handshake that the other
     /// side began.
     pub(crate) fn receive(&mut self, index: u32, message: &[u8], room: &mut [u8]) -> (Received, bool) {
-        let named = |session: &&mut Box<Session>| session.local_index == index;
-        let sessions = [&mut self.current, &mut self.next, &mut self.previous].into_iter();
-        let Some(session) = sessions.filter_map(Option::as_mut).find(named) else {
+        let sessions = [(&mut self.current, false), (&mut self.next, true), (&mut self.previous, false)];
+        let found = sessions.into_iter().find_map(|(session, is_next)| {
+            let session = session.as_mut().filter(|session| session.local_index == index)?;
+            Some((session, is_next))
+        });
+        let Some((session, completes)) = found else {
             return (Received::Refused(Drop::NoSession), false);
         };
         let len = match session.open(message, room) {
@@ -305,10 +344,10 @@ impl Tunnel {
             Err(Unopened::Replayed) => return (Received::Refused(Drop::Replay), false),
             Err(Unopened::Forged) => return (Received::Refused(Drop::Decrypt), false),
         };
-        let completes = self.next.as_ref().is_some_and(|next| next.local_index == index);
         if completes {
             self.previous = self.current.take();
             self.current = self.next.take();
+            self.under_way = None;
             self.began();
         }
         self.unanswered_since_ms = None;
@@ -321,10 +360,10 @@ impl Tunnel {
         (packet, completes)
     }
 
-    /// Encrypts a packet (or a keepalive when it is empty). Needs a session and `packet.len() + OVERHEAD` bytes.
-    pub(crate) fn encrypt(&mut self, packet: &[u8], room: &mut [u8]) -> Option<usize> {
+    /// Encrypts a packet (or a keepalive when it is empty). Needs a session and `padded(packet, mtu) + OVERHEAD` bytes.
+    pub(crate) fn encrypt(&mut self, packet: &[u8], mtu: usize, room: &mut [u8]) -> Option<usize> {
         let session = self.current.as_mut()?;
-        let len = session.seal(packet, room)?;
+        let len = session.seal(packet, padded(packet.len(), mtu), room)?;
         let age_ms = self.updated_ms.saturating_sub(session.born_ms);
         self.wants_rekey |= session.sent() > REKEY_AFTER_MESSAGES || session.is_ours && age_ms >= REKEY_AFTER_TIME_MS;
         self.unconfirmed_since_ms = None;
@@ -339,8 +378,24 @@ impl Tunnel {
         std::mem::take(&mut self.wants_rekey)
     }
 
+    /// One that no session and no handshake of this tunnel has: there are at most five of them.
     fn draw_index(&mut self) -> u32 {
-        self.indices = self.indices.wrapping_add(1);
-        self.index | u32::from(self.indices)
+        loop {
+            self.indices = self.indices.wrapping_add(1);
+            let index = self.index | u32::from(self.indices);
+            if !self.uses(index) {
+                return index;
+            }
+        }
+    }
+
+    fn uses(&self, index: u32) -> bool {
+        let sessions = [&self.current, &self.previous, &self.next].into_iter().flatten();
+        let under_way = self.under_way.iter();
+        let initiated = under_way.flat_map(|one| [Some(&one.initiated), one.earlier.as_ref()]).flatten();
+        sessions
+            .map(|session| session.local_index)
+            .chain(initiated.map(|one| one.local_index))
+            .any(|used| used == index)
     }
 }

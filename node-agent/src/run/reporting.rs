@@ -33,6 +33,14 @@ impl Agent {
         self.ask_leases().await;
     }
 
+    /// The final counters of removed peers; should that fail, the next reading of all counters brings them.
+    pub(super) fn take_closed(&mut self) {
+        let Some(saved) = self.saved.as_ref().filter(|saved| saved.desired.cursor().is_some()) else { return };
+        if let Err(error) = tokio::task::block_in_place(|| self.meter.take_closed(Moment::now(), &saved.desired)) {
+            tracing::error!(error = crate::chain(&error), "the usage of removed devices could not be read yet");
+        }
+    }
+
     pub(super) async fn read_counters(&mut self) {
         let Some(saved) = self.saved.as_mut().filter(|saved| saved.desired.cursor().is_some()) else { return };
         let pass = match tokio::task::block_in_place(|| self.meter.pass(Moment::now(), &saved.desired)) {

@@ -36,6 +36,8 @@ impl Agent {
             left -= 1;
             next = if left > 0 { self.events.try_recv().ok() } else { None };
         }
+        // Before the report that follows says that peers are removed.
+        self.take_closed();
         self.sync_store();
         Ok(())
     }

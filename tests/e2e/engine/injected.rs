@@ -9,6 +9,7 @@ const BYTES: u64 = 1_000_000;
 /// Which are called for the socket, and which for the TUN.
 const SOCKET: &str = "sendmsg,sendmmsg,sendto";
 const TUN: &str = "write,writev";
+const TUN_READ: &str = "read,readv";
 
 /// Until the returned process ends, `fault` is put into the calls of the server's first worker.
 fn inject(both: &Both, calls: &str, fault: &str) -> Result<Process> {
@@ -55,6 +56,11 @@ fn a_socket_that_refuses_now_and_then_costs_no_connection() {
 #[test]
 fn a_tun_that_refuses_now_and_then_costs_no_connection() {
     survives(TUN, &["error=EIO:when=3+11", "error=EINVAL:when=3+11", "error=ENOBUFS:when=2+7"]).unwrap();
+}
+
+#[test]
+fn a_tun_that_cannot_be_read_now_and_then_costs_no_connection() {
+    survives(TUN_READ, &["error=EIO:when=3+11", "error=EINVAL:when=3+11", "error=ENOMEM:when=2+3"]).unwrap();
 }
 
 #[test]

@@ -17,7 +17,7 @@ const QUERIES: &str = ".sqlx";
 /// Other ways a tunnel can run, and the suites that must not see the difference.
 const OTHER_TUNNELS: [(&str, &str); 2] =
     [("CVAULT_TUNNEL_WORKERS", "2"), ("CVAULT_TUNNEL_WITHOUT", "tun,tun-merge,udp-gso,udp-gro")];
-const DATA_PATH: [&str; 3] = ["engine", "tenants", "faults"];
+const DATA_PATH: [&str; 4] = ["engine", "tenants", "policy", "faults"];
 /// Tests that build network namespaces.
 const NEED_ROOT: &str = "cvault-tests/lab,cvault-node-agent/lab";
 

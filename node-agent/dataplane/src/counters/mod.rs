@@ -18,6 +18,7 @@ use std::net::SocketAddr;
 pub use previous::{previous_file_name, previous_files};
 pub use reader::CounterReader;
 pub use table::CounterTable;
+pub(crate) use table::Timestamps;
 
 /// File name inside the state directory.
 pub const FILE_NAME: &str = "counters.bin";

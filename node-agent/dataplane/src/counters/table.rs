@@ -23,7 +23,12 @@ pub struct CounterTable {
     capacity: u32,
     /// Held for its lock: two writers would corrupt each other's counters.
     _file: Option<File>,
+    /// From before the host booted.
+    former: Timestamps,
 }
+
+/// The greatest timestamp of each peer's initiations.
+pub(crate) type Timestamps = HashMap<[u8; 32], u64>;
 
 impl CounterTable {
     /// Counters that end with the process.
@@ -34,7 +39,7 @@ impl CounterTable {
         let map = MmapMut::map_anon(file_len(capacity))?.into();
         let words = Words { map, writable: true };
         write_header(&words, epoch, [0; 16], capacity);
-        Ok(Self { words, epoch, capacity, _file: None })
+        Ok(Self { words, epoch, capacity, _file: None, former: Timestamps::new() })
     }
 
     /// Opens the file in `dir`, or begins a new one with `new_epoch` when it is missing, damaged, of another capacity
@@ -44,20 +49,22 @@ impl CounterTable {
     /// When the directory cannot be used or another process holds the file.
     pub fn open(dir: &Path, capacity: u32, boot_id: [u8; 16], new_epoch: Epoch) -> io::Result<Self> {
         let path = dir.join(FILE_NAME);
+        let mut former = Timestamps::new();
         match lock(&path) {
             Ok(file) => {
                 let words = Words { map: MmapOptions::new().map_raw(&file)?, writable: true };
                 if let Some(header) = read_header(&words) {
                     if header.boot_id == boot_id && header.capacity == capacity {
-                        return Ok(Self { words, epoch: header.epoch, capacity, _file: Some(file) });
+                        return Ok(Self { words, epoch: header.epoch, capacity, _file: Some(file), former });
                     }
+                    former = timestamps(&words, header.capacity);
                     keep(dir, &path, header.epoch)?;
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
-        Self::create(dir, capacity, boot_id, new_epoch)
+        Ok(Self { former, ..Self::create(dir, capacity, boot_id, new_epoch)? })
     }
 
     fn create(dir: &Path, capacity: u32, boot_id: [u8; 16], epoch: Epoch) -> io::Result<Self> {
@@ -69,7 +76,12 @@ impl CounterTable {
         let words = Words { map: MmapOptions::new().map_raw(&file)?, writable: true };
         write_header(&words, epoch, boot_id, capacity);
         std::fs::rename(&temporary, dir.join(FILE_NAME))?;
-        Ok(Self { words, epoch, capacity, _file: Some(file) })
+        Ok(Self { words, epoch, capacity, _file: Some(file), former: Timestamps::new() })
+    }
+
+    /// Timestamps of the peers that the counters from before the boot knew: an initiation of then is no newer now.
+    pub(crate) fn take_former(&mut self) -> Timestamps {
+        std::mem::take(&mut self.former)
     }
 
     /// The life of these counters.
@@ -97,10 +109,16 @@ impl CounterTable {
     }
 
     /// Gives a free slot to a peer, counters at zero.
+    #[cfg(test)]
     pub(crate) fn occupy(&self, slot: u16, public_key: &[u8; 32], generation: u64) {
+        self.occupy_from(slot, public_key, generation, Counts::default());
+    }
+
+    /// Gives a free slot to a peer that has been counted so far.
+    pub(crate) fn occupy_from(&self, slot: u16, public_key: &[u8; 32], generation: u64, counts: Counts) {
         let base = base(slot);
-        for word in 0..Counts::WORDS {
-            self.words.set(base + COUNTS_WORD + word, 0);
+        for (word, value) in counts.to_words().into_iter().enumerate() {
+            self.words.set(base + COUNTS_WORD + word, value);
         }
         self.words.set(base + TIMESTAMP_WORD, 0);
         for (word, bytes) in public_key.chunks_exact(8).enumerate() {
@@ -158,6 +176,16 @@ impl CounterTable {
     pub(crate) fn set_greatest_timestamp(&self, slot: u16, timestamp: u64) {
         self.words.set(base(slot) + TIMESTAMP_WORD, timestamp);
     }
+}
+
+fn timestamps(words: &Words, capacity: u32) -> Timestamps {
+    let mut greatest = Timestamps::new();
+    for peer in slots(capacity).filter_map(|slot| words.peer(slot)) {
+        let timestamp = words.get(base(peer.slot) + TIMESTAMP_WORD);
+        let known = greatest.entry(peer.public_key).or_default();
+        *known = timestamp.max(*known);
+    }
+    greatest
 }
 
 /// Renames the file of an epoch that has ended, so that its last values can still be reported.

@@ -1,5 +1,6 @@
 //! Changes while traffic runs: each is O(1) in the number of peers.
 
+use foldhash::HashSet;
 use ipnet::IpNet;
 use smallvec::SmallVec;
 
@@ -7,14 +8,17 @@ use super::police::total;
 use super::{Closing, Engine, Life, Now, Peer, Shard};
 use crate::allowed::is_host;
 use crate::change::{PeerChange, Refused, Secret};
+use crate::counters::Counts;
 use crate::drops::Drop;
 use crate::journal::ClosedPeer;
 use crate::out::Out;
-use crate::policy::PeerPolicy;
-use crate::tunnel::Identity;
+use crate::policy::{PeerPolicy, TooMany};
+use crate::tunnel::{Identity, Stamp};
 
 /// After a restart, peers whose last handshake is younger than this still believe in their session.
 const CALLBACK_AGE_MS: u64 = 180_000;
+/// Every packet of a tenant is compared with each of these prefixes.
+pub(super) const MAX_OVERLAY: usize = 256;
 
 /// Whether removed peers are left to journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,19 +71,24 @@ impl Engine {
     }
 
     /// Changes the prefixes in which peers live.
-    pub fn set_overlay(&mut self, replace: bool, add: &[IpNet]) {
+    ///
+    /// # Errors
+    /// [`TooMany`]; nothing was changed then.
+    pub fn set_overlay(&mut self, replace: bool, add: &[IpNet]) -> Result<(), TooMany> {
         if !replace && add.is_empty() {
-            return;
+            return Ok(());
         }
-        let overlay = &mut self.directory.get_mut().overlay;
-        if replace {
-            overlay.clear();
-        }
+        let mut overlay = if replace { Vec::new() } else { self.directory.get().overlay.clone() };
         for net in add {
             if !overlay.contains(&net.trunc()) {
                 overlay.push(net.trunc());
             }
+            if overlay.len() > MAX_OVERLAY {
+                return Err(TooMany);
+            }
         }
+        self.directory.get_mut().overlay = overlay;
+        Ok(())
     }
 
     /// `replace_peers`: peers that are not added again until [`Self::end_replace`] go then. Those that are keep their
@@ -173,22 +182,35 @@ impl Engine {
         std::mem::take(&mut self.notices)
     }
 
-    /// Another worker's change concerns one of our peers.
-    pub(crate) fn on_notice(&mut self, notice: Notice) {
-        match notice {
-            Notice::Remove { slot } => self.remove(slot),
-            Notice::Forget { slot, net } => {
+    /// Changes of other workers concern some of our peers.
+    pub(crate) fn on_notices(&mut self, notices: Vec<Notice>) {
+        let mut moved = Vec::new();
+        for notice in notices {
+            match notice {
+                Notice::Remove { slot } => self.remove(slot),
                 // It may have come back in the meantime.
-                if self.directory.get().routes.owner(net) != Some(slot) {
-                    self.forget_prefix(slot, net);
-                }
+                Notice::Forget { slot, net } if self.directory.get().routes.owner(net) == Some(slot) => {}
+                Notice::Forget { slot, net } => moved.push((slot, net)),
             }
+        }
+        self.forget_moved(moved);
+    }
+
+    /// Takes prefixes out of the lists of their former owners.
+    fn forget_moved(&mut self, mut moved: Vec<(u16, IpNet)>) {
+        moved.sort_unstable_by_key(|(slot, _)| *slot);
+        for of_one in moved.chunk_by(|(one, _), (other, _)| one == other) {
+            self.forget_prefixes(of_one[0].0, of_one.iter().map(|(_, net)| *net));
         }
     }
 
-    fn forget_prefix(&mut self, slot: u16, net: IpNet) {
-        if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
-            peer.allowed_ips.retain(|have| *have != net);
+    /// One walk over the list, however many prefixes go.
+    fn forget_prefixes(&mut self, slot: u16, gone: impl ExactSizeIterator<Item = IpNet>) {
+        if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut()
+            && gone.len() > 0
+        {
+            let gone: HashSet<IpNet> = gone.collect();
+            peer.allowed_ips.retain(|have| !gone.contains(have));
         }
     }
 
@@ -251,9 +273,12 @@ impl Engine {
         let slot = match self.parked.remove(&id) {
             Some(slot) => slot,
             None => {
-                let greatest = self.greatest_timestamp_of(&id.0);
                 let slot = self.take_free_slot().ok_or(Refused::Full)?;
-                self.counters.occupy(slot, &id.0, id.1);
+                let former = self.directory.get_mut().former.remove(&id.0).unwrap_or(0);
+                let greatest = self.greatest_timestamp_of(&id.0).max(former);
+                // Whoever names no life, as `wg` does, means a new one.
+                let counted = change.generation.and_then(|_| self.directory.get().finals.get(&id)).unwrap_or_default();
+                self.counters.occupy_from(slot, &id.0, id.1, Counts { last_handshake_ms: 0, ..counted });
                 self.counters.set_greatest_timestamp(slot, greatest);
                 slot
             }
@@ -278,6 +303,7 @@ impl Engine {
             last_traffic_ms: None,
             last_attempt_ms: now.mono_ms,
             last_init_ms: None,
+            stamp: Stamp::default(),
             static_shared: None,
             policy: PeerPolicy::default(),
         }));
@@ -331,15 +357,16 @@ impl Engine {
                 self.directory.get_mut().routes.remove(net, slot);
             }
         }
-        for net in change.removed_ips {
-            let net = net.trunc();
-            peer.allowed_ips.retain(|have| *have != net);
-            self.directory.get_mut().routes.remove(net, slot);
+        for net in &change.removed_ips {
+            self.directory.get_mut().routes.remove(net.trunc(), slot);
         }
+        self.forget_prefixes(slot, change.removed_ips.iter().map(IpNet::trunc));
         if !same {
+            let mut moved = Vec::new();
             for net in change.allowed_ips {
-                self.add_allowed_ip(slot, net.trunc());
+                moved.extend(self.add_allowed_ip(slot, net.trunc()).map(|former| (former, net.trunc())));
             }
+            self.forget_moved(moved);
         }
         if let Some(seconds) = change.persistent_keepalive {
             self.set_keepalive(slot, seconds);
@@ -362,16 +389,20 @@ impl Engine {
         }
     }
 
-    fn add_allowed_ip(&mut self, slot: u16, net: IpNet) {
-        match self.directory.get_mut().routes.insert(net, slot) {
-            Some(former) if former == slot => return,
-            Some(former) if self.shard.owns(former) => self.forget_prefix(former, net),
-            Some(former) => self.notices.push(Notice::Forget { slot: former, net }),
-            None => {}
+    /// Says which other peer of ours still lists the prefix.
+    fn add_allowed_ip(&mut self, slot: u16, net: IpNet) -> Option<u16> {
+        let former = self.directory.get_mut().routes.insert(net, slot);
+        if former == Some(slot) {
+            return None;
         }
         if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
             peer.allowed_ips.push(net);
         }
+        let (ours, elsewhere) = former.map_or((None, None), |former| {
+            if self.shard.owns(former) { (Some(former), None) } else { (None, Some(former)) }
+        });
+        self.notices.extend(elsewhere.map(|slot| Notice::Forget { slot, net }));
+        ours
     }
 
     fn set_keepalive(&mut self, slot: u16, seconds: u16) {
@@ -432,7 +463,9 @@ impl Engine {
                 generation: last.generation,
                 counts: last.counts,
             };
-            self.closing_lives.insert((peer.public_key, peer.generation));
+            let life = (peer.public_key, peer.generation);
+            self.directory.get_mut().finals.keep(life, peer.counts);
+            self.closing_lives.insert(life);
             self.closing.push(Closing { slot, peer });
         }
     }

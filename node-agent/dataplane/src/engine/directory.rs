@@ -3,17 +3,22 @@
 //! A worker holds the directory for one pass at a time ([`Hold::enter`], [`Hold::leave`]), so packets take no lock. A
 //! change takes it away from everybody until it is done ([`Hold::get_mut`]). A worker that is alone always has it.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use foldhash::{HashMap, HashMapExt};
 use ipnet::IpNet;
 
+use super::Life;
 use crate::allowed::AllowedIps;
+use crate::counters::{Counts, Timestamps};
 use crate::policy::TenantId;
 
 /// How often a change looks whether the others have finished their pass: a fraction of a pass.
 const LOOK_AGAIN: Duration = Duration::from_micros(20);
+/// Ended lives whose counters are remembered: 1.6 MB.
+const MAX_FINALS: usize = 16_384;
 
 #[derive(Debug, Default)]
 pub(crate) struct Directory {
@@ -22,6 +27,38 @@ pub(crate) struct Directory {
     pub(super) overlay: Vec<IpNet>,
     /// Whose the peers are, kept where one worker has to know it of another's.
     pub(super) tenants: HashMap<u16, TenantId>,
+    pub(super) finals: Finals,
+    /// Of peers that have not been added again since the host booted.
+    pub(super) former: Timestamps,
+}
+
+/// Final counters of lives that ended under this process: one that begins again goes on from them, as everybody who keeps
+/// its greatest values expects. The oldest are forgotten when there are too many.
+#[derive(Debug, Default)]
+pub(super) struct Finals {
+    counts: HashMap<Life, Counts>,
+    order: VecDeque<Life>,
+}
+
+impl Finals {
+    fn with_room() -> Self {
+        Self { counts: HashMap::with_capacity(MAX_FINALS + 1), order: VecDeque::with_capacity(MAX_FINALS + 1) }
+    }
+
+    pub(super) fn keep(&mut self, life: Life, counts: Counts) {
+        if self.counts.insert(life, counts).is_none() {
+            self.order.push_back(life);
+        }
+        if self.order.len() > MAX_FINALS
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.counts.remove(&oldest);
+        }
+    }
+
+    pub(super) fn get(&self, life: &Life) -> Option<Counts> {
+        self.counts.get(life).copied()
+    }
 }
 
 impl Directory {
@@ -31,6 +68,8 @@ impl Directory {
             routes: AllowedIps::with_room(peers),
             overlay: Vec::new(),
             tenants: HashMap::default(),
+            finals: Finals::with_room(),
+            former: Timestamps::new(),
         }
     }
 }
@@ -76,8 +115,8 @@ pub(crate) struct Hold {
 
 impl Hold {
     /// For `count` engines; one alone shares with nobody.
-    pub(crate) fn new(count: usize, peers: usize) -> Vec<Self> {
-        let directory = Arc::new(Directory::with_room(peers));
+    pub(crate) fn new(count: usize, peers: usize, former: Timestamps) -> Vec<Self> {
+        let directory = Arc::new(Directory { former, ..Directory::with_room(peers) });
         if count <= 1 {
             return vec![Self { shared: None, turn: Turn::Changing(directory) }];
         }
@@ -140,7 +179,7 @@ mod tests {
     #[test]
     fn changes_by_one_are_whole_to_the_others() {
         const ROUNDS: u16 = 500;
-        let mut holds = Hold::new(3, 8);
+        let mut holds = Hold::new(3, 8, Timestamps::new());
         let mut reader = holds.remove(0);
         std::thread::scope(|scope| {
             for (owner, mut writer) in (0_u8..).zip(holds) {
@@ -168,8 +207,21 @@ mod tests {
     }
 
     #[test]
+    fn of_ended_lives_the_oldest_are_forgotten() {
+        let life = |generation| ([1; 32], generation);
+        let counts = |rx_inner| Counts { rx_inner, ..Counts::default() };
+        let mut finals = Finals::with_room();
+        for generation in 0..=MAX_FINALS as u64 {
+            finals.keep(life(generation), counts(generation));
+        }
+        finals.keep(life(1), counts(7));
+        assert_eq!((finals.get(&life(0)), finals.get(&life(1))), (None, Some(counts(7))));
+        assert_eq!((finals.counts.len(), finals.order.len()), (MAX_FINALS, MAX_FINALS));
+    }
+
+    #[test]
     fn one_alone_needs_no_turns() {
-        let mut alone = Hold::new(1, 8).remove(0);
+        let mut alone = Hold::new(1, 8, Timestamps::new()).remove(0);
         alone.leave();
         alone.get_mut().by_key.insert([1; 32], 2);
         alone.leave();

@@ -88,6 +88,20 @@ fn an_initiation_from_before_a_restart_is_refused_and_makes_nothing() {
 }
 
 #[test]
+fn an_initiation_from_before_the_host_booted_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, mut client) = pair();
+    let old = initiation(&mut client);
+    for boot in 1..=3 {
+        let counters = CounterTable::open(dir.path(), 16, [boot; 16], [boot; 16]).unwrap();
+        let mut server = Host::with(counters, 1, SERVER);
+        server.peer(2, |p| p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()]).unwrap();
+        server.udp(&old, CLIENT);
+        assert_eq!(server.sent().len(), usize::from(boot == 1), "boot {boot}");
+    }
+}
+
+#[test]
 fn an_initiation_from_before_the_tunnel_went_cold_is_refused() {
     let (mut server, mut client) = pair();
     let (oldest, old) = (initiation(&mut client), initiation(&mut client));
@@ -369,6 +383,102 @@ fn a_hundred_live_clients_are_called_back_within_a_second_of_a_restart() {
 fn a_call_that_is_lost_is_repeated_long_before_the_protocols_five_seconds() {
     let times = restart(50);
     assert!(times.iter().all(|ms| *ms <= 1000), "{times:?}");
+}
+
+#[test]
+fn calls_that_cross_with_their_answers_end_in_a_session_that_both_have() {
+    for rtt_ms in [400, 700] {
+        let dir = tempfile::tempdir().unwrap();
+        let counters = || CounterTable::open(dir.path(), 16, [3; 16], [1; 16]).unwrap();
+        let (up, down) = (packet("10.8.0.2", "192.0.2.99", 100), packet("192.0.2.99", "10.8.0.2", 100));
+        let mut client = client_of(0);
+        let of_the_client = || {
+            let mut server = server_of_many(counters(), 1);
+            let public_key = Identity::new(&key_of(0)).public_key();
+            let allowed_ips = vec!["10.8.0.2/32".parse().unwrap()];
+            let change = PeerChange { public_key, allowed_ips, ..PeerChange::default() };
+            server.engine.apply_peer(server.now, change, &mut server.out).unwrap();
+            server
+        };
+        let mut server = of_the_client();
+        client.tun(&up);
+        settle(&mut server, &mut client);
+        drop(server);
+
+        let mut server = of_the_client();
+        let (mut to_server, mut to_client) = (Vec::new(), Vec::new());
+        let mut delivered = (0, 0);
+        for ms in (0..6000).step_by(10) {
+            server.tick(10);
+            client.tick(10);
+            if (2000..5000).contains(&ms) && ms % 100 == 0 {
+                server.tun(&down);
+                client.tun(&up);
+            }
+            let due = ms + rtt_ms / 2;
+            to_client.extend(server.sent().into_iter().map(|(_, datagram)| (due, datagram)));
+            to_server.extend(client.sent().into_iter().map(|(_, datagram)| (due, datagram)));
+            for (_, datagram) in to_client.extract_if(.., |(due, _)| *due <= ms) {
+                client.udp(&datagram, SERVER);
+            }
+            for (_, datagram) in to_server.extract_if(.., |(due, _)| *due <= ms) {
+                server.udp(&datagram, &client.addr.to_string());
+            }
+            delivered = (delivered.0 + server.delivered().len(), delivered.1 + client.delivered().len());
+        }
+        assert_eq!(delivered, (30, 30), "{rtt_ms} ms");
+    }
+}
+
+#[test]
+fn initiations_that_nobody_completes_disturb_no_session() {
+    let (mut server, mut client) = connected();
+    let (up, down) = (packet("10.8.0.2", "192.0.2.99", 100), packet("192.0.2.99", "10.8.0.2", 100));
+    for round in 0..300 {
+        for host in [&mut server, &mut client] {
+            host.now.mono_ms += 25;
+            host.now.unix_ms += 25;
+        }
+        let initiation = initiation(&mut client);
+        server.udp(&initiation, CLIENT);
+        assert_eq!(server.sent().len(), 1, "an answer that is lost");
+        client.tun(&up);
+        server.tun(&down);
+        settle(&mut server, &mut client);
+        assert_eq!((server.delivered().len(), client.delivered().len()), (1, 1), "{round}");
+    }
+}
+
+#[test]
+fn whoever_has_just_begun_a_handshake_is_not_called() {
+    let (mut server, mut client) = connected();
+    server.tun(&packet("192.0.2.99", "10.8.0.2", 100));
+    for second in 1..=20 {
+        server.tick(1000);
+        client.tick(1000);
+        if second == 10 {
+            let initiation = initiation(&mut client);
+            server.udp(&initiation, CLIENT);
+        }
+    }
+    let sent = server.sent();
+    assert_eq!(sent.iter().filter(|(_, datagram)| datagram[0] == 2).count(), 1, "an answer, which is lost");
+    assert_eq!(sent.iter().filter(|(_, datagram)| datagram[0] == 1).count(), 0);
+}
+
+#[test]
+fn an_initiation_after_silence_goes_out_by_the_way_the_kernel_knows_now() {
+    let (mut server, _client) = connected();
+    let slot = server.engine.directory.get().by_key[&public(2)];
+    server.engine.peers[usize::from(slot)].as_mut().unwrap().via = Some("192.0.2.1".parse().unwrap());
+    server.tun(&packet("192.0.2.99", "10.8.0.2", 100));
+    assert!(server.out.net().iter().all(|datagram| datagram.via.is_some()));
+    server.sent();
+    while server.out.net().is_empty() {
+        server.tick(100);
+    }
+    let call = server.out.net()[0];
+    assert_eq!((call.len, call.via), (148, None));
 }
 
 #[test]

@@ -36,7 +36,6 @@ struct Waiting {
     len: u8,
 }
 
-#[derive(Clone, Copy)]
 enum Message {
     Initiation,
     /// By another worker, who found that the peer is ours.
@@ -91,7 +90,7 @@ impl Engine {
             let datagram = &bytes[..usize::from(len)];
             let result = match message {
                 Message::Initiation => self.open(now, datagram, origin, out),
-                Message::Opened(opened) => self.answer_opened(now, opened, datagram, origin, out),
+                Message::Opened(opened) => self.answer_opened(now, &opened, datagram, origin, out),
                 Message::Response { index } => self.complete(now, datagram, index, origin, out),
             };
             if let Err(reason) = result {
@@ -179,13 +178,13 @@ impl Engine {
             self.hand_on(slot, ParcelKind::Initiation(origin, opened), datagram);
             return Ok(());
         }
-        self.answer(now, slot, opened, datagram, origin, out)
+        self.answer(now, slot, &opened, datagram, origin, out)
     }
 
     fn answer_opened(
         &mut self,
         now: Now,
-        opened: Opened,
+        opened: &Opened,
         datagram: &[u8],
         origin: Origin,
         out: &mut Out,
@@ -201,7 +200,7 @@ impl Engine {
         &mut self,
         now: Now,
         slot: u16,
-        opened: Opened,
+        opened: &Opened,
         datagram: &[u8],
         origin: Origin,
         out: &mut Out,
@@ -262,7 +261,7 @@ impl Engine {
         let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::UnknownIndex)?;
         if let Some(tunnel) = peer.tunnel.as_mut().filter(|tunnel| tunnel.is_silent())
             && let Some(room) = out.net_room(MIN_ROOM)
-            && let Some(len) = tunnel.encrypt(&[], room)
+            && let Some(len) = tunnel.encrypt(&[], 0, room)
         {
             push(peer, slot, len, 0, out);
         }

@@ -42,7 +42,7 @@ fn encrypted(client: &mut Host, inner: &[u8]) -> Vec<u8> {
     let slot = client.engine.directory.get().by_key[&public(1)];
     let mut room = vec![0; MIN_ROOM.max(inner.len() + OVERHEAD)];
     let tunnel = client.engine.peers[usize::from(slot)].as_mut().unwrap().tunnel.as_mut().unwrap();
-    let len = tunnel.encrypt(inner, &mut room).unwrap();
+    let len = tunnel.encrypt(inner, 0, &mut room).unwrap();
     room.truncate(len);
     room
 }

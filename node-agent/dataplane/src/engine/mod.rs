@@ -42,7 +42,7 @@ use crate::journal::ClosedPeer;
 use crate::noise::Shared;
 use crate::out::{Datagram, NO_SLOT, Out};
 use crate::policy::{PeerPolicy, Policy};
-use crate::tunnel::{Identity, MIN_ROOM, Timers, Tunnel};
+use crate::tunnel::{Identity, MIN_ROOM, Stamp, Timers, Tunnel};
 
 pub(crate) use apply::Notice;
 pub use apply::Settled;
@@ -109,6 +109,8 @@ struct Peer {
     last_attempt_ms: u64,
     /// Last accepted initiation.
     last_init_ms: Option<u64>,
+    /// Of its last tunnel.
+    stamp: Stamp,
     /// Between our key and the peer's, once that cost an X25519.
     static_shared: Option<Box<Shared>>,
     policy: PeerPolicy,
@@ -158,23 +160,27 @@ pub struct Engine {
     queued: usize,
     policy: Policy,
     hairpin: police::Hairpin,
+    /// Of the TUN; 0 is unknown, and nothing is padded.
+    mtu: usize,
 }
 
 impl Engine {
     /// An engine without key and peers. Slots found occupied in the counters wait for their peers to be added again.
     #[must_use]
     pub fn new(config: EngineConfig) -> Self {
-        let EngineConfig { counters, seed } = config;
-        let hold = Hold::new(1, counters.capacity() as usize).pop().expect("one was asked for");
+        let EngineConfig { mut counters, seed } = config;
+        let former = counters.take_former();
+        let hold = Hold::new(1, counters.capacity() as usize, former).pop().expect("one was asked for");
         Self::of_shard(Shard::ALONE, hold, Arc::new(counters), seed)
     }
 
     /// `count` engines that share counters and directory; the low byte of a slot says which of them owns it.
     #[must_use]
     pub fn sharded(config: EngineConfig, count: u16) -> Vec<Self> {
-        let EngineConfig { counters, seed } = config;
+        let EngineConfig { mut counters, seed } = config;
+        let former = counters.take_former();
         let counters = Arc::new(counters);
-        let holds = Hold::new(usize::from(count), counters.capacity() as usize).into_iter();
+        let holds = Hold::new(usize::from(count), counters.capacity() as usize, former).into_iter();
         let shards = (0..count).map(|index| Shard { index, count });
         shards.zip(holds).map(|(shard, hold)| Self::of_shard(shard, hold, Arc::clone(&counters), seed)).collect()
     }
@@ -220,7 +226,13 @@ impl Engine {
             queued: 0,
             policy: Policy::default(),
             hairpin: police::Hairpin::default(),
+            mtu: 0,
         }
+    }
+
+    /// The largest packet that the TUN takes now: none is padded beyond it.
+    pub fn set_mtu(&mut self, mtu: u16) {
+        self.mtu = usize::from(mtu);
     }
 
     /// Before a pass: takes part in the directory that all workers share.
@@ -316,6 +328,12 @@ impl Engine {
                 peer.last_attempt_ms = now.mono_ms;
                 push(peer, slot, len, 0, out);
             }
+            Timers::SendAnew(len) => {
+                peer.last_attempt_ms = now.mono_ms;
+                // As the kernel does: it may know another way by now.
+                peer.via = None;
+                push(peer, slot, len, 0, out);
+            }
             Timers::Expired => self.drop_tunnel(slot),
         }
     }
@@ -325,7 +343,9 @@ impl Engine {
         let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
             return;
         };
-        peer.tunnel = None;
+        if let Some(tunnel) = peer.tunnel.take() {
+            peer.stamp = tunnel.stamp();
+        }
         self.queued -= peer.queue.len();
         for packet in peer.queue.drain(..) {
             self.drops.one(Drop::TxNoSession, packet.len());
@@ -373,7 +393,7 @@ impl Tunnel {
             None => peer.static_shared.insert(Box::new(identity.shared_with(&peer.public_key)?)),
         };
         let psk = peer.preshared_key.as_deref();
-        Some(Self::new(identity, &peer.public_key, psk, Shared::clone(shared), index, now))
+        Some(Self::new(identity, &peer.public_key, psk, Shared::clone(shared), index, peer.stamp, now))
     }
 }
 

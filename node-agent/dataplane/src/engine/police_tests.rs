@@ -70,7 +70,7 @@ impl Net {
     fn new() -> Self {
         let now = Now { mono_ms: 10_000, unix_ms: 1_800_000_000_000 };
         let mut server = Host::new(SERVER_KEY, SERVER);
-        server.engine.set_overlay(true, &["10.8.0.0/16".parse().unwrap(), "fd00:cafe::/64".parse().unwrap()]);
+        server.engine.set_overlay(true, &["10.8.0.0/16".parse().unwrap(), "fd00:cafe::/64".parse().unwrap()]).unwrap();
         let mut clients = Vec::new();
         for (key, tenant) in [(2, Some(OURS)), (3, Some(OURS)), (4, Some(THEIRS)), (5, None)] {
             server.set(now, key, |p| {

@@ -104,8 +104,9 @@ impl Engine {
             return Ok(());
         };
         let way = self.way(slot, out.tun_written(packet_len))?;
-        self.charge(now, slot, Direction::Up, packet_len)?;
+        // What is dropped is not charged.
         ecn::decapsulate(origin.ecn, out.tun_written(packet_len))?;
+        self.charge(now, slot, Direction::Up, packet_len)?;
         match way {
             Way::Tun => out.push_tun(packet_len, slot),
             Way::Peer(other) => self.hairpin(now, slot, other, packet_len, out),

@@ -6,7 +6,7 @@ use crate::ecn::Ecn;
 use crate::out::Out;
 use crate::packet;
 use crate::policy::Direction;
-use crate::tunnel::{MIN_ROOM, OVERHEAD};
+use crate::tunnel::{MIN_ROOM, OVERHEAD, padded};
 
 impl Engine {
     /// One IP packet from the TUN.
@@ -48,11 +48,11 @@ impl Engine {
         if peer.endpoint.is_none() {
             return Err(Drop::TxNoEndpoint);
         }
-        let room = out.net_room(MIN_ROOM.max(packet.len() + OVERHEAD)).ok_or(Drop::TxNoRoom)?;
+        let room = out.net_room(MIN_ROOM.max(padded(packet.len(), self.mtu) + OVERHEAD)).ok_or(Drop::TxNoRoom)?;
         self.charge(now, slot, Direction::Down, packet.len())?;
         let peer = self.peers[usize::from(slot)].as_deref_mut().ok_or(Drop::TxNoRoute)?;
         let tunnel = peer.tunnel.as_mut().ok_or(Drop::TxNoSession)?;
-        let len = tunnel.encrypt(packet, room).ok_or(Drop::TxNoSession)?;
+        let len = tunnel.encrypt(packet, self.mtu, room).ok_or(Drop::TxNoSession)?;
         let rekey = tunnel.take_wants_rekey();
         peer.last_traffic_ms = Some(now.mono_ms);
         push_marked(peer, slot, len, packet.len(), Ecn::of(packet), out);

@@ -42,7 +42,7 @@ pub(crate) struct Parcel {
     pub(crate) bytes: Vec<u8>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ParcelKind {
     /// A packet from the TUN.
     Packet,
@@ -73,16 +73,16 @@ impl Engine {
     /// again: if its owner changed meanwhile it is lost.
     pub(crate) fn on_parcel(&mut self, now: Now, parcel: &Parcel, out: &mut Out) {
         let before = self.parcels.len();
-        match parcel.kind {
+        match &parcel.kind {
             ParcelKind::Packet => self.on_tun(now, &parcel.bytes, out),
             ParcelKind::Neighbour(tenant) => {
-                if let Err(reason) = self.on_neighbour(now, tenant, &parcel.bytes, out) {
+                if let Err(reason) = self.on_neighbour(now, *tenant, &parcel.bytes, out) {
                     self.drops.one(reason, parcel.bytes.len());
                 }
             }
-            ParcelKind::Datagram(origin) => self.on_udp(now, &parcel.bytes, origin, out),
+            ParcelKind::Datagram(origin) => self.on_udp(now, &parcel.bytes, *origin, out),
             ParcelKind::Initiation(origin, opened) => {
-                if let Err(reason) = self.on_opened(opened, &parcel.bytes, origin) {
+                if let Err(reason) = self.on_opened(opened.clone(), &parcel.bytes, *origin) {
                     self.drops.one(reason, parcel.bytes.len());
                 }
             }

@@ -44,7 +44,7 @@ impl Server {
             let to = usize::from(self.engines[at].shard().owner(notice.slot()));
             assert_ne!(to, at);
             self.engines[to].enter();
-            self.engines[to].on_notice(notice);
+            self.engines[to].on_notices(vec![notice]);
             self.engines[to].leave();
         }
         result

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::change::{PeerChange, Refused};
 use crate::ecn::Ecn;
+use crate::policy::PeerLimitsChange;
 use crate::tunnel::REJECT_AFTER_MESSAGES;
 
 pub(super) const SERVER: &str = "192.0.2.1:51820";
@@ -150,7 +151,7 @@ pub(super) fn settle(server: &mut Host, client: &mut Host) {
 /// A server with a tenant's peer 2 at 10.8.0.2, and that peer as client with everything routed to the server.
 pub(super) fn pair() -> (Host, Host) {
     let mut server = Host::new(1, SERVER);
-    server.engine.set_overlay(true, &["10.8.0.0/16".parse().unwrap(), "fd00:cafe::/64".parse().unwrap()]);
+    server.engine.set_overlay(true, &["10.8.0.0/16".parse().unwrap(), "fd00:cafe::/64".parse().unwrap()]).unwrap();
     server
         .peer(2, |p| {
             p.tenant = Some(TENANT);
@@ -193,6 +194,24 @@ fn data_flows_both_ways_and_is_counted_to_the_byte() {
     assert_eq!(counts.tx_wire, 92 + 1452);
     assert_eq!(counts.last_handshake_ms, START.unix_ms);
     assert_eq!(server.view(2).endpoint, Some(CLIENT.parse().unwrap()));
+}
+
+#[test]
+fn lengths_are_rounded_up_as_far_as_the_mtu_and_the_counters_do_not_see_it() {
+    let (mut server, mut client) = connected();
+    client.engine.set_mtu(1420);
+    let before = server.view(2).counts;
+    for (len, wire) in [(33, 48), (48, 48), (100, 112), (1409, 1420), (1420, 1420), (1421, 1421)] {
+        let up = packet("10.8.0.2", "192.0.2.99", len);
+        client.tun(&up);
+        let sent = client.sent();
+        assert_eq!(sent[0].1.len(), wire + 32);
+        server.udp(&sent[0].1, CLIENT);
+        assert_eq!(server.delivered(), [up]);
+    }
+    let (at_server, at_client) = (server.view(2).counts, client.view(1).counts);
+    assert_eq!(at_server.rx_inner - before.rx_inner, 33 + 48 + 100 + 1409 + 1420 + 1421);
+    assert_eq!(at_client.tx_inner, at_server.rx_inner);
 }
 
 #[test]
@@ -472,6 +491,37 @@ fn another_generation_starts_at_zero_and_the_same_goes_on() {
 }
 
 #[test]
+fn a_life_that_is_removed_and_added_again_is_counted_on() {
+    let (mut server, mut client) = connected();
+    let add = |server: &mut Host, generation| {
+        server
+            .peer(2, |p| {
+                p.generation = generation;
+                p.tenant = Some(TENANT);
+                p.allowed_ips = vec!["10.8.0.2/32".parse().unwrap()];
+            })
+            .unwrap();
+    };
+    add(&mut server, Some(3));
+    closed(&mut server);
+    for host in [&mut server, &mut client] {
+        host.now.mono_ms += 200_000;
+        host.now.unix_ms += 200_000;
+    }
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    assert_eq!(server.delivered().len(), 1);
+    for generation in [Some(3), None] {
+        server.peer(2, |p| p.remove = true).unwrap();
+        let last = closed(&mut server)[0].counts;
+        assert_eq!((last.rx_inner, last.rx_packets), (100, 1));
+        add(&mut server, generation);
+        let expected = if generation.is_some() { last } else { crate::counters::Counts::default() };
+        assert_eq!(server.view(2).counts, crate::counters::Counts { last_handshake_ms: 0, ..expected });
+    }
+}
+
+#[test]
 fn replacing_all_peers_keeps_the_sessions_of_those_that_stay() {
     let (mut server, mut client) = connected();
     server.peer(3, |p| p.allowed_ips = vec!["10.8.0.3/32".parse().unwrap()]).unwrap();
@@ -703,6 +753,33 @@ fn allowed_ips_move_to_the_peer_that_is_told_last() {
 }
 
 #[test]
+fn many_prefixes_move_and_go_together() {
+    let mut server = Host::new(1, SERVER);
+    let nets: Vec<IpNet> =
+        (0..1000).map(|bits| IpNet::from(IpAddr::from(Ipv4Addr::from(0x0a00_0000 + bits)))).collect();
+    server.peer(2, |p| p.allowed_ips.clone_from(&nets)).unwrap();
+    server.peer(3, |p| p.allowed_ips = vec!["10.9.0.1/32".parse().unwrap()]).unwrap();
+    server
+        .peer(4, |p| p.allowed_ips = nets[100..].iter().copied().chain(["10.9.0.1/32".parse().unwrap()]).collect())
+        .unwrap();
+    assert_eq!((server.view(2).allowed_ips[..].to_vec(), server.view(3).allowed_ips.len()), (nets[..100].to_vec(), 0));
+    server.peer(4, |p| p.removed_ips = nets[50..900].to_vec()).unwrap();
+    assert_eq!(server.view(4).allowed_ips.len(), 101);
+    assert_eq!(server.view(2).allowed_ips.len(), 100, "only the owner's go");
+    consistent(&server.engine).unwrap();
+}
+
+#[test]
+fn more_prefixes_of_the_overlay_than_a_packet_can_be_compared_with_are_refused() {
+    let mut server = Host::new(1, SERVER);
+    let nets: Vec<IpNet> = (0..257).map(|bits| IpNet::from(IpAddr::from(Ipv4Addr::from(0x0a00_0000 + bits)))).collect();
+    server.engine.set_overlay(true, &nets[..256]).unwrap();
+    assert!(server.engine.set_overlay(false, &nets[256..]).is_err());
+    server.engine.set_overlay(false, &nets[..10]).unwrap();
+    assert_eq!(server.engine.device().overlay.len(), 256);
+}
+
+#[test]
 fn a_full_table_refuses_and_changes_nothing() {
     let mut server = Host::new(1, SERVER);
     for key in 2..18 {
@@ -733,7 +810,7 @@ fn a_malformed_packet_inside_an_authentic_message_is_dropped() {
         }
         let peer = client.engine.peers[usize::from(slot)].as_mut().unwrap();
         let mut room = vec![0; 2000];
-        let len = peer.tunnel.as_mut().unwrap().encrypt(&inner, &mut room).unwrap();
+        let len = peer.tunnel.as_mut().unwrap().encrypt(&inner, 0, &mut room).unwrap();
         server.udp(&room[..len], CLIENT);
     }
     assert_eq!((server.delivered().len(), server.drops(Drop::Malformed)), (0, 5));
@@ -846,6 +923,9 @@ fn consistent(engine: &Engine) -> Result<(), TestCaseError> {
 #[test]
 fn congestion_marks_pass_through_the_tunnel_and_what_may_not_carry_them_is_dropped() {
     let (mut server, mut client) = connected();
+    // For what was received, and two of three packets: what is dropped takes nothing of it.
+    let limits = PeerLimitsChange { lease: Some(Some(300)), ..PeerLimitsChange::default() };
+    server.peer(2, |p| p.limits = limits).unwrap();
     let send = |client: &mut Host, class: u8| {
         let mut packet = packet("10.8.0.2", "192.0.2.99", 100);
         packet[1] = class;

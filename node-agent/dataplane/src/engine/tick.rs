@@ -100,6 +100,7 @@ impl Engine {
         };
         if let Some(len) = tunnel.initiate_again(now, room) {
             peer.last_attempt_ms = now.mono_ms;
+            peer.via = None;
             push(peer, slot, len, 0, out);
         }
         self.expect_answer(now, slot, repeats_left);
@@ -153,7 +154,7 @@ impl Engine {
             let Some(room) = out.net_room(MIN_ROOM) else {
                 return;
             };
-            let Some(len) = tunnel.encrypt(&[], room) else {
+            let Some(len) = tunnel.encrypt(&[], 0, room) else {
                 return;
             };
             peer.last_traffic_ms = Some(now.mono_ms);

@@ -17,7 +17,7 @@ use crate::ecn::Ecn;
 use crate::engine::{Origin, PeerView};
 use crate::noise::Shared;
 use crate::packet;
-use crate::tunnel::{Identity, MIN_ROOM, OVERHEAD, Received, Tunnel};
+use crate::tunnel::{Identity, MIN_ROOM, OVERHEAD, Received, Stamp, Tunnel};
 
 const PLACES: [&str; 4] = ["198.51.100.7:40000", "198.51.100.7:40001", "203.0.113.9:50000", "[2001:db8::9]:50000"];
 const OWN: [&str; 2] = ["10.8.0.2", "fd00:cafe::2"];
@@ -80,7 +80,15 @@ impl Net {
             engines.peer(at, change);
         }
         let shared = identity.shared_with(&server_key).expect("a good key");
-        let client = Tunnel::new(&identity, &server_key, psk.as_ref(), shared.clone(), CLIENT_INDEX, engines.now);
+        let client = Tunnel::new(
+            &identity,
+            &server_key,
+            psk.as_ref(),
+            shared.clone(),
+            CLIENT_INDEX,
+            Stamp::default(),
+            engines.now,
+        );
         let (seen, sent) = (Vec::new(), Vec::new());
         let (delivered_bytes, endpoint) = (0, None);
         let mut net = Self {
@@ -217,7 +225,7 @@ impl Net {
     fn encrypt(&mut self, inner: Vec<u8>) -> Vec<u8> {
         self.renew();
         let mut room = vec![0; MIN_ROOM.max(inner.len() + OVERHEAD)];
-        let len = self.client.encrypt(&inner, &mut room).expect("a session");
+        let len = self.client.encrypt(&inner, 0, &mut room).expect("a session");
         room.truncate(len);
         self.sent.push(inner);
         room
@@ -263,7 +271,7 @@ impl Net {
                 .and_then(|opened| opened.prove(&self.shared, message))
                 .and_then(|proved| self.client.answer(now, &proved, &mut room)),
             2 => match self.client.finish(now, index(8), message) {
-                Ok(()) => self.client.encrypt(&[], &mut room),
+                Ok(()) => self.client.encrypt(&[], 0, &mut room),
                 Err(_) => None,
             },
             3 => {

@@ -4,14 +4,15 @@ use tun_rs::{VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum};
 
 use super::input::Input;
 use super::scratch::with_gro;
-use crate::io::merge::{group, is_merged, merge};
+use crate::io::merge::{MAX_SEGMENTS, group, is_merged, merge};
 use crate::io::split::{finish_checksum, split};
 use crate::out::{TUN_HEADROOM, TunPacket};
 
-const MAX_PACKETS: usize = 64;
+const MAX_PACKETS: usize = 256;
 const MAX_PACKET: usize = 65_535;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+const GSO_UDP: u8 = 5;
 
 /// One byte for the way, then what comes from there.
 pub fn offload(input: &[u8]) {
@@ -70,6 +71,8 @@ fn from_peers(uso: bool, input: &mut Input<'_>) {
             after.push(essence(packet));
             continue;
         }
+        let datagrams = header.gso_type == GSO_UDP;
+        assert!(!datagrams || group.packets <= MAX_SEGMENTS as u64, "the kernel would refuse it");
         let count = after.len();
         split(&header, &mut packet.to_vec(), |piece| after.push(essence(piece))).expect("our own header");
         assert_eq!(after.len() - count, usize::try_from(group.packets).expect("a few"), "what is billed");

@@ -27,7 +27,8 @@ impl Server {
         for engine in &mut engines {
             engine.enter();
             engine.set_private_key(key);
-            engine.set_overlay(true, &["10.8.0.0/16", "fd00:cafe::/64"].map(|net| net.parse().expect("a prefix")));
+            let overlay = ["10.8.0.0/16", "fd00:cafe::/64"].map(|net| net.parse().expect("a prefix"));
+            engine.set_overlay(true, &overlay).expect("two are not too many");
             engine.leave();
         }
         let outs = engines.iter().map(|_| take_out()).collect();

@@ -89,13 +89,12 @@ fn tell(engine: &mut Engine, state: &mut DeviceState, request: SetRequest, out: 
     let now = Now::default();
     let SetRequest { device, replace_peers, end_replace, peers } = request;
     let DeviceChange { private_key, listen_port, fwmark, replace_overlay, overlay, journal_ack: _, policy } = device;
-    if engine.change_policy(now, policy).is_err() {
+    if engine.set_overlay(replace_overlay, &overlay).is_err() || engine.change_policy(now, policy).is_err() {
         return;
     }
     state.fwmark = fwmark.unwrap_or(state.fwmark);
     state.listen_port = listen_port.unwrap_or(state.listen_port);
     private_key.iter().for_each(|key| engine.set_private_key(key));
-    engine.set_overlay(replace_overlay, &overlay);
     if replace_peers {
         engine.begin_replace();
     }

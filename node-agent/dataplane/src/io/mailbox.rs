@@ -89,6 +89,7 @@ impl DeviceState {
         shell.tun_split_bytes += more.tun_split_bytes;
         shell.tun_written_bytes += more.tun_written_bytes;
         shell.tun_merged_bytes += more.tun_merged_bytes;
+        shell.tun_read_errors += more.tun_read_errors;
         shell.panics += more.panics;
     }
 }
@@ -117,6 +118,8 @@ pub(crate) struct ShellState {
     /// Written to the TUN (the kernel's `rx_bytes`), and header bytes saved by merging.
     pub(crate) tun_written_bytes: u64,
     pub(crate) tun_merged_bytes: u64,
+    /// Calls to read the TUN that failed.
+    pub(crate) tun_read_errors: u64,
     pub(crate) panics: u64,
     /// See [`WorkerState`].
     pub(crate) forwarded: u64,

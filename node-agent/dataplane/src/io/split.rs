@@ -148,7 +148,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use tun_rs::GROTable;
 
-    use super::super::merge::{group, is_merged, merge};
+    use super::super::merge::{MAX_SEGMENTS, group, is_merged, merge};
     use super::*;
     use crate::out::{TUN_HEADROOM, TunPacket};
 
@@ -336,7 +336,10 @@ mod tests {
                 }
             }
             let (written, back) = there_and_back(&packets);
-            prop_assert_eq!(written, flows.len(), "one for each flow");
+            // So many small datagrams would be more than the kernel takes, if they were of one flow.
+            let datagrams: usize = flows.iter().filter(|flow| !flow.tcp).map(|flow| pieces(flow, segment).len()).sum();
+            prop_assert!(written >= flows.len());
+            prop_assert!(written == flows.len() || datagrams > MAX_SEGMENTS, "one for each flow");
             for flow in &flows {
                 prop_assert_eq!(of_flow(&back, flow), of_flow(&packets, flow));
             }

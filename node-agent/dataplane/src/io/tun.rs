@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use rustix::net::netdevice::name_to_index;
 use tun_rs::{DeviceBuilder, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr};
@@ -12,12 +13,14 @@ use super::offloads::Offloads;
 use super::split::{finish_checksum, split};
 use crate::drops::Drop;
 use crate::engine::Engine;
-use crate::out::{Out, TUN_HEADROOM};
+use crate::out::{Out, TUN_HEADROOM, TunPacket};
 
 /// What WireGuard uses on Ethernet: 1500 less 80 for IPv6, UDP and its own headers.
 const MTU: u16 = 1420;
 /// A burst for many peers at once; the kernel's default of 500 drops.
 const TX_QUEUE_LEN: u32 = 1000;
+/// For how long nothing is merged after the kernel refused what was: long enough to cost nothing if it always does.
+const MERGE_PAUSE: Duration = Duration::from_secs(10);
 
 /// How the device is to be opened.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +44,7 @@ pub(crate) struct Tun {
     tso: bool,
     uso: bool,
     merge: bool,
+    merge_paused_until: Option<Instant>,
     offloads: Offloads,
     gro: GROTable,
     buffer: Vec<u8>,
@@ -88,6 +92,7 @@ impl Tun {
             tso,
             uso: device.udp_gso(),
             merge: tso && offloads.tun_merge,
+            merge_paused_until: None,
             offloads,
             device,
             gro: GROTable::new(),
@@ -104,6 +109,11 @@ impl Tun {
         self.device.as_fd()
     }
 
+    /// As it is now: the operator may change it while traffic runs.
+    pub(crate) fn mtu(&self) -> io::Result<u16> {
+        self.device.mtu()
+    }
+
     /// What was configured, for the sockets too.
     pub(crate) fn offloads(&self) -> Offloads {
         self.offloads
@@ -112,7 +122,7 @@ impl Tun {
     pub(crate) fn describe(&self, shell: &mut ShellState) {
         shell.tun_tso = self.tso;
         shell.tun_uso = self.uso;
-        shell.tun_merge = self.merge;
+        shell.tun_merge = self.merge && self.merge_paused_until.is_none();
     }
 
     /// Reads once and hands every IP packet in it to `each`.
@@ -147,7 +157,10 @@ impl Tun {
 
     /// Writes all packets of `out`, merged where they continue each other, and tells the engine what arrived.
     pub(crate) fn write(&mut self, out: &mut Out, engine: &mut Engine, shell: &mut ShellState) {
-        if self.merge {
+        if self.merge_paused_until.is_some_and(|until| until <= Instant::now()) {
+            self.merge_paused_until = None;
+        }
+        if self.merge && self.merge_paused_until.is_none() {
             if let Err(error) = merge(&mut self.gro, out.tun_mut(), self.uso) {
                 tracing::debug!(%error, "a batch could not be merged");
             }
@@ -156,7 +169,7 @@ impl Tun {
                 packet.buf[..TUN_HEADROOM].fill(0);
             }
         }
-        for packet in out.tun().iter().filter(|packet| !is_merged(packet)) {
+        for packet in out.tun_mut().iter_mut().filter(|packet| !is_merged(packet)) {
             let group = group(&packet.buf);
             let bytes = if self.tso { &packet.buf[..] } else { &packet.buf[TUN_HEADROOM..] };
             match self.device.send(bytes) {
@@ -166,17 +179,44 @@ impl Tun {
                     shell.tun_merged_bytes += group.bytes - written;
                     engine.delivered(packet.slot, group.packets, group.bytes);
                 }
-                Err(error) => {
-                    if group.packets > 1 && error.raw_os_error() == Some(libc::EINVAL) {
-                        tracing::warn!("the kernel refuses merged packets: merging is off from now on");
-                        self.merge = false;
+                Err(error) if group.packets > 1 && error.raw_os_error() == Some(libc::EINVAL) => {
+                    self.write_apart(packet, engine, shell);
+                    if self.merge_paused_until.is_none() {
+                        tracing::warn!("the kernel refuses merged packets: nothing is merged for a while");
                     }
+                    self.merge_paused_until = Some(Instant::now() + MERGE_PAUSE);
+                }
+                Err(error) => {
                     tracing::trace!(%error, "a packet for the TUN was refused");
                     engine.lost(Drop::TunWrite, group.packets, group.bytes);
                 }
             }
         }
         out.clear_tun();
+    }
+
+    /// Writes one by one what was merged into a packet that the kernel refuses.
+    fn write_apart(&mut self, packet: &mut TunPacket, engine: &mut Engine, shell: &mut ShellState) {
+        let (header, merged) = packet.buf.split_at_mut(TUN_HEADROOM);
+        let (device, room) = (&self.device, &mut self.buffer);
+        room[..TUN_HEADROOM].fill(0);
+        let done = VirtioNetHdr::decode(header).and_then(|header| {
+            split(&header, merged, |piece| {
+                let end = TUN_HEADROOM + piece.len();
+                room[TUN_HEADROOM..end].copy_from_slice(piece);
+                if device.send(&room[..end]).is_ok() {
+                    shell.tun_written_bytes += piece.len() as u64;
+                    engine.delivered(packet.slot, 1, piece.len() as u64);
+                } else {
+                    engine.lost(Drop::TunWrite, 1, piece.len() as u64);
+                }
+            })
+        });
+        if let Err(error) = done {
+            tracing::debug!(%error, "what was merged could not be taken apart");
+            let group = group(&packet.buf);
+            engine.lost(Drop::TunWrite, group.packets, group.bytes);
+        }
     }
 }
 

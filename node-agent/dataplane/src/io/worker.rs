@@ -3,9 +3,10 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::time::{ClockId, clock_gettime};
 
 use super::mailbox::{DeviceState, Mailbox, Reply, Request, ShellState};
 use super::panics::{Panics, Verdict};
@@ -30,6 +31,8 @@ const MAX_CHANGES: usize = 64;
 /// Removed peers journaled in one go, a few microseconds each.
 const MAX_SETTLED: usize = 256;
 const SECOND_MS: u64 = 1000;
+/// The worker gives up when the TUN has brought nothing but errors for a second, and so many of them.
+const MAX_READ_ERRORS: u32 = 100;
 
 /// Why the worker ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,9 +55,39 @@ pub(crate) struct Worker {
     buffers: Vec<u8>,
     shell: ShellState,
     panics: Panics,
-    started: Instant,
+    started_ms: u64,
     next_tick_ms: u64,
+    next_mtu_ms: u64,
+    reading: Reading,
     end: Option<End>,
+}
+
+/// The errors that the TUN has answered with since it last did as asked.
+#[derive(Debug, Default)]
+struct Reading {
+    since_ms: u64,
+    errors: u32,
+}
+
+impl Reading {
+    /// Another one; says whether there is no hope.
+    fn fails(&mut self, now: Now) -> bool {
+        if self.errors == 0 {
+            self.since_ms = now.mono_ms;
+        }
+        self.errors = self.errors.saturating_add(1);
+        self.errors >= MAX_READ_ERRORS && now.mono_ms.saturating_sub(self.since_ms) >= SECOND_MS
+    }
+
+    fn works(&mut self) {
+        self.errors = 0;
+    }
+}
+
+/// Milliseconds since the host booted, those in which it slept included: what the other side sees pass is over here too.
+pub(crate) fn boot_ms() -> u64 {
+    let boot = clock_gettime(ClockId::Boottime);
+    boot.tv_sec.unsigned_abs() * 1_000 + boot.tv_nsec.unsigned_abs() / 1_000_000
 }
 
 /// The sockets and what was asked of them.
@@ -71,7 +104,7 @@ impl Worker {
         journal: Option<Arc<Mutex<Journal>>>,
         mailbox: Mailbox,
         neighbours: Neighbours,
-        started: Instant,
+        started_ms: u64,
     ) -> Self {
         Self {
             engine,
@@ -85,8 +118,10 @@ impl Worker {
             buffers: vec![0; BATCH * BUFFER_BYTES],
             shell: ShellState::default(),
             panics: Panics::default(),
-            started,
+            started_ms,
             next_tick_ms: 0,
+            next_mtu_ms: 0,
+            reading: Reading::default(),
             end: None,
         }
     }
@@ -130,7 +165,7 @@ impl Worker {
     fn now(&self) -> Now {
         let millis = |duration: std::time::Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         Now {
-            mono_ms: millis(self.started.elapsed()),
+            mono_ms: boot_ms().saturating_sub(self.started_ms),
             unix_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, millis),
         }
     }
@@ -158,6 +193,13 @@ impl Worker {
         worked |= self.receive(now);
         worked |= self.read_tun(now)?;
         worked |= self.engine.on_handshakes(now, &mut self.out);
+        if now.mono_ms >= self.next_mtu_ms {
+            self.next_mtu_ms = now.mono_ms + SECOND_MS;
+            match self.tun.mtu() {
+                Ok(mtu) => self.engine.set_mtu(mtu),
+                Err(error) => tracing::debug!(%error, "the MTU cannot be read"),
+            }
+        }
         if now.mono_ms >= self.next_tick_ms {
             self.engine.on_tick(now, &mut self.out);
             self.next_tick_ms = now.mono_ms + self.engine.tick_interval_ms();
@@ -210,8 +252,11 @@ impl Worker {
         for reads in 0..MAX_READS {
             let (engine, out) = (&mut self.engine, &mut self.out);
             match self.tun.read(&mut self.shell, |packet| engine.on_tun(now, packet, out)) {
-                Ok(Read::Packet) => {}
-                Ok(Read::Nothing) => return Ok(reads > 0),
+                Ok(Read::Packet) => self.reading.works(),
+                Ok(Read::Nothing) => {
+                    self.reading.works();
+                    return Ok(reads > 0);
+                }
                 Ok(Read::Gone) => {
                     self.end = Some(End::InterfaceGone);
                     return Ok(true);
@@ -220,7 +265,14 @@ impl Worker {
                 Err(error) if error.raw_os_error().is_none() => {
                     tracing::debug!(%error, "a super-packet could not be split");
                 }
-                Err(error) => return Err(error),
+                Err(error) => {
+                    self.shell.tun_read_errors += 1;
+                    tracing::debug!(%error, "the TUN could not be read");
+                    if self.reading.fails(now) {
+                        return Err(error);
+                    }
+                    return Ok(reads > 0);
+                }
             }
             if self.out.wants_flush() {
                 self.flush();
@@ -251,6 +303,8 @@ impl Worker {
 
     /// Journals removed peers; a full disk keeps their slots from being used again until there is room.
     fn settle(&mut self) -> i32 {
+        // A slot that is free has nothing left to send or to deliver.
+        self.flush();
         let journal = self.journal.as_deref();
         let settled = self.engine.settle(MAX_SETTLED, |closed| match journal {
             Some(journal) => journal.lock().unwrap_or_else(PoisonError::into_inner).append_all(closed),
@@ -294,7 +348,7 @@ impl Worker {
                 return Reply::Changed { errno, notices: self.engine.take_notices(), settled };
             }
             Request::Notices(notices) => {
-                notices.into_iter().for_each(|notice| self.engine.on_notice(notice));
+                self.engine.on_notices(notices);
                 self.settle();
                 0
             }
@@ -317,8 +371,9 @@ impl Worker {
     }
 
     fn change_device(&mut self, now: Now, change: DeviceChange) -> io::Result<()> {
-        let policy = self.engine.change_policy(now, change.policy);
-        policy.map_err(|TooMany| io::Error::from_raw_os_error(libc::ENOSPC))?;
+        let too_many = |TooMany| io::Error::from_raw_os_error(libc::ENOSPC);
+        self.engine.set_overlay(change.replace_overlay, &change.overlay).map_err(too_many)?;
+        self.engine.change_policy(now, change.policy).map_err(too_many)?;
         if let Some(fwmark) = change.fwmark {
             if let Some(sockets) = &self.net.sockets {
                 sockets.set_fwmark(fwmark)?;
@@ -328,7 +383,6 @@ impl Worker {
         if let Some(secret) = &change.private_key {
             self.engine.set_private_key(secret);
         }
-        self.engine.set_overlay(change.replace_overlay, &change.overlay);
         let bound = self.net.sockets.as_ref().map(Sockets::port);
         let wanted = match (change.listen_port, bound) {
             (Some(port), Some(bound)) if port == bound => None,
@@ -353,6 +407,10 @@ impl Worker {
             if number % MAX_CHANGES == MAX_CHANGES - 1 {
                 self.engine.leave();
                 self.engine.enter();
+            }
+            if change.remove || change.generation.is_some() {
+                // What an earlier change sent belongs to the counters of a peer that may be gone after this one.
+                self.flush();
             }
             while self.engine.waits_for_settling(&change) && self.settle() == libc::EAGAIN {}
             match self.engine.apply_peer(now, change, &mut self.out) {
@@ -392,4 +450,21 @@ impl Worker {
 
 fn errno_of(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tun_that_cannot_be_read_for_a_moment_ends_nothing() {
+        let at = |mono_ms| Now { mono_ms, unix_ms: 0 };
+        let mut reading = Reading::default();
+        assert!((0..10_000).all(|_| !reading.fails(at(7))), "many, but at once");
+        reading.works();
+        assert!((0..u64::from(MAX_READ_ERRORS) - 1).all(|number| !reading.fails(at(number * 5000))), "long, but few");
+        assert!(reading.fails(at(600_000)));
+        reading.works();
+        assert!(!reading.fails(at(600_001)));
+    }
 }

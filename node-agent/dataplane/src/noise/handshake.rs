@@ -1,8 +1,6 @@
 //! The two messages of a handshake, from either side.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-
-use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
+use zeroize::Zeroizing;
 
 use super::cookies::MACS_BYTES;
 use super::keys::{Shared, agree, public, random};
@@ -26,8 +24,6 @@ pub(crate) struct Local {
     hash: [u8; 32],
     /// Of the construction alone, for messages to others.
     hash_to: [u8; 32],
-    /// Tells initiations of one millisecond apart.
-    initiations: AtomicU32,
 }
 
 /// The other side of a tunnel.
@@ -40,20 +36,33 @@ pub(crate) struct Remote {
 }
 
 /// What an initiator has to remember until the response.
-#[derive(Zeroize, ZeroizeOnDrop)]
 pub(crate) struct Initiated {
     pub(crate) local_index: u32,
-    ephemeral: [u8; 32],
-    chaining_key: [u8; 32],
+    ephemeral: Zeroizing<[u8; 32]>,
+    chaining_key: Zeroizing<[u8; 32]>,
     hash: [u8; 32],
+}
+
+/// When a tunnel began its last handshake: each begins later than the one before, also within a millisecond and when the
+/// clock is set back. Of one tunnel, so that no peer learns how many handshakes there are with others.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Stamp {
+    unix_ns: u64,
+}
+
+impl Stamp {
+    fn next(&mut self, unix_ms: u64) -> [u8; 12] {
+        self.unix_ns = unix_ms.saturating_mul(1_000_000).max(self.unix_ns.saturating_add(1));
+        tai64n(self.unix_ns)
+    }
 }
 
 /// An initiation whose static key was decrypted. Anybody can write any public key there: only a timestamp that decrypts
 /// proves it.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Opened {
     pub(crate) public_key: [u8; 32],
-    chaining_key: [u8; 32],
+    chaining_key: Zeroizing<[u8; 32]>,
     hash: [u8; 32],
 }
 
@@ -62,7 +71,7 @@ pub(crate) struct Proved {
     pub(crate) timestamp: Timestamp,
     index: u32,
     ephemeral: [u8; 32],
-    chaining_key: [u8; 32],
+    chaining_key: Zeroizing<[u8; 32]>,
     hash: [u8; 32],
 }
 
@@ -86,8 +95,7 @@ impl Local {
         let public = public(&private);
         let chaining_key = hash(CONSTRUCTION, &[]);
         let hash_to = hash(&chaining_key, IDENTIFIER);
-        let initiations = AtomicU32::new(0);
-        Self { private, public, chaining_key, hash: hash(&hash_to, &public), hash_to, initiations }
+        Self { private, public, chaining_key, hash: hash(&hash_to, &public), hash_to }
     }
 
     pub(crate) fn public(&self) -> &[u8; 32] {
@@ -116,11 +124,12 @@ impl Local {
         &self,
         remote: &Remote,
         local_index: u32,
-        unix_ms: u64,
+        stamp: (&mut Stamp, u64),
         room: &mut [u8],
     ) -> Option<Initiated> {
         let room = room.first_chunk_mut::<INITIATION_BYTES>()?;
-        let ephemeral: [u8; 32] = random();
+        let (stamp, unix_ms) = stamp;
+        let ephemeral = Zeroizing::new(random::<32>());
         let ephemeral_public = public(&ephemeral);
         let before = hash(&hash(&self.hash_to, &remote.public), &ephemeral_public);
         let [chaining_key] = derive(&self.chaining_key, &ephemeral_public);
@@ -131,8 +140,7 @@ impl Local {
         seal(&key, &self.public, &before, &mut room[40..88]);
         let before = hash(&before, &room[40..88]);
         let [chaining_key, key] = derive(&chaining_key, remote.shared.as_bytes());
-        let number = self.initiations.fetch_add(1, Ordering::Relaxed);
-        seal(&key, &tai64n(unix_ms, number), &before, &mut room[88..116]);
+        seal(&key, &stamp.next(unix_ms), &before, &mut room[88..116]);
         let hash = hash(&before, &room[88..116]);
         Some(Initiated { local_index, ephemeral, chaining_key, hash })
     }
@@ -146,8 +154,8 @@ impl Local {
         let [chaining_key] = derive(&chaining_key, agree(&initiated.ephemeral, &ephemeral)?.as_bytes());
         let [chaining_key] = derive(&chaining_key, agree(&self.private, &ephemeral)?.as_bytes());
         let [chaining_key, temporary, key] = derive(&chaining_key, &*remote.preshared);
-        let []: [u8; 0] = unseal(&key, &response[44..60], &hash(&before, &temporary))?;
-        let [send, receive] = derive(&chaining_key, &[]).map(Zeroizing::new);
+        let []: [u8; 0] = unseal(&key, &response[44..60], &hash(&before, &*temporary))?;
+        let [send, receive] = derive(&chaining_key, &[]);
         Some(SessionKeys { send, receive, remote_index: u32::from_le_bytes(part(response, 4)?) })
     }
 }
@@ -183,8 +191,8 @@ impl Proved {
         room[4..8].copy_from_slice(&local_index.to_le_bytes());
         room[8..12].copy_from_slice(&self.index.to_le_bytes());
         room[12..44].copy_from_slice(&ephemeral_public);
-        seal(&key, &[], &hash(&before, &temporary), &mut room[44..RESPONSE_BYTES - MACS_BYTES]);
-        let [receive, send] = derive(&chaining_key, &[]).map(Zeroizing::new);
+        seal(&key, &[], &hash(&before, &*temporary), &mut room[44..RESPONSE_BYTES - MACS_BYTES]);
+        let [receive, send] = derive(&chaining_key, &[]);
         Some(SessionKeys { send, receive, remote_index: self.index })
     }
 }
@@ -193,11 +201,10 @@ fn part<const N: usize>(message: &[u8], at: usize) -> Option<[u8; N]> {
     message.get(at..at + N)?.try_into().ok()
 }
 
-/// Of which the nanoseconds below a millisecond are a number.
-fn tai64n(unix_ms: u64, number: u32) -> [u8; 12] {
-    let nanos = u32::try_from(unix_ms % 1000).expect("less than 1000") * 1_000_000 + number % 1_000_000;
+fn tai64n(unix_ns: u64) -> [u8; 12] {
+    let nanos = u32::try_from(unix_ns % 1_000_000_000).expect("less than a second");
     let mut bytes = [0; 12];
-    bytes[..8].copy_from_slice(&(TAI64_1970 + 10 + unix_ms / 1000).to_be_bytes());
+    bytes[..8].copy_from_slice(&(TAI64_1970 + 10 + unix_ns / 1_000_000_000).to_be_bytes());
     bytes[8..].copy_from_slice(&nanos.to_be_bytes());
     bytes
 }
@@ -248,7 +255,7 @@ mod tests {
         let (alice, bob) = (Local::new(&[1; 32]), Local::new(&[2; 32]));
         let (to_bob, to_alice) = (remote(&alice, &bob, ours), remote(&bob, &alice, theirs));
         let mut initiation = [0; INITIATION_BYTES];
-        let initiated = alice.initiate(&to_bob, 7, NOW_MS, &mut initiation).unwrap();
+        let initiated = alice.initiate(&to_bob, 7, (&mut Stamp::default(), NOW_MS), &mut initiation).unwrap();
         let opened = bob.open(&initiation).unwrap();
         assert_eq!(opened.public_key, alice.public);
         let proved = opened.prove(&to_alice.shared, &initiation).unwrap();
@@ -305,10 +312,24 @@ mod tests {
         assert!((proved.timestamp.0 >> 30).abs_diff(seconds) < 100, "now, give or take the leap seconds");
 
         let mut responder = tunn(2, 1);
-        let initiated = us.initiate(&to_it, 0x700, NOW_MS, &mut room).unwrap();
+        let initiated = us.initiate(&to_it, 0x700, (&mut Stamp::default(), NOW_MS), &mut room).unwrap();
         Jar::new(&it.public).sign(0, &mut room);
         let response = written(responder.decapsulate(None, &room, &mut theirs));
         assert!(us.finish(&to_it, &initiated, &response).is_some());
+    }
+
+    #[test]
+    fn a_peer_does_not_learn_how_many_handshakes_there_are_with_others() {
+        let alice = Local::new(&[1; 32]);
+        let timestamp = |other: u8| {
+            let bob = Local::new(&[other; 32]);
+            let mut initiation = [0; INITIATION_BYTES];
+            let stamp = (&mut Stamp::default(), NOW_MS);
+            alice.initiate(&remote(&alice, &bob, 0), 7, stamp, &mut initiation).unwrap();
+            let shared = bob.shared_with(&alice.public).unwrap();
+            bob.open(&initiation).unwrap().prove(&shared, &initiation).unwrap().timestamp
+        };
+        assert_eq!(timestamp(2), timestamp(3));
     }
 
     #[test]
@@ -316,7 +337,7 @@ mod tests {
         let (alice, bob, eve) = (Local::new(&[1; 32]), Local::new(&[2; 32]), Local::new(&[3; 32]));
         let to_bob = remote(&alice, &bob, 0);
         let mut initiation = [0; INITIATION_BYTES];
-        alice.initiate(&to_bob, 7, NOW_MS, &mut initiation).unwrap();
+        alice.initiate(&to_bob, 7, (&mut Stamp::default(), NOW_MS), &mut initiation).unwrap();
         assert!(eve.open(&initiation).is_none(), "another server");
         assert!(bob.open(&initiation[..147]).is_none());
         let opened = bob.open(&initiation).unwrap();
@@ -360,9 +381,10 @@ mod tests {
         }
 
         #[test]
-        fn timestamps_follow_each_other(ms in 0_u64..1 << 42, number in 0_u32..999_999, later in 1_u64..1000) {
-            let one = tai64n(ms, number);
-            prop_assert!(tai64n(ms, number + 1) > one && tai64n(ms + later, 0) > one);
+        fn timestamps_follow_each_other(times in proptest::collection::vec(0_u64..1 << 42, 1..20)) {
+            let mut stamp = Stamp::default();
+            let stamps: Vec<_> = times.iter().map(|ms| stamp.next(*ms)).collect();
+            prop_assert!(stamps.is_sorted_by(|one, next| one < next), "the clock may do what it wants");
         }
     }
 }

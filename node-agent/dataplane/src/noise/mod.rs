@@ -9,6 +9,8 @@ mod session;
 mod symmetric;
 
 pub(crate) use cookies::{COOKIE_REPLY_BYTES, Jar, Proof, Warden};
-pub(crate) use handshake::{INITIATION_BYTES, Initiated, Local, Opened, Proved, RESPONSE_BYTES, Remote, Timestamp};
+pub(crate) use handshake::{
+    INITIATION_BYTES, Initiated, Local, Opened, Proved, RESPONSE_BYTES, Remote, Stamp, Timestamp,
+};
 pub(crate) use keys::Shared;
 pub(crate) use session::{OVERHEAD, REJECT_AFTER_MESSAGES, Session, Unopened};

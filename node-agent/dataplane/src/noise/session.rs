@@ -49,10 +49,10 @@ impl Session {
         self.next_counter
     }
 
-    /// Writes a data message of `packet.len() + OVERHEAD` bytes.
-    pub(crate) fn seal(&mut self, packet: &[u8], room: &mut [u8]) -> Option<usize> {
+    /// Writes a data message of `padded + OVERHEAD` bytes. `padded` must not be less than the packet.
+    pub(crate) fn seal(&mut self, packet: &[u8], padded: usize, room: &mut [u8]) -> Option<usize> {
         let counter = self.next_counter;
-        let room = room.get_mut(..packet.len() + OVERHEAD)?;
+        let room = room.get_mut(..padded + OVERHEAD)?;
         if counter >= REJECT_AFTER_MESSAGES {
             return None;
         }
@@ -61,11 +61,13 @@ impl Session {
         header[..4].copy_from_slice(&4_u32.to_le_bytes());
         header[4..8].copy_from_slice(&self.remote_index.to_le_bytes());
         header[8..].copy_from_slice(&counter.to_le_bytes());
-        let (body, tag) = rest.split_at_mut(packet.len());
-        body.copy_from_slice(packet);
+        let (body, tag) = rest.split_at_mut(padded);
+        let (text, padding) = body.split_at_mut(packet.len());
+        text.copy_from_slice(packet);
+        padding.fill(0);
         let made = self.sender.seal_in_place_separate_tag(nonce(counter), Aad::empty(), body).ok()?;
         tag.copy_from_slice(made.as_ref());
-        Some(packet.len() + OVERHEAD)
+        Some(padded + OVERHEAD)
     }
 
     /// Decrypts a data message of this session into `room`; says how long its content is.
@@ -118,7 +120,7 @@ mod tests {
         let (mut one, mut other) = pair();
         let (mut sealed, mut opened) = ([0; 200], [0; 200]);
         for packet in [&b""[..], b"x", &[7; 100]] {
-            let len = one.seal(packet, &mut sealed).unwrap();
+            let len = one.seal(packet, packet.len(), &mut sealed).unwrap();
             assert_eq!(len, packet.len() + OVERHEAD);
             for at in (8..len).step_by(3) {
                 let mut forged = sealed;
@@ -139,9 +141,9 @@ mod tests {
         let (mut one, mut other) = pair();
         let mut room = [0; 64];
         one.skip_to(REJECT_AFTER_MESSAGES - 1);
-        let len = one.seal(b"", &mut room).unwrap();
+        let len = one.seal(b"", 0, &mut room).unwrap();
         assert_eq!(other.open(&room[..len], &mut [0; 64]), Ok(0));
-        assert_eq!(one.seal(b"", &mut room), None);
+        assert_eq!(one.seal(b"", 0, &mut room), None);
         room[8..16].copy_from_slice(&REJECT_AFTER_MESSAGES.to_le_bytes());
         assert_eq!(other.open(&room[..len], &mut [0; 64]), Err(Unopened::Replayed));
     }

@@ -6,6 +6,7 @@ use blake2::{Blake2s256, Blake2sMac, Digest};
 use chacha20poly1305::aead::AeadInPlace;
 use chacha20poly1305::{ChaCha20Poly1305, KeyInit};
 use hmac::SimpleHmac;
+use zeroize::Zeroizing;
 
 pub(super) const TAG_BYTES: usize = 16;
 
@@ -29,13 +30,13 @@ fn hmac(key: &[u8; 32], parts: [&[u8]; 2]) -> [u8; 32] {
 }
 
 /// `KDF_N` of the paper.
-pub(super) fn derive<const N: usize>(key: &[u8; 32], input: &[u8]) -> [[u8; 32]; N] {
-    let secret = hmac(key, [input, &[]]);
+pub(super) fn derive<const N: usize>(key: &[u8; 32], input: &[u8]) -> [Zeroizing<[u8; 32]>; N] {
+    let secret = Zeroizing::new(hmac(key, [input, &[]]));
     let mut last: &[u8] = &[];
-    let mut outputs = [[0; 32]; N];
+    let mut outputs = std::array::from_fn(|_| Zeroizing::new([0; 32]));
     for (number, output) in (1_u8..).zip(&mut outputs) {
-        *output = hmac(&secret, [last, &[number]]);
-        last = output;
+        **output = hmac(&secret, [last, &[number]]);
+        last = &output[..];
     }
     outputs
 }

@@ -32,7 +32,7 @@ const MAX_REQUEST: usize = 64 * 1024 * 1024;
 const READ_BYTES: usize = 64 * 1024;
 /// Peers handed to the worker, or asked of it, at a time: less than a millisecond of its attention.
 const CHUNK: usize = 256;
-/// Prefixes handed to the worker at a time, unless one peer has more.
+/// Prefixes after which no other peer is handed to the worker in the same go; of one peer there are no more at a time.
 const CHUNK_PREFIXES: usize = 2 * CHUNK;
 /// How long a client may be silent, or leave an answer unread.
 const CLIENT_SILENCE: Duration = Duration::from_secs(5);
@@ -227,7 +227,7 @@ impl Server {
         if replace_peers {
             self.done(Request::BeginReplace)?;
         }
-        let mut peers = peers.into_iter().peekable();
+        let mut peers = peers.into_iter().flat_map(|peer| peer.parts(CHUNK_PREFIXES)).peekable();
         while errno == 0 && peers.peek().is_some() {
             errno = self.done(Request::Peers(chunk(&mut peers)))?;
         }
@@ -462,7 +462,7 @@ mod tests {
                         Reply::Peers { peers, next: next.map(u32::from) }
                     }
                     Request::Notices(notices) => {
-                        notices.into_iter().for_each(|notice| engine.on_notice(notice));
+                        engine.on_notices(notices);
                         Reply::Done(0)
                     }
                     Request::Stop => return,
@@ -521,8 +521,8 @@ mod tests {
         ));
         assert_eq!(left(&answer), 3, "{answer}");
         assert!(
-            answer.contains("\ncvault_generation=5\ncvault_rx_inner=0\n"),
-            "a closed life does not go on: {answer}"
+            answer.contains("\ncvault_generation=5\ncvault_rx_inner=1234\n"),
+            "a closed life goes on from its final counters: {answer}"
         );
         let answer =
             talk(&format!("set=1\ncvault_end_replace=true\npublic_key={LEFT_KEY}\ncvault_generation=5\n\nget=1\n\n"));
