@@ -78,5 +78,36 @@ begin
 end
 $$;
 
+-- A registration that finds nothing free opens a block itself, and every other one waits for it to COMMIT. So numbers are made
+-- free ahead of need, in a transaction that does nothing else: up to p_ahead of a pool; returns how many.
+create function platform.open_addresses(p_pool uuid, p_ahead integer) returns bigint
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    v_pool platform.address_pools;
+    v_free bigint;
+    v_last bigint;
+    v_to bigint;
+begin
+    select count(*) into v_free from (
+        select from platform.addresses a where a.pool_id = p_pool and a.state = 'free' limit p_ahead) as free;
+    -- not for every number that was taken
+    if v_free > p_ahead / 2 then
+        return 0;
+    end if;
+    select * into v_pool from platform.address_pools p where p.pool_id = p_pool for no key update;
+    v_last := (1::bigint << (32 - masklen(v_pool.ipv4))) - 2;
+    v_to := least(v_pool.next_host + (p_ahead - v_free) - 1, v_last);
+    insert into platform.addresses (pool_id, host, state)
+        select p_pool, h, 'free' from generate_series(v_pool.next_host, v_to) as h;
+    update platform.address_pools p set next_host = v_to + 1 where p.pool_id = p_pool and v_to >= v_pool.next_host;
+    return greatest(v_to - v_pool.next_host + 1, 0);
+end
+$$;
+alter function platform.open_addresses owner to cvault_fn;
+revoke all on function platform.open_addresses from public;
+grant execute on function platform.open_addresses to cvault_sys;
+
 revoke create on schema platform from cvault_fn;
 revoke create on schema cvault from cvault_fn;

@@ -141,6 +141,32 @@ begin
 end
 $$;
 ALTER FUNCTION platform.move_peer(p_device uuid, p_server uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.open_addresses(p_pool uuid, p_ahead integer) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+declare
+    v_pool platform.address_pools;
+    v_free bigint;
+    v_last bigint;
+    v_to bigint;
+begin
+    select count(*) into v_free from (
+        select from platform.addresses a where a.pool_id = p_pool and a.state = 'free' limit p_ahead) as free;
+    -- not for every number that was taken
+    if v_free > p_ahead / 2 then
+        return 0;
+    end if;
+    select * into v_pool from platform.address_pools p where p.pool_id = p_pool for no key update;
+    v_last := (1::bigint << (32 - masklen(v_pool.ipv4))) - 2;
+    v_to := least(v_pool.next_host + (p_ahead - v_free) - 1, v_last);
+    insert into platform.addresses (pool_id, host, state)
+        select p_pool, h, 'free' from generate_series(v_pool.next_host, v_to) as h;
+    update platform.address_pools p set next_host = v_to + 1 where p.pool_id = p_pool and v_to >= v_pool.next_host;
+    return greatest(v_to - v_pool.next_host + 1, 0);
+end
+$$;
+ALTER FUNCTION platform.open_addresses(p_pool uuid, p_ahead integer) OWNER TO cvault_fn;
 CREATE FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) RETURNS numeric
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -799,6 +825,8 @@ CREATE TABLE platform.idempotency_keys (
     status smallint,
     response_sealed bytea,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
+    kek_version smallint,
+    CONSTRAINT idempotency_keys_kek_version CHECK (((response_sealed IS NULL) = (kek_version IS NULL))),
     CONSTRAINT idempotency_keys_key_length CHECK (((char_length(key) >= 1) AND (char_length(key) <= 255)))
 );
 ALTER TABLE platform.idempotency_keys OWNER TO cvault_owner;
@@ -1266,6 +1294,8 @@ GRANT ALL ON FUNCTION platform.list_servers() TO cvault_app;
 GRANT ALL ON FUNCTION platform.list_servers() TO cvault_sys;
 REVOKE ALL ON FUNCTION platform.move_peer(p_device uuid, p_server uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.move_peer(p_device uuid, p_server uuid) TO cvault_app;
+REVOKE ALL ON FUNCTION platform.open_addresses(p_pool uuid, p_ahead integer) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.open_addresses(p_pool uuid, p_ahead integer) TO cvault_sys;
 REVOKE ALL ON FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.peer_record_digest(p_key bytea, p_device uuid, p_tenant uuid, p_public_key bytea, p_preshared_key_hash bytea, p_ipv4 inet, p_ipv6 inet, p_generation bigint) TO cvault_sys;
 REVOKE ALL ON FUNCTION platform.place_peer(p_device uuid) FROM PUBLIC;
@@ -1464,6 +1494,7 @@ GRANT UPDATE(fingerprint) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT UPDATE(status) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT UPDATE(response_sealed) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT UPDATE(created_at) ON TABLE platform.idempotency_keys TO cvault_sys;
+GRANT UPDATE(kek_version) ON TABLE platform.idempotency_keys TO cvault_sys;
 GRANT SELECT ON TABLE platform.installation TO cvault_sys;
 GRANT SELECT,DELETE ON TABLE platform.node_changes TO cvault_sys;
 GRANT INSERT ON TABLE platform.node_changes TO cvault_fn;

@@ -27,6 +27,11 @@ const TASKS: &[Task] = &[
         run: |app| Box::pin(async move { ipam::free_quarantined(&app.db.sys).await }),
     },
     Task {
+        name: "open_addresses",
+        every: Duration::from_secs(1),
+        run: |app| Box::pin(async move { ipam::open_ahead(&app.db.sys).await }),
+    },
+    Task {
         name: "mark_over_limit",
         every: Duration::from_secs(10),
         run: |app| Box::pin(async move { tenants::mark_over_limit(&app.db.sys, app.clock.now()).await }),

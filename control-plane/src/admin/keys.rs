@@ -11,7 +11,8 @@ pub(super) async fn run(app: &App, command: KeysCommand) -> Result<Value, AdminE
         KeysCommand::Status => status(app).await,
         KeysCommand::Rotate => {
             let rotated = keys::rotate(app, "cli").await?;
-            Ok(json!({"version": app.keys.version(), "data_keys": rotated.data_keys, "secrets": rotated.secrets}))
+            Ok(json!({"version": app.keys.version(), "data_keys": rotated.data_keys, "secrets": rotated.secrets,
+                     "answers": rotated.answers}))
         }
     }
 }
@@ -26,9 +27,11 @@ async fn status(app: &App) -> Result<Value, AdminError> {
         .map(|version| {
             let known = app.keys.known().any(|known| known == version);
             let used = used.iter().find(|used| used.version == version);
-            let (data_keys, secrets) = used.map_or((0, 0), |used| (used.data_keys, used.secrets));
+            let (data_keys, secrets, answers) =
+                used.map_or((0, 0, 0), |used| (used.data_keys, used.secrets, used.answers));
             json!({"version": version, "known": known, "newest": version == app.keys.version(), "data_keys": data_keys,
-                   "secrets": secrets, "removable": known && version != app.keys.version() && data_keys + secrets == 0})
+                   "secrets": secrets, "answers": answers,
+                   "removable": known && version != app.keys.version() && data_keys + secrets + answers == 0})
         })
         .collect();
     Ok(json!({"keys": rows}))

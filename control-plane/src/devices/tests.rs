@@ -95,6 +95,25 @@ async fn the_last_address_is_handed_out_once_and_then_the_pool_is_exhausted() {
 }
 
 #[tokio::test]
+async fn numbers_are_made_free_ahead_of_need_and_never_past_the_end_of_the_pool() {
+    let world = World::new().await;
+    world.pool("tiny", "192.168.9.0/29", "fd00:9::/64", 0).await;
+    world.server("s", "tiny", "lab-1").await;
+    let person = world.person().await;
+    let sys = &world.app.db.sys;
+    assert!(ipam::open_ahead(sys).await.unwrap() >= 5);
+    assert_eq!(ipam::open_ahead(sys).await.unwrap(), 0, "what is there is not made again");
+    let mut addresses = BTreeSet::new();
+    for number in 0..5 {
+        let device = world.register(person, &format!("d{number}")).await.unwrap();
+        addresses.insert(device.addresses.ipv4.to_string());
+        assert_eq!(ipam::open_ahead(sys).await.unwrap(), 0);
+    }
+    assert_eq!(addresses, (2..=6).map(|host| format!("192.168.9.{host}")).collect());
+    assert!(matches!(world.register(person, "late").await, Err(RegisterError::PoolExhausted)));
+}
+
+#[tokio::test]
 async fn an_acknowledged_address_still_rests_for_the_quarantine() {
     let world = World::new().await;
     world.pool("slow", "10.9.0.0/24", "fd00:9::/64", 3600).await;

@@ -74,7 +74,7 @@ impl RequestContext {
         let key = request
             .headers()
             .contains_key(header)
-            .then(|| single(request.headers(), header).filter(|key| (1..=255).contains(&key.len())).map(str::to_owned));
+            .then(|| single(request.headers(), header).filter(|key| is_well_formed(key)).map(str::to_owned));
         let sensitive = request
             .uri()
             .path()
@@ -104,6 +104,11 @@ impl RequestContext {
     pub async fn scope<F: Future>(self: Arc<Self>, work: F) -> F::Output {
         CONTEXT.scope(self, work).await
     }
+}
+
+/// Whether an `Idempotency-Key` has 1 to 255 visible characters.
+fn is_well_formed(key: &str) -> bool {
+    (1..=255).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 /// The id of the request this task serves; a fresh one outside of any request.

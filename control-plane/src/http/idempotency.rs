@@ -4,7 +4,8 @@
 //! A second request with the same key waits a little for the first one's transaction (the unique index makes it), then
 //! gets its answer. Only successes are kept: a refusal changed nothing, and is decided anew.
 //!
-//! Honoured by every write of the API. Writes of platform staff that belong to no tenant keep theirs in [`super::staff`].
+//! Honoured by every write whose caller is known before it begins; the few others say what a repetition does. Writes of
+//! platform staff that belong to no tenant keep theirs in [`super::staff`].
 
 use axum::response::{IntoResponse, Response};
 use cvault_types::{ErrorCode, TenantId};
@@ -16,15 +17,18 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
-use super::{Problem, context};
+use super::{Json, Problem, context};
+use crate::app::App;
 use crate::db::DbError;
-use crate::keys::{Aad, KeyRing};
+use crate::keys::{Aad, KeyRing, PlatformSecrets};
 use crate::tenancy::TenantTx;
 
 /// How long a second request waits for the first; less than a statement may take.
 pub(super) const PATIENCE: &str = "set local lock_timeout = '2s'";
 /// SQLSTATE of a lock that was not had in time.
 const LOCK_NOT_AVAILABLE: &str = "55P03";
+/// `()` as JSON.
+const NOTHING: &[u8] = b"null";
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 
 /// What a request's key turned out to be.
@@ -54,8 +58,8 @@ pub struct Place {
 ///
 /// # Errors
 /// `IDEMPOTENCY_KEY_REUSED` when the key came with another request before; `VALIDATION_FAILED` for a malformed one.
-pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Result<Claim, Problem> {
-    let Some(Wanted { key, fingerprints }) = wanted(keys)? else { return Ok(Claim::Proceed(None)) };
+pub async fn claim(tx: &mut TenantTx, app: &App, principal: String) -> Result<Claim, Problem> {
+    let Some(Wanted { key, fingerprint }) = wanted(&app.secrets)? else { return Ok(Claim::Proceed(None)) };
     let tenant = tx.tenant().uuid();
     sqlx::raw_sql(PATIENCE).execute(tx.conn()).await.map_err(DbError::from)?;
     // a key older than 24 hours is as good as new
@@ -67,7 +71,7 @@ pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Resu
         tenant,
         principal,
         key,
-        fingerprints[0].as_slice()
+        fingerprint.as_slice()
     )
     .execute(tx.conn())
     .await
@@ -88,11 +92,55 @@ pub async fn claim(tx: &mut TenantTx, keys: &KeyRing, principal: String) -> Resu
     .fetch_one(tx.conn())
     .await
     .map_err(DbError::from)?;
-    if !fingerprints.iter().any(|fingerprint| row.fingerprint == fingerprint) {
+    if row.fingerprint != fingerprint {
         return Err(reused());
     }
     let kept = Kept { status: row.status, sealed: row.response_sealed, data_key: row.data_key_sealed };
-    kept.open(keys, place.aad(tenant)).map(Claim::Replay)
+    kept.open(&app.keys, place.aad(tenant)).map(Claim::Replay)
+}
+
+/// Does `work` once for each key of `principal`, in one transaction with the answer that is kept. `()` is an answer without a
+/// body.
+///
+/// # Errors
+/// As [`claim`], what `work` says, or the database's.
+pub async fn once<T: Serialize>(
+    app: &App,
+    tenant: TenantId,
+    principal: String,
+    status: StatusCode,
+    work: impl AsyncFnOnce(&mut TenantTx) -> Result<T, Problem>,
+) -> Result<Response, Problem> {
+    let mut tx = app.db.tenancy.begin(tenant).await?;
+    let done = async {
+        let place = match claim(&mut tx, app, principal).await? {
+            Claim::Proceed(place) => place,
+            Claim::Replay(replay) => return Ok(replay.into_response()),
+        };
+        let answer = work(&mut tx).await?;
+        keep(&mut tx, &app.keys, place, status, &answer).await?;
+        let body = serde_json::to_vec(&answer).map_err(|error| Problem::internal(&error))?;
+        Ok(if body == NOTHING { status.into_response() } else { (status, Json(answer)).into_response() })
+    }
+    .await;
+    tx.finish(done).await
+}
+
+/// The answer to an earlier request, asked before work that is costly or takes several transactions.
+///
+/// # Errors
+/// As [`claim`].
+pub async fn earlier(app: &App, tenant: TenantId, principal: String) -> Result<Option<Response>, Problem> {
+    if !context::is_idempotent() {
+        return Ok(None);
+    }
+    let mut tx = app.db.tenancy.begin(tenant).await?;
+    let claimed = claim(&mut tx, app, principal).await;
+    tx.rollback().await?;
+    Ok(match claimed? {
+        Claim::Proceed(_) => None,
+        Claim::Replay(replay) => Some(replay.into_response()),
+    })
 }
 
 /// A row, as far as it has been filled in.
@@ -120,12 +168,11 @@ impl Kept {
 /// A well-formed key, and what its request was.
 pub(super) struct Wanted {
     pub(super) key: String,
-    /// Keyed, because a body may hold a password; by every key-encryption key, newest first, so that a rotation changes
-    /// nothing.
-    pub(super) fingerprints: Vec<[u8; 32]>,
+    /// Keyed, because a body may hold a password; by the pepper, which stays when the key-encryption key is another.
+    pub(super) fingerprint: [u8; 32],
 }
 
-pub(super) fn wanted(keys: &KeyRing) -> Result<Option<Wanted>, Problem> {
+pub(super) fn wanted(secrets: &PlatformSecrets) -> Result<Option<Wanted>, Problem> {
     let Some(request) = context::idempotency() else { return Ok(None) };
     let key = request.key.ok_or_else(|| {
         Problem::validation().field(
@@ -134,7 +181,7 @@ pub(super) fn wanted(keys: &KeyRing) -> Result<Option<Wanted>, Problem> {
             "must be one header of 1 to 255 visible characters",
         )
     })?;
-    Ok(Some(Wanted { key, fingerprints: keys.fingerprints("idempotency", &request.fingerprint) }))
+    Ok(Some(Wanted { key, fingerprint: secrets.peppered("idempotency", &request.fingerprint) }))
 }
 
 pub(super) fn not_claimed(error: sqlx::Error) -> Problem {
@@ -191,7 +238,7 @@ impl IntoResponse for Replay {
 
 fn replayed(status: StatusCode, body: Vec<u8>) -> Response {
     let marked = [(REPLAYED, HeaderValue::from_static("true"))];
-    if status == StatusCode::NO_CONTENT {
+    if body.is_empty() {
         return (status, marked).into_response();
     }
     (status, marked, [(CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response()
@@ -228,7 +275,8 @@ pub async fn keep(
 ) -> Result<(), Problem> {
     let Some(place) = place else { return Ok(()) };
     let tenant = tx.tenant().uuid();
-    let sealed = if status == StatusCode::NO_CONTENT {
+    let body = Zeroizing::new(serde_json::to_vec(answer).map_err(|error| Problem::internal(&error))?);
+    let sealed = if *body == NOTHING {
         Vec::new()
     } else {
         let data_key = sqlx::query_scalar!("select data_key_sealed from cvault.tenants where tenant_id = $1", tenant)
@@ -236,7 +284,6 @@ pub async fn keep(
             .await
             .map_err(DbError::from)?
             .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
-        let body = Zeroizing::new(serde_json::to_vec(answer).map_err(|error| Problem::internal(&error))?);
         keys.seal(&data_key, place.aad(tenant), &body).map_err(|error| Problem::internal(&error))?
     };
     sqlx::query!(

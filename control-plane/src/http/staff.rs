@@ -12,7 +12,7 @@ use super::idempotency::{self, Kept, Place, Replay, Wanted};
 use super::{Admin, Json, Problem};
 use crate::app::App;
 use crate::db::{DbError, Tx};
-use crate::keys::KeyRing;
+use crate::keys::{KeyRing, kept_answer_aad};
 use crate::tenants::Actor;
 
 impl Admin {
@@ -36,7 +36,7 @@ pub async fn once<T: Serialize + Send>(
     let actor = admin.actor();
     let mut tx = Tx::begin(&app.db.sys).await?;
     let done = async {
-        let wanted = idempotency::wanted(&app.keys)?;
+        let wanted = idempotency::wanted(&app.secrets)?;
         if let Some(wanted) = &wanted
             && let Some(replay) = claim(&mut tx, &app.keys, &actor.name, wanted).await?
         {
@@ -62,7 +62,7 @@ pub async fn once<T: Serialize + Send>(
 /// # Errors
 /// `IDEMPOTENCY_KEY_REUSED`, `NOT_FOUND` for an answer that was destroyed with its tenant, or the database's.
 pub async fn earlier(app: &App, actor: &Actor) -> Result<Option<Response>, Problem> {
-    let Some(Wanted { key, fingerprints }) = idempotency::wanted(&app.keys)? else { return Ok(None) };
+    let Some(Wanted { key, fingerprint }) = idempotency::wanted(&app.secrets)? else { return Ok(None) };
     sqlx::query!(
         "delete from cvault.idempotency_keys
          where principal = $1 and principal like 'admin:%' and key = $2 and created_at < now() - interval '24 hours'",
@@ -83,7 +83,7 @@ pub async fn earlier(app: &App, actor: &Actor) -> Result<Option<Response>, Probl
     .await
     .map_err(DbError::from)?;
     let Some(row) = row else { return Ok(None) };
-    if !fingerprints.iter().any(|fingerprint| row.fingerprint == fingerprint) {
+    if row.fingerprint != fingerprint {
         return Err(idempotency::reused());
     }
     let place = Place { principal: actor.name.clone(), key };
@@ -96,11 +96,11 @@ async fn claim(tx: &mut Tx, keys: &KeyRing, principal: &str, wanted: &Wanted) ->
     let claimed = sqlx::query!(
         "insert into platform.idempotency_keys as k (principal, key, fingerprint) values ($1, $2, $3)
          on conflict on constraint idempotency_keys_pkey do update
-             set fingerprint = excluded.fingerprint, status = null, response_sealed = null, created_at = now()
+             set fingerprint = excluded.fingerprint, status = null, response_sealed = null, kek_version = null, created_at = now()
              where k.created_at < now() - interval '24 hours'",
         principal,
         wanted.key,
-        wanted.fingerprints[0].as_slice()
+        wanted.fingerprint.as_slice()
     )
     .execute(tx.conn())
     .await
@@ -117,11 +117,12 @@ async fn claim(tx: &mut Tx, keys: &KeyRing, principal: &str, wanted: &Wanted) ->
     .fetch_one(tx.conn())
     .await
     .map_err(DbError::from)?;
-    if !wanted.fingerprints.iter().any(|fingerprint| row.fingerprint == fingerprint) {
+    if row.fingerprint != wanted.fingerprint {
         return Err(idempotency::reused());
     }
     let (Some(status), Some(sealed)) = (row.status, row.response_sealed) else { return Err(idempotency::in_use()) };
-    let body = keys.unwrap(&aad(principal, &wanted.key), &sealed).map_err(|error| Problem::internal(&error))?;
+    let body =
+        keys.unwrap(&kept_answer_aad(principal, &wanted.key), &sealed).map_err(|error| Problem::internal(&error))?;
     Ok(Some(Replay::of(status, body)))
 }
 
@@ -134,21 +135,18 @@ async fn keep(
     answer: &impl Serialize,
 ) -> Result<(), Problem> {
     let body = Zeroizing::new(serde_json::to_vec(answer).map_err(|error| Problem::internal(&error))?);
-    let sealed = keys.wrap(&aad(principal, key), &body);
+    let sealed = keys.wrap(&kept_answer_aad(principal, key), &body);
     sqlx::query!(
-        "update platform.idempotency_keys set status = $3, response_sealed = $4 where principal = $1 and key = $2",
+        "update platform.idempotency_keys set status = $3, response_sealed = $4, kek_version = $5
+         where principal = $1 and key = $2",
         principal,
         key,
         i16::try_from(status.as_u16()).unwrap_or(200),
-        sealed
+        sealed,
+        keys.version()
     )
     .execute(tx.conn())
     .await
     .map_err(DbError::from)?;
     Ok(())
-}
-
-/// Neither part holds a NUL.
-fn aad(principal: &str, key: &str) -> Vec<u8> {
-    format!("platform.idempotency_keys.response_sealed:{principal}\0{key}").into_bytes()
 }

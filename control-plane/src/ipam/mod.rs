@@ -1,5 +1,5 @@
 //! Address pools. Allocation is one function in the database (`platform.allocate_address`): a free list claimed with
-//! SKIP LOCKED and blocks of never-used numbers, so the last address is as quick to get as the first.
+//! SKIP LOCKED, filled ahead of need with never-used numbers, so the last address is as quick to get as the first.
 //!
 //! Deliberately absent: any search for a free address in Rust, and any retry loop.
 
@@ -52,6 +52,30 @@ pub(crate) fn addresses(ipv4: IpNet, ipv6: IpNet) -> Result<Addresses, DbError> 
             Err(DbError::Other(sqlx::Error::Decode("an address of the wrong family".into())))
         }
     }
+}
+
+/// Never-used numbers that wait in a pool's free list. Filled again at half of it: a burst of so many registrations finds
+/// one each without waiting for another transaction.
+const AHEAD: i32 = 4096;
+
+/// Makes never-used numbers of every pool free ahead of need; returns how many.
+///
+/// # Errors
+/// Those of the database.
+pub async fn open_ahead(sys: &PgPool) -> Result<u64, DbError> {
+    let pools =
+        sqlx::query_scalar!("select pool_id from platform.address_pools where deleted_at is null order by pool_id")
+            .fetch_all(sys)
+            .await?;
+    let mut opened = 0;
+    for pool in pools {
+        // a transaction each: a pool's row stays locked until COMMIT
+        let made = sqlx::query_scalar!(r#"select platform.open_addresses($1, $2) as "made!""#, pool, AHEAD)
+            .fetch_one(sys)
+            .await?;
+        opened += u64::try_from(made).unwrap_or_default();
+    }
+    Ok(opened)
 }
 
 /// Ends the quarantine of every address whose time is over and whose removal every server has acknowledged that ever

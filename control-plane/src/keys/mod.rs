@@ -8,6 +8,7 @@ mod platform;
 mod rotate;
 mod seal;
 
+pub(crate) use platform::kept_answer_aad;
 pub use platform::{PlatformSecrets, SecretsError, TokenKey};
 pub use rotate::{InUse, RingError, RotateError, Rotated, check, in_use, rotate};
 pub use seal::{Aad, KeyError, KeyRing, SealedDataKey};

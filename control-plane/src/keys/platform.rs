@@ -59,14 +59,15 @@ impl PlatformSecrets {
         })
     }
 
-    /// HMAC-SHA-256 of `text` under the pepper: how API secrets and refresh tokens are stored. `domain` keeps the uses
+    /// HMAC-SHA-256 of `text` under the pepper: how API secrets and refresh tokens are stored, and what a
+    /// request with an `Idempotency-Key` was. `domain` keeps the uses
     /// apart.
     #[must_use]
-    pub fn peppered(&self, domain: &str, text: &str) -> [u8; 32] {
+    pub fn peppered(&self, domain: &str, text: &(impl AsRef<[u8]> + ?Sized)) -> [u8; 32] {
         let mut mac = Hmac::<Sha256>::new_from_slice(self.pepper.as_ref()).expect("HMAC takes keys of any length");
         mac.update(domain.as_bytes());
         mac.update(&[0]);
-        mac.update(text.as_bytes());
+        mac.update(text.as_ref());
         mac.finalize().into_bytes().into()
     }
 }
@@ -99,6 +100,11 @@ async fn drawn_once(
 
 pub(super) fn secret_aad(name: &str) -> Vec<u8> {
     format!("platform.secrets:{name}").into_bytes()
+}
+
+/// The place of an answer kept for platform staff. Neither part holds a NUL.
+pub(crate) fn kept_answer_aad(principal: &str, key: &str) -> Vec<u8> {
+    format!("platform.idempotency_keys.response_sealed:{principal}\0{key}").into_bytes()
 }
 
 fn bytes32(bytes: &[u8], name: &'static str) -> Result<Zeroizing<[u8; 32]>, SecretsError> {

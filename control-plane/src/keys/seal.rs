@@ -8,9 +8,7 @@ use std::fmt;
 use aes_gcm::Aes256Gcm;
 use aes_gcm::aead::{Aead, KeyInit, Payload};
 use cvault_types::TenantId;
-use hmac::{Hmac, Mac};
 use rand::{CryptoRng, RngCore};
-use sha2::Sha256;
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
@@ -146,21 +144,6 @@ impl KeyRing {
     pub fn open(&self, sealed_data_key: &[u8], aad: Aad, sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, KeyError> {
         let key = self.data_key(sealed_data_key, aad.tenant)?;
         decrypt(&key, &aad.bytes(), sealed)
-    }
-
-    /// HMAC-SHA-256 of `data` under each key of the ring, newest first: for what is stored only to be compared, and must not
-    /// tell a guesser anything. `domain` keeps the uses apart.
-    #[must_use]
-    pub fn fingerprints(&self, domain: &str, data: &[u8]) -> Vec<[u8; 32]> {
-        let of = |kek: &Kek| {
-            let mut mac =
-                <Hmac<Sha256> as Mac>::new_from_slice(kek.key.as_ref()).expect("HMAC takes keys of any length");
-            mac.update(domain.as_bytes());
-            mac.update(&[0]);
-            mac.update(data);
-            mac.finalize().into_bytes().into()
-        };
-        self.keks.iter().rev().map(of).collect()
     }
 
     /// Seals what belongs to the platform itself, at its place.

@@ -1,5 +1,5 @@
 //! What changes an account: its address verified, its password chosen anew, its sessions ended. Each in one transaction with
-//! its audit entry and its mail.
+//! its audit entry, its mail, and the answer that is kept for a retry.
 
 use std::net::IpAddr;
 
@@ -55,18 +55,18 @@ pub async fn send_reset(
 
 /// # Errors
 /// As [`send_reset`].
-pub async fn resend_verification(app: &App, portal: &Portal, rng: &mut impl CryptoRng) -> Result<(), EnqueueError> {
-    let mut tx = app.db.tenancy.begin(portal.tenant).await?;
-    let work = async {
-        let account = accounts::load(&mut tx, portal.admin).await?.filter(|account| !account.email_verified);
-        if let Some(email) = account.and_then(|account| Email::parse(&account.email)) {
-            links::send(&mut tx, app, portal.admin, &email, Purpose::VerifyEmail, rng).await?;
-            note(&mut tx, &portal.actor(), "email.verify_request", portal.admin, portal.request_id).await?;
-        }
-        Ok(())
+pub async fn resend_verification(
+    tx: &mut TenantTx,
+    app: &App,
+    portal: &Portal,
+    rng: &mut impl CryptoRng,
+) -> Result<(), EnqueueError> {
+    let account = accounts::load(tx, portal.admin).await?.filter(|account| !account.email_verified);
+    if let Some(email) = account.and_then(|account| Email::parse(&account.email)) {
+        links::send(tx, app, portal.admin, &email, Purpose::VerifyEmail, rng).await?;
+        note(tx, &portal.actor(), "email.verify_request", portal.admin, portal.request_id).await?;
     }
-    .await;
-    tx.finish(work).await
+    Ok(())
 }
 
 /// `false`: the link is of no use.
@@ -120,6 +120,7 @@ pub async fn reset_password(
 /// # Errors
 /// As [`send_reset`].
 pub async fn change_password(
+    tx: &mut TenantTx,
     app: &App,
     portal: &Portal,
     password_hash: &str,
@@ -127,33 +128,31 @@ pub async fn change_password(
 ) -> Result<(), EnqueueError> {
     let now = app.clock.now();
     let caller = Caller { ip, request_id: portal.request_id };
-    let mut tx = app.db.tenancy.begin(portal.tenant).await?;
-    let work = async {
-        accounts::set_password(&mut tx, portal.admin, password_hash, now).await?;
-        links::use_up(&mut tx, portal.admin, Purpose::ResetPassword, now).await?;
-        sessions::end_all(&mut tx, portal.admin, Some(portal.session), End::PasswordChanged, now).await?;
-        event(&mut tx, AuthKind::PortalPasswordChange, Outcome::Success, portal.admin, caller).await?;
-        note(&mut tx, &portal.actor(), "password.change", portal.admin, caller.request_id).await?;
-        tell(&mut tx, app, portal.admin).await
-    }
-    .await;
-    tx.finish(work).await
+    accounts::set_password(tx, portal.admin, password_hash, now).await?;
+    links::use_up(tx, portal.admin, Purpose::ResetPassword, now).await?;
+    sessions::end_all(tx, portal.admin, Some(portal.session), End::PasswordChanged, now).await?;
+    event(tx, AuthKind::PortalPasswordChange, Outcome::Success, portal.admin, caller).await?;
+    note(tx, &portal.actor(), "password.change", portal.admin, caller.request_id).await?;
+    tell(tx, app, portal.admin).await
 }
 
 /// `false`: the caller has no such session.
 ///
 /// # Errors
 /// Those of the database.
-pub async fn revoke_session(app: &App, portal: &Portal, session: PortalSessionId) -> Result<bool, DbError> {
-    let mut tx = app.db.tenancy.begin(portal.tenant).await?;
-    if !sessions::belongs_to(&mut tx, session.uuid(), portal.admin).await? {
-        tx.rollback().await?;
+pub async fn revoke_session(
+    tx: &mut TenantTx,
+    app: &App,
+    portal: &Portal,
+    session: PortalSessionId,
+) -> Result<bool, DbError> {
+    if !sessions::belongs_to(tx, session.uuid(), portal.admin).await? {
         return Ok(false);
     }
-    if sessions::end(&mut tx, session.uuid(), End::Revoked, app.clock.now()).await? {
+    if sessions::end(tx, session.uuid(), End::Revoked, app.clock.now()).await? {
         let (actor, target) = (portal.actor(), session.to_string());
         audit::record(
-            &mut tx,
+            tx,
             audit::Entry {
                 actor: &actor,
                 action: "portal_session.revoke",
@@ -164,17 +163,14 @@ pub async fn revoke_session(app: &App, portal: &Portal, session: PortalSessionId
         )
         .await?;
     }
-    tx.commit().await?;
     Ok(true)
 }
 
 /// # Errors
 /// Those of the database.
-pub async fn revoke_others(app: &App, portal: &Portal) -> Result<(), DbError> {
-    let mut tx = app.db.tenancy.begin(portal.tenant).await?;
-    sessions::end_all(&mut tx, portal.admin, Some(portal.session), End::Revoked, app.clock.now()).await?;
-    note(&mut tx, &portal.actor(), "portal_session.revoke_others", portal.admin, portal.request_id).await?;
-    tx.commit().await
+pub async fn revoke_others(tx: &mut TenantTx, app: &App, portal: &Portal) -> Result<(), DbError> {
+    sessions::end_all(tx, portal.admin, Some(portal.session), End::Revoked, app.clock.now()).await?;
+    note(tx, &portal.actor(), "portal_session.revoke_others", portal.admin, portal.request_id).await
 }
 
 /// Mails somebody that their password is another one now, and where to change that.

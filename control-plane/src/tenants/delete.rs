@@ -227,7 +227,7 @@ async fn destroy(tx: &mut TenantTx, actor: &Actor, app: &App) -> Result<bool, Te
 
 /// For a retry of the request that asks for the deletion.
 async fn keep_answer(tx: &mut TenantTx, actor: &Actor, app: &App) -> Result<(), Problem> {
-    match idempotency::claim(tx, &app.keys, actor.name.clone()).await? {
+    match idempotency::claim(tx, app, actor.name.clone()).await? {
         Claim::Proceed(place) => idempotency::keep(tx, &app.keys, place, StatusCode::NO_CONTENT, &()).await,
         Claim::Replay(_) => Ok(()),
     }

@@ -46,30 +46,25 @@ impl UserChange {
         };
         Ok(Self { status: request.status, external_id })
     }
+
+    /// Takes the devices of a disabled user off their servers, or puts an enabled one's back; should this process end before,
+    /// the periodic task does it.
+    ///
+    /// # Errors
+    /// Those of the database.
+    pub async fn enforce(&self, app: &App, tenant: TenantId) -> Result<(), DbError> {
+        if self.status.is_some() {
+            tenants::enforce_users(app, tenant).await?;
+        }
+        Ok(())
+    }
 }
 
-/// Changes a user. One that is disabled has no logins any more, and its devices are off their servers when this returns;
-/// should this process end in between, the periodic task does it.
+/// Changes a user. One that is disabled has no logins any more. After COMMIT, call [`UserChange::enforce`].
 ///
 /// # Errors
 /// By variant.
 pub async fn update(
-    app: &App,
-    tenant: TenantId,
-    id: UserId,
-    change: UserChange,
-    actor: &Actor,
-) -> Result<User, UpdateError> {
-    let mut tx = app.db.tenancy.begin(tenant).await?;
-    let work = write(&mut tx, id, &change, actor, app.clock.now()).await;
-    let user = tx.finish(work).await?;
-    if change.status.is_some() {
-        tenants::enforce_users(app, tenant).await?;
-    }
-    Ok(user)
-}
-
-async fn write(
     tx: &mut TenantTx,
     id: UserId,
     change: &UserChange,

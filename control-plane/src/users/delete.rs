@@ -2,6 +2,7 @@
 //! can be repeated, and a deletion that was interrupted is finished by asking for it again.
 
 use cvault_types::{DeviceId, RequestId, TenantId, UserId};
+use http::StatusCode;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -9,6 +10,8 @@ use crate::app::App;
 use crate::audit;
 use crate::db::DbError;
 use crate::devices::{self, RevokeError};
+use crate::http::Problem;
+use crate::http::idempotency::{self, Claim};
 use crate::tenancy::TenantTx;
 use crate::tenants::Actor;
 
@@ -16,6 +19,9 @@ use crate::tenants::Actor;
 pub enum DeleteError {
     #[error("there is no such user")]
     NotFound,
+    /// The `Idempotency-Key` of the request.
+    #[error("{}", .0.sentences())]
+    Idempotency(Problem),
     #[error(transparent)]
     Db(#[from] DbError),
 }
@@ -105,7 +111,7 @@ async fn active_devices(app: &App, tenant: TenantId, id: UserId) -> Result<Vec<D
 }
 
 /// `false`, and nothing changed, when the user has got a device meanwhile.
-async fn erase(tx: &mut TenantTx, app: &App, id: UserId, actor: &Actor) -> Result<bool, DbError> {
+async fn erase(tx: &mut TenantTx, app: &App, id: UserId, actor: &Actor) -> Result<bool, DeleteError> {
     let tenant = tx.tenant().uuid();
     let erased = sqlx::query!(
         "update cvault.users
@@ -117,7 +123,8 @@ async fn erase(tx: &mut TenantTx, app: &App, id: UserId, actor: &Actor) -> Resul
         app.clock.now()
     )
     .execute(tx.conn())
-    .await?;
+    .await
+    .map_err(DbError::from)?;
     forget_tokens(tx, id).await?;
     if erased.rows_affected() == 0 {
         // by another deletion of the same user, or not at all
@@ -127,7 +134,8 @@ async fn erase(tx: &mut TenantTx, app: &App, id: UserId, actor: &Actor) -> Resul
             id.uuid()
         )
         .fetch_one(tx.conn())
-        .await?);
+        .await
+        .map_err(DbError::from)?);
     }
     let entry = audit::Entry {
         actor: &actor.name,
@@ -137,7 +145,16 @@ async fn erase(tx: &mut TenantTx, app: &App, id: UserId, actor: &Actor) -> Resul
         request_id: actor.request_id,
     };
     audit::record(tx, entry).await?;
+    keep_answer(tx, app, actor).await.map_err(DeleteError::Idempotency)?;
     Ok(true)
+}
+
+/// For a retry of the request that asks for the deletion.
+async fn keep_answer(tx: &mut TenantTx, app: &App, actor: &Actor) -> Result<(), Problem> {
+    match idempotency::claim(tx, app, actor.name.clone()).await? {
+        Claim::Proceed(place) => idempotency::keep(tx, &app.keys, place, StatusCode::NO_CONTENT, &()).await,
+        Claim::Replay(_) => Ok(()),
+    }
 }
 
 async fn forget_tokens(tx: &mut TenantTx, id: UserId) -> Result<(), DbError> {

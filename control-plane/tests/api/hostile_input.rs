@@ -383,7 +383,8 @@ async fn half_closed_and_slow_connections_get_an_answer_or_an_end() {
         let mut stream = open(&text).await;
         let answer = read_to_end(&mut stream).await;
         assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{headers}: {answer}");
-        assert!(answer.matches("HTTP/1.1").count() <= 1, "{headers}: {answer}");
+        // status lines: the sentence of a refusal names the version too
+        assert!(answer.matches("HTTP/1.1 ").count() <= 1, "{headers}: {answer}");
     }
     let mut healthy = open("GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
     assert!(read_to_end(&mut healthy).await.starts_with("HTTP/1.1 200 "), "the platform goes on");

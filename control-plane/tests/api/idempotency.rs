@@ -1,5 +1,6 @@
 //! Retried writes happen once.
 
+use cvault_control_plane::keys;
 use serde_json::json;
 
 use crate::platform::{PASSWORD, Platform};
@@ -47,7 +48,7 @@ async fn a_key_with_another_request_or_a_malformed_key_is_refused() {
     };
     assert_eq!(call("a@example.com", "k").send().await.status, 201);
     call("b@example.com", "k").refused(422, "IDEMPOTENCY_KEY_REUSED").await;
-    for key in ["", &"x".repeat(256)] {
+    for key in ["", "a b", "a\tb", &"x".repeat(256)] {
         call("b@example.com", key).refused(422, "VALIDATION_FAILED").await;
     }
     call("b@example.com", "k2").header(KEY, "k3").refused(422, "VALIDATION_FAILED").await;
@@ -94,5 +95,62 @@ async fn a_retried_refresh_gets_the_same_tokens_and_a_refused_one_is_decided_ane
     for _ in 0..2 {
         refresh("cvr_", "another").refused(401, "INVALID_TOKEN").await;
     }
-    assert_eq!(refresh(&first.text("refresh_token"), "a third").send().await.status, 200, "nothing was revoked");
+    assert_eq!(refresh(&first.text("refresh_token"), "third").send().await.status, 200, "nothing was revoked");
+}
+
+#[tokio::test]
+async fn an_answer_is_repeated_also_when_the_key_it_was_sealed_with_is_gone() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    let pool = json!({"name": "default", "ipv4": "10.8.0.0/16"});
+    let user = json!({"email": "a@example.com", "password": PASSWORD});
+    let make_pool =
+        async |platform: &Platform| platform.admin("POST", "/admin/pools").json(&pool).header(KEY, "k").send().await;
+    let make_user =
+        async |platform: &Platform| platform.post(REGISTER, &user).backend(&tenant).header(KEY, "k").send().await;
+    let (made_pool, made_user) = (make_pool(&platform).await, make_user(&platform).await);
+    assert_eq!((made_pool.status.as_u16(), made_user.status.as_u16()), (201, 201));
+
+    let platform = platform.with_keys(&[(1, 7), (2, 8)]).await;
+    let server = json!({"name": "s", "region": "lab-1", "public_ip": "203.0.113.10"});
+    let make_server = async |platform: &Platform| {
+        platform.admin("POST", "/admin/servers").json(&server).header(KEY, "later").send().await
+    };
+    let made_server = make_server(&platform).await;
+    let answers = async |platform: &Platform| -> Vec<(i16, i64)> {
+        let used = keys::in_use(&platform.app.db.sys).await.unwrap();
+        used.iter().map(|used| (used.version, used.answers)).collect()
+    };
+    assert_eq!(answers(&platform).await, [(1, 1), (2, 1)], "the old key is needed");
+    assert_eq!(keys::rotate(&platform.app, "cli").await.unwrap().answers, 1);
+    assert_eq!(answers(&platform).await, [(2, 2)]);
+
+    let platform = platform.with_keys(&[(2, 8)]).await;
+    for (again, first) in [
+        (make_pool(&platform).await, made_pool),
+        (make_user(&platform).await, made_user),
+        (make_server(&platform).await, made_server),
+    ] {
+        assert_eq!((again.status.as_u16(), again.header("idempotency-replayed")), (201, "true"), "{}", again.text);
+        assert_eq!(again.text, first.text);
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_does_not_open_keeps_no_tenants_key() {
+    let platform = Platform::start().await;
+    platform.tenant().await;
+    let pool = json!({"name": "default", "ipv4": "10.8.0.0/16"});
+    let made = platform.admin("POST", "/admin/pools").json(&pool).header(KEY, "k").send().await;
+    assert_eq!(made.status, 201, "{}", made.text);
+    sqlx::query("update platform.idempotency_keys set response_sealed = response_sealed || 'x'::bytea")
+        .execute(&mut platform.superuser().await)
+        .await
+        .unwrap();
+    let platform = platform.with_keys(&[(1, 7), (2, 8)]).await;
+    let refused = keys::rotate(&platform.app, "cli").await.unwrap_err();
+    assert!(refused.to_string().contains("admin:test"), "{refused}");
+    let used = keys::in_use(&platform.app.db.sys).await.unwrap();
+    let used: Vec<_> = used.iter().map(|used| (used.version, used.data_keys, used.answers)).collect();
+    assert_eq!(used, [(1, 0, 1), (2, 1, 0)]);
 }

@@ -8,6 +8,7 @@ mod bad_input;
 mod binary;
 mod dashboard;
 mod devices;
+mod exact_limits;
 mod hostile_input;
 mod idempotency;
 mod keys;

@@ -1,5 +1,8 @@
 //! A platform of its own for each test, and calls to it.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use axum::Router;
 use axum::body::Body;
 use cvault_control_plane::app::App;
@@ -13,14 +16,18 @@ use cvault_control_plane::serve;
 use http::{HeaderMap, Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 use tower::ServiceExt;
 use zeroize::Zeroizing;
+
+/// For a thousand requests on a machine that does other things too.
+const PATIENCE: Duration = Duration::from_secs(240);
 
 pub(crate) const PASSWORD: &str = "correct horse battery staple";
 
 pub(crate) struct Platform {
     pub(crate) app: App,
-    pub(crate) database: ScratchDatabase,
+    pub(crate) database: Arc<ScratchDatabase>,
     router: Router,
 }
 
@@ -54,13 +61,29 @@ impl Platform {
     }
 
     pub(crate) async fn with(change: impl FnOnce(&mut Config)) -> Self {
-        let database = ScratchDatabase::create().await.unwrap();
+        let database = Arc::new(ScratchDatabase::create().await.unwrap());
         let mut config = Config::from_env(&|_| None, &Overrides::default()).unwrap();
         config.rate_limit_per_minute = 100_000;
         change(&mut config);
         let keys = KeyRing::single(Zeroizing::new([7; 32]));
         let app = serve::open(config, &database.config(), keys).await.unwrap();
         Self { router: router::api(app.clone()), app, database }
+    }
+
+    /// The same installation, started anew with other key-encryption keys.
+    pub(crate) async fn with_keys(self, keys: &[(i16, u8)]) -> Self {
+        let ring = keys.iter().map(|(version, byte)| (*version, Zeroizing::new([*byte; 32])));
+        self.started_again(KeyRing::versions(ring).unwrap()).await
+    }
+
+    /// Another process of the same installation.
+    pub(crate) async fn replica(&self) -> Self {
+        self.started_again(self.app.keys.clone()).await
+    }
+
+    async fn started_again(&self, keys: KeyRing) -> Self {
+        let app = serve::open(self.app.config.clone(), &self.database.config(), keys).await.unwrap();
+        Self { router: router::api(app.clone()), app, database: Arc::clone(&self.database) }
     }
 
     pub(crate) fn admin_token(&self) -> String {
@@ -155,6 +178,21 @@ impl Call<'_> {
         let answer = self.send().await;
         answer.is_problem(&what, status, code);
         answer
+    }
+}
+
+/// The answer to a request that was decided: who is told that the platform is busy asks again.
+pub(crate) async fn decided<'a>(call: impl Fn() -> Call<'a>) -> Answer {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let answer = call().send().await;
+        let busy = ["OVERLOADED", "DATABASE_UNAVAILABLE"].map(Value::from).contains(&answer.body["code"]);
+        if !busy {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "busy for too long: {}", answer.text);
+        assert!(answer.headers.contains_key("retry-after"), "{}", answer.text);
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 

@@ -599,7 +599,7 @@ async fn one_person_sends_three_hundred_requests_a_minute() {
 }
 
 /// Mails go to files here; the links in them.
-async fn mailed(platform: &Platform, folder: &std::path::Path) -> Vec<String> {
+pub(crate) async fn mailed(platform: &Platform, folder: &std::path::Path) -> Vec<String> {
     mail::deliver(&platform.app).await.unwrap();
     let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.retain(|path| path.extension().is_some_and(|ending| ending == "eml"));
@@ -608,7 +608,7 @@ async fn mailed(platform: &Platform, folder: &std::path::Path) -> Vec<String> {
     texts.map(|text| text.replace("=\r\n", "").replace("=3D", "=")).collect()
 }
 
-fn link_token(mail: &str) -> String {
+pub(crate) fn link_token(mail: &str) -> String {
     let rest = mail.split("#token=").nth(1).unwrap_or_else(|| panic!("no link in {mail}"));
     rest.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect()
 }

@@ -37,7 +37,11 @@ impl Person {
 
 /// The pool named `default` and a server that looks alive; its id.
 pub(crate) async fn with_server(platform: &Platform) -> String {
-    let pool = json!({"name": "default", "ipv4": "10.8.0.0/16"});
+    with_server_and_pool(platform, "10.8.0.0/16").await
+}
+
+pub(crate) async fn with_server_and_pool(platform: &Platform, ipv4: &str) -> String {
+    let pool = json!({"name": "default", "ipv4": ipv4});
     let made = platform.admin("POST", "/admin/pools").json(&pool).send().await;
     assert_eq!(made.status, 201, "{}", made.text);
     let body = json!({"name": "s1", "region": "lab-1", "public_ip": "203.0.113.10"});

@@ -204,6 +204,9 @@ async fn the_key_encryption_key_is_replaced_by_one_command_while_both_are_known(
     for _ in 0..3 {
         platform.tenant().await;
     }
+    let pool = json!({"name": "default", "ipv4": "10.8.0.0/16"});
+    let kept = platform.admin("POST", "/admin/pools").json(&pool).header("idempotency-key", "k").send().await;
+    assert_eq!(kept.status, 201, "{}", kept.text);
     let keys = directory.path().join("kek");
     let admin = |lines: &str, args: &[&str]| {
         fs::write(&keys, lines).unwrap();
@@ -220,8 +223,9 @@ async fn the_key_encryption_key_is_replaced_by_one_command_while_both_are_known(
     let (before, _) = admin(OLD_KEK, &["status"]);
     let secrets = before["keys"][0]["secrets"].as_u64().unwrap();
     assert_eq!((&before["keys"][0]["data_keys"], &before["keys"][0]["removable"]), (&json!(3), &json!(false)));
-    assert_eq!(admin(&both, &["rotate"]).0, json!({"version": 2, "data_keys": 3, "secrets": secrets}));
-    assert_eq!(admin(&both, &["rotate"]).0, json!({"version": 2, "data_keys": 0, "secrets": 0}));
+    assert_eq!(before["keys"][0]["answers"], 1);
+    assert_eq!(admin(&both, &["rotate"]).0, json!({"version": 2, "data_keys": 3, "secrets": secrets, "answers": 1}));
+    assert_eq!(admin(&both, &["rotate"]).0, json!({"version": 2, "data_keys": 0, "secrets": 0, "answers": 0}));
     let (after, _) = admin(&both, &["status"]);
     assert_eq!((&after["keys"][0]["version"], &after["keys"][0]["removable"]), (&json!(1), &json!(true)));
     let (alone, _) = admin(&format!("2:{NEW_KEK}"), &["status"]);

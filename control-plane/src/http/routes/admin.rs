@@ -82,7 +82,7 @@ async fn create(
         let mut rng = StdRng::from_os_rng();
         let (tenant, key) = tenants::create_in(&mut tx, &app, settings, &actor, &mut rng).await?;
         let answer = CreatedTenant { tenant, api_key: key.key, api_secret: key.secret };
-        if let Claim::Proceed(place) = idempotency::claim(&mut tx, &app.keys, actor.name.clone()).await? {
+        if let Claim::Proceed(place) = idempotency::claim(&mut tx, &app, actor.name.clone()).await? {
             idempotency::keep(&mut tx, &app.keys, place, StatusCode::CREATED, &answer).await?;
         }
         Ok::<_, Problem>(answer)
@@ -175,7 +175,7 @@ async fn change(app: &App, admin: &Admin, id: TenantId, request: UpdateTenantReq
     }
     let mut tx = app.db.tenancy.begin(id).await?;
     let work = async {
-        let place = match idempotency::claim(&mut tx, &app.keys, actor.name.clone()).await? {
+        let place = match idempotency::claim(&mut tx, app, actor.name.clone()).await? {
             Claim::Proceed(place) => place,
             Claim::Replay(replay) => return Ok((replay.into_response(), Vec::new())),
         };

@@ -24,7 +24,7 @@ use crate::auth::tokens::{self, ClientToken};
 use crate::db::DbError;
 use crate::http::idempotency::{self, Claim};
 use crate::http::serve::Peer;
-use crate::http::{ClientKey, Json, Problem, context};
+use crate::http::{ClientKey, Json, Problem};
 use crate::tenancy::TenantTx;
 use crate::users::{self, RegisterError};
 
@@ -61,7 +61,7 @@ async fn register(
     }
     let hash = app.passwords.hash(password).await?;
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let place = match idempotency::claim(&mut tx, &app.keys, principal).await? {
+    let place = match idempotency::claim(&mut tx, &app, principal).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;
@@ -94,7 +94,7 @@ async fn before_hashing(
     email: &Email,
 ) -> Result<Option<Response>, Problem> {
     let mut tx = app.db.tenancy.begin(event.key.tenant).await?;
-    let claim = idempotency::claim(&mut tx, &app.keys, principal.to_owned()).await?;
+    let claim = idempotency::claim(&mut tx, app, principal.to_owned()).await?;
     let taken = users::email_exists(&mut tx, email).await?;
     // the claim is given back: hashing takes a fifth of a second, and no transaction waits for it
     tx.rollback().await?;
@@ -126,7 +126,7 @@ async fn login(
     // also before a kept answer is looked for: it tells whether a password is the one that was sent with the key
     event.admitted(&app, app.throttles.guess(account)).await?;
     let principal = key.principal(&account.bytes());
-    if let Some(replay) = replayed(&app, key.tenant, &principal).await? {
+    if let Some(replay) = idempotency::earlier(&app, key.tenant, principal.clone()).await? {
         app.throttles.no_guess(account);
         return Ok(replay);
     }
@@ -150,7 +150,7 @@ async fn login(
         event.note(&app, Outcome::Failure, Some(user)).await?;
         return Err(Problem::new(ErrorCode::InvalidCredentials));
     }
-    let place = match idempotency::claim(&mut tx, &app.keys, principal).await? {
+    let place = match idempotency::claim(&mut tx, &app, principal).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;
@@ -162,20 +162,6 @@ async fn login(
     idempotency::keep(&mut tx, &app.keys, place, StatusCode::OK, &answer).await?;
     tx.commit().await?;
     Ok(Json(answer).into_response())
-}
-
-/// The first answer, without the costly hash: it was given to the same password.
-async fn replayed(app: &App, tenant: TenantId, principal: &str) -> Result<Option<Response>, Problem> {
-    if !context::is_idempotent() {
-        return Ok(None);
-    }
-    let mut tx = app.db.tenancy.begin(tenant).await?;
-    let claim = idempotency::claim(&mut tx, &app.keys, principal.to_owned()).await?;
-    tx.rollback().await?;
-    Ok(match claim {
-        Claim::Proceed(_) => None,
-        Claim::Replay(replay) => Some(replay.into_response()),
-    })
 }
 
 /// Whose password it was, and whether it was right. A disabled user is nobody.
@@ -223,7 +209,7 @@ async fn refresh_tokens(
     let event = Attempt { kind: AuthKind::Refresh, key, client_ip: peer.ip() };
     let principal = key.principal(body.refresh_token.expose().as_bytes());
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let place = match idempotency::claim(&mut tx, &app.keys, principal).await? {
+    let place = match idempotency::claim(&mut tx, &app, principal).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;
@@ -268,7 +254,7 @@ async fn logout(
     let now = app.clock.now();
     let principal = key.principal(body.refresh_token.expose().as_bytes());
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
-    let place = match idempotency::claim(&mut tx, &app.keys, principal).await? {
+    let place = match idempotency::claim(&mut tx, &app, principal).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             tx.commit().await?;

@@ -173,7 +173,7 @@ async fn register_once(
     caller: Caller,
     new: NewDevice,
 ) -> Result<Once<Box<Registered>>, NotRegistered> {
-    let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
+    let place = match idempotency::claim(tx, app, caller.user.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => return Ok(Once::Replay(again(app, tx, caller, &replay).await?)),
     };
@@ -447,7 +447,7 @@ async fn rotate_once(
     caller: Caller,
     new: NewDeviceKeys,
 ) -> Result<Once<Box<devices::Rotated>>, Problem> {
-    let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
+    let place = match idempotency::claim(tx, app, caller.user.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => return again(app, tx, caller, &replay).await.map(Once::Replay),
     };
@@ -483,7 +483,7 @@ async fn delete_once(
     caller: Caller,
     id: DeviceId,
 ) -> Result<Once<Option<devices::Revoked>>, Problem> {
-    let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
+    let place = match idempotency::claim(tx, app, caller.user.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => return Ok(Once::Replay(replay.into_response())),
     };

@@ -29,6 +29,7 @@ use crate::auth::events::{AuthKind, Outcome};
 use crate::auth::passwords;
 use crate::auth::tokens::PortalToken;
 use crate::db::DbError;
+use crate::http::idempotency::{self, Claim};
 use crate::http::{Json, Portal, Problem, browser};
 use crate::portal::accounts::{self, Account, CreateError};
 use crate::portal::attempts::{self, AttemptKind};
@@ -161,9 +162,11 @@ async fn check_password(app: &App, body: PortalLoginRequest) -> Result<Checked, 
 }
 
 /// Exchange a refresh token for the next pair; each works once, and a second use ends the session. A browser sends `{}`:
-/// its cookie lasts longer with each use by itself, and this tells whose session it is.
+/// its cookie lasts longer with each use by itself, and this tells whose session it is. Programs: send an `Idempotency-Key`, so
+/// that a lost answer can be asked for again.
 #[utoipa::path(post, path = "/api/v1/tenant/auth/refresh", tag = "portal", request_body = PortalRefreshRequest,
     security((), ("portal_cookie" = [])),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 200, body = PortalLogin),
         (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, TOKEN_REUSED, SESSION_TERMINATED (with `X-Session-Terminated: true`)"),
         (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "ORIGIN_NOT_ALLOWED"),
@@ -173,8 +176,10 @@ async fn refresh(
     State(app): State<App>,
     origin: Origin,
     Json(body): Json<PortalRefreshRequest>,
-) -> Result<Json<PortalLogin>, Problem> {
+) -> Result<Response, Problem> {
     let Some(token) = body.refresh_token else {
+        // there is nothing to keep, but a malformed key is one here too
+        idempotency::wanted(&app.secrets)?;
         let found = Portal::find(&origin.parts, &app).await?;
         let PortalToken { tenant, admin, session } = found.token;
         let session_id = PortalSessionId::from_uuid(session);
@@ -184,33 +189,45 @@ async fn refresh(
             role: found.role,
             session_id,
             tokens: None,
-        }));
+        })
+        .into_response());
     };
     app.throttles.before_credentials(origin.seen.ip)?;
     let Some(tenant) = sessions::tenant_of(&app, &token).await? else {
         app.throttles.credentials_failed(origin.seen.ip);
         return Err(Problem::new(ErrorCode::InvalidToken));
     };
-    exchange(&app, tenant, &token, &origin).await.map(Json)
+    exchange(&app, tenant, &token, &origin).await
 }
 
-async fn exchange(app: &App, tenant: TenantId, token: &Secret, origin: &Origin) -> Result<PortalLogin, Problem> {
+async fn exchange(app: &App, tenant: TenantId, token: &Secret, origin: &Origin) -> Result<Response, Problem> {
     let attempt = Attempt::at(app, AttemptKind::Login, "", &origin.seen);
     let mut tx = app.db.tenancy.begin(tenant).await?;
+    // nobody knows yet who calls: a retry is known by the token
+    let principal = format!("portal_refresh:{}", hex::encode(app.secrets.peppered("principal", token.expose())));
+    let place = match idempotency::claim(&mut tx, app, principal).await? {
+        Claim::Proceed(place) => place,
+        Claim::Replay(replay) => {
+            tx.commit().await?;
+            return Ok(replay.into_response());
+        }
+    };
     let (who, outcome, code) = match sessions::take(&mut tx, &app.secrets, token, app.clock.now()).await? {
         Taken::Valid(who) => {
             let tokens = sessions::issue(&mut tx, app, who, &mut StdRng::from_os_rng()).await?;
             let account = accounts::load(&mut tx, who.admin).await?;
             let account = account.ok_or_else(|| Problem::new(ErrorCode::SessionTerminated))?;
             attempt.record(&mut tx, AuthKind::PortalRefresh, Outcome::Success, Some(who.admin)).await?;
-            tx.commit().await?;
-            return Ok(PortalLogin {
+            let answer = PortalLogin {
                 admin_id: who.admin,
                 tenant_id: tenant,
                 role: account.role,
                 session_id: PortalSessionId::from_uuid(who.session),
                 tokens: Some(tokens),
-            });
+            };
+            idempotency::keep(&mut tx, &app.keys, place, StatusCode::OK, &answer).await?;
+            tx.commit().await?;
+            return Ok(Json(answer).into_response());
         }
         Taken::Reused(who) => (Some(who.admin), Outcome::Reuse, ErrorCode::TokenReused),
         Taken::Expired(who) => (Some(who.admin), Outcome::Failure, ErrorCode::TokenExpired),
@@ -218,6 +235,7 @@ async fn exchange(app: &App, tenant: TenantId, token: &Secret, origin: &Origin) 
         Taken::Unknown => (None, Outcome::Failure, ErrorCode::InvalidToken),
     };
     attempt.record(&mut tx, AuthKind::PortalRefresh, outcome, who).await?;
+    idempotency::give_back(&mut tx, place).await?;
     // the end of the session has to last
     tx.commit().await?;
     let problem = Problem::new(code);

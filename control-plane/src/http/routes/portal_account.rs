@@ -2,6 +2,7 @@
 //! people do with their own account.
 
 use axum::extract::State;
+use axum::response::Response;
 use cvault_types::portal::{
     ChallengeToken, ChangePasswordRequest, PasswordResetConfirm, PasswordResetRequest, PortalSessionList, StepUpAnswer,
     VerifyEmailRequest,
@@ -21,7 +22,7 @@ use crate::app::App;
 use crate::auth::email::Email;
 use crate::auth::events::Outcome;
 use crate::auth::passwords;
-use crate::http::{Json, Path, Portal, Problem, context};
+use crate::http::{Json, Path, Portal, Problem, context, idempotency};
 use crate::portal::attempts::{self, AttemptKind};
 use crate::portal::links;
 use crate::portal::recovery::{self, Caller};
@@ -68,15 +69,21 @@ async fn verify_email(
 
 /// Mail the link that verifies the caller's address once more; earlier ones stop working.
 #[utoipa::path(post, path = "/api/v1/tenant/auth/verify-email/resend", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
+    params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 202, description = "Nothing is mailed for an address that is verified."),
         (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
         (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
         (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
         (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE, OVERLOADED")))]
-async fn resend_verification(State(app): State<App>, portal: Portal) -> Result<StatusCode, Problem> {
+async fn resend_verification(State(app): State<App>, portal: Portal) -> Result<Response, Problem> {
+    if let Some(replay) = idempotency::earlier(&app, portal.tenant, portal.actor()).await? {
+        return Ok(replay);
+    }
     app.throttles.mail(attempts::account(&portal.actor()))?;
-    recovery::resend_verification(&app, &portal, &mut StdRng::from_os_rng()).await?;
-    Ok(StatusCode::ACCEPTED)
+    idempotency::once(&app, portal.tenant, portal.actor(), StatusCode::ACCEPTED, async |tx| {
+        Ok(recovery::resend_verification(tx, &app, &portal, &mut StdRng::from_os_rng()).await?)
+    })
+    .await
 }
 
 /// Mail a link to choose a new password. The answer is the same whether the address has an account or not.
@@ -141,7 +148,8 @@ async fn confirm_reset(
 
 /// Change the caller's password. Needs a step-up challenge, which asks for the old one; ends every other session.
 #[utoipa::path(post, path = "/api/v1/tenant/auth/password", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
-    params(("X-Challenge-Token" = Option<String>, Header, description = "Of an answered challenge, for exactly this request.")),
+    params(("X-Challenge-Token" = Option<String>, Header, description = "Of an answered challenge, for exactly this request."),
+        ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = ChangePasswordRequest,
     responses((status = 204),
         (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
@@ -154,12 +162,14 @@ async fn change_password(
     portal: Portal,
     origin: Origin,
     Json(body): Json<ChangePasswordRequest>,
-) -> Result<StatusCode, Problem> {
+) -> Result<Response, Problem> {
     passwords::checked(Problem::validation(), "/password", &body.password).or_ok(())?;
     step_up::require(&app, &portal, "password.change").await?;
     let hash = app.passwords.hash(body.password).await?;
-    recovery::change_password(&app, &portal, &hash, origin.seen.ip).await?;
-    Ok(StatusCode::NO_CONTENT)
+    idempotency::once(&app, portal.tenant, portal.actor(), StatusCode::NO_CONTENT, async |tx| {
+        Ok(recovery::change_password(tx, &app, &portal, &hash, origin.seen.ip).await?)
+    })
+    .await
 }
 
 /// The caller's own sessions, newest first.
@@ -177,22 +187,26 @@ async fn list_sessions(State(app): State<App>, portal: Portal) -> Result<Json<Po
 
 /// End every session of the caller but this one.
 #[utoipa::path(delete, path = "/api/v1/tenant/sessions", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
-    params(("X-Challenge-Token" = Option<String>, Header, description = "Of an answered challenge, for exactly this request.")),
+    params(("X-Challenge-Token" = Option<String>, Header, description = "Of an answered challenge, for exactly this request."),
+        ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204),
         (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
         (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED, when something looks odd: another network, program or pace"),
         (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
         (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
-async fn revoke_other_sessions(State(app): State<App>, portal: Portal) -> Result<StatusCode, Problem> {
+async fn revoke_other_sessions(State(app): State<App>, portal: Portal) -> Result<Response, Problem> {
     step_up::if_risky(&app, &portal, "portal_session.revoke_others").await?;
-    recovery::revoke_others(&app, &portal).await?;
-    Ok(StatusCode::NO_CONTENT)
+    idempotency::once(&app, portal.tenant, portal.actor(), StatusCode::NO_CONTENT, async |tx| {
+        Ok(recovery::revoke_others(tx, &app, &portal).await?)
+    })
+    .await
 }
 
 /// End one of the caller's own sessions. May be repeated.
 #[utoipa::path(delete, path = "/api/v1/tenant/sessions/{session_id}", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     params(("session_id" = PortalSessionId, Path),
-        ("X-Challenge-Token" = Option<String>, Header, description = "Of an answered challenge, for exactly this request.")),
+        ("X-Challenge-Token" = Option<String>, Header, description = "Of an answered challenge, for exactly this request."),
+        ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204),
         (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
         (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND, also for another person's session"),
@@ -203,12 +217,13 @@ async fn revoke_session(
     State(app): State<App>,
     portal: Portal,
     Path(session): Path<PortalSessionId>,
-) -> Result<StatusCode, Problem> {
+) -> Result<Response, Problem> {
     step_up::if_risky(&app, &portal, "portal_session.revoke").await?;
-    if recovery::revoke_session(&app, &portal, session).await? {
-        return Ok(StatusCode::NO_CONTENT);
-    }
-    Err(Problem::new(ErrorCode::NotFound))
+    idempotency::once(&app, portal.tenant, portal.actor(), StatusCode::NO_CONTENT, async |tx| {
+        let found = recovery::revoke_session(tx, &app, &portal, session).await?;
+        if found { Ok(()) } else { Err(Problem::new(ErrorCode::NotFound)) }
+    })
+    .await
 }
 
 /// Answer a challenge. The token is good once, for 60 s, for the request that was challenged; so many wrong answers in a

@@ -1,7 +1,7 @@
 //! `/api/v1/tenant/api-keys`: the tenant's keys, in the portal.
 
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use cvault_types::api_key::{ApiKey, ApiKeyList, CreateApiKey, CreatedApiKey, RegenerateApiKey, UpdateApiKey};
 use cvault_types::problem::ProblemBody;
 use cvault_types::{ApiKeyId, ErrorCode, Secret, TenantRole};
@@ -14,14 +14,16 @@ use utoipa_axum::routes;
 
 use crate::app::App;
 use crate::auth::api_keys::{self, KeyChange, KeySettings, MAX_GRACE, ManageError};
-use crate::http::idempotency::{self, Claim};
-use crate::http::{Json, Path, Portal, Problem};
+use crate::http::{Json, Path, Portal, Problem, idempotency};
 use crate::step_up;
 use crate::tenancy::TenantTx;
 use crate::tenants::Actor;
 
 pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(get, update, revoke)).routes(routes!(regenerate))
+    OpenApiRouter::new()
+        .routes(routes!(list_keys, create_key))
+        .routes(routes!(get_key, update_key, revoke_key))
+        .routes(routes!(regenerate_key))
 }
 
 /// The tenant's keys that are not revoked, oldest first. Role developer.
@@ -29,7 +31,7 @@ pub fn router() -> OpenApiRouter<App> {
     responses((status = 200, body = ApiKeyList),
               (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn list(State(app): State<App>, portal: Portal) -> Result<Json<ApiKeyList>, Problem> {
+async fn list_keys(State(app): State<App>, portal: Portal) -> Result<Json<ApiKeyList>, Problem> {
     portal.require(TenantRole::Developer)?;
     let mut tx = app.db.tenancy.begin(portal.tenant).await?;
     let data = api_keys::list(&mut tx).await?;
@@ -40,14 +42,18 @@ async fn list(State(app): State<App>, portal: Portal) -> Result<Json<ApiKeyList>
 /// Create a key. The answer is the only one that ever holds its secret. Role admin; asks for a challenge.
 #[utoipa::path(post, path = "/api/v1/tenant/api-keys", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     params(("X-Challenge-Token" = Option<String>, Header, description = "Of the answered challenge."),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = CreateApiKey,
     responses((status = 201, body = CreatedApiKey),
               (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
               (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
               (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn create(State(app): State<App>, portal: Portal, Json(body): Json<CreateApiKey>) -> Result<Response, Problem> {
+async fn create_key(
+    State(app): State<App>,
+    portal: Portal,
+    Json(body): Json<CreateApiKey>,
+) -> Result<Response, Problem> {
     portal.require(TenantRole::Admin)?;
     let now = app.clock.now();
     let settings = KeySettings::parse(body, now)?;
@@ -65,7 +71,7 @@ async fn create(State(app): State<App>, portal: Portal, Json(body): Json<CreateA
               (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE"),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn get(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>) -> Result<Json<ApiKey>, Problem> {
+async fn get_key(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>) -> Result<Json<ApiKey>, Problem> {
     portal.require(TenantRole::Developer)?;
     let mut tx = app.db.tenancy.begin(portal.tenant).await?;
     let key = api_keys::find_key(&mut tx, id).await?;
@@ -74,9 +80,9 @@ async fn get(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>) -
 }
 
 /// Change a key's name, scopes or expiry. Absent fields stay; `null` takes the expiry away. Role admin; asks for a challenge.
-/// May be repeated; an `Idempotency-Key` is not looked at.
 #[utoipa::path(patch, path = "/api/v1/tenant/api-keys/{api_key_id}", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
-    params(("api_key_id" = ApiKeyId, Path), ("X-Challenge-Token" = Option<String>, Header, description = "Of the answered challenge.")),
+    params(("api_key_id" = ApiKeyId, Path), ("X-Challenge-Token" = Option<String>, Header, description = "Of the answered challenge."),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = UpdateApiKey,
     responses((status = 200, body = ApiKey),
               (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
@@ -84,45 +90,51 @@ async fn get(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>) -
               (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
               (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn update(
+async fn update_key(
     State(app): State<App>,
     portal: Portal,
     Path(id): Path<ApiKeyId>,
     Json(body): Json<UpdateApiKey>,
-) -> Result<Json<ApiKey>, Problem> {
+) -> Result<Response, Problem> {
     portal.require(TenantRole::Admin)?;
     let change = KeyChange::parse(body, app.clock.now())?;
     exists(&app, &portal, id).await?;
     step_up::require(&app, &portal, "api_key.update").await?;
-    let mut tx = app.db.tenancy.begin(portal.tenant).await?;
-    let work = api_keys::update(&mut tx, id, change, &actor(&portal)).await;
-    Ok(Json(tx.finish(work).await?))
+    idempotency::once(&app, portal.tenant, portal.actor(), StatusCode::OK, async |tx| {
+        Ok(api_keys::update(tx, id, change, &actor(&portal)).await?)
+    })
+    .await
 }
 
-/// Revoke a key: from the next request on it is refused everywhere. Cannot be undone. Role admin; asks for a challenge. An
-/// `Idempotency-Key` is not looked at: a repetition answers NOT_FOUND.
+/// Revoke a key: from the next request on it is refused everywhere. Cannot be undone. Role admin; asks for a challenge.
+/// A repetition without an `Idempotency-Key` answers NOT_FOUND.
 #[utoipa::path(delete, path = "/api/v1/tenant/api-keys/{api_key_id}", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
-    params(("api_key_id" = ApiKeyId, Path), ("X-Challenge-Token" = Option<String>, Header, description = "Of the answered challenge.")),
+    params(("api_key_id" = ApiKeyId, Path), ("X-Challenge-Token" = Option<String>, Header, description = "Of the answered challenge."),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204, description = "Revoked."),
               (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
               (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn revoke(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>) -> Result<StatusCode, Problem> {
+async fn revoke_key(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>) -> Result<Response, Problem> {
     portal.require(TenantRole::Admin)?;
+    // nothing is in it, and the key that a challenge would be about is gone
+    if let Some(replay) = idempotency::earlier(&app, portal.tenant, portal.actor()).await? {
+        return Ok(replay);
+    }
     exists(&app, &portal, id).await?;
     step_up::require(&app, &portal, "api_key.revoke").await?;
-    let mut tx = app.db.tenancy.begin(portal.tenant).await?;
-    let work = api_keys::revoke(&mut tx, id, &actor(&portal), app.clock.now()).await;
-    tx.finish(work).await?;
-    Ok(StatusCode::NO_CONTENT)
+    idempotency::once(&app, portal.tenant, portal.actor(), StatusCode::NO_CONTENT, async |tx| {
+        Ok(api_keys::revoke(tx, id, &actor(&portal), app.clock.now()).await?)
+    })
+    .await
 }
 
 /// Give a key another secret; its public part stays. The old secret works for the grace period more, if one is asked for. The
 /// answer is the only one that ever holds the new one. Role admin; asks for a challenge.
 #[utoipa::path(post, path = "/api/v1/tenant/api-keys/regenerate", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     params(("X-Challenge-Token" = Option<String>, Header, description = "Of the answered challenge."),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = RegenerateApiKey,
     responses((status = 200, body = CreatedApiKey),
               (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
@@ -130,7 +142,7 @@ async fn revoke(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>
               (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
               (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn regenerate(
+async fn regenerate_key(
     State(app): State<App>,
     portal: Portal,
     Json(body): Json<RegenerateApiKey>,
@@ -166,19 +178,11 @@ async fn once(
     status: StatusCode,
     work: impl AsyncFnOnce(&mut TenantTx, &mut StdRng) -> Result<(ApiKey, Secret), ManageError>,
 ) -> Result<Response, Problem> {
-    let mut tx = app.db.tenancy.begin(portal.tenant).await?;
-    let done = async {
-        let place = match idempotency::claim(&mut tx, &app.keys, portal.actor()).await? {
-            Claim::Proceed(place) => place,
-            Claim::Replay(replay) => return Ok(replay.into_response()),
-        };
-        let (key, api_secret) = work(&mut tx, &mut StdRng::from_os_rng()).await?;
-        let answer = CreatedApiKey { key, api_secret };
-        idempotency::keep(&mut tx, &app.keys, place, status, &answer).await?;
-        Ok::<_, Problem>((status, Json(answer)).into_response())
-    }
-    .await;
-    tx.finish(done).await
+    idempotency::once(app, portal.tenant, portal.actor(), status, async |tx| {
+        let (key, api_secret) = work(tx, &mut StdRng::from_os_rng()).await?;
+        Ok(CreatedApiKey { key, api_secret })
+    })
+    .await
 }
 
 pub(super) fn actor(portal: &Portal) -> Actor {

@@ -100,9 +100,10 @@ async fn get(State(app): State<App>, key: TenantKey, Path(id): Path<UserId>) -> 
 /// Disable or enable a user, or give it an external id.
 ///
 /// A disabled user cannot log in, its refresh tokens are revoked, and its devices are off their servers; enabling it brings
-/// them back with their addresses. May be repeated; an `Idempotency-Key` is not looked at.
+/// them back with their addresses.
 #[utoipa::path(patch, path = "/api/v1/users/{user_id}", tag = "users", security(("api_key" = [], "api_secret" = [])),
-    params(("user_id" = UserId, Path)), request_body = UpdateUser,
+    params(("user_id" = UserId, Path),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")), request_body = UpdateUser,
     responses((status = 200, body = User),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
               (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "EXTERNAL_ID_TAKEN"),
@@ -113,21 +114,30 @@ async fn update(
     key: TenantKey,
     Path(id): Path<UserId>,
     Json(body): Json<UpdateUser>,
-) -> Result<Json<User>, Problem> {
+) -> Result<Response, Problem> {
     let change = UserChange::parse(body)?;
-    Ok(Json(users::update(&app, key.tenant, id, change, &actor(key)).await?))
+    let answer = idempotency::once(&app, key.tenant, key.api_key_id.to_string(), StatusCode::OK, async |tx| {
+        Ok(users::update(tx, id, &change, &actor(key), app.clock.now()).await?)
+    })
+    .await?;
+    change.enforce(&app, key.tenant).await?;
+    Ok(answer)
 }
 
 /// Delete a user: its logins end, its devices leave their servers, their keys are destroyed, its address and password are
-/// forgotten. Cannot be undone. May be repeated; an `Idempotency-Key` is not looked at.
+/// forgotten. Cannot be undone. May be repeated.
 #[utoipa::path(delete, path = "/api/v1/users/{user_id}", tag = "users", security(("api_key" = [], "api_secret" = [])),
-    params(("user_id" = UserId, Path)),
+    params(("user_id" = UserId, Path),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204, description = "Deleted, now or before."),
               (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn delete(State(app): State<App>, key: TenantKey, Path(id): Path<UserId>) -> Result<StatusCode, Problem> {
+async fn delete(State(app): State<App>, key: TenantKey, Path(id): Path<UserId>) -> Result<Response, Problem> {
+    if let Some(replay) = idempotency::earlier(&app, key.tenant, key.api_key_id.to_string()).await? {
+        return Ok(replay);
+    }
     users::delete(&app, key.tenant, id, &actor(key)).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 /// Log in a user that the tenant's own backend vouches for, by the tenant's own name for it.
@@ -137,7 +147,7 @@ async fn delete(State(app): State<App>, key: TenantKey, Path(id): Path<UserId>) 
 #[utoipa::path(post, path = "/api/v1/users/{external_id}/login-token", tag = "users",
     security(("api_key" = [], "api_secret" = [])),
     params(("external_id" = String, Path),
-           ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key gets the first answer.")),
+           ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 200, body = TokenResponse, description = "The user was known."),
               (status = 201, body = TokenResponse, description = "The user is new."),
               (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "USER_LIMIT_EXCEEDED, USER_DISABLED, INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
@@ -163,7 +173,7 @@ async fn vouch_once(
     peer: Peer,
     external_id: &ExternalId,
 ) -> Result<Response, Problem> {
-    let place = match idempotency::claim(tx, &app.keys, key.api_key_id.to_string()).await? {
+    let place = match idempotency::claim(tx, app, key.api_key_id.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => return Ok(replay.into_response()),
     };
@@ -219,6 +229,7 @@ impl From<DeleteError> for Problem {
     fn from(error: DeleteError) -> Self {
         match error {
             DeleteError::NotFound => Self::new(ErrorCode::NotFound),
+            DeleteError::Idempotency(problem) => problem,
             DeleteError::Db(error) => error.into(),
         }
     }

@@ -75,7 +75,7 @@ async fn connect_once(
     device: DeviceId,
     region: Option<&str>,
 ) -> Result<Once<Box<(Connection, Connected)>>, Problem> {
-    let place = match idempotency::claim(tx, &app.keys, caller.user.to_string()).await? {
+    let place = match idempotency::claim(tx, app, caller.user.to_string()).await? {
         Claim::Proceed(place) => place,
         Claim::Replay(replay) => {
             let Kept { session_id } = replay.kept()?;
@@ -122,7 +122,7 @@ async fn disconnect(
 ) -> Result<Response, Problem> {
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
     let work = async {
-        let place = match idempotency::claim(&mut tx, &app.keys, caller.user.to_string()).await? {
+        let place = match idempotency::claim(&mut tx, &app, caller.user.to_string()).await? {
             Claim::Proceed(place) => place,
             Claim::Replay(replay) => return Ok(replay.into_response()),
         };

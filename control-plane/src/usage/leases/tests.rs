@@ -1,8 +1,12 @@
 //! Leases against a real database, with agents that lose answers, die and start again: never a byte beyond the limit.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use cvault_node_protocol::v1::{PeerUsage, UsageWindow};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
+use tokio::task::JoinSet;
 
 use super::*;
 use crate::devices::Registered;
@@ -252,4 +256,67 @@ async fn agents_that_lose_answers_and_die_at_any_moment_never_pass_the_limit() {
         peer.report(&world).await;
     }
     assert_eq!(billed(&world, person).await, limit, "seed {seed}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_questions_at_once_about_one_tenant_never_pass_its_limit_and_use_it_up() {
+    let (world, first) = World::with_server().await;
+    let mut servers = vec![first];
+    for name in ["s2", "s3", "s4"] {
+        servers.push(world.server(name, "default", "lab-1").await);
+    }
+    let (person, stranger) = (world.person().await, world.person().await);
+    let limit = 200_000_000;
+    set_limit(&world, person, Some(limit)).await;
+    set_limit(&world, stranger, Some(GB)).await;
+    let mut peers = Vec::new();
+    for number in 0..40 {
+        let device = world.register(person, &format!("d{number}")).await.unwrap();
+        peers.push(Peer::new(device.server.id, &device));
+    }
+    let used: BTreeSet<_> = peers.iter().map(|peer| peer.server).collect();
+    assert_eq!(used.len(), servers.len(), "every server asks");
+    let other = world.register(stranger, "d").await.unwrap();
+    let mut other = Peer::new(other.server.id, &other);
+
+    let (world, carried) = (Arc::new(world), Arc::new(AtomicU64::new(0)));
+    let mut agents = JoinSet::new();
+    for (number, mut peer) in peers.into_iter().enumerate() {
+        let (world, carried) = (Arc::clone(&world), Arc::clone(&carried));
+        agents.spawn(async move {
+            for step in 0..25 {
+                if (number + step) % 9 == 0 {
+                    // the answer is lost
+                    peer.ask(&world, &peer.question(false), world.app.clock.now()).await;
+                    continue;
+                }
+                peer.renew(&world).await;
+                let sum = carried.fetch_add(peer.until - peer.total, Ordering::SeqCst) + (peer.until - peer.total);
+                assert!(sum <= limit.unsigned_abs(), "{sum}");
+                peer.total = peer.until;
+                if (number + step) % 5 == 0 {
+                    peer.report(&world).await;
+                }
+            }
+            peer
+        });
+    }
+    other.renew(&world).await;
+    assert_eq!(other.until, 10_000_000, "another tenant has its own");
+    let mut peers = agents.join_all().await;
+    // what lost answers had granted is known to be there with the next one
+    for peer in &mut peers {
+        loop {
+            let before = peer.until;
+            peer.renew(&world).await;
+            peer.total = peer.until;
+            if peer.until == before {
+                break;
+            }
+        }
+        peer.report(&world).await;
+    }
+    assert_eq!(peers.iter().map(|peer| peer.total).sum::<u64>(), limit.unsigned_abs());
+    assert_eq!(billed(&world, person).await, limit);
+    assert_eq!(billed(&world, stranger).await, 0);
 }

@@ -1,0 +1,205 @@
+//! A tenant under attack, another one, and people of both.
+
+use cvault_control_plane::auth::api_keys::{self, KeySettings};
+use cvault_control_plane::auth::passwords::Scheme;
+use cvault_control_plane::mail::Sink;
+use cvault_control_plane::tenants::Actor;
+use cvault_types::TenantId;
+use cvault_types::api_key::Scope;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use serde_json::{Value, json};
+use sqlx::Connection;
+
+use super::rows::Caller;
+use crate::platform::{Answer, Call, PASSWORD, Platform, Tenant};
+use crate::scene::{Person, with_server};
+
+pub(super) const LOGIN: &str = "/api/v1/tenant/auth/login";
+pub(super) const CHANGE_PASSWORD: &str = "/api/v1/tenant/auth/password";
+pub(super) const EXTERNAL_ID: &str = "the-victims-own-name";
+
+pub(super) struct Scene {
+    pub(super) platform: Platform,
+    pub(super) victim: Person,
+    pub(super) foreigner: Person,
+    pub(super) foreign_tenant: Tenant,
+    pub(super) device: String,
+    pub(super) server: String,
+    /// Where mails go.
+    pub(super) mails: tempfile::TempDir,
+    neighbour: Person,
+    /// Of the victim's tenant, for its usage alone.
+    narrow: Tenant,
+    foreign_owner: String,
+    /// Access tokens of the people of the victim's tenant.
+    viewer: String,
+    billing: String,
+    developer: String,
+    admin: String,
+    user: String,
+    key_id: String,
+    /// Of the owner, who is nobody of the callers.
+    session: String,
+    challenge: String,
+}
+
+impl Scene {
+    pub(super) async fn new() -> Self {
+        let mails = tempfile::tempdir().unwrap();
+        let platform = Platform::with(|config| {
+            config.passwords = Scheme::Argon2id { memory_kib: 64, passes: 1 };
+            config.mail.sink = Sink::Directory(mails.path().to_owned());
+        })
+        .await;
+        let server = with_server(&platform).await;
+        let (tenant, owner) = sign_up(&platform, "owner@victim.example").await;
+        let (foreign_tenant, foreign) = sign_up(&platform, "owner@foreign.example").await;
+        let challenged = platform.post(CHANGE_PASSWORD, &json!({"password": "another fine password"}));
+        let challenged = challenged.header("authorization", &access_token(&owner));
+        let challenged = challenged.refused(428, "CHALLENGE_REQUIRED").await;
+        let victim = Person::of(&platform, &tenant, "victim@example.com").await;
+        let neighbour = Person::of(&platform, &tenant, "neighbour@example.com").await;
+        let foreigner = Person::of(&platform, &foreign_tenant, "foreigner@example.com").await;
+        let device = victim.device(&platform, "d").await["device_id"].as_str().unwrap().to_owned();
+        let user = named(&platform, &tenant).await;
+        let (narrow, key_id) = narrow_key(&platform, &tenant).await;
+        Self {
+            viewer: colleague(&platform, "viewer").await,
+            billing: colleague(&platform, "billing").await,
+            developer: colleague(&platform, "developer").await,
+            admin: colleague(&platform, "admin").await,
+            foreign_owner: access_token(&foreign),
+            session: owner.text("session_id"),
+            challenge: challenged.body["challenge"]["id"].as_str().unwrap().to_owned(),
+            platform,
+            victim,
+            neighbour,
+            foreigner,
+            foreign_tenant,
+            device,
+            server,
+            mails,
+            narrow,
+            user,
+            key_id,
+        }
+    }
+
+    pub(super) fn sign<'a>(&'a self, caller: Caller, call: Call<'a>) -> Call<'a> {
+        let bearer = |call: Call<'a>, token: &str| call.header("authorization", token);
+        match caller {
+            Caller::Anonymous => call,
+            Caller::WrongKey => call
+                .header("x-api-key", "cvk_0000000000000000000000000000000000000000")
+                .header("x-api-secret", "cvs_0000000000000000000000000000000000000000")
+                .header("authorization", "Bearer eyJhbGciOiJFZERTQSJ9.e30.AAAA"),
+            Caller::MixedTenants => {
+                Person { key: self.victim.key.clone(), token: self.foreigner.token.clone(), refresh: String::new() }
+                    .signs(call)
+            }
+            Caller::ForeignUser => self.foreigner.signs(call),
+            Caller::ForeignBackend => call.backend(&self.foreign_tenant),
+            Caller::Neighbour => self.neighbour.signs(call),
+            Caller::NarrowKey => {
+                call.backend(&self.narrow).header("authorization", &format!("Bearer {}", self.neighbour.token))
+            }
+            Caller::ForeignOwner => bearer(call, &self.foreign_owner),
+            Caller::Viewer => bearer(call, &self.viewer),
+            Caller::Billing => bearer(call, &self.billing),
+            Caller::Developer => bearer(call, &self.developer),
+            Caller::Admin => bearer(call, &self.admin),
+            Caller::PlatformAdmin => call.header("authorization", &format!("Bearer {}", self.platform.admin_token())),
+        }
+    }
+
+    /// The path with ids of what is somebody else's; for staff, to whom nothing is, of what is not there.
+    pub(super) fn path(&self, template: &str) -> String {
+        template
+            .replace("{device_id}", &self.device)
+            .replace("{user_id}", &self.user)
+            .replace("{external_id}", EXTERNAL_ID)
+            .replace("{api_key_id}", &self.key_id)
+            .replace("{session_id}", &self.session)
+            .replace("{challenge_id}", &self.challenge)
+            .replace("{tenant_id}", "ten_00000000000000000000000001")
+            .replace("{server_id}", "srv_00000000000000000000000001")
+            .replace("{pool_id}", "pol_00000000000000000000000001")
+    }
+
+    pub(super) fn body(&self, template: &str) -> Value {
+        let text = template
+            .replace("$device", &self.device)
+            .replace("$refresh", &self.victim.refresh)
+            .replace("$key", &self.key_id)
+            .replace("$password", PASSWORD);
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// What somebody of another tenant must not be shown.
+    pub(super) fn of_the_victim(&self) -> [&str; 7] {
+        [&self.device, &self.user, &self.key_id, &self.session, &self.challenge, &self.victim.key, "victim@example.com"]
+    }
+
+    pub(super) async fn entries(&self) -> i64 {
+        let mut connection = sqlx::PgConnection::connect_with(&self.platform.database.superuser()).await.unwrap();
+        sqlx::query_scalar("select (select count(*) from cvault.audit_log) + (select count(*) from cvault.auth_events)")
+            .fetch_one(&mut connection)
+            .await
+            .unwrap()
+    }
+}
+
+pub(super) fn access_token(login: &Answer) -> String {
+    let token = login.body["tokens"]["access_token"].as_str();
+    format!("Bearer {}", token.unwrap_or_else(|| panic!("no token in {}", login.text)))
+}
+
+async fn sign_up(platform: &Platform, email: &str) -> (Tenant, Answer) {
+    let form = json!({"business_name": "Acme", "email": email, "password": PASSWORD});
+    let answer = platform.post("/api/v1/tenant/auth/signup", &form).send().await;
+    assert_eq!(answer.status, 201, "{}", answer.text);
+    let tenant =
+        Tenant { id: answer.text("tenant_id"), key: answer.text("api_key"), secret: answer.text("api_secret") };
+    (tenant, answer)
+}
+
+/// Somebody of the victim's tenant, with the owner's password and a role of their own; the access token.
+async fn colleague(platform: &Platform, role: &str) -> String {
+    let email = format!("{role}@victim.example");
+    sqlx::query(
+        "insert into cvault.tenant_admins (tenant_id, admin_id, email, password_hash, role)
+         select tenant_id, gen_random_uuid(), $1, password_hash, $2 from cvault.tenant_admins
+         where email = 'owner@victim.example'",
+    )
+    .bind(&email)
+    .bind(role)
+    .execute(&mut platform.superuser().await)
+    .await
+    .unwrap();
+    let answer = platform.post(LOGIN, &json!({"email": email, "password": PASSWORD})).send().await;
+    assert_eq!((answer.status.as_u16(), answer.text("role").as_str()), (200, role), "{}", answer.text);
+    access_token(&answer)
+}
+
+/// The id of the victim, who gets a name of the tenant's own.
+async fn named(platform: &Platform, tenant: &Tenant) -> String {
+    let found = platform.call("GET", "/api/v1/users?email=victim@example.com").backend(tenant).send().await;
+    let id = found.body["data"][0]["user_id"].as_str().unwrap().to_owned();
+    let name = platform.call("PATCH", &format!("/api/v1/users/{id}")).json(&json!({"external_id": EXTERNAL_ID}));
+    let answer = name.backend(tenant).send().await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    id
+}
+
+async fn narrow_key(platform: &Platform, tenant: &Tenant) -> (Tenant, String) {
+    let settings = KeySettings { name: "statistics".to_owned(), scopes: vec![Scope::Usage], expires_at: None };
+    let actor = Actor { name: "adm_test".to_owned(), request_id: None };
+    let (secrets, now) = (&platform.app.secrets, platform.app.clock.now());
+    let mut tx = platform.app.db.tenancy.begin(tenant.id.parse::<TenantId>().unwrap()).await.unwrap();
+    let made = api_keys::add(&mut tx, secrets, &settings, &actor, now, &mut StdRng::from_os_rng()).await;
+    let (key, secret) = made.unwrap();
+    tx.commit().await.unwrap();
+    let id = key.id.to_string();
+    (Tenant { id: tenant.id.clone(), key: key.api_key, secret: secret.expose().to_owned() }, id)
+}
