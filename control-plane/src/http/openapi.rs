@@ -1,5 +1,7 @@
 //! The API's description, rendered from the routes themselves and committed as docs/openapi/v1.json.
 
+mod refusals;
+
 use std::sync::OnceLock;
 
 use serde_json::Value;
@@ -50,6 +52,7 @@ pub fn document_text() -> &'static str {
         // through Value: its maps are sorted
         let mut value = serde_json::to_value(document).expect("the document is plain data");
         name_operations(&mut value);
+        refusals::complete(&mut value);
         let mut text = serde_json::to_string_pretty(&value).expect("the document is plain data");
         text.push('\n');
         text

@@ -42,6 +42,22 @@ fn well_formed(what: &str, answer: &Answer) {
     assert!(!answer.text.contains(PASSWORD), "{what}: a secret in {}", answer.text);
 }
 
+/// A refusal whose code is not one of those that the document says of its status, with an example of the same shape.
+fn not_in_document(document: &Value, operation: &str, answer: &Answer) -> Option<String> {
+    if answer.status.is_success() {
+        return None;
+    }
+    let (method, path) = operation.split_once(' ').unwrap();
+    let responses = &document["paths"][path][method.to_lowercase()]["responses"];
+    let examples = &responses[answer.status.as_str()]["content"]["application/problem+json"]["examples"];
+    let code = answer.body["code"].as_str().unwrap_or_default();
+    let example = &document["components"]["examples"][code]["value"];
+    let same =
+        ["type", "title", "status", "code", "retryable"].iter().all(|field| example[*field] == answer.body[*field]);
+    let there = examples.get(code).is_some() && same;
+    (!there).then(|| format!("{operation}: {} {code}", answer.status))
+}
+
 #[test]
 fn every_operation_has_a_row_and_every_row_an_operation() {
     let in_document: BTreeSet<String> = operations().into_iter().map(|(operation, _)| operation).collect();
@@ -74,6 +90,8 @@ fn cacheable(operation: &str) -> bool {
 
 #[tokio::test]
 async fn nobody_gets_what_is_not_theirs() {
+    let document: Value = serde_json::from_str(openapi::document_text()).unwrap();
+    let mut undocumented = BTreeSet::new();
     let scene = Scene::new().await;
     for row in ROWS {
         let (method, template) = row.operation.split_once(' ').unwrap();
@@ -86,6 +104,7 @@ async fn nobody_gets_what_is_not_theirs() {
             let answer = call.send().await;
             assert_eq!(answer.status, status, "{what}: {}", answer.text);
             well_formed(&what, &answer);
+            undocumented.extend(not_in_document(&document, row.operation, &answer));
             if !cacheable(row.operation) {
                 assert_eq!(answer.header("cache-control"), "no-store", "{what}");
             }
@@ -95,6 +114,7 @@ async fn nobody_gets_what_is_not_theirs() {
             shows_nothing_of_the_victim(&scene, caller, &what, &answer);
         }
     }
+    assert!(undocumented.is_empty(), "not in the document: {undocumented:#?}");
     let still = scene.victim.call(&scene.platform, "GET", &format!("/api/v1/devices/{}", scene.device)).send().await;
     assert_eq!(still.status, 200, "the device is untouched");
     let refreshed = scene.platform.post("/api/v1/auth/refresh", &json!({"refresh_token": scene.foreigner.refresh}));
