@@ -112,12 +112,13 @@ fn say(response: &mut Value, codes: &[ErrorCode]) {
 }
 
 fn example(code: ErrorCode) -> Value {
-    let problem = match code {
-        ErrorCode::ValidationFailed => {
-            Problem::validation().field("/email", "invalid_format", "must be an e-mail address")
-        }
-        ErrorCode::DeviceLimitExceeded => Problem::new(code).limit("devices_per_user", 5, 5),
-        _ => Problem::new(code),
+    let problem = Problem::new(code);
+    let problem = if code == ErrorCode::ValidationFailed {
+        problem.field("/email", "invalid_format", "must be an e-mail address")
+    } else if code == ErrorCode::DeviceLimitExceeded {
+        problem.limit("devices_per_user", 5, 5)
+    } else {
+        problem
     };
     let value = serde_json::to_value(problem.body(RequestId::from_uuid(Uuid::nil()))).expect("a problem is plain data");
     json!({ "summary": code.title(), "value": value })
