@@ -198,11 +198,12 @@ impl Download {
         std::fs::metadata(&self.file).map_or(0, |found| found.len())
     }
 
-    /// Waits until more has arrived than now.
+    /// Waits until more has arrived than now, or all of it has.
     pub fn progress(&self) -> Result<()> {
         let before = self.arrived();
         eventually("the download goes on", 40, || {
-            ensure!(self.arrived() > before, "still at {before}: {}", self.process.last_lines(2));
+            let now = self.arrived();
+            ensure!(now > before || now == self.count, "still at {before}: {}", self.process.last_lines(2));
             Ok(())
         })
     }
