@@ -9,7 +9,7 @@ mod platform;
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use cvault_tests::bench::Row;
 
 use crate::Options;
@@ -49,7 +49,13 @@ impl Size {
     }
 }
 
+/// What `--only` may name.
+const PARTS: [&str; 6] = ["registrations", "pool", "reads", "isolation", "noise", "logins"];
+
 pub(crate) fn run(options: &Options) -> Result<bool> {
+    if let Some(name) = options.only.iter().find(|name| !PARTS.contains(&name.as_str())) {
+        bail!("{name} is no part of this suite; these are: {}", PARTS.join(", "));
+    }
     let size = Size::of(options);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let rows = runtime.block_on(async {
