@@ -10,6 +10,7 @@ use crate::auth::verified::VerifiedTokens;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::db::Db;
+use crate::devices::Registrations;
 use crate::http::health_cache::HealthCache;
 use crate::http::limit::Limiter;
 use crate::http::strangers::Strangers;
@@ -35,6 +36,7 @@ pub struct Inner {
     pub uses: Uses,
     pub key_lookups: Lookups,
     pub tokens: VerifiedTokens,
+    pub registrations: Registrations,
     pub health: HealthCache,
     pub strangers: Strangers,
     /// Set once, at the beginning of the shutdown: readiness fails from then on.
@@ -59,6 +61,7 @@ impl App {
             uses: Uses::default(),
             key_lookups: Lookups::default(),
             tokens: VerifiedTokens::default(),
+            registrations: Registrations::default(),
             health: HealthCache::default(),
             strangers: Strangers::default(),
             draining: tokio_util::sync::CancellationToken::new(),

@@ -158,8 +158,7 @@ impl Db {
         check_clock(&sys).await?;
         let key = ContextKey::load(&sys).await.map_err(ConnectError::Refused)?;
         let app = options(&config.app, "cvault-app").options(PLANNED_ONCE);
-        let tenancy =
-            Tenancy::connect(app, config.app_connections, key).await.map_err(unreachable("DATABASE_URL"))?;
+        let tenancy = Tenancy::connect(app, config.app_connections, key).await.map_err(unreachable("DATABASE_URL"))?;
         Ok(Self { tenancy, sys })
     }
 

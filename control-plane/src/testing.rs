@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 use crate::app::App;
 use crate::config::{Config, Overrides};
 use crate::db::Tx;
-use crate::devices::{self, DeviceName, KeyRequest, NewDevice, RegisterError, Registered};
+use crate::devices::{self, DeviceName, KeyRequest, NewDevice, RegisterError, Registered, Registration};
 use crate::ipam::{self, NewPool};
 use crate::keys::KeyRing;
 use crate::postgres::scratch::ScratchDatabase;
@@ -132,7 +132,8 @@ impl World {
         let data_key = self.app.data_keys.sealed(&self.app.db.tenancy, person.tenant).await?.unwrap();
         let mut tx = self.app.db.tenancy.single(person.tenant).await?;
         let (keys, request) = (&self.app.keys, request_id());
-        let work = devices::register(&mut tx, keys, &data_key, person.user, new, now, &mut rng, request).await;
+        let device = Registration::new(person.tenant, person.user, new, keys, &data_key, &mut rng, request)?;
+        let work = devices::register(&mut tx, device, now).await;
         tx.finish(work).await
     }
 

@@ -35,10 +35,10 @@ use crate::keys::PlatformSecrets;
 use crate::metrics;
 use crate::tenancy::TenantTx;
 
+pub use lookup::Lookups;
 pub use manage::{
     KeyChange, KeySettings, MAX_GRACE, ManageError, add, find as find_key, list, regenerate, revoke, revoke_all, update,
 };
-pub use lookup::Lookups;
 pub use uses::Uses;
 
 const KEY_HEADER: &str = "x-api-key";

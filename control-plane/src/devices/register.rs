@@ -1,17 +1,17 @@
 //! Registering a device: key pair, then one statement for all the rest (`platform.register_device`: limits, address, row, and
 //! last of all the server's revision), with its audit entry.
 
-use cvault_types::{DeviceId, PoolId, RequestId, ServerId, UserId};
-use ipnet::IpNet;
+use cvault_types::{DeviceId, RequestId, TenantId, UserId};
 use rand::CryptoRng;
 use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
 
 use super::config::ConfigKeys;
-use super::keys::KeyRequest;
+use super::keys::{KeyRequest, NewKeys};
 use super::name::{DeviceName, Platform, PublicKey};
+use super::placed::{Placed, PlacedRow};
 use crate::db::DbError;
-use crate::ipam::{self, Addresses};
+use crate::ipam::Addresses;
 use crate::keys::{KeyError, KeyRing};
 use crate::servers::{SILENT_AFTER_SECONDS, Server};
 use crate::tenancy::TenantTx;
@@ -64,27 +64,58 @@ pub enum RegisterError {
     Db(#[from] DbError),
 }
 
-/// Registers a device of `user`, in one statement: `tx` need not have begun. `data_key` is the tenant's, sealed. After COMMIT,
-/// call `Hub::server_changed` for its server.
+/// A device that has its keys and is to be registered.
+pub struct Registration {
+    pub(super) id: DeviceId,
+    pub(super) user: UserId,
+    pub(super) name: DeviceName,
+    pub(super) platform: Option<Platform>,
+    pub(super) region: Option<String>,
+    pub(super) keys: NewKeys,
+    pub(super) request_id: RequestId,
+}
+
+impl Registration {
+    /// Makes the keys of a device of `user`. `data_key` is the tenant's, sealed.
+    ///
+    /// # Errors
+    /// When the data key does not open.
+    pub fn new(
+        tenant: TenantId,
+        user: UserId,
+        new: NewDevice,
+        keys: &KeyRing,
+        data_key: &[u8],
+        rng: &mut impl CryptoRng,
+        request_id: RequestId,
+    ) -> Result<Self, KeyError> {
+        let id = DeviceId::from_uuid(Uuid::now_v7());
+        let NewDevice { name, platform, keys: request, region } = new;
+        let keys = request.make(tenant, keys, data_key, id, rng)?;
+        Ok(Self { id, user, name, platform, region, keys, request_id })
+    }
+
+    pub(super) fn placed(self, row: PlacedRow) -> Result<Registered, DbError> {
+        let Placed { server, addresses, client, revision } = row.try_into()?;
+        let NewKeys { public, open, .. } = self.keys;
+        Ok(Registered { id: self.id, public_key: public, keys: open, addresses, server, client, revision })
+    }
+}
+
+/// Registers a device, in one statement: `tx` need not have begun. After COMMIT, call `Hub::server_changed` for its server.
 ///
 /// # Errors
 /// By variant; the transaction must then be rolled back.
 pub async fn register(
     tx: &mut TenantTx,
-    keys: &KeyRing,
-    data_key: &[u8],
-    user: UserId,
-    new: NewDevice,
+    device: Registration,
     now: OffsetDateTime,
-    rng: &mut (impl CryptoRng + Send),
-    request_id: RequestId,
 ) -> Result<Registered, RegisterError> {
-    let id = DeviceId::from_uuid(Uuid::now_v7());
-    let made = new.keys.make(tx.tenant(), keys, data_key, id, rng)?;
-    let (tenant, key) = (tx.tenant().uuid(), made.public);
-    let (actor, target) = (user.to_string(), id.to_string());
+    let (tenant, keys) = (tx.tenant().uuid(), &device.keys);
+    let (actor, target) = (device.user.to_string(), device.id.to_string());
     let (conn, context) = tx.entering();
-    let row = sqlx::query!(
+    let row = sqlx::query_as!(
+        PlacedRow,
         r#"with placed as (
                select r.* from cvault.enter($1) as tenant cross join lateral platform.register_device(
                    tenant, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) as r
@@ -94,67 +125,48 @@ pub async fn register(
                       jsonb_build_object('server', platform.id_text('srv', server_id)), $17
                from placed where outcome = 'registered'
            )
-           select outcome as "outcome!", max_devices, devices, client_dns as "dns: Vec<IpNet>",
-                  client_allowed_ips as "allowed_ips: Vec<IpNet>", client_mtu, server_id, server_name, region,
-                  public_ip as "public_ip: IpNet", endpoint_port, server_public_key, pool_id, capacity, peer_count,
-                  last_seen_at, acked_revision, ipv4 as "ipv4: IpNet", ipv6 as "ipv6: IpNet", revision
+           select $2 as "device_id!", outcome as "outcome!", max_devices, devices, client_dns as "client_dns: _",
+                  client_allowed_ips as "client_allowed_ips: _", client_mtu, server_id, server_name, region,
+                  public_ip as "public_ip: _", endpoint_port, server_public_key, pool_id, capacity, peer_count,
+                  last_seen_at, acked_revision, ipv4 as "ipv4: _", ipv6 as "ipv6: _", revision
            from placed"#,
         context,
-        id.uuid(),
-        user.uuid(),
-        new.name.as_str(),
-        new.platform.as_ref().map(Platform::as_str),
-        key.as_bytes().as_slice(),
-        made.private_sealed,
-        made.preshared_sealed,
-        made.preshared_hash.as_slice(),
-        new.region,
+        device.id.uuid(),
+        device.user.uuid(),
+        device.name.as_str(),
+        device.platform.as_ref().map(Platform::as_str),
+        keys.public.as_bytes().as_slice(),
+        keys.private_sealed,
+        keys.preshared_sealed,
+        keys.preshared_hash.as_slice(),
+        device.region,
         now - Duration::seconds(SILENT_AFTER_SECONDS),
         now,
         tenant,
         Uuid::now_v7(),
         actor,
         target,
-        request_id.uuid(),
+        device.request_id.uuid(),
     )
     .fetch_one(conn)
     .await
     .map_err(refused)?;
     match row.outcome.as_str() {
-        "registered" => {}
-        "user_gone" => return Err(RegisterError::UserGone),
-        "tenant_closed" => return Err(RegisterError::TenantClosed),
+        "registered" => Ok(device.placed(row)?),
+        "user_gone" => Err(RegisterError::UserGone),
+        "tenant_closed" => Err(RegisterError::TenantClosed),
         "over_limit" => {
             tx.open().await?;
             let Carried { max, used } = carried(tx).await?;
-            return Err(RegisterError::BandwidthLimit { max, used });
+            Err(RegisterError::BandwidthLimit { max, used })
         }
         "device_limit" => {
             let (max, used) = (row.max_devices.unwrap_or_default(), row.devices.unwrap_or_default());
-            return Err(RegisterError::DeviceLimit { max, used });
+            Err(RegisterError::DeviceLimit { max, used })
         }
-        "pool_exhausted" => return Err(RegisterError::PoolExhausted),
-        _ => return Err(RegisterError::ServerUnavailable),
+        "pool_exhausted" => Err(RegisterError::PoolExhausted),
+        _ => Err(RegisterError::ServerUnavailable),
     }
-    let whole = || DbError::Other(sqlx::Error::ColumnNotFound("a column of a registered device".to_owned()));
-    let server = Server {
-        id: ServerId::from_uuid(row.server_id.ok_or_else(whole)?),
-        name: row.server_name.ok_or_else(whole)?,
-        region: row.region.ok_or_else(whole)?,
-        public_ip: row.public_ip.ok_or_else(whole)?.addr(),
-        endpoint_port: u16::try_from(row.endpoint_port.ok_or_else(whole)?).expect("servers_endpoint_port"),
-        public_key: row.server_public_key.and_then(|key| key.try_into().ok()),
-        pool: PoolId::from_uuid(row.pool_id.ok_or_else(whole)?),
-        capacity: u32::try_from(row.capacity.ok_or_else(whole)?).expect("servers_capacity"),
-        peers: u32::try_from(row.peer_count.ok_or_else(whole)?).unwrap_or_default(),
-        active: true,
-        last_seen_at: row.last_seen_at,
-        acked_revision: u64::try_from(row.acked_revision.ok_or_else(whole)?).unwrap_or_default(),
-    };
-    let addresses = ipam::addresses(row.ipv4.ok_or_else(whole)?, row.ipv6.ok_or_else(whole)?)?;
-    let revision = u64::try_from(row.revision.ok_or_else(whole)?).expect("revisions count from 1");
-    let client = ClientSettings::from_row(row.dns, row.allowed_ips, row.client_mtu);
-    Ok(Registered { id, public_key: key, keys: made.open, addresses, server, client, revision })
 }
 
 /// What a tenant may carry in a month, and has carried in this one, in bytes.
@@ -183,11 +195,10 @@ pub async fn carried(tx: &mut TenantTx) -> Result<Carried, DbError> {
 }
 
 pub(super) fn refused(error: sqlx::Error) -> RegisterError {
-    let error = DbError::from(error);
+    // the statement may be the whole transaction
+    let error = DbError::of_commit(error);
     match error.constraint() {
-        Some("devices_tenant_public_key" | "peers_public_key_device_unique") => {
-            RegisterError::PublicKeyInUse
-        }
+        Some("devices_tenant_public_key" | "peers_public_key_device_unique") => RegisterError::PublicKeyInUse,
         Some("servers_open_for_peers") => RegisterError::ServerFull,
         Some("peers_tenant_open") => RegisterError::TenantClosed,
         Some(_) | None => RegisterError::Db(error),

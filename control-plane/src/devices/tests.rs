@@ -212,7 +212,9 @@ async fn a_public_key_is_one_devices_on_the_whole_platform() {
         let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
         let mut rng = <rand::rngs::StdRng as rand::SeedableRng>::from_os_rng();
         let (now, keys) = (world.app.clock.now(), &world.app.keys);
-        let work = register(&mut tx, keys, &data_key, person.user, new, now, &mut rng, request_id()).await;
+        let (tenant, user) = (person.tenant, person.user);
+        let device = Registration::new(tenant, user, new, keys, &data_key, &mut rng, request_id()).unwrap();
+        let work = register(&mut tx, device, now).await;
         outcomes.push(tx.finish(work).await.map(|device| matches!(device.keys.private, ConfigKey::OnlyAtTheClient)));
     }
     assert!(matches!(

@@ -26,8 +26,7 @@ impl Manager for Opener {
 
     async fn create(&self) -> Result<Connected, sqlx::Error> {
         let mut conn = self.0.connect().await?;
-        let backend_pid =
-            sqlx::query_scalar!(r#"select pg_backend_pid() as "pid!""#).fetch_one(&mut conn).await?;
+        let backend_pid = sqlx::query_scalar!(r#"select pg_backend_pid() as "pid!""#).fetch_one(&mut conn).await?;
         Ok(Connected { conn, backend_pid })
     }
 

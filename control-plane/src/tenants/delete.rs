@@ -242,7 +242,7 @@ mod tests {
     use rand::rngs::StdRng;
 
     use super::*;
-    use crate::devices::{DeviceName, KeyRequest, NewDevice, RegisterError};
+    use crate::devices::{DeviceName, KeyRequest, NewDevice, RegisterError, Registration};
     use crate::testing::{World, eventually, request_id};
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -259,7 +259,9 @@ mod tests {
         let data_key = app.data_keys.sealed(&app.db.tenancy, person.tenant).await.unwrap().unwrap();
         let mut flying = app.db.tenancy.begin(person.tenant).await.unwrap();
         let (now, mut rng) = (app.clock.now(), StdRng::from_os_rng());
-        devices::register(&mut flying, &app.keys, &data_key, person.user, new, now, &mut rng, request_id()).await.unwrap();
+        let (tenant, user) = (person.tenant, person.user);
+        let device = Registration::new(tenant, user, new, &app.keys, &data_key, &mut rng, request_id()).unwrap();
+        devices::register(&mut flying, device, now).await.unwrap();
         let deleting = tokio::spawn({
             let app = app.clone();
             async move { delete(&app, person.tenant, &Actor { name: "cli".to_owned(), request_id: None }).await }

@@ -25,7 +25,8 @@ use crate::app::App;
 use crate::db::DbError;
 use crate::devices::{
     self, ClientDefaults, ConfigError, ConfigKeys, DeviceName, Fault, KeyRequest, NewDevice, NewDeviceKeys, Platform,
-    PublicKey, RegisterError, Registered, RevokeError, RotateError, ServedDevice, is_region, render_config,
+    PublicKey, RegisterError, Registered, Registration, RevokeError, RotateError, ServedDevice, is_region,
+    render_config,
 };
 use crate::http::idempotency::{self, Claim, Replay};
 use crate::http::{Caller, Json, Path, Problem, Query, context, cursor};
@@ -157,14 +158,21 @@ impl From<DbError> for NotRegistered {
 async fn place(app: &App, caller: Caller, new: NewDevice) -> Result<Once<Box<Registered>>, Problem> {
     let data_key = app.data_keys.sealed(&app.db.tenancy, caller.tenant).await?;
     let data_key = data_key.ok_or(RegisterError::TenantClosed)?;
+    let registration = || {
+        let (tenant, user) = (caller.tenant, caller.user);
+        let mut rng = StdRng::from_os_rng();
+        Registration::new(tenant, user, new.clone(), &app.keys, &data_key, &mut rng, caller.request_id)
+            .map_err(RegisterError::from)
+    };
     for _ in 0..PLACEMENTS {
-        // one statement, unless an answer has to be kept with it
-        let mut tx = match context::is_idempotent() {
-            true => app.db.tenancy.begin(caller.tenant).await?,
-            false => app.db.tenancy.single(caller.tenant).await?,
+        let done = match context::is_idempotent() {
+            true => once(app, caller, registration()?).await,
+            false => {
+                let device = app.registrations.register(&app.db.tenancy, caller.tenant, registration()?).await;
+                device.map(|device| Once::First(Box::new(device))).map_err(NotRegistered::from)
+            }
         };
-        let work = register_once(app, &mut tx, caller, &data_key, new.clone()).await;
-        match tx.finish(work).await {
+        match done {
             Ok(done) => return Ok(done),
             Err(NotRegistered::Refused(problem)) => return Err(problem),
             Err(NotRegistered::ServerFull) => {}
@@ -173,23 +181,20 @@ async fn place(app: &App, caller: Caller, new: NewDevice) -> Result<Once<Box<Reg
     Err(RegisterError::ServerUnavailable.into())
 }
 
-async fn register_once(
-    app: &App,
-    tx: &mut TenantTx,
-    caller: Caller,
-    data_key: &[u8],
-    new: NewDevice,
-) -> Result<Once<Box<Registered>>, NotRegistered> {
-    let place = match idempotency::claim(tx, app, caller.user.to_string()).await? {
-        Claim::Proceed(place) => place,
-        Claim::Replay(replay) => return Ok(Once::Replay(again(app, tx, caller, &replay).await?)),
-    };
-    let mut rng = StdRng::from_os_rng();
-    let now = app.clock.now();
-    let (user, request) = (caller.user, caller.request_id);
-    let device = devices::register(tx, &app.keys, data_key, user, new, now, &mut rng, request).await?;
-    idempotency::keep(tx, &app.keys, place, StatusCode::CREATED, &Kept { device_id: device.id }).await?;
-    Ok(Once::First(Box::new(device)))
+/// In one transaction with what is kept of the answer.
+async fn once(app: &App, caller: Caller, device: Registration) -> Result<Once<Box<Registered>>, NotRegistered> {
+    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
+    let work = async {
+        let place = match idempotency::claim(&mut tx, app, caller.user.to_string()).await? {
+            Claim::Proceed(place) => place,
+            Claim::Replay(replay) => return Ok(Once::Replay(again(app, &mut tx, caller, &replay).await?)),
+        };
+        let device = devices::register(&mut tx, device, app.clock.now()).await?;
+        idempotency::keep(&mut tx, &app.keys, place, StatusCode::CREATED, &Kept { device_id: device.id }).await?;
+        Ok(Once::First(Box::new(device)))
+    }
+    .await;
+    tx.finish(work).await
 }
 
 /// What is kept of a registration. Not its answer: that holds the private key, which is destroyed with the device.
