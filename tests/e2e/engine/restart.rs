@@ -80,6 +80,19 @@ fn killed_under_a_hundred_tunnels_it_calls_them_back_and_forgets_no_byte() {
         let later = [record.counts.rx_inner - before[0], record.counts.tx_inner - before[1]];
         assert!(later.iter().all(|bytes| bytes % 36 == 0), "whole echoes of 36 bytes: {later:?}");
     }
+
+    // Their lives begin again under a third process, when the control process has taken the journal over.
+    let path = machine.dir().join("state").join(journal::FILE_NAME);
+    let ack = journal::JournalReader::new(path).read().unwrap().ack().unwrap();
+    tunnel.set(&machine, &format!("cvault_journal_ack={ack}\n")).unwrap();
+    tunnel.process().end(&machine, Signal::Kill).unwrap();
+    let tunnel = Tunnel::start_persistent(&machine, "wg0").unwrap();
+    configure(&tunnel, &machine, &own, &keys).unwrap();
+    for record in closed {
+        let keys = keys.iter().find(|keys| keys.public_bytes() == record.public_key).unwrap();
+        let now = billed(&tunnel, &machine, keys).unwrap();
+        assert!(now[0] >= record.counts.rx_inner && now[1] >= record.counts.tx_inner, "{now:?} after {record:?}");
+    }
 }
 
 fn closed(machine: &Machine) -> Result<Vec<journal::ClosedPeer>> {

@@ -214,6 +214,16 @@ impl Engine {
         }
     }
 
+    /// Before the first change: what processes before this one have closed. Lives of this epoch go on from there.
+    pub fn remember(&mut self, ended: &[ClosedPeer]) {
+        let epoch = self.counters.epoch();
+        let finals = &mut self.directory.get_mut().finals;
+        for peer in ended.iter().filter(|peer| peer.epoch == epoch) {
+            finals.keep((peer.public_key, peer.generation), peer.counts);
+        }
+        self.directory.leave();
+    }
+
     /// Hands the final counters of up to `limit` removed peers to `journal`; only then can their slots be used again.
     ///
     /// # Errors

@@ -522,6 +522,25 @@ fn a_life_that_is_removed_and_added_again_is_counted_on() {
 }
 
 #[test]
+fn a_life_that_another_process_closed_is_counted_on_in_its_epoch() {
+    let (mut server, _client) = connected();
+    let record = |key, epoch, rx_inner| ClosedPeer {
+        epoch,
+        public_key: public(key),
+        generation: 3,
+        counts: crate::counters::Counts { rx_inner, ..Default::default() },
+    };
+    let epoch = [1; 16];
+    server.engine.remember(&[record(5, epoch, 40), record(6, [9; 16], 50), record(5, epoch, 70)]);
+    for (key, expected) in [(5, 70), (6, 0)] {
+        server.peer(key, |p| p.generation = Some(3)).unwrap();
+        assert_eq!(server.view(key).counts.rx_inner, expected);
+    }
+    server.peer(7, |p| p.generation = None).unwrap();
+    assert_eq!(server.view(7).counts.rx_inner, 0);
+}
+
+#[test]
 fn replacing_all_peers_keeps_the_sessions_of_those_that_stay() {
     let (mut server, mut client) = connected();
     server.peer(3, |p| p.allowed_ips = vec!["10.8.0.3/32".parse().unwrap()]).unwrap();
