@@ -16,15 +16,8 @@ const GENERATION: u64 = 7;
 
 /// What the control process says, at first and after every restart of the tunnel.
 fn configure(tunnel: &Tunnel, machine: &Machine, own: &Keys, peers: &[Keys]) -> Result<()> {
-    let mut lines = format!("private_key={}\nlisten_port=51820\ncvault_end_replace=true\n", own.private_hex);
-    for (number, keys) in peers.iter().enumerate() {
-        lines.push_str(&format!(
-            "public_key={}\nreplace_allowed_ips=true\nallowed_ip={}/32\ncvault_generation={GENERATION}\n",
-            keys.public_hex,
-            Load::address(number)
-        ));
-    }
-    tunnel.set(machine, &lines)
+    let device = format!("private_key={}\nlisten_port=51820\ncvault_end_replace=true\n", own.private_hex);
+    tunnel.set(machine, &(device + &Load::as_peers(peers, GENERATION)))
 }
 
 fn server(lab: &Lab) -> Result<(Machine, Addresses)> {

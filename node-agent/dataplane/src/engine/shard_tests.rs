@@ -221,7 +221,9 @@ fn peers_of_one_tenant_reach_each_other_wherever_they_are_served() {
         exchange(&mut server, &mut clients);
         assert_eq!(server.delivered(), Vec::<Vec<u8>>::new(), "not by way of the host");
         let arrived: Vec<_> = clients[1].1.tun().iter().map(|packet| packet.buf[TUN_HEADROOM..].to_vec()).collect();
-        assert_eq!(arrived, [greeting], "served at {owners:?}");
+        let mut forwarded = greeting;
+        assert!(crate::packet::spend_hop(&mut forwarded));
+        assert_eq!(arrived, [forwarded], "served at {owners:?}");
 
         let stranger = PeerChange { public_key: public(3), remove: true, ..PeerChange::default() };
         server.at(owners[1], |engine, out| engine.apply_peer(START, stranger, out)).unwrap();

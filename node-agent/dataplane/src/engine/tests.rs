@@ -116,6 +116,7 @@ pub(super) fn packet(source: &str, destination: &str, len: usize) -> Vec<u8> {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
             packet[0] = 0x45;
             packet[2..4].copy_from_slice(&u16::try_from(len).unwrap().to_be_bytes());
+            packet[8] = 64;
             packet[12..16].copy_from_slice(&source.octets());
             packet[16..20].copy_from_slice(&destination.octets());
         }
@@ -123,6 +124,7 @@ pub(super) fn packet(source: &str, destination: &str, len: usize) -> Vec<u8> {
             packet[0] = 0x60;
             packet[4..6].copy_from_slice(&u16::try_from(len - 40).unwrap().to_be_bytes());
             packet[6] = 59; // no next header
+            packet[7] = 64;
             packet[8..24].copy_from_slice(&source.octets());
             packet[24..40].copy_from_slice(&destination.octets());
         }
