@@ -7,7 +7,7 @@ use blake2::digest::consts::U16;
 use blake2::digest::{FixedOutput, KeyInit, Update};
 use blake2::{Blake2s256, Blake2sMac, Digest};
 
-use super::handshakes::{LOADED, MAX_WAITING};
+use super::load::{LOADED, MAX_WAITING};
 use super::tests::*;
 use super::*;
 use crate::change::PeerChange;
@@ -39,7 +39,7 @@ fn sign(message: &mut [u8]) {
 }
 
 /// Cheap to make: random but for MAC1.
-fn junk(number: u32) -> Vec<u8> {
+pub(super) fn junk(number: u32) -> Vec<u8> {
     let mut message = vec![0; 148];
     message[0] = 1;
     message[8..12].copy_from_slice(&number.to_le_bytes());
@@ -211,7 +211,7 @@ fn a_flood_from_one_source_costs_cookies_and_no_packet_of_the_others() {
 fn a_flood_from_everywhere_costs_cookies_and_no_packet_of_the_others() {
     let (server, _, cookies) = flood(1000, |n| SocketAddr::new(Ipv4Addr::from(0xcb00_0000 | n).into(), 9));
     assert!(cookies > 90_000, "{cookies}");
-    assert_eq!(server.engine.handshakes.sources.len(), 0, "who proves no address takes no memory");
+    assert_eq!(server.engine.handshakes.load.sources_known(), 0, "who proves no address takes no memory");
 }
 
 #[test]

@@ -2,6 +2,8 @@
 
 use std::net::SocketAddr;
 
+use super::handshake_tests::junk;
+use super::load::LOADED;
 use super::tests::{START, TENANT, packet, public, secret};
 use super::*;
 use crate::change::PeerChange;
@@ -174,6 +176,57 @@ fn it_does_not_matter_who_receives_a_message() {
         }
     }
     talk(3, 2, 0, 1);
+}
+
+#[test]
+fn the_limits_of_handshakes_hold_for_all_workers_together() {
+    const AT_ONCE: u64 = 1000;
+    const A_SECOND: u64 = 500;
+    let mut server = Server::new(2, 512);
+    let later = Now { mono_ms: START.mono_ms + 1000, ..START };
+    let both = |server: &mut Server, act: &mut dyn FnMut(&mut Engine, &mut Out)| {
+        for (engine, out) in server.engines.iter_mut().zip(&mut server.outs) {
+            engine.enter();
+            act(engine, out);
+            engine.leave();
+        }
+    };
+    let dropped = |server: &Server, reason| -> u64 {
+        server.engines.iter().map(|engine| engine.drops.get(reason).packets).sum()
+    };
+    both(&mut server, &mut |engine, out| engine.on_tick(START, out));
+    let mut number = 0;
+    for _ in 0..LOADED / 2 + 5 {
+        both(&mut server, &mut |engine, out| {
+            number += 1;
+            engine.on_udp(START, &junk(number), origin("203.0.113.9:9"), out);
+            out.clear_net();
+        });
+    }
+    assert_eq!(dropped(&server, Drop::UnderLoad), 10, "what waits at either is load");
+
+    let (mut flooder, mut out) = client(7);
+    flooder.on_tun(START, &packet("10.8.0.7", "192.0.2.99", 100), &mut out);
+    let plain = take(&mut out).remove(0);
+    server.engines[0].enter();
+    server.engines[0].on_udp(START, &plain, origin(CLIENT), &mut server.outs[0]);
+    server.engines[0].leave();
+    let cookie = take(&mut server.outs[0]).remove(0);
+    flooder.on_udp(START, &cookie, origin(SERVER), &mut out);
+    let mut proved = [0; MIN_ROOM];
+    let tunnel = flooder.peers.iter_mut().flatten().find_map(|peer| peer.tunnel.as_mut()).unwrap();
+    tunnel.initiate_again(START, &mut proved).unwrap();
+    let refused = dropped(&server, Drop::UnderLoad);
+    for _ in 0..AT_ONCE {
+        both(&mut server, &mut |engine, out| engine.on_udp(START, &proved, origin(CLIENT), out));
+    }
+    assert_eq!(dropped(&server, Drop::UnderLoad), refused, "the cookie of one is good for the other");
+    assert_eq!(dropped(&server, Drop::SourceLimited), AT_ONCE, "and the source has one bucket");
+    both(&mut server, &mut |engine, out| engine.on_tick(later, out));
+    for _ in 0..A_SECOND {
+        both(&mut server, &mut |engine, out| engine.on_udp(later, &proved, origin(CLIENT), out));
+    }
+    assert_eq!(dropped(&server, Drop::SourceLimited), AT_ONCE + A_SECOND, "which is refilled once");
 }
 
 #[test]
