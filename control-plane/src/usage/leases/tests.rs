@@ -231,16 +231,13 @@ async fn a_stretch_gives_back_what_it_should_name_and_nothing_beyond_its_ends() 
     }
     peers.sort_by_key(|peer| peer.device);
     let late = world.app.clock.now() + time::Duration::minutes(1);
-    let end =
-        |peer: &Peer| Some(LeaseLife { device_id: peer.device.as_bytes().to_vec().into(), generation: peer.generation });
+    let end = |peer: &Peer| {
+        Some(LeaseLife { device_id: peer.device.as_bytes().to_vec().into(), generation: peer.generation })
+    };
     let list = |named: &[usize], after: Option<usize>, through: Option<usize>| {
         let named = named.iter().map(|at| LeaseState { wanted: false, ..peers[*at].state() });
         let (after, through) = (after.and_then(|at| end(&peers[at])), through.and_then(|at| end(&peers[at])));
-        Leases {
-            peers: named.collect(),
-            stretch: Some(LeaseStretch { after, through }),
-            ..peers[0].question(false)
-        }
+        Leases { peers: named.collect(), stretch: Some(LeaseStretch { after, through }), ..peers[0].question(false) }
     };
     let held = async || {
         let held = sqlx::query_scalar::<_, Uuid>("select device_id from platform.quota_leases order by device_id");
@@ -259,7 +256,9 @@ async fn a_stretch_gives_back_what_it_should_name_and_nothing_beyond_its_ends() 
     assert_eq!(held().await, [0, 1]);
     peers[0].ask(&world, &list(&[1], None, Some(1)), late).await;
     assert_eq!(held().await, [1]);
-    for wrong in [list(&[], Some(2), Some(1)), list(&[], Some(1), Some(1)), Leases { complete: true, ..list(&[], None, None) }] {
+    for wrong in
+        [list(&[], Some(2), Some(1)), list(&[], Some(1), Some(1)), Leases { complete: true, ..list(&[], None, None) }]
+    {
         assert!(!is_well_formed(&wrong));
     }
     assert!(is_well_formed(&list(&[0], None, None)));

@@ -186,7 +186,9 @@ impl Engine {
         let shards = (0..count).map(|index| Shard { index, count });
         let load = Arc::default();
         let shards = shards.zip(holds);
-        shards.map(|(shard, hold)| Self::of_shard(shard, hold, Arc::clone(&counters), Arc::clone(&load), seed)).collect()
+        shards
+            .map(|(shard, hold)| Self::of_shard(shard, hold, Arc::clone(&counters), Arc::clone(&load), seed))
+            .collect()
     }
 
     fn of_shard(shard: Shard, directory: Hold, counters: Arc<CounterTable>, load: Arc<Load>, seed: u64) -> Self {
@@ -267,9 +269,13 @@ impl Engine {
         }
     }
 
-    /// The shell could not deliver packets or datagrams.
-    pub fn lost(&mut self, reason: Drop, packets: u64, bytes: u64) {
+    /// The shell could not deliver packets or datagrams of this peer, or of nobody.
+    #[cold]
+    pub fn lost(&mut self, reason: Drop, slot: u16, packets: u64, bytes: u64) {
         self.drops.many(reason, packets, bytes);
+        if slot != NO_SLOT {
+            self.blame_for(slot, reason, packets);
+        }
     }
 
     /// The local address a peer used is gone: let the kernel choose.
@@ -353,6 +359,7 @@ impl Engine {
         self.queued -= peer.queue.len();
         for packet in peer.queue.drain(..) {
             self.drops.one(Drop::TxNoSession, packet.len());
+            peer.policy.dropped(Drop::TxNoSession, 1);
         }
         if peer.persistent_keepalive == 0 {
             self.make_cold(slot);

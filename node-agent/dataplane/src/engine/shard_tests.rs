@@ -191,9 +191,8 @@ fn the_limits_of_handshakes_hold_for_all_workers_together() {
             engine.leave();
         }
     };
-    let dropped = |server: &Server, reason| -> u64 {
-        server.engines.iter().map(|engine| engine.drops.get(reason).packets).sum()
-    };
+    let dropped =
+        |server: &Server, reason| -> u64 { server.engines.iter().map(|engine| engine.drops.get(reason).packets).sum() };
     both(&mut server, &mut |engine, out| engine.on_tick(START, out));
     let mut number = 0;
     for _ in 0..LOADED / 2 + 5 {

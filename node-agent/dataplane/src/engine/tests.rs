@@ -366,6 +366,23 @@ fn packets_wait_for_the_handshake_in_a_bounded_queue() {
 }
 
 #[test]
+fn what_waited_in_vain_and_what_the_shell_lost_is_shown_at_the_peer() {
+    let (_, mut client) = pair();
+    let shown = |client: &Host| -> Vec<_> { client.view(1).drops.unwrap().reasons().collect() };
+    for _ in 0..3 {
+        client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    }
+    client.sent();
+    let slot = client.engine.directory.get().by_key[&public(1)];
+    client.engine.drop_tunnel(slot);
+    assert_eq!((client.drops(Drop::TxNoSession), shown(&client)), (3, vec![(Drop::TxNoSession, 3)]));
+    client.engine.lost(Drop::TunWrite, slot, 4, 400);
+    client.engine.lost(Drop::TunWrite, NO_SLOT, 1, 100);
+    assert_eq!(client.drops(Drop::TunWrite), 5);
+    assert_eq!(shown(&client), [(Drop::TunWrite, 4), (Drop::TxNoSession, 3)]);
+}
+
+#[test]
 fn a_persistent_keepalive_makes_and_keeps_the_session() {
     let (mut server, mut client) = pair();
     client.peer(1, |p| p.persistent_keepalive = Some(25)).unwrap();

@@ -32,8 +32,7 @@ pub(crate) enum Stage {
     Restart,
 }
 
-pub(crate) const STAGES: [Stage; 5] =
-    [Stage::Throughput, Stage::Scale, Stage::Live, Stage::Handshakes, Stage::Restart];
+pub(crate) const STAGES: [Stage; 5] = [Stage::Throughput, Stage::Scale, Stage::Live, Stage::Handshakes, Stage::Restart];
 
 pub(crate) const MEASURES: [Measure; 23] = [
     Measure {
@@ -86,7 +85,12 @@ pub(crate) const MEASURES: [Measure; 23] = [
     Measure {
         stage: Stage::Restart,
         size: None,
-        ..scale("restart_gap_p99", "ms", "100 live tunnels, killed and started again: longest silence, p99, ours", 1000.0)
+        ..scale(
+            "restart_gap_p99",
+            "ms",
+            "100 live tunnels, killed and started again: longest silence, p99, ours",
+            1000.0,
+        )
     },
 ];
 
