@@ -55,12 +55,8 @@ pub(crate) enum Admission {
 }
 
 impl Identity {
-    pub(crate) fn new(secret: &Secret) -> Self {
-        Self::with_seed(secret, Seed::random())
-    }
-
-    /// One of several that believe each other's cookies.
-    pub(crate) fn with_seed(secret: &Secret, seed: Seed) -> Self {
+    /// `seed` is that of all whose cookies it believes.
+    pub(crate) fn new(secret: &Secret, seed: Seed) -> Self {
         let local = Arc::new(Local::new(&secret.0));
         Self { secret: secret.clone(), warden: Warden::new(local.public(), seed), local }
     }

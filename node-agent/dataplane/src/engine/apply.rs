@@ -52,7 +52,7 @@ impl Engine {
         if self.identity.as_ref().is_some_and(|identity| identity.secret() == secret) {
             return;
         }
-        self.identity = (!secret.is_zero()).then(|| Identity::with_seed(secret, self.handshakes.load.seed.clone()));
+        self.identity = (!secret.is_zero()).then(|| Identity::new(secret, self.handshakes.load.seed.clone()));
         self.peers.iter_mut().flatten().for_each(|peer| peer.static_shared = None);
         for slot in std::mem::take(&mut self.live) {
             if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {

@@ -11,6 +11,7 @@ use super::load::{LOADED, MAX_WAITING};
 use super::tests::*;
 use super::*;
 use crate::change::PeerChange;
+use crate::noise::Seed;
 
 /// Of the client, to the server, although one may be under way.
 fn initiation(client: &mut Host) -> Vec<u8> {
@@ -294,7 +295,7 @@ fn client_of(number: u16) -> Host {
 fn server_of_many(counters: CounterTable, count: u16) -> Host {
     let mut server = Host::with(counters, 1, SERVER);
     for number in 0..count {
-        let public_key = Identity::new(&key_of(number)).public_key();
+        let public_key = Identity::new(&key_of(number), Seed::random()).public_key();
         let change = PeerChange { public_key, ..PeerChange::default() };
         server.engine.apply_peer(server.now, change, &mut server.out).unwrap();
     }
@@ -394,7 +395,7 @@ fn calls_that_cross_with_their_answers_end_in_a_session_that_both_have() {
         let mut client = client_of(0);
         let of_the_client = || {
             let mut server = server_of_many(counters(), 1);
-            let public_key = Identity::new(&key_of(0)).public_key();
+            let public_key = Identity::new(&key_of(0), Seed::random()).public_key();
             let allowed_ips = vec!["10.8.0.2/32".parse().unwrap()];
             let change = PeerChange { public_key, allowed_ips, ..PeerChange::default() };
             server.engine.apply_peer(server.now, change, &mut server.out).unwrap();
@@ -492,7 +493,7 @@ fn call_backs_wait_for_the_private_key() {
     drop(server);
     let mut server = server_of_many(counters(), 0);
     server.engine.set_private_key(&Secret::new([0; 32]));
-    let public_key = Identity::new(&key_of(0)).public_key();
+    let public_key = Identity::new(&key_of(0), Seed::random()).public_key();
     let change = PeerChange { public_key, ..PeerChange::default() };
     server.engine.apply_peer(server.now, change, &mut server.out).unwrap();
     server.tick(10);

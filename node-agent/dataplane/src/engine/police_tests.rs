@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use super::*;
 use crate::change::PeerChange;
 use crate::ecn::Ecn;
+use crate::noise::Seed;
 use crate::out::TUN_HEADROOM;
 use crate::policy::lease::Then;
 use crate::policy::{PeerLimitsChange, PolicyChange, TenantChange};
@@ -29,7 +30,7 @@ struct Net {
 }
 
 fn public(key: u8) -> [u8; 32] {
-    Identity::new(&Secret::new([key; 32])).public_key()
+    Identity::new(&Secret::new([key; 32]), Seed::random()).public_key()
 }
 
 impl Host {

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::change::{PeerChange, Refused};
 use crate::ecn::Ecn;
+use crate::noise::Seed;
 use crate::policy::PeerLimitsChange;
 use crate::tunnel::REJECT_AFTER_MESSAGES;
 
@@ -106,7 +107,7 @@ pub(super) fn secret(key: u8) -> Secret {
 }
 
 pub(super) fn public(key: u8) -> [u8; 32] {
-    Identity::new(&secret(key)).public_key()
+    Identity::new(&secret(key), Seed::random()).public_key()
 }
 
 pub(super) fn packet(source: &str, destination: &str, len: usize) -> Vec<u8> {
