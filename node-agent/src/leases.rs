@@ -4,7 +4,7 @@
 //! number known here is never below what the engine lets pass: when a lease is lowered, the engine is told at once and the
 //! control plane only when nothing can be under way any more.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use cvault_dataplane::counters::Epoch;
 use cvault_node_protocol::{MAX_LEASES, v1};
@@ -36,6 +36,43 @@ pub(crate) struct Metered {
     pub(crate) life: Life,
     pub(crate) device_id: [u8; 16],
     pub(crate) total: u64,
+}
+
+/// By what the list of everything is in order: device and generation.
+pub(crate) type Place = ([u8; 16], u64);
+
+/// One stretch of the list of everything: each life behind one place, up to and with another.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Stretch {
+    pub(crate) states: Vec<v1::LeaseState>,
+    after: Option<Place>,
+    /// None: up to the last one.
+    pub(crate) through: Option<Place>,
+}
+
+impl Stretch {
+    /// At most `most` of the states behind `after`.
+    fn cut(states: BTreeMap<Place, v1::LeaseState>, after: Option<Place>, most: usize) -> Self {
+        let mut behind = states.into_iter().filter(|(place, _)| after.is_none_or(|after| *place > after)).peekable();
+        let mut stretch = Self { states: Vec::new(), after, through: None };
+        while let Some((place, state)) = behind.next() {
+            stretch.states.push(state);
+            if stretch.states.len() >= most && behind.peek().is_some() {
+                stretch.through = Some(place);
+                break;
+            }
+        }
+        stretch
+    }
+
+    /// What the control plane is told. A list that one message holds needs no ends, which an older one would not know.
+    pub(crate) fn message(&self, epoch: Epoch) -> v1::Leases {
+        let end = |(device_id, generation): Place| v1::LeaseLife { device_id: device_id.to_vec().into(), generation };
+        let complete = self.after.is_none() && self.through.is_none();
+        let ends = v1::LeaseStretch { after: self.after.map(end), through: self.through.map(end) };
+        let stretch = (!complete).then_some(ends);
+        v1::Leases { counter_epoch: epoch.to_vec().into(), peers: self.states.clone(), complete, stretch }
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -80,25 +117,30 @@ impl Leases {
         wanting.take(MAX_LEASES).map(|peer| self.state(peer, true)).collect()
     }
 
-    /// Everything, now and then; also of lives that are gone, while `unsettled` holds for them.
+    /// Everything behind `after`, now and then, as far as `most` go; also of lives that are gone, while they are `unsettled`.
     pub(crate) fn inventory(
         &mut self,
         metered: &[Metered],
-        unsettled: impl Fn(&Life) -> bool,
-    ) -> Option<Vec<v1::LeaseState>> {
+        unsettled: &HashMap<Life, [u8; 16]>,
+        after: Option<Place>,
+        most: usize,
+    ) -> Stretch {
         let live: HashMap<Life, &Metered> = metered.iter().map(|peer| (peer.life, peer)).collect();
-        self.leases.retain(|life, _| live.contains_key(life) || unsettled(life));
-        let gone =
-            self.leases.iter().filter(|(life, _)| !live.contains_key(*life)).map(|(life, lease)| v1::LeaseState {
-                device_id: lease.device_id.to_vec().into(),
+        self.leases.retain(|life, _| live.contains_key(life) || unsettled.contains_key(life));
+        let living = metered.iter().map(|peer| {
+            let place = (peer.device_id, peer.life.generation);
+            (place, self.state(peer, self.wants(peer)))
+        });
+        let gone = unsettled.iter().map(|(life, device_id)| {
+            let state = v1::LeaseState {
+                device_id: device_id.to_vec().into(),
                 generation: life.generation,
-                sequence: 0,
-                until: lease.until,
-                total: 0,
-                wanted: false,
-            });
-        let states: Vec<_> = metered.iter().map(|peer| self.state(peer, self.wants(peer))).chain(gone).collect();
-        (states.len() <= MAX_LEASES).then_some(states)
+                until: u64::MAX,
+                ..v1::LeaseState::default()
+            };
+            ((*device_id, life.generation), state)
+        });
+        Stretch::cut(living.chain(gone).collect(), after, most)
     }
 
     /// A slow look, so long after the one before that nothing is under way any more. Lowers the leases of peers that are idle
@@ -211,6 +253,10 @@ mod tests {
         v1::LeaseGrant { device_id: vec![n; 16].into(), generation: 1, sequence, until, scarce }
     }
 
+    fn whole(leases: &mut Leases, metered: &[Metered], unsettled: &HashMap<Life, [u8; 16]>) -> Stretch {
+        leases.inventory(metered, unsettled, None, MAX_LEASES)
+    }
+
     fn answer(leases: &mut Leases, asked: &[v1::LeaseState], grants: &[v1::LeaseGrant]) -> Vec<Life> {
         leases.take(EPOCH, asked, grants, |device, _| Some(life(device[0])))
     }
@@ -245,7 +291,7 @@ mod tests {
         let idle = [metered(1, 0), metered(2, 0)];
         assert_eq!(leases.settle(&idle), [life(1)], "only where little is left");
         assert_eq!(leases.enforced(Some(EPOCH), &life(1)), RESIDUE_BYTES);
-        let told = |leases: &mut Leases, total| leases.inventory(&[metered(1, total)], |_| true).unwrap()[0].until;
+        let told = |leases: &mut Leases, total| whole(leases, &[metered(1, total)], &HashMap::new()).states[0].until;
         assert_eq!(told(&mut leases, 0), until, "something may be under way");
         // more had passed than the lowered lease
         assert!(leases.settle(&[metered(1, 2 * RESIDUE_BYTES)]).is_empty());
@@ -257,8 +303,49 @@ mod tests {
         let mut leases = Leases::default();
         leases.enter(EPOCH);
         leases.adopt(life(1), [1; 16], 10);
-        assert_eq!(leases.inventory(&[], |_| true).unwrap().len(), 1);
-        assert_eq!(leases.inventory(&[], |_| false).unwrap().len(), 0);
+        let gone = whole(&mut leases, &[], &HashMap::from([(life(1), [1; 16])])).states;
+        assert_eq!((gone.len(), gone[0].until), (1, u64::MAX));
+        assert!(whole(&mut leases, &[], &HashMap::new()).states.is_empty());
         assert_eq!(leases.urgent(&[metered(1, 0)]).len(), 1);
+    }
+
+    #[test]
+    fn a_list_that_one_message_does_not_hold_is_told_in_stretches() {
+        let mut leases = Leases::default();
+        leases.enter(EPOCH);
+        let peers: Vec<_> = (1..=7).rev().map(|n| metered(n, 0)).collect();
+        let gone = HashMap::from([(life(8), [8; 16])]);
+        let (mut stretches, mut after) = (Vec::new(), None);
+        while stretches.is_empty() || after.is_some() {
+            let stretch = leases.inventory(&peers, &gone, after, 3);
+            stretches.push(stretch.message(EPOCH));
+            after = stretch.through;
+        }
+        let told: Vec<_> = stretches.iter().flat_map(|leases| &leases.peers).map(|state| state.device_id[0]).collect();
+        assert_eq!(told, [1, 2, 3, 4, 5, 6, 7, 8], "each once, and the one that is gone");
+        let end = |n: u8| Some(v1::LeaseLife { device_id: vec![n; 16].into(), generation: 1 });
+        let ends: Vec<_> = stretches.iter().map(|leases| leases.stretch.clone().unwrap()).collect();
+        let stretch = |after, through| v1::LeaseStretch { after, through };
+        assert_eq!(ends, [stretch(None, end(3)), stretch(end(3), end(6)), stretch(end(6), None)]);
+        assert!(stretches.iter().all(|leases| !leases.complete), "what knows no stretches takes nothing back");
+        let all = leases.inventory(&peers, &gone, None, 8).message(EPOCH);
+        assert!(all.complete && all.stretch.is_none());
+    }
+
+    #[test]
+    fn more_lives_than_one_message_holds_are_told_to_the_last() {
+        let peer = |n: u32| {
+            let mut key = [0; 32];
+            key[..4].copy_from_slice(&n.to_be_bytes());
+            let device_id = key[..16].try_into().unwrap();
+            Metered { life: Life { public_key: PublicKey(key), generation: 1 }, device_id, total: 0 }
+        };
+        let peers: Vec<_> = (0..=u32::try_from(MAX_LEASES).unwrap()).map(peer).collect();
+        let mut leases = Leases::default();
+        leases.enter(EPOCH);
+        let first = leases.inventory(&peers, &HashMap::new(), None, MAX_LEASES);
+        assert_eq!(first.states.len(), MAX_LEASES);
+        let rest = leases.inventory(&peers, &HashMap::new(), first.through, MAX_LEASES);
+        assert_eq!((rest.states.len(), rest.through), (1, None));
     }
 }

@@ -7,7 +7,7 @@ use cvault_tests::lab::binary;
 use serde_json::Value;
 
 const FIELDS: [&str; 8] = ["measure", "met", "must", "ours", "peer", "peer_figure", "ratio", "unit"];
-/// One or more of each stage, but none that takes iperf3.
+/// One or more of each stage that compares, but none that takes iperf3.
 const MEASURES: [&str; 4] = ["peers_set", "counters_read", "peers_add_stall", "handshakes_end_to_end"];
 
 #[test]

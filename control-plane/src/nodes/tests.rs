@@ -449,7 +449,7 @@ async fn drops_are_kept_by_device_and_leases_come_with_no_windows() {
         .unwrap();
     let state =
         LeaseState { device_id: device_id.into(), generation: device.revision, wanted: true, ..LeaseState::default() };
-    let leases = Leases { counter_epoch: vec![1; 16].into(), peers: vec![state], complete: false };
+    let leases = Leases { counter_epoch: vec![1; 16].into(), peers: vec![state], ..Leases::default() };
     let ask = |session| ReportRequest { leases: Some(leases.clone()), ..report(session, None) };
     let answer = client.report(ask(epoch)).await.unwrap().into_inner();
     assert_eq!((answer.leases.len(), answer.leases[0].until, answer.leases[0].sequence), (1, 10_000_000, 1));

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use cvault_node_protocol::MAX_LEASES;
-use cvault_node_protocol::v1::{LeaseGrant, LeaseState, Leases};
+use cvault_node_protocol::v1::{LeaseGrant, LeaseLife, LeaseState, Leases};
 use cvault_types::ServerId;
 use sqlx::PgConnection;
 use time::{Date, Duration, OffsetDateTime};
@@ -35,7 +35,10 @@ pub fn is_well_formed(leases: &Leases) -> bool {
     let is_state = |state: &LeaseState| {
         state.device_id.len() == 16 && state.total <= MAX_PLAUSIBLE && i64::try_from(state.generation).is_ok()
     };
-    leases.counter_epoch.len() == 16 && leases.peers.len() <= MAX_LEASES && leases.peers.iter().all(is_state)
+    leases.counter_epoch.len() == 16
+        && leases.peers.len() <= MAX_LEASES
+        && leases.peers.iter().all(is_state)
+        && (leases.stretch.is_none() || (!leases.complete && Stretch::told(leases).is_some()))
 }
 
 /// A life of a device's counters on one server.
@@ -43,6 +46,39 @@ pub fn is_well_formed(leases: &Leases) -> bool {
 struct Life {
     device: Uuid,
     generation: i64,
+}
+
+impl Life {
+    fn of(device: &[u8], generation: u64) -> Option<Self> {
+        Some(Self { device: Uuid::from_slice(device).ok()?, generation: i64::try_from(generation).ok()? })
+    }
+}
+
+/// The lives of which the list has every one that is not over: behind one, up to and with another.
+#[derive(Clone, Copy)]
+struct Stretch {
+    after: Life,
+    through: Life,
+}
+
+impl Stretch {
+    const ALL: Self = Self {
+        after: Life { device: Uuid::nil(), generation: -1 },
+        through: Life { device: Uuid::max(), generation: i64::MAX },
+    };
+
+    /// None when the list leaves lives out, or the ends are in no order.
+    fn told(leases: &Leases) -> Option<Self> {
+        let Some(told) = &leases.stretch else {
+            return leases.complete.then_some(Self::ALL);
+        };
+        let end = |life: &Option<LeaseLife>, all| match life {
+            Some(life) => Life::of(&life.device_id, life.generation),
+            None => Some(all),
+        };
+        let (after, through) = (end(&told.after, Self::ALL.after)?, end(&told.through, Self::ALL.through)?);
+        (after < through).then_some(Self { after, through })
+    }
 }
 
 /// What a tenant has this month.
@@ -81,15 +117,16 @@ pub async fn lease(
         asked.peers.iter().filter_map(|state| Some((life_of(state)?, state))).collect();
     let owners = owners(conn, server, &states).await?;
     let mut tenants: BTreeSet<Uuid> = owners.values().copied().collect();
-    if asked.complete {
-        tenants.extend(holders(conn, server).await?);
+    let whole = Stretch::told(asked);
+    if let Some(stretch) = whole {
+        tenants.extend(holders(conn, server, stretch).await?);
     }
     let tenants: Vec<_> = tenants.into_iter().collect();
     let month = now.date().replace_day(1).expect("every month has a first day");
     let billed = lock_months(conn, &tenants, month).await?;
     give_back(conn, server, epoch, &states).await?;
-    if asked.complete {
-        settle(conn, server, epoch, &states, now - LATE).await?;
+    if let Some(stretch) = whole {
+        settle(conn, server, epoch, &states, stretch, now - LATE).await?;
     }
     let limits = limits(conn, &tenants).await?;
     let mut grants = Vec::new();
@@ -116,7 +153,7 @@ pub async fn lease(
 }
 
 fn life_of(state: &LeaseState) -> Option<Life> {
-    Some(Life { device: Uuid::from_slice(&state.device_id).ok()?, generation: i64::try_from(state.generation).ok()? })
+    Life::of(&state.device_id, state.generation)
 }
 
 fn columns<'a>(lives: impl Iterator<Item = &'a Life>) -> (Vec<Uuid>, Vec<i64>) {
@@ -186,9 +223,19 @@ async fn owners(
     Ok(rows.into_iter().map(|row| (life(row.device_id, row.generation), row.tenant_id)).collect())
 }
 
-/// The tenants that have leases on the server.
-async fn holders(conn: &mut PgConnection, server: Uuid) -> Result<Vec<Uuid>, DbError> {
-    let rows = sqlx::query_scalar!("select distinct tenant_id from platform.quota_leases where server_id = $1", server);
+/// The tenants that have leases in a stretch of the server's.
+async fn holders(conn: &mut PgConnection, server: Uuid, stretch: Stretch) -> Result<Vec<Uuid>, DbError> {
+    let Stretch { after, through } = stretch;
+    let rows = sqlx::query_scalar!(
+        "select distinct tenant_id from platform.quota_leases
+         where server_id = $1 and (device_id, generation) > ($2, $3::bigint)
+           and (device_id, generation) <= ($4, $5::bigint)",
+        server,
+        after.device,
+        after.generation,
+        through.device,
+        through.generation
+    );
     Ok(rows.fetch_all(conn).await?)
 }
 
@@ -242,26 +289,34 @@ async fn give_back(
     Ok(())
 }
 
-/// Lives that are not on a complete list are over, and their counters known to the end. What was granted after `before` may be
+/// Lives of the stretch that are not on the list are over, and their counters known to the end. What was granted after `before` may be
 /// younger than the list.
 async fn settle(
     conn: &mut PgConnection,
     server: Uuid,
     epoch: Uuid,
     states: &BTreeMap<Life, &LeaseState>,
+    stretch: Stretch,
     before: OffsetDateTime,
 ) -> Result<(), DbError> {
+    let Stretch { after, through } = stretch;
     let (devices, generations) = columns(states.keys());
     sqlx::query!(
         "delete from platform.quota_leases l
-         where l.server_id = $1 and l.granted_at < $5 and not (l.counter_epoch = $2 and exists (
+         where l.server_id = $1 and l.granted_at < $5
+           and (l.device_id, l.generation) > ($6, $7::bigint) and (l.device_id, l.generation) <= ($8, $9::bigint)
+           and not (l.counter_epoch = $2 and exists (
              select from unnest($3::uuid[], $4::bigint[]) as a (device_id, generation)
              where a.device_id = l.device_id and a.generation = l.generation))",
         server,
         epoch,
         &devices,
         &generations,
-        before
+        before,
+        after.device,
+        after.generation,
+        through.device,
+        through.generation
     )
     .execute(conn)
     .await?;

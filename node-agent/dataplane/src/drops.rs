@@ -65,11 +65,13 @@ pub enum Drop {
     TxLeaseEnded,
     /// The worker it belongs to has too much waiting already.
     Forward,
+    /// From a peer to another, and this was its last hop.
+    HopLimit,
 }
 
 impl Drop {
     /// Every reason, in the order of the counters.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 30] = [
         Self::Garbage,
         Self::BadMac,
         Self::SourceLimited,
@@ -99,6 +101,7 @@ impl Drop {
         Self::TxRateLimited,
         Self::TxLeaseEnded,
         Self::Forward,
+        Self::HopLimit,
     ];
 
     /// The name in UAPI and metrics.
@@ -134,6 +137,7 @@ impl Drop {
             Self::TxRateLimited => "tx_rate_limited",
             Self::TxLeaseEnded => "tx_lease_ended",
             Self::Forward => "forward",
+            Self::HopLimit => "hop_limit",
         }
     }
 }

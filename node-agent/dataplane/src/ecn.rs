@@ -6,6 +6,7 @@
 //! does not know ECN.
 
 use crate::drops::Drop;
+use crate::packet::set_v4_byte;
 
 /// The last two bits of the traffic class.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,19 +74,11 @@ pub(crate) fn decapsulate(outer: Ecn, packet: &mut [u8]) -> Result<(), Drop> {
 }
 
 fn set(packet: &mut [u8], ecn: Ecn) {
-    const CHECKSUM: usize = 10;
     if packet[0] >> 4 == 6 {
         packet[1] = packet[1] & !0b11_0000 | ecn.bits() << 4;
         return;
     }
-    let word = |packet: &[u8], at: usize| u32::from(u16::from_be_bytes([packet[at], packet[at + 1]]));
-    let old = word(packet, 0);
-    packet[1] = packet[1] & !0b11 | ecn.bits();
-    // RFC 1624: only the difference of one word goes into the checksum.
-    let mut sum = (!word(packet, CHECKSUM) & 0xffff) + (!old & 0xffff) + word(packet, 0);
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    packet[CHECKSUM..CHECKSUM + 2].copy_from_slice(&(!sum).to_be_bytes()[2..]);
+    set_v4_byte(packet, 1, packet[1] & !0b11 | ecn.bits());
 }
 
 #[cfg(test)]

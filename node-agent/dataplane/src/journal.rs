@@ -13,6 +13,10 @@ use std::str::FromStr;
 
 use crate::counters::{Counts, Epoch};
 
+mod ended;
+pub(crate) use ended::MAX_ENDED;
+use ended::Ring;
+
 /// File name inside the state directory.
 pub const FILE_NAME: &str = "closed.journal";
 
@@ -191,21 +195,31 @@ pub struct Journal {
     file: File,
     len: u64,
     last_crc: Option<u32>,
+    ring: Ring,
+    /// Found at the start.
+    ended: Vec<ClosedPeer>,
 }
 
 impl Journal {
-    /// Opens or creates it in `dir`; a torn tail is cut off.
+    /// Opens or creates it in `dir`, and beside it what outlives the acknowledgements; a torn tail is cut off.
     ///
     /// # Errors
     /// When the file cannot be used.
     pub fn open(dir: &Path) -> io::Result<Self> {
         let file = options().open(dir.join(FILE_NAME))?;
-        let Closed { damaged, len, last_crc, .. } = scan(file.try_clone()?, None)?;
+        let Closed { peers: mut ended, damaged, len, last_crc } = scan(file.try_clone()?, None)?;
         if damaged > 0 {
             tracing::error!(damaged, "records in the journal of closed peers are damaged");
         }
         file.set_len(len)?;
-        Ok(Self { dir: dir.to_owned(), file, len, last_crc })
+        let (ring, later) = Ring::open(dir)?;
+        ended.extend(later);
+        Ok(Self { dir: dir.to_owned(), file, len, last_crc, ring, ended })
+    }
+
+    /// What processes before this one have closed, as far as it is remembered; of one life the last record is the newest.
+    pub fn take_ended(&mut self) -> Vec<ClosedPeer> {
+        std::mem::take(&mut self.ended)
     }
 
     /// Appends one record, as [`Self::append_all`] does.
@@ -226,6 +240,7 @@ impl Journal {
         let Some(last) = records.last() else {
             return Ok(());
         };
+        self.ring.put(peers)?;
         let bytes = records.as_flattened();
         if let Err(error) = self.file.write_all_at(bytes, self.len) {
             self.file.set_len(self.len)?;
@@ -416,6 +431,20 @@ mod tests {
         assert_eq!(second.ack(), reader.read().unwrap().ack());
         let nothing = reader.read_after(second.ack()).unwrap();
         assert_eq!((&nothing.peers[..], nothing.ack()), (&[][..], second.ack()));
+    }
+
+    #[test]
+    fn what_was_closed_is_remembered_over_restarts_though_it_was_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let reader = JournalReader::new(dir.path().join(FILE_NAME));
+        let mut journal = Journal::open(dir.path()).unwrap();
+        assert_eq!(journal.take_ended(), []);
+        journal.append_all(&[closed(1), closed(2)]).unwrap();
+        journal.acknowledge(reader.read().unwrap().ack().unwrap()).unwrap();
+        assert_eq!(Journal::open(dir.path()).unwrap().take_ended(), [closed(1), closed(2)]);
+        journal.append(&closed(3)).unwrap();
+        let ended = Journal::open(dir.path()).unwrap().take_ended();
+        assert_eq!(ended, [3, 1, 2, 3].map(closed), "of one life the newest comes last");
     }
 
     #[test]

@@ -209,7 +209,8 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     let termination = signals::termination()?;
     give_back_soon();
     harden()?;
-    let (counters, journal) = open_state(options)?;
+    let (counters, mut journal) = open_state(options)?;
+    let ended = journal.as_mut().map(Journal::take_ended).unwrap_or_default();
     let wanted = worker_count(options);
     let tun = Tun::open(TunConfig { name: &options.interface, offloads: offloads(options)?, queues: wanted > 1 })
         .map_err(|error| tun_error(&options.interface, error))?;
@@ -237,6 +238,8 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     let mut engines = Engine::sharded(EngineConfig { counters, seed: rand::random() }, count);
     let rates = SharedRates::default();
     engines.iter_mut().for_each(|engine| engine.share_rates(rates.clone()));
+    engines[0].remember(&ended);
+    drop(ended);
     let (controllers, mailboxes): (Vec<_>, Vec<_>) =
         (0..count).map(|_| mailbox()).collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
     let neighbours = rings(&mailboxes);

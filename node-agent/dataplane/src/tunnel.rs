@@ -13,7 +13,7 @@ use crate::drops::Drop;
 use crate::engine::Now;
 pub(crate) use crate::noise::Stamp;
 pub(crate) use crate::noise::{INITIATION_BYTES, OVERHEAD, REJECT_AFTER_MESSAGES, RESPONSE_BYTES};
-use crate::noise::{Initiated, Jar, Local, Opened, Proof, Proved, Remote, Session, Shared, Unopened, Warden};
+use crate::noise::{Initiated, Jar, Local, Opened, Proof, Proved, Remote, Seed, Session, Shared, Unopened, Warden};
 
 /// How old the timers may be when a tunnel is used.
 const FRESH_MS: u64 = 250;
@@ -55,9 +55,10 @@ pub(crate) enum Admission {
 }
 
 impl Identity {
-    pub(crate) fn new(secret: &Secret) -> Self {
+    /// `seed` is that of all whose cookies it believes.
+    pub(crate) fn new(secret: &Secret, seed: Seed) -> Self {
         let local = Arc::new(Local::new(&secret.0));
-        Self { secret: secret.clone(), warden: Warden::new(local.public()), local }
+        Self { secret: secret.clone(), warden: Warden::new(local.public(), seed), local }
     }
 
     pub(crate) fn public_key(&self) -> [u8; 32] {

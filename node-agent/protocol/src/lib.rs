@@ -23,7 +23,7 @@ pub const MAX_CHUNK_PEERS: usize = 500;
 pub const MAX_WINDOW_PEERS: usize = 2_000;
 /// Usage windows in one report.
 pub const MAX_REPORT_WINDOWS: usize = 64;
-/// Lives of metered peers in one report: about 1 MiB on the wire.
+/// Lives of metered peers in one report: about 1 MiB on the wire. A list of more is told in stretches.
 pub const MAX_LEASES: usize = 20_000;
 /// Bytes of one message, either way (HTTP/2 clients and servers refuse larger ones).
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;

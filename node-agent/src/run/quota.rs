@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::Agent;
 use crate::desired::{Life, PublicKey};
 use crate::engine::Engine;
-use crate::leases::Metered;
+use crate::leases::{Metered, Place};
 use crate::meter::Meter;
 use crate::report::Lane;
 use crate::store::Saved;
@@ -31,12 +31,22 @@ pub(super) struct Asked {
     lives: HashMap<([u8; 16], u64), Life>,
 }
 
+/// How far the list of everything has been told. Of what is not told, the control plane takes nothing back.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Inventory {
+    #[default]
+    Told,
+    Due(Option<Place>),
+}
+
 #[derive(Default)]
 pub(super) struct Quota {
     asked: Option<Asked>,
     settled_at: Option<Instant>,
     looks: u32,
-    inventory_due: bool,
+    inventory: Inventory,
+    /// The last question was a stretch of that list.
+    asked_of_all: bool,
     /// The epoch that a whole pass of the meter was over.
     pub(super) metered_epoch: Option<Epoch>,
 }
@@ -69,7 +79,9 @@ impl Agent {
         }
         self.quota.settled_at = Some(Instant::now());
         self.quota.looks += 1;
-        self.quota.inventory_due |= self.quota.looks % INVENTORY_EVERY == 1;
+        if self.quota.looks % INVENTORY_EVERY == 1 && self.quota.inventory == Inventory::Told {
+            self.quota.inventory = Inventory::Due(None);
+        }
         let Some((_, metered)) = self.look() else { return };
         let Some(saved) = self.saved.as_mut() else { return };
         let lowered = saved.desired.leases.settle(&metered);
@@ -90,31 +102,25 @@ impl Agent {
         }
         let (Some(saved), Some(session)) = (self.saved.as_mut(), &self.session) else { return };
         let told = !self.meter.spool.has_unacknowledged() && self.quota.metered_epoch == Some(epoch);
-        let whole = (self.quota.inventory_due && told).then(|| {
-            let desired = &mut saved.desired;
-            let retired = desired.retired().clone();
-            let mut states = desired.leases.inventory(&metered, |life| retired.contains_key(life))?;
-            states.extend(retired.iter().map(|(life, device_id)| v1::LeaseState {
-                device_id: device_id.to_vec().into(),
-                generation: life.generation,
-                until: u64::MAX,
-                ..v1::LeaseState::default()
-            }));
-            (states.len() <= MAX_LEASES).then_some(states)
-        });
-        let (states, complete) = match whole.flatten() {
-            Some(states) => {
-                self.quota.inventory_due = false;
-                (states, true)
+        let urgent = saved.desired.leases.urgent(&metered);
+        // in turns, so that a long list does not keep waiting who transfers
+        let leases = match self.quota.inventory {
+            Inventory::Due(after) if told && (urgent.is_empty() || !self.quota.asked_of_all) => {
+                let desired = &mut saved.desired;
+                let retired = desired.retired().clone();
+                let stretch = desired.leases.inventory(&metered, &retired, after, MAX_LEASES);
+                self.quota.inventory = stretch.through.map_or(Inventory::Told, |through| Inventory::Due(Some(through)));
+                self.quota.asked_of_all = true;
+                stretch.message(epoch)
             }
-            None => (saved.desired.leases.urgent(&metered), false),
+            Inventory::Due(_) | Inventory::Told if urgent.is_empty() => return,
+            Inventory::Due(_) | Inventory::Told => {
+                self.quota.asked_of_all = false;
+                v1::Leases { counter_epoch: epoch.to_vec().into(), peers: urgent, ..v1::Leases::default() }
+            }
         };
-        if states.is_empty() && !complete {
-            return;
-        }
         let lives = metered.iter().map(|peer| ((peer.device_id, peer.life.generation), peer.life)).collect();
-        let leases = v1::Leases { counter_epoch: epoch.to_vec().into(), peers: states.clone(), complete };
-        self.quota.asked = Some(Asked { epoch, states, lives });
+        self.quota.asked = Some(Asked { epoch, states: leases.peers.clone(), lives });
         let request = v1::ReportRequest { leases: Some(leases), ..v1::ReportRequest::default() };
         self.reports.send(Lane::Lease, session, request);
     }

@@ -16,15 +16,8 @@ const GENERATION: u64 = 7;
 
 /// What the control process says, at first and after every restart of the tunnel.
 fn configure(tunnel: &Tunnel, machine: &Machine, own: &Keys, peers: &[Keys]) -> Result<()> {
-    let mut lines = format!("private_key={}\nlisten_port=51820\ncvault_end_replace=true\n", own.private_hex);
-    for (number, keys) in peers.iter().enumerate() {
-        lines.push_str(&format!(
-            "public_key={}\nreplace_allowed_ips=true\nallowed_ip={}/32\ncvault_generation={GENERATION}\n",
-            keys.public_hex,
-            Load::address(number)
-        ));
-    }
-    tunnel.set(machine, &lines)
+    let device = format!("private_key={}\nlisten_port=51820\ncvault_end_replace=true\n", own.private_hex);
+    tunnel.set(machine, &(device + &Load::as_peers(peers, GENERATION)))
 }
 
 fn server(lab: &Lab) -> Result<(Machine, Addresses)> {
@@ -79,6 +72,19 @@ fn killed_under_a_hundred_tunnels_it_calls_them_back_and_forgets_no_byte() {
         assert!(record.counts.rx_inner >= before[0] && record.counts.tx_inner >= before[1], "{record:?}, {before:?}");
         let later = [record.counts.rx_inner - before[0], record.counts.tx_inner - before[1]];
         assert!(later.iter().all(|bytes| bytes % 36 == 0), "whole echoes of 36 bytes: {later:?}");
+    }
+
+    // Their lives begin again under a third process, when the control process has taken the journal over.
+    let path = machine.dir().join("state").join(journal::FILE_NAME);
+    let ack = journal::JournalReader::new(path).read().unwrap().ack().unwrap();
+    tunnel.set(&machine, &format!("cvault_journal_ack={ack}\n")).unwrap();
+    tunnel.process().end(&machine, Signal::Kill).unwrap();
+    let tunnel = Tunnel::start_persistent(&machine, "wg0").unwrap();
+    configure(&tunnel, &machine, &own, &keys).unwrap();
+    for record in closed {
+        let keys = keys.iter().find(|keys| keys.public_bytes() == record.public_key).unwrap();
+        let now = billed(&tunnel, &machine, keys).unwrap();
+        assert!(now[0] >= record.counts.rx_inner && now[1] >= record.counts.tx_inner, "{now:?} after {record:?}");
     }
 }
 

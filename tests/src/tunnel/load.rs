@@ -91,6 +91,19 @@ impl Load {
         (0..count).map(|number| Keys::of(&secret(number))).collect()
     }
 
+    /// What a server is told of them, all in their life `generation`.
+    #[must_use]
+    pub fn as_peers(keys: &[Keys], generation: u64) -> String {
+        let peer = |(number, keys): (usize, &Keys)| {
+            format!(
+                "public_key={}\nreplace_allowed_ips=true\nallowed_ip={}/32\ncvault_generation={generation}\n",
+                keys.public_hex,
+                Self::address(number)
+            )
+        };
+        keys.iter().enumerate().map(peer).collect()
+    }
+
     /// Waits until each of the first `count` peers has got `answers` more answers.
     pub fn answered(&self, count: usize, answers: u64, seconds: u64) -> Result<()> {
         let counts = || self.shared.answers().iter().take(count).map(|peer| peer.count).collect::<Vec<_>>();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use cvault_node_protocol::v1::{PeerUsage, UsageWindow};
+use cvault_node_protocol::v1::{LeaseStretch, PeerUsage, UsageWindow};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use tokio::task::JoinSet;
@@ -57,7 +57,8 @@ impl Peer {
     }
 
     fn question(&self, complete: bool) -> Leases {
-        Leases { counter_epoch: self.epoch.as_bytes().to_vec().into(), peers: vec![self.state()], complete }
+        let counter_epoch = self.epoch.as_bytes().to_vec().into();
+        Leases { counter_epoch, peers: vec![self.state()], complete, stretch: None }
     }
 
     async fn ask(&self, world: &World, question: &Leases, now: OffsetDateTime) -> Vec<LeaseGrant> {
@@ -215,6 +216,52 @@ async fn what_is_given_back_or_was_never_used_goes_to_others() {
     busy.ask(&world, &whole, world.app.clock.now() + time::Duration::minutes(1)).await;
     drain(&mut busy).await;
     assert_eq!(busy.total, 20_000_000);
+}
+
+#[tokio::test]
+async fn a_stretch_gives_back_what_it_should_name_and_nothing_beyond_its_ends() {
+    let (world, server) = World::with_server().await;
+    let person = world.person().await;
+    set_limit(&world, person, Some(GB)).await;
+    let mut peers = Vec::new();
+    for name in ["a", "b", "c", "d"] {
+        let mut peer = Peer::new(server, &world.register(person, name).await.unwrap());
+        peer.renew(&world).await;
+        peers.push(peer);
+    }
+    peers.sort_by_key(|peer| peer.device);
+    let late = world.app.clock.now() + time::Duration::minutes(1);
+    let end = |peer: &Peer| {
+        Some(LeaseLife { device_id: peer.device.as_bytes().to_vec().into(), generation: peer.generation })
+    };
+    let list = |named: &[usize], after: Option<usize>, through: Option<usize>| {
+        let named = named.iter().map(|at| LeaseState { wanted: false, ..peers[*at].state() });
+        let (after, through) = (after.and_then(|at| end(&peers[at])), through.and_then(|at| end(&peers[at])));
+        Leases { peers: named.collect(), stretch: Some(LeaseStretch { after, through }), ..peers[0].question(false) }
+    };
+    let held = async || {
+        let held = sqlx::query_scalar::<_, Uuid>("select device_id from platform.quota_leases order by device_id");
+        let held = held.fetch_all(&world.app.db.sys).await.unwrap();
+        held.iter().map(|device| peers.iter().position(|peer| peer.device == *device).unwrap()).collect::<Vec<_>>()
+    };
+    // the list ends here: nothing was said of those behind
+    peers[0].ask(&world, &list(&[0, 1], None, Some(1)), late).await;
+    assert_eq!(held().await, [0, 1, 2, 3]);
+    peers[0].ask(&world, &list(&[2], Some(1), Some(2)), world.app.clock.now()).await;
+    peers[0].ask(&world, &list(&[], Some(1), Some(2)), world.app.clock.now()).await;
+    assert_eq!(held().await, [0, 1, 2, 3], "it may be late");
+    peers[0].ask(&world, &list(&[], Some(1), Some(2)), late).await;
+    assert_eq!(held().await, [0, 1, 3]);
+    peers[0].ask(&world, &list(&[], Some(2), None), late).await;
+    assert_eq!(held().await, [0, 1]);
+    peers[0].ask(&world, &list(&[1], None, Some(1)), late).await;
+    assert_eq!(held().await, [1]);
+    for wrong in
+        [list(&[], Some(2), Some(1)), list(&[], Some(1), Some(1)), Leases { complete: true, ..list(&[], None, None) }]
+    {
+        assert!(!is_well_formed(&wrong));
+    }
+    assert!(is_well_formed(&list(&[0], None, None)));
 }
 
 #[tokio::test]

@@ -52,7 +52,7 @@ impl Engine {
         if self.identity.as_ref().is_some_and(|identity| identity.secret() == secret) {
             return;
         }
-        self.identity = (!secret.is_zero()).then(|| Identity::new(secret));
+        self.identity = (!secret.is_zero()).then(|| Identity::new(secret, self.handshakes.load.seed.clone()));
         self.peers.iter_mut().flatten().for_each(|peer| peer.static_shared = None);
         for slot in std::mem::take(&mut self.live) {
             if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
@@ -212,6 +212,16 @@ impl Engine {
             let gone: HashSet<IpNet> = gone.collect();
             peer.allowed_ips.retain(|have| !gone.contains(have));
         }
+    }
+
+    /// Before the first change: what processes before this one have closed. Lives of this epoch go on from there.
+    pub fn remember(&mut self, ended: &[ClosedPeer]) {
+        let epoch = self.counters.epoch();
+        let finals = &mut self.directory.get_mut().finals;
+        for peer in ended.iter().filter(|peer| peer.epoch == epoch) {
+            finals.keep((peer.public_key, peer.generation), peer.counts);
+        }
+        self.directory.leave();
     }
 
     /// Hands the final counters of up to `limit` removed peers to `journal`; only then can their slots be used again.

@@ -13,12 +13,13 @@ use ipnet::IpNet;
 use super::Life;
 use crate::allowed::AllowedIps;
 use crate::counters::{Counts, Timestamps};
+use crate::journal::MAX_ENDED;
 use crate::policy::TenantId;
 
 /// How often a change looks whether the others have finished their pass: a fraction of a pass.
 const LOOK_AGAIN: Duration = Duration::from_micros(20);
-/// Ended lives whose counters are remembered: 1.6 MB.
-const MAX_FINALS: usize = 16_384;
+/// Ended lives whose counters are remembered: 1.6 MB. As many as outlive the process.
+const MAX_FINALS: usize = MAX_ENDED;
 
 #[derive(Debug, Default)]
 pub(crate) struct Directory {
@@ -32,7 +33,7 @@ pub(crate) struct Directory {
     pub(super) former: Timestamps,
 }
 
-/// Final counters of lives that ended under this process: one that begins again goes on from them, as everybody who keeps
+/// Final counters of lives that ended in this epoch: one that begins again goes on from them, as everybody who keeps
 /// its greatest values expects. The oldest are forgotten when there are too many.
 #[derive(Debug, Default)]
 pub(super) struct Finals {

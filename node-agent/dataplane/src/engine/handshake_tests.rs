@@ -7,10 +7,11 @@ use blake2::digest::consts::U16;
 use blake2::digest::{FixedOutput, KeyInit, Update};
 use blake2::{Blake2s256, Blake2sMac, Digest};
 
-use super::handshakes::{LOADED, MAX_WAITING};
+use super::load::{LOADED, MAX_WAITING};
 use super::tests::*;
 use super::*;
 use crate::change::PeerChange;
+use crate::noise::Seed;
 
 /// Of the client, to the server, although one may be under way.
 fn initiation(client: &mut Host) -> Vec<u8> {
@@ -39,7 +40,7 @@ fn sign(message: &mut [u8]) {
 }
 
 /// Cheap to make: random but for MAC1.
-fn junk(number: u32) -> Vec<u8> {
+pub(super) fn junk(number: u32) -> Vec<u8> {
     let mut message = vec![0; 148];
     message[0] = 1;
     message[8..12].copy_from_slice(&number.to_le_bytes());
@@ -211,7 +212,7 @@ fn a_flood_from_one_source_costs_cookies_and_no_packet_of_the_others() {
 fn a_flood_from_everywhere_costs_cookies_and_no_packet_of_the_others() {
     let (server, _, cookies) = flood(1000, |n| SocketAddr::new(Ipv4Addr::from(0xcb00_0000 | n).into(), 9));
     assert!(cookies > 90_000, "{cookies}");
-    assert_eq!(server.engine.handshakes.sources.len(), 0, "who proves no address takes no memory");
+    assert_eq!(server.engine.handshakes.load.sources_known(), 0, "who proves no address takes no memory");
 }
 
 #[test]
@@ -294,7 +295,7 @@ fn client_of(number: u16) -> Host {
 fn server_of_many(counters: CounterTable, count: u16) -> Host {
     let mut server = Host::with(counters, 1, SERVER);
     for number in 0..count {
-        let public_key = Identity::new(&key_of(number)).public_key();
+        let public_key = Identity::new(&key_of(number), Seed::random()).public_key();
         let change = PeerChange { public_key, ..PeerChange::default() };
         server.engine.apply_peer(server.now, change, &mut server.out).unwrap();
     }
@@ -394,7 +395,7 @@ fn calls_that_cross_with_their_answers_end_in_a_session_that_both_have() {
         let mut client = client_of(0);
         let of_the_client = || {
             let mut server = server_of_many(counters(), 1);
-            let public_key = Identity::new(&key_of(0)).public_key();
+            let public_key = Identity::new(&key_of(0), Seed::random()).public_key();
             let allowed_ips = vec!["10.8.0.2/32".parse().unwrap()];
             let change = PeerChange { public_key, allowed_ips, ..PeerChange::default() };
             server.engine.apply_peer(server.now, change, &mut server.out).unwrap();
@@ -492,7 +493,7 @@ fn call_backs_wait_for_the_private_key() {
     drop(server);
     let mut server = server_of_many(counters(), 0);
     server.engine.set_private_key(&Secret::new([0; 32]));
-    let public_key = Identity::new(&key_of(0)).public_key();
+    let public_key = Identity::new(&key_of(0), Seed::random()).public_key();
     let change = PeerChange { public_key, ..PeerChange::default() };
     server.engine.apply_peer(server.now, change, &mut server.out).unwrap();
     server.tick(10);

@@ -7,12 +7,13 @@
 //! is cold or this process is new.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
+use super::load::Load;
 use super::{Engine, Now, Origin, ParcelKind, push};
 use crate::counters::Field;
 use crate::drops::Drop;
 use crate::ecn::Ecn;
-use crate::limit::SourceLimit;
 use crate::noise::{Opened, Timestamp};
 use crate::out::{Datagram, NO_SLOT, Out};
 use crate::tunnel::{Admission, Gate, INITIATION_BYTES, MIN_ROOM, Tunnel};
@@ -21,12 +22,6 @@ use crate::tunnel::{Admission, Gate, INITIATION_BYTES, MIN_ROOM, Tunnel};
 const INITIATION_GAP_MS: u64 = 20;
 /// Messages worked off in one pass: some two milliseconds.
 const PER_PASS: usize = 8;
-/// Messages that may wait: a second of work, 1.3 MB.
-pub(super) const MAX_WAITING: usize = 4096;
-/// From so many on a cookie is demanded: what is left of 6,000 in a second when 4,000 are worked off.
-pub(super) const LOADED: usize = 2048;
-/// For how long after that, as in the kernel.
-const LOADED_MS: u64 = 1000;
 
 /// A message that passed the gate.
 struct Waiting {
@@ -46,37 +41,38 @@ enum Message {
 }
 
 /// What waits, and who is let in.
-#[derive(Default)]
 pub(super) struct Handshakes {
     waiting: VecDeque<Waiting>,
-    loaded_until_ms: u64,
-    pub(super) sources: SourceLimit,
+    pub(super) load: Arc<Load>,
     /// Answered, or completed as the initiator.
     pub(super) done: u64,
 }
 
 impl Handshakes {
+    pub(super) fn with(load: Arc<Load>) -> Self {
+        Self { waiting: VecDeque::new(), load, done: 0 }
+    }
+
     #[cfg(test)]
     pub(super) fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
-    fn is_loaded(&mut self, now: Now) -> bool {
-        if self.waiting.len() >= LOADED {
-            self.loaded_until_ms = now.mono_ms + LOADED_MS;
-        }
-        now.mono_ms < self.loaded_until_ms
-    }
-
     fn push(&mut self, message: Message, datagram: &[u8], origin: Origin) -> Result<(), Drop> {
-        if self.waiting.len() >= MAX_WAITING {
-            return Err(Drop::UnderLoad);
-        }
         let mut bytes = [0; INITIATION_BYTES];
         let len = u8::try_from(datagram.len()).map_err(|_| Drop::Garbage)?;
         bytes.get_mut(..datagram.len()).ok_or(Drop::Garbage)?.copy_from_slice(datagram);
+        if !self.load.take_place() {
+            return Err(Drop::UnderLoad);
+        }
         self.waiting.push_back(Waiting { origin, message, bytes, len });
         Ok(())
+    }
+
+    fn pop(&mut self) -> Option<Waiting> {
+        let waiting = self.waiting.pop_front()?;
+        self.load.free_place();
+        Some(waiting)
     }
 }
 
@@ -84,7 +80,7 @@ impl Engine {
     /// Works off some of the handshakes that wait; says whether there were any. Once a pass, after the data.
     pub fn on_handshakes(&mut self, now: Now, out: &mut Out) -> bool {
         for done in 0..PER_PASS {
-            let Some(Waiting { origin, message, bytes, len }) = self.handshakes.waiting.pop_front() else {
+            let Some(Waiting { origin, message, bytes, len }) = self.handshakes.pop() else {
                 return done > 0;
             };
             let datagram = &bytes[..usize::from(len)];
@@ -143,12 +139,12 @@ impl Engine {
 
     /// The gate in front of all public-key work.
     fn admit(&mut self, now: Now, datagram: &[u8], origin: Origin, out: &mut Out) -> Result<(), Drop> {
-        let gate = if self.handshakes.is_loaded(now) { Gate::Cookie } else { Gate::Open };
+        let gate = if self.handshakes.load.is_high(now) { Gate::Cookie } else { Gate::Open };
         let identity = self.identity.as_ref().ok_or(Drop::UnknownPeer)?;
         let room = out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
         match identity.admit(gate, now, origin.from, datagram, room) {
             // Only now is it certain whose bucket this is.
-            Admission::Pass if gate == Gate::Cookie && !self.handshakes.sources.admit(origin.from.ip()) => {
+            Admission::Pass if gate == Gate::Cookie && !self.handshakes.load.admit(origin.from.ip()) => {
                 Err(Drop::SourceLimited)
             }
             Admission::Pass => Ok(()),

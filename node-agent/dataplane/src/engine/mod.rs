@@ -12,6 +12,7 @@ mod handshake_tests;
 mod handshakes;
 #[cfg(test)]
 mod hostile_tests;
+mod load;
 mod police;
 #[cfg(test)]
 mod police_tests;
@@ -48,6 +49,7 @@ pub(crate) use apply::Notice;
 pub use apply::Settled;
 use directory::Hold;
 use handshakes::Handshakes;
+use load::Load;
 use replace::Replace;
 pub(crate) use shard::{Parcel, ParcelKind, Shard};
 use tick::Callbacks;
@@ -171,7 +173,7 @@ impl Engine {
         let EngineConfig { mut counters, seed } = config;
         let former = counters.take_former();
         let hold = Hold::new(1, counters.capacity() as usize, former).pop().expect("one was asked for");
-        Self::of_shard(Shard::ALONE, hold, Arc::new(counters), seed)
+        Self::of_shard(Shard::ALONE, hold, Arc::new(counters), Arc::default(), seed)
     }
 
     /// `count` engines that share counters and directory; the low byte of a slot says which of them owns it.
@@ -182,10 +184,14 @@ impl Engine {
         let counters = Arc::new(counters);
         let holds = Hold::new(usize::from(count), counters.capacity() as usize, former).into_iter();
         let shards = (0..count).map(|index| Shard { index, count });
-        shards.zip(holds).map(|(shard, hold)| Self::of_shard(shard, hold, Arc::clone(&counters), seed)).collect()
+        let load = Arc::default();
+        let shards = shards.zip(holds);
+        shards
+            .map(|(shard, hold)| Self::of_shard(shard, hold, Arc::clone(&counters), Arc::clone(&load), seed))
+            .collect()
     }
 
-    fn of_shard(shard: Shard, directory: Hold, counters: Arc<CounterTable>, seed: u64) -> Self {
+    fn of_shard(shard: Shard, directory: Hold, counters: Arc<CounterTable>, load: Arc<Load>, seed: u64) -> Self {
         let occupied = counters.occupied().into_iter().filter(|(_, slot)| shard.owns(*slot));
         let parked: BTreeMap<_, _> = occupied.collect();
         let unused = parked.values().map(|slot| u32::from(*slot) + 1).max().unwrap_or(0);
@@ -217,7 +223,7 @@ impl Engine {
             scramble: Scramble::new(seed),
             counters,
             drops: Drops::default(),
-            handshakes: Handshakes::default(),
+            handshakes: Handshakes::with(load),
             live: Vec::new(),
             sweep_at: 0,
             next_second_ms: 0,
@@ -263,9 +269,13 @@ impl Engine {
         }
     }
 
-    /// The shell could not deliver packets or datagrams.
-    pub fn lost(&mut self, reason: Drop, packets: u64, bytes: u64) {
+    /// The shell could not deliver packets or datagrams of this peer, or of nobody.
+    #[cold]
+    pub fn lost(&mut self, reason: Drop, slot: u16, packets: u64, bytes: u64) {
         self.drops.many(reason, packets, bytes);
+        if slot != NO_SLOT {
+            self.blame_for(slot, reason, packets);
+        }
     }
 
     /// The local address a peer used is gone: let the kernel choose.
@@ -349,6 +359,7 @@ impl Engine {
         self.queued -= peer.queue.len();
         for packet in peer.queue.drain(..) {
             self.drops.one(Drop::TxNoSession, packet.len());
+            peer.policy.dropped(Drop::TxNoSession, 1);
         }
         if peer.persistent_keepalive == 0 {
             self.make_cold(slot);

@@ -152,8 +152,13 @@ impl Engine {
     /// Counts a drop for a peer too.
     #[cold]
     pub(super) fn blame(&mut self, slot: u16, reason: Drop) {
-        if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
-            peer.policy.dropped(reason);
+        self.blame_for(slot, reason, 1);
+    }
+
+    #[cold]
+    pub(super) fn blame_for(&mut self, slot: u16, reason: Drop, packets: u64) {
+        if let Some(peer) = self.peers.get_mut(usize::from(slot)).and_then(Option::as_mut) {
+            peer.policy.dropped(reason, packets);
         }
     }
 

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use super::*;
 use crate::change::PeerChange;
 use crate::ecn::Ecn;
+use crate::noise::Seed;
 use crate::out::TUN_HEADROOM;
 use crate::policy::lease::Then;
 use crate::policy::{PeerLimitsChange, PolicyChange, TenantChange};
@@ -29,7 +30,7 @@ struct Net {
 }
 
 fn public(key: u8) -> [u8; 32] {
-    Identity::new(&Secret::new([key; 32])).public_key()
+    Identity::new(&Secret::new([key; 32]), Seed::random()).public_key()
 }
 
 impl Host {
@@ -177,6 +178,7 @@ fn packet(source: &str, destination: &str, protocol: u8, port: u16, len: usize) 
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
             packet[0] = 0x45;
             packet[2..4].copy_from_slice(&u16::try_from(len).unwrap().to_be_bytes());
+            packet[8] = 64;
             packet[9] = protocol;
             packet[12..16].copy_from_slice(&source.octets());
             packet[16..20].copy_from_slice(&destination.octets());
@@ -186,6 +188,7 @@ fn packet(source: &str, destination: &str, protocol: u8, port: u16, len: usize) 
             packet[0] = 0x60;
             packet[4..6].copy_from_slice(&u16::try_from(len - 40).unwrap().to_be_bytes());
             packet[6] = protocol;
+            packet[7] = 64;
             packet[8..24].copy_from_slice(&source.octets());
             packet[24..40].copy_from_slice(&destination.octets());
             40
@@ -327,6 +330,35 @@ fn peers_of_one_tenant_reach_each_other_only_if_it_allows_and_never_others() {
     assert_eq!(net.drops(Drop::TxIsolation), 1, "around the engine there is no way");
     net.tenant(OURS, |t| t.remove = true);
     assert_eq!(attempt(&mut net, 2, "10.8.0.3"), None);
+}
+
+#[test]
+fn a_packet_between_peers_spends_a_hop_and_on_its_last_goes_no_further() {
+    let mut net = Net::new();
+    net.tenant(OURS, |t| t.allow_intra = Some(true));
+    for (to, at) in [("10.8.0.3", 8), ("fd00:cafe::3", 7)] {
+        let with_hops = |hops| {
+            let mut packet = udp(2, to, 100);
+            packet[at] = hops;
+            packet
+        };
+        net.up(2, &with_hops(2));
+        let got = net.client(3).delivered();
+        assert_eq!((got.len(), got[0][at]), (1, 1));
+        let charged = net.view(2).counts;
+        for last in [0, 1] {
+            net.up(2, &with_hops(last));
+        }
+        assert!(net.client(3).delivered().is_empty());
+        assert_eq!(net.view(2).counts.rx_inner, charged.rx_inner, "what is dropped is not charged");
+        // to the host it is, which spends hops itself
+        let outward = if at == 8 { "192.0.2.9" } else { "2001:db8::9" };
+        let mut packet = udp(2, outward, 100);
+        packet[at] = 1;
+        net.up(2, &packet);
+        assert_eq!(net.server.delivered(), [packet]);
+    }
+    assert_eq!(net.blamed(2), [(Drop::HopLimit, 4)]);
 }
 
 #[test]

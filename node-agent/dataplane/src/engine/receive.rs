@@ -7,6 +7,7 @@ use crate::drops::Drop;
 use crate::ecn;
 use crate::noise::{COOKIE_REPLY_BYTES, RESPONSE_BYTES};
 use crate::out::Out;
+use crate::packet;
 use crate::policy::Direction;
 use crate::tunnel::{INITIATION_BYTES, MIN_ROOM, OVERHEAD, REJECT_AFTER_MESSAGES, Received};
 
@@ -106,6 +107,9 @@ impl Engine {
         let way = self.way(slot, out.tun_written(packet_len))?;
         // What is dropped is not charged.
         ecn::decapsulate(origin.ecn, out.tun_written(packet_len))?;
+        if way != Way::Tun && !packet::spend_hop(out.tun_written(packet_len)) {
+            return Err(Drop::HopLimit);
+        }
         self.charge(now, slot, Direction::Up, packet_len)?;
         match way {
             Way::Tun => out.push_tun(packet_len, slot),

@@ -2,6 +2,8 @@
 
 use std::net::SocketAddr;
 
+use super::handshake_tests::junk;
+use super::load::LOADED;
 use super::tests::{START, TENANT, packet, public, secret};
 use super::*;
 use crate::change::PeerChange;
@@ -177,6 +179,56 @@ fn it_does_not_matter_who_receives_a_message() {
 }
 
 #[test]
+fn the_limits_of_handshakes_hold_for_all_workers_together() {
+    const AT_ONCE: u64 = 1000;
+    const A_SECOND: u64 = 500;
+    let mut server = Server::new(2, 512);
+    let later = Now { mono_ms: START.mono_ms + 1000, ..START };
+    let both = |server: &mut Server, act: &mut dyn FnMut(&mut Engine, &mut Out)| {
+        for (engine, out) in server.engines.iter_mut().zip(&mut server.outs) {
+            engine.enter();
+            act(engine, out);
+            engine.leave();
+        }
+    };
+    let dropped =
+        |server: &Server, reason| -> u64 { server.engines.iter().map(|engine| engine.drops.get(reason).packets).sum() };
+    both(&mut server, &mut |engine, out| engine.on_tick(START, out));
+    let mut number = 0;
+    for _ in 0..LOADED / 2 + 5 {
+        both(&mut server, &mut |engine, out| {
+            number += 1;
+            engine.on_udp(START, &junk(number), origin("203.0.113.9:9"), out);
+            out.clear_net();
+        });
+    }
+    assert_eq!(dropped(&server, Drop::UnderLoad), 10, "what waits at either is load");
+
+    let (mut flooder, mut out) = client(7);
+    flooder.on_tun(START, &packet("10.8.0.7", "192.0.2.99", 100), &mut out);
+    let plain = take(&mut out).remove(0);
+    server.engines[0].enter();
+    server.engines[0].on_udp(START, &plain, origin(CLIENT), &mut server.outs[0]);
+    server.engines[0].leave();
+    let cookie = take(&mut server.outs[0]).remove(0);
+    flooder.on_udp(START, &cookie, origin(SERVER), &mut out);
+    let mut proved = [0; MIN_ROOM];
+    let tunnel = flooder.peers.iter_mut().flatten().find_map(|peer| peer.tunnel.as_mut()).unwrap();
+    tunnel.initiate_again(START, &mut proved).unwrap();
+    let refused = dropped(&server, Drop::UnderLoad);
+    for _ in 0..AT_ONCE {
+        both(&mut server, &mut |engine, out| engine.on_udp(START, &proved, origin(CLIENT), out));
+    }
+    assert_eq!(dropped(&server, Drop::UnderLoad), refused, "the cookie of one is good for the other");
+    assert_eq!(dropped(&server, Drop::SourceLimited), AT_ONCE, "and the source has one bucket");
+    both(&mut server, &mut |engine, out| engine.on_tick(later, out));
+    for _ in 0..A_SECOND {
+        both(&mut server, &mut |engine, out| engine.on_udp(later, &proved, origin(CLIENT), out));
+    }
+    assert_eq!(dropped(&server, Drop::SourceLimited), AT_ONCE + A_SECOND, "which is refilled once");
+}
+
+#[test]
 fn peers_of_one_tenant_reach_each_other_wherever_they_are_served() {
     const ADDRESSES: [&str; 2] = [CLIENT, "198.51.100.8:40000"];
     for owners in [[0, 1], [1, 0], [0, 0]] {
@@ -221,7 +273,9 @@ fn peers_of_one_tenant_reach_each_other_wherever_they_are_served() {
         exchange(&mut server, &mut clients);
         assert_eq!(server.delivered(), Vec::<Vec<u8>>::new(), "not by way of the host");
         let arrived: Vec<_> = clients[1].1.tun().iter().map(|packet| packet.buf[TUN_HEADROOM..].to_vec()).collect();
-        assert_eq!(arrived, [greeting], "served at {owners:?}");
+        let mut forwarded = greeting;
+        assert!(crate::packet::spend_hop(&mut forwarded));
+        assert_eq!(arrived, [forwarded], "served at {owners:?}");
 
         let stranger = PeerChange { public_key: public(3), remove: true, ..PeerChange::default() };
         server.at(owners[1], |engine, out| engine.apply_peer(START, stranger, out)).unwrap();

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::change::{PeerChange, Refused};
 use crate::ecn::Ecn;
+use crate::noise::Seed;
 use crate::policy::PeerLimitsChange;
 use crate::tunnel::REJECT_AFTER_MESSAGES;
 
@@ -106,7 +107,7 @@ pub(super) fn secret(key: u8) -> Secret {
 }
 
 pub(super) fn public(key: u8) -> [u8; 32] {
-    Identity::new(&secret(key)).public_key()
+    Identity::new(&secret(key), Seed::random()).public_key()
 }
 
 pub(super) fn packet(source: &str, destination: &str, len: usize) -> Vec<u8> {
@@ -116,6 +117,7 @@ pub(super) fn packet(source: &str, destination: &str, len: usize) -> Vec<u8> {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
             packet[0] = 0x45;
             packet[2..4].copy_from_slice(&u16::try_from(len).unwrap().to_be_bytes());
+            packet[8] = 64;
             packet[12..16].copy_from_slice(&source.octets());
             packet[16..20].copy_from_slice(&destination.octets());
         }
@@ -123,6 +125,7 @@ pub(super) fn packet(source: &str, destination: &str, len: usize) -> Vec<u8> {
             packet[0] = 0x60;
             packet[4..6].copy_from_slice(&u16::try_from(len - 40).unwrap().to_be_bytes());
             packet[6] = 59; // no next header
+            packet[7] = 64;
             packet[8..24].copy_from_slice(&source.octets());
             packet[24..40].copy_from_slice(&destination.octets());
         }
@@ -364,6 +367,23 @@ fn packets_wait_for_the_handshake_in_a_bounded_queue() {
 }
 
 #[test]
+fn what_waited_in_vain_and_what_the_shell_lost_is_shown_at_the_peer() {
+    let (_, mut client) = pair();
+    let shown = |client: &Host| -> Vec<_> { client.view(1).drops.unwrap().reasons().collect() };
+    for _ in 0..3 {
+        client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    }
+    client.sent();
+    let slot = client.engine.directory.get().by_key[&public(1)];
+    client.engine.drop_tunnel(slot);
+    assert_eq!((client.drops(Drop::TxNoSession), shown(&client)), (3, vec![(Drop::TxNoSession, 3)]));
+    client.engine.lost(Drop::TunWrite, slot, 4, 400);
+    client.engine.lost(Drop::TunWrite, NO_SLOT, 1, 100);
+    assert_eq!(client.drops(Drop::TunWrite), 5);
+    assert_eq!(shown(&client), [(Drop::TunWrite, 4), (Drop::TxNoSession, 3)]);
+}
+
+#[test]
 fn a_persistent_keepalive_makes_and_keeps_the_session() {
     let (mut server, mut client) = pair();
     client.peer(1, |p| p.persistent_keepalive = Some(25)).unwrap();
@@ -519,6 +539,25 @@ fn a_life_that_is_removed_and_added_again_is_counted_on() {
         let expected = if generation.is_some() { last } else { crate::counters::Counts::default() };
         assert_eq!(server.view(2).counts, crate::counters::Counts { last_handshake_ms: 0, ..expected });
     }
+}
+
+#[test]
+fn a_life_that_another_process_closed_is_counted_on_in_its_epoch() {
+    let (mut server, _client) = connected();
+    let record = |key, epoch, rx_inner| ClosedPeer {
+        epoch,
+        public_key: public(key),
+        generation: 3,
+        counts: crate::counters::Counts { rx_inner, ..Default::default() },
+    };
+    let epoch = [1; 16];
+    server.engine.remember(&[record(5, epoch, 40), record(6, [9; 16], 50), record(5, epoch, 70)]);
+    for (key, expected) in [(5, 70), (6, 0)] {
+        server.peer(key, |p| p.generation = Some(3)).unwrap();
+        assert_eq!(server.view(key).counts.rx_inner, expected);
+    }
+    server.peer(7, |p| p.generation = None).unwrap();
+    assert_eq!(server.view(7).counts.rx_inner, 0);
 }
 
 #[test]

@@ -62,7 +62,7 @@ impl Engine {
     pub fn on_tick(&mut self, now: Now, out: &mut Out) {
         if now.mono_ms >= self.next_second_ms {
             self.next_second_ms = now.mono_ms + 1000;
-            self.handshakes.sources.refill();
+            self.handshakes.load.refill(now);
         }
         if self.callbacks.first.is_empty() || now.mono_ms >= self.next_slice_ms {
             self.next_slice_ms = now.mono_ms + TICK_MS;

@@ -15,7 +15,7 @@ use super::server::Server;
 use crate::change::{PeerChange, Secret};
 use crate::ecn::Ecn;
 use crate::engine::{Origin, PeerView};
-use crate::noise::Shared;
+use crate::noise::{Seed, Shared};
 use crate::packet;
 use crate::tunnel::{Identity, MIN_ROOM, OVERHEAD, Received, Stamp, Tunnel};
 
@@ -66,8 +66,8 @@ impl Net {
     fn connected(settings: u8) -> Self {
         let (server, client) = (Secret::new([1; 32]), Secret::new([2; 32]));
         let psk = (settings & 1 == 1).then(|| Secret::new([3; 32]));
-        let identity = Identity::new(&client);
-        let (server_key, client_key) = (Identity::new(&server).public_key(), identity.public_key());
+        let identity = Identity::new(&client, Seed::random());
+        let (server_key, client_key) = (Identity::new(&server, Seed::random()).public_key(), identity.public_key());
         let mut engines = Server::new(1 + u16::from(settings >> 2 & 1), &server);
         let own = OWN.map(|addr| addr.parse::<IpAddr>().expect("an address").into());
         let neighbour = "10.8.0.3/32".parse().expect("a prefix");

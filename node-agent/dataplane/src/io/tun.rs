@@ -188,7 +188,7 @@ impl Tun {
                 }
                 Err(error) => {
                     tracing::trace!(%error, "a packet for the TUN was refused");
-                    engine.lost(Drop::TunWrite, group.packets, group.bytes);
+                    engine.lost(Drop::TunWrite, packet.slot, group.packets, group.bytes);
                 }
             }
         }
@@ -208,14 +208,14 @@ impl Tun {
                     shell.tun_written_bytes += piece.len() as u64;
                     engine.delivered(packet.slot, 1, piece.len() as u64);
                 } else {
-                    engine.lost(Drop::TunWrite, 1, piece.len() as u64);
+                    engine.lost(Drop::TunWrite, packet.slot, 1, piece.len() as u64);
                 }
             })
         });
         if let Err(error) = done {
             tracing::debug!(%error, "what was merged could not be taken apart");
             let group = group(&packet.buf);
-            engine.lost(Drop::TunWrite, group.packets, group.bytes);
+            engine.lost(Drop::TunWrite, packet.slot, group.packets, group.bytes);
         }
     }
 }

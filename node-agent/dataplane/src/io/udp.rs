@@ -116,7 +116,7 @@ impl Sockets {
         while let Some(first) = rest.first() {
             let half = if first.to.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
             let Some(half) = half else {
-                engine.lost(Drop::TxSend, 1, first.len as u64);
+                lose(engine, std::slice::from_ref(first));
                 rest = &rest[1..];
                 continue;
             };
@@ -235,10 +235,7 @@ impl Half {
                     engine.forget_local_address(these[0].slot);
                     unsticky = true;
                 }
-                Fate::Lost => {
-                    let bytes: usize = these.iter().map(billed).sum();
-                    engine.lost(Drop::TxSend, these.len() as u64, bytes as u64);
-                }
+                Fate::Lost => lose(engine, these),
             },
         );
         self.singly.learn(datagrams[0].to.ip(), run);
@@ -287,6 +284,18 @@ fn billed(datagram: &Datagram) -> usize {
     }
 }
 
+/// Counts what cannot be sent while there are no sockets.
+pub(crate) fn give_up(out: &mut Out, engine: &mut Engine) {
+    out.net().chunk_by(|one, other| one.slot == other.slot).for_each(|these| lose(engine, these));
+    out.clear_net();
+}
+
+/// All of one peer.
+fn lose(engine: &mut Engine, datagrams: &[Datagram]) {
+    let bytes: usize = datagrams.iter().map(billed).sum();
+    engine.lost(Drop::TxSend, datagrams[0].slot, datagrams.len() as u64, bytes as u64);
+}
+
 fn account(engine: &mut Engine, datagrams: &[Datagram]) {
     let inner: usize = datagrams.iter().map(|datagram| datagram.inner).sum();
     let wire: usize = datagrams.iter().map(|datagram| datagram.len).sum();
@@ -307,6 +316,43 @@ fn offloads(socket: &Socket, v6: bool, allowed: Offloads) -> io::Result<UdpSocke
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::change::PeerChange;
+    use crate::counters::CounterTable;
+    use crate::drops::Dropped;
+    use crate::engine::{EngineConfig, Now};
+    use crate::out::NO_SLOT;
+
+    #[test]
+    fn what_cannot_be_sent_is_shown_at_the_peer_it_was_for() {
+        let counters = CounterTable::anonymous(4, [1; 16]).unwrap();
+        let mut engine = Engine::new(EngineConfig { counters, seed: 7 });
+        let mut out = Out::default();
+        for key in [2, 3] {
+            let peer = PeerChange { public_key: [key; 32], ..PeerChange::default() };
+            engine.apply_peer(Now::default(), peer, &mut out).unwrap();
+        }
+        let push = |out: &mut Out, slot, to: &str, len: usize| {
+            out.net_room(len).unwrap();
+            let start = out.net_start();
+            out.push_net(Datagram { start, slot, ..datagram(to, len) });
+        };
+        // No datagram can go to port 0.
+        let nowhere = "127.0.0.1:0";
+        let to_all = |out: &mut Out| [0, 1, 1, NO_SLOT].map(|slot| push(out, slot, nowhere, 132));
+        let mut sockets = Sockets::bind(0, 0, Offloads::without("").unwrap(), Shard::ALONE).unwrap();
+        to_all(&mut out);
+        push(&mut out, 0, &format!("127.0.0.1:{}", sockets.port()), 132);
+        sockets.send(&mut out, &mut engine);
+        to_all(&mut out);
+        give_up(&mut out, &mut engine);
+        assert!(out.net().is_empty());
+        let shown = |engine: &Engine, at: usize| -> Vec<_> {
+            engine.peers(0, 4).0[at].drops.iter().flat_map(|drops| drops.reasons().collect::<Vec<_>>()).collect()
+        };
+        assert_eq!((shown(&engine, 0), shown(&engine, 1)), (vec![(Drop::TxSend, 2)], vec![(Drop::TxSend, 4)]));
+        assert_eq!(engine.device().drops.get(Drop::TxSend), Dropped { packets: 8, bytes: 800 });
+        assert_eq!(engine.peers(0, 4).0[0].counts.tx_inner, 100);
+    }
 
     fn datagram(to: &str, len: usize) -> Datagram {
         Datagram { start: 0, len, to: to.parse().unwrap(), via: None, slot: 1, inner: len - 32, ecn: Ecn::NotEct }

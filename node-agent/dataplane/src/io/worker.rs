@@ -18,7 +18,7 @@ use crate::change::{DeviceChange, PeerChange, Refused, canonical};
 use crate::drops::Drop;
 use crate::engine::{Engine, Now, Origin, Settled};
 use crate::journal::Journal;
-use crate::out::Out;
+use crate::out::{NO_SLOT, Out};
 use crate::policy::TooMany;
 
 /// Letters, receive calls and TUN reads in one pass, so that none starves the others.
@@ -288,12 +288,12 @@ impl Worker {
             let lost = self.neighbours.hand_on(parcels);
             self.shell.forwarded -= lost.packets;
             self.shell.ring_drops += lost.packets;
-            self.engine.lost(Drop::Forward, lost.packets, lost.bytes);
+            self.engine.lost(Drop::Forward, NO_SLOT, lost.packets, lost.bytes);
         }
         if !self.out.net().is_empty() {
             match &mut self.net.sockets {
                 Some(sockets) => sockets.send(&mut self.out, &mut self.engine),
-                None => self.out.clear_net(),
+                None => udp::give_up(&mut self.out, &mut self.engine),
             }
         }
         if !self.out.tun().is_empty() {

@@ -1,6 +1,7 @@
 //! MAC1, MAC2 and cookies: who may cost us an X25519.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use chacha20poly1305::aead::AeadInPlace;
 use chacha20poly1305::{KeyInit, XChaCha20Poly1305};
@@ -33,12 +34,22 @@ pub(crate) enum Proof {
 pub(crate) struct Warden {
     mac1_key: [u8; 32],
     cookie_key: [u8; 32],
-    seed: Zeroizing<[u8; 32]>,
+    seed: Seed,
+}
+
+/// What cookies are made of. Those that share one believe each other's.
+#[derive(Clone)]
+pub(crate) struct Seed(Arc<Zeroizing<[u8; 32]>>);
+
+impl Seed {
+    pub(crate) fn random() -> Self {
+        Self(Arc::new(Zeroizing::new(random())))
+    }
 }
 
 impl Warden {
-    pub(crate) fn new(public: &[u8; 32]) -> Self {
-        Self { mac1_key: mac1_key(public), cookie_key: cookie_key(public), seed: Zeroizing::new(random()) }
+    pub(crate) fn new(public: &[u8; 32], seed: Seed) -> Self {
+        Self { mac1_key: mac1_key(public), cookie_key: cookie_key(public), seed }
     }
 
     pub(crate) fn check(&self, now_ms: u64, source: SocketAddr, message: &[u8]) -> Proof {
@@ -77,7 +88,7 @@ impl Warden {
 
     /// For address and port: many share an address.
     fn cookie(&self, period: u64, source: SocketAddr) -> [u8; 16] {
-        let secret = hash(&*self.seed, &period.to_le_bytes());
+        let secret = hash(&**self.seed.0, &period.to_le_bytes());
         let mut bytes = [0; 18];
         match source.ip() {
             IpAddr::V4(addr) => bytes[..4].copy_from_slice(&addr.octets()),
@@ -161,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_cookie_proves_address_and_port_for_a_while() {
-        let (warden, mut jar) = (Warden::new(&[1; 32]), Jar::new(&[1; 32]));
+        let (warden, mut jar) = (Warden::new(&[1; 32], Seed::random()), Jar::new(&[1; 32]));
         let here = HERE.parse().unwrap();
         let first = message(&mut jar, 0);
         assert_eq!(warden.check(0, here, &first), Proof::Key);
@@ -182,7 +193,7 @@ mod tests {
 
     #[test]
     fn what_is_forged_proves_nothing() {
-        let (warden, mut jar) = (Warden::new(&[1; 32]), Jar::new(&[1; 32]));
+        let (warden, mut jar) = (Warden::new(&[1; 32], Seed::random()), Jar::new(&[1; 32]));
         let here = HERE.parse().unwrap();
         let good = message(&mut jar, 0);
         for at in 0..132 {
@@ -194,7 +205,7 @@ mod tests {
             assert_eq!(warden.check(0, here, &good[..len]), Proof::Nothing);
         }
         let mut reply = [0; 64];
-        Warden::new(&[2; 32]).reply(0, here, &good, &mut reply).unwrap();
+        Warden::new(&[2; 32], Seed::random()).reply(0, here, &good, &mut reply).unwrap();
         assert!(!jar.take(0, &reply), "of somebody else");
         warden.reply(0, here, &message(&mut Jar::new(&[1; 32]), 0), &mut reply).unwrap();
         reply[40] ^= 1;

@@ -8,7 +8,7 @@ mod replay;
 mod session;
 mod symmetric;
 
-pub(crate) use cookies::{COOKIE_REPLY_BYTES, Jar, Proof, Warden};
+pub(crate) use cookies::{COOKIE_REPLY_BYTES, Jar, Proof, Seed, Warden};
 pub(crate) use handshake::{
     INITIATION_BYTES, Initiated, Local, Opened, Proved, RESPONSE_BYTES, Remote, Stamp, Timestamp,
 };

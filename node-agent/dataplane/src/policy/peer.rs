@@ -158,10 +158,10 @@ impl PeerPolicy {
         Ok(())
     }
 
-    /// Counts a packet of this peer that was dropped.
+    /// Counts packets of this peer that were dropped.
     #[cold]
-    pub fn dropped(&mut self, reason: Drop) {
-        self.drops.get_or_insert_with(|| Box::new(PeerDrops([0; Drop::ALL.len()]))).0[reason as usize] += 1;
+    pub fn dropped(&mut self, reason: Drop, packets: u64) {
+        self.drops.get_or_insert_with(|| Box::new(PeerDrops([0; Drop::ALL.len()]))).0[reason as usize] += packets;
     }
 
     /// What was dropped, if anything was.
@@ -258,9 +258,9 @@ mod tests {
     fn drops_are_kept_by_reason() {
         let mut peer = PeerPolicy::default();
         assert_eq!(peer.drops(), None);
-        peer.dropped(Drop::Spoofed);
-        peer.dropped(Drop::Spoofed);
-        peer.dropped(Drop::Isolation);
+        peer.dropped(Drop::Spoofed, 1);
+        peer.dropped(Drop::Spoofed, 1);
+        peer.dropped(Drop::Isolation, 1);
         let drops: Vec<_> = peer.drops().unwrap().reasons().collect();
         assert_eq!(drops, [(Drop::Spoofed, 2), (Drop::Isolation, 1)]);
     }

@@ -180,9 +180,9 @@ mod tests {
     #[test]
     fn limits_and_drops_follow_the_counters_of_a_peer() {
         let mut policy = PeerPolicy::default();
-        policy.dropped(Drop::RateLimited);
-        policy.dropped(Drop::RateLimited);
-        policy.dropped(Drop::Port);
+        policy.dropped(Drop::RateLimited, 1);
+        policy.dropped(Drop::RateLimited, 1);
+        policy.dropped(Drop::Port, 1);
         let mut view = PeerView {
             limits: PeerLimits { rate_up: 1_000_000, rate_down: 0, lease: Some(5), then: Then::Throttle(64_000) },
             drops: policy.drops().cloned(),

@@ -15,6 +15,7 @@ mod iperf;
 mod measures;
 mod plan;
 mod report;
+mod restart;
 mod sheet;
 mod stages;
 

@@ -29,11 +29,12 @@ pub(crate) enum Stage {
     Scale,
     Live,
     Handshakes,
+    Restart,
 }
 
-pub(crate) const STAGES: [Stage; 4] = [Stage::Throughput, Stage::Scale, Stage::Live, Stage::Handshakes];
+pub(crate) const STAGES: [Stage; 5] = [Stage::Throughput, Stage::Scale, Stage::Live, Stage::Handshakes, Stage::Restart];
 
-pub(crate) const MEASURES: [Measure; 22] = [
+pub(crate) const MEASURES: [Measure; 23] = [
     Measure {
         against: Some(Program::Boringtun),
         must: Must::TimesAtLeast(6.0),
@@ -80,6 +81,16 @@ pub(crate) const MEASURES: [Measure; 22] = [
         better: Better::Less,
         must: Must::AtMost(13.0),
         ..handshakes("live_peer_memory", "KB", "memory of a live peer")
+    },
+    Measure {
+        stage: Stage::Restart,
+        size: None,
+        ..scale(
+            "restart_gap_p99",
+            "ms",
+            "100 live tunnels, killed and started again: longest silence, p99, ours",
+            1000.0,
+        )
     },
 ];
 

@@ -1,4 +1,4 @@
-//! The four things that are done with an engine. Each builds machines of its own and leaves nothing.
+//! The things that are done with an engine. Each builds machines of its own and leaves nothing.
 
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use crate::engine::Engine;
 use crate::iperf::Iperf;
 use crate::measures::Stage;
 use crate::plan::Plan;
+use crate::restart;
 use crate::sheet::Sheet;
 
 /// Some engines read their interface's MTU once a second.
@@ -36,6 +37,9 @@ impl Stage {
             Self::Scale => scale(engine, plan, sheet),
             Self::Live => live(engine, plan, sheet),
             Self::Handshakes => handshakes(engine, plan, sheet),
+            Self::Restart if engine.is_ours() => restart::restart(sheet),
+            // Without state they wait for the other side's timers, a quarter of a minute.
+            Self::Restart => Ok(()),
         }
     }
 }

@@ -1,0 +1,86 @@
+//! `ended.ring`: the final counters of the lives that ended last, those that were taken over too. A life that begins again
+//! under the next process goes on from them, as it does under this one.
+//!
+//! Records as in the journal, with a number that only grows in place of the salt; the newest takes the place of the oldest.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use super::{ClosedPeer, RECORD_BYTES, options};
+
+const FILE_NAME: &str = "ended.ring";
+/// Ended lives that are remembered: 2 MiB.
+pub(crate) const MAX_ENDED: usize = 16_384;
+
+#[derive(Debug)]
+pub(super) struct Ring {
+    file: File,
+    /// Of the next record.
+    number: u64,
+}
+
+impl Ring {
+    /// Opens or creates it in `dir`, with what it holds, the oldest first. What a crash has cut is of no use and left out.
+    pub(super) fn open(dir: &Path) -> io::Result<(Self, Vec<ClosedPeer>)> {
+        let mut file = options().open(dir.join(FILE_NAME))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        let (records, _torn) = bytes.as_chunks::<RECORD_BYTES>();
+        let sound = records.iter().filter_map(|record| Some((number_of(record), ClosedPeer::decode(record)?)));
+        let mut ended: Vec<(u64, ClosedPeer)> = sound.collect();
+        ended.sort_unstable_by_key(|(number, _)| *number);
+        let number = ended.last().map_or(0, |(number, _)| number + 1);
+        Ok((Self { file, number }, ended.into_iter().map(|(_, peer)| peer).collect()))
+    }
+
+    /// # Errors
+    /// When not all of them could be written; to be put again then.
+    pub(super) fn put(&mut self, mut peers: &[ClosedPeer]) -> io::Result<()> {
+        while !peers.is_empty() {
+            let place = self.number % MAX_ENDED as u64;
+            let room = MAX_ENDED.saturating_sub(usize::try_from(place).map_err(io::Error::other)?);
+            let (now, later) = peers.split_at(peers.len().min(room));
+            let records: Vec<_> = (self.number..).zip(now).map(|(number, peer)| peer.encode(number)).collect();
+            self.file.write_all_at(records.as_flattened(), place * RECORD_BYTES as u64)?;
+            self.number += records.len() as u64;
+            peers = later;
+        }
+        Ok(())
+    }
+}
+
+fn number_of(record: &[u8; RECORD_BYTES]) -> u64 {
+    u64::from_le_bytes(record[120..].try_into().expect("the last eight bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::counters::Counts;
+
+    fn ended(generation: u64) -> ClosedPeer {
+        ClosedPeer { epoch: [1; 16], public_key: [2; 32], generation, counts: Counts::default() }
+    }
+
+    #[test]
+    fn the_newest_are_kept_over_restarts_and_a_cut_record_hides_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let most = MAX_ENDED as u64;
+        let all: Vec<_> = (0..most + 10).map(ended).collect();
+        let (mut ring, before) = Ring::open(dir.path()).unwrap();
+        assert_eq!(before, []);
+        ring.put(&all[..MAX_ENDED - 1]).unwrap();
+        ring.put(&all[MAX_ENDED - 1..MAX_ENDED + 2]).unwrap();
+        let (mut ring, before) = Ring::open(dir.path()).unwrap();
+        assert_eq!(before, all[2..MAX_ENDED + 2]);
+        ring.put(&all[MAX_ENDED + 2..]).unwrap();
+        assert_eq!(Ring::open(dir.path()).unwrap().1, all[10..]);
+
+        ring.file.write_all_at(&[0xff; 70], 3 * RECORD_BYTES as u64 + 30).unwrap();
+        let left: Vec<_> = all[10..].iter().filter(|peer| peer.generation != most + 3).copied().collect();
+        assert_eq!(Ring::open(dir.path()).unwrap().1, left);
+        assert_eq!(ring.file.metadata().unwrap().len(), most * RECORD_BYTES as u64);
+    }
+}
