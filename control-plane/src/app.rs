@@ -14,6 +14,7 @@ use crate::http::limit::Limiter;
 use crate::http::strangers::Strangers;
 use crate::keys::{KeyRing, PlatformSecrets};
 use crate::nodes::Hub;
+use crate::request_logs::RequestLog;
 use cvault_types::TenantId;
 
 /// Cheap to clone; one per process.
@@ -31,6 +32,7 @@ pub struct Inner {
     pub limiter: Limiter<TenantId>,
     pub throttles: Throttles,
     pub uses: Uses,
+    pub request_log: Arc<RequestLog>,
     pub health: HealthCache,
     pub strangers: Strangers,
     /// Set once, at the beginning of the shutdown: readiness fails from then on.
@@ -52,6 +54,7 @@ impl App {
             limiter: Limiter::default(),
             throttles: Throttles::default(),
             uses: Uses::default(),
+            request_log: Arc::default(),
             health: HealthCache::default(),
             strangers: Strangers::default(),
             draining: tokio_util::sync::CancellationToken::new(),

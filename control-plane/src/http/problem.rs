@@ -216,6 +216,7 @@ impl IntoResponse for Problem {
         let status = StatusCode::from_u16(self.0.code.status()).expect("codes have valid statuses");
         let body = serde_json::to_vec(&self.body(id)).expect("a problem is plain data");
         let mut response = (status, body).into_response();
+        response.extensions_mut().insert(self.0.code);
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         // a 503 always says when to come back

@@ -18,6 +18,7 @@ mod people;
 mod platform;
 mod portal;
 mod reclaim;
+mod request_logs;
 mod scene;
 mod staff;
 mod telemetry;

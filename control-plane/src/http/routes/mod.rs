@@ -14,6 +14,7 @@ pub mod servers;
 pub mod tenant_api_keys;
 pub mod tenant_dashboard;
 pub mod tenant_lists;
+pub mod tenant_request_logs;
 pub mod tenant_settings;
 pub mod usage;
 pub mod users;

@@ -174,6 +174,7 @@ pub(super) const ROWS: &[Row] = &[
     row("GET /api/v1/tenant/dashboard/usage", None, people(200, 200, 200, 200, 200)),
     row("GET /api/v1/tenant/dashboard/activity", None, people(200, 200, 200, 200, 200)),
     row("GET /api/v1/tenant/audit", None, people(200, 403, 403, 200, 200)),
+    row("GET /api/v1/tenant/request-logs", None, people(200, 403, 403, 200, 200)),
     row("GET /api/v1/tenant/users", None, people(200, 403, 403, 200, 200)),
     row("GET /api/v1/tenant/devices", None, people(200, 403, 403, 200, 200)),
     // platform staff, for what is not there
