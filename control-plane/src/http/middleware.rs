@@ -16,7 +16,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
 
 use super::context::RequestContext;
-use super::serve::Peer;
+use super::serve::{Peer, Unprotected};
 use super::{Problem, cors};
 use crate::metrics;
 use crate::request_logs::{Entry, RequestLog};
@@ -67,7 +67,7 @@ impl InFlight {
 
     /// A request of `route`'s place while it runs: none, where operators look when all places are taken.
     fn admit(&self, route: &str) -> Result<Option<OwnedSemaphorePermit>, TryAcquireError> {
-        if matches!(route, "/health" | "/health/ready" | "/metrics") {
+        if is_operators(route) {
             return Ok(None);
         }
         Arc::clone(&self.places).try_acquire_owned().map(Some)
@@ -139,6 +139,21 @@ pub async fn own_task(State(in_flight): State<InFlight>, request: Request, next:
 pub async fn only_tls(mut response: Response) -> Response {
     response.headers_mut().insert(STRICT_TRANSPORT_SECURITY, ONLY_TLS);
     response
+}
+
+/// For an API whose callers are to use TLS: what a trusted proxy has taken without is refused, and never redirected, because
+/// whatever is secret in it has been seen on the way by then. Operators' own requests are not concerned.
+pub async fn protected(request: Request, next: Next) -> Response {
+    let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
+    if request.extensions().get::<Unprotected>().is_some() && !is_operators(route) {
+        return Problem::new(ErrorCode::HttpsRequired).into_response();
+    }
+    next.run(request).await
+}
+
+/// Where operators and their load balancers look.
+fn is_operators(route: &str) -> bool {
+    matches!(route, "/health" | "/health/ready" | "/metrics")
 }
 
 async fn problem(context: &Arc<RequestContext>, problem: Problem) -> Response {

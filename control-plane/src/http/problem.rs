@@ -168,6 +168,9 @@ fn default_detail(code: ErrorCode) -> &'static str {
         ErrorCode::PayloadTooLarge => "The body is larger than 1 MiB.",
         ErrorCode::UnsupportedMediaType => "The body must be application/json.",
         ErrorCode::ValidationFailed => "Some fields are missing, unknown or out of bounds; see errors.",
+        ErrorCode::HttpsRequired => {
+            "This was sent without TLS, where others may have read it. Use https://, and replace what is secret in it."
+        }
         ErrorCode::RequestTimeout => "The request did not arrive whole in time.",
         ErrorCode::RateLimited => "Too many requests. Wait as long as Retry-After says.",
         ErrorCode::InternalError => "Something went wrong on our side. The request id helps us find it.",

@@ -17,6 +17,7 @@ mod matrix;
 mod people;
 mod platform;
 mod portal;
+mod portal_email;
 mod reclaim;
 mod request_logs;
 mod scene;

@@ -10,6 +10,7 @@ pub mod health;
 pub mod portal;
 pub mod portal_account;
 mod portal_attempt;
+pub mod portal_email;
 pub mod servers;
 pub mod tenant_api_keys;
 pub mod tenant_dashboard;
