@@ -95,7 +95,7 @@ pub struct AdminServer {
 pub struct EnrolmentToken {
     pub server_id: ServerId,
     /// Works once, for an hour.
-    #[schema(value_type = String, example = "cve_…")]
+    #[schema(value_type = String, example = "cvj1.…")]
     pub token: Secret,
     /// Reads the token from its standard input.
     #[schema(example = "cvault-node-agent enroll …")]

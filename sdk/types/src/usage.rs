@@ -24,13 +24,13 @@ pub struct UsagePeriod {
     #[schema(example = 45.2)]
     pub bandwidth_gb: f64,
     /// `rx_bytes` and `tx_bytes` together.
-    #[schema(example = 45_200_000_000)]
+    #[schema(example = 45_200_000_000_i64)]
     pub bandwidth_bytes: i64,
     /// From the devices.
-    #[schema(example = 9_000_000_000)]
+    #[schema(example = 9_000_000_000_i64)]
     pub rx_bytes: i64,
     /// To the devices.
-    #[schema(example = 36_200_000_000)]
+    #[schema(example = 36_200_000_000_i64)]
     pub tx_bytes: i64,
     /// Users with a session or traffic.
     #[schema(example = 20)]
@@ -46,7 +46,7 @@ pub struct UsagePeriod {
 /// The tenant's limits; null: none.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct UsageLimits {
-    #[schema(example = 500_000_000_000)]
+    #[schema(example = 500_000_000_000_i64)]
     pub bandwidth_limit_bytes: Option<i64>,
     #[schema(example = 1000)]
     pub user_limit: Option<i64>,
