@@ -60,10 +60,9 @@ impl Examples {
     }
 
     fn by_type(&mut self, schema: &Value, place: &str, depth: u8) -> Value {
-        let types: Vec<&str> = match &schema["type"] {
-            Value::Array(types) => types.iter().filter_map(Value::as_str).collect(),
-            one => one.as_str().into_iter().collect(),
-        };
+        let kinds = &schema["type"];
+        let several = kinds.as_array().into_iter().flatten().filter_map(Value::as_str);
+        let types: Vec<&str> = kinds.as_str().into_iter().chain(several).collect();
         let kind = types.iter().find(|kind| **kind != "null").copied().unwrap_or_default();
         match (kind, schema["format"].as_str()) {
             ("object", _) => {
