@@ -3,16 +3,17 @@
 use std::ops::Deref;
 use std::sync::Arc;
 
-use crate::auth::api_keys::Uses;
+use crate::auth::api_keys::{Lookups, Uses};
 use crate::auth::passwords::Passwords;
 use crate::auth::throttle::Throttles;
+use crate::auth::verified::VerifiedTokens;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::db::Db;
 use crate::http::health_cache::HealthCache;
 use crate::http::limit::Limiter;
 use crate::http::strangers::Strangers;
-use crate::keys::{KeyRing, PlatformSecrets};
+use crate::keys::{DataKeys, KeyRing, PlatformSecrets};
 use crate::nodes::Hub;
 use crate::request_logs::RequestLog;
 use cvault_types::TenantId;
@@ -25,6 +26,7 @@ pub struct Inner {
     pub config: Config,
     pub db: Db,
     pub keys: KeyRing,
+    pub data_keys: DataKeys,
     pub secrets: PlatformSecrets,
     pub clock: Clock,
     pub nodes: Hub,
@@ -33,6 +35,8 @@ pub struct Inner {
     pub throttles: Throttles,
     pub uses: Uses,
     pub request_log: Arc<RequestLog>,
+    pub key_lookups: Lookups,
+    pub tokens: VerifiedTokens,
     pub health: HealthCache,
     pub strangers: Strangers,
     /// Set once, at the beginning of the shutdown: readiness fails from then on.
@@ -47,6 +51,7 @@ impl App {
             config,
             db,
             keys,
+            data_keys: DataKeys::default(),
             secrets,
             clock: Clock,
             nodes: Hub::default(),
@@ -55,6 +60,8 @@ impl App {
             throttles: Throttles::default(),
             uses: Uses::default(),
             request_log: Arc::default(),
+            key_lookups: Lookups::default(),
+            tokens: VerifiedTokens::default(),
             health: HealthCache::default(),
             strangers: Strangers::default(),
             draining: tokio_util::sync::CancellationToken::new(),

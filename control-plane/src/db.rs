@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use sqlx::migrate::Migrator;
 use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgRow};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Postgres};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Postgres, SqlSafeStr};
 
 use crate::clock::Clock;
 use crate::tenancy::{ContextKey, Tenancy};
@@ -22,7 +22,11 @@ const STATEMENT_TIMEOUT: &str = "5s";
 /// A transaction that idles this long has lost its task.
 const IDLE_IN_TRANSACTION_TIMEOUT: &str = "10s";
 /// Longer than a crash recovery of PostgreSQL usually takes would only pile up requests.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
+pub(crate) const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
+/// After this time a connection is replaced.
+pub(crate) const MAX_LIFETIME: Duration = Duration::from_secs(1800);
+/// A connection that has idled so long is asked whether it is still there, before it is used.
+pub(crate) const ASKED_AFTER: Duration = Duration::from_secs(1);
 
 /// Sessions, tokens and the hours of the ledger are reckoned by both clocks.
 const MAX_CLOCK_DIFFERENCE_SECONDS: i64 = 10;
@@ -63,12 +67,30 @@ pub struct Db {
     pub sys: PgPool,
 }
 
+/// A connection that a pool has lent.
+pub trait Lent: Send {
+    fn conn(&mut self) -> &mut PgConnection;
+
+    /// Closes it, instead of giving it back.
+    fn discard(self);
+}
+
+impl Lent for PoolConnection<Postgres> {
+    fn conn(&mut self) -> &mut PgConnection {
+        self
+    }
+
+    fn discard(mut self) {
+        self.close_on_drop();
+    }
+}
+
 /// A transaction whose connection is closed, never returned to the pool, when it was not cleanly finished: sqlx 0.9.0
 /// would hand a connection out again inside an open transaction (transact-rs/sqlx 4385, 4393).
 #[derive(Debug)]
-pub struct Tx {
+pub struct Tx<C: Lent = PoolConnection<Postgres>> {
     /// `None` only after commit or rollback has succeeded.
-    conn: Option<PoolConnection<Postgres>>,
+    conn: Option<C>,
 }
 
 /// What went wrong, by what the caller can do about it.
@@ -135,8 +157,9 @@ impl Db {
         check_schema(&sys).await?;
         check_clock(&sys).await?;
         let key = ContextKey::load(&sys).await.map_err(ConnectError::Refused)?;
-        let app = pool(&config.app, "cvault-app", config.app_connections).await.map_err(unreachable("DATABASE_URL"))?;
-        Ok(Self { tenancy: Tenancy::new(app, key), sys })
+        let app = options(&config.app, "cvault-app").options(PLANNED_ONCE);
+        let tenancy = Tenancy::connect(app, config.app_connections, key).await.map_err(unreachable("DATABASE_URL"))?;
+        Ok(Self { tenancy, sys })
     }
 
     /// Whether both roles get an answer now, and the clocks still agree.
@@ -153,9 +176,9 @@ impl Db {
         }
     }
 
-    /// Closes both pools; waits for what is checked out.
+    /// Closes both pools.
     pub async fn close(&self) {
-        self.tenancy.close().await;
+        self.tenancy.close();
         self.sys.close().await;
     }
 }
@@ -166,7 +189,7 @@ impl Tx {
     /// # Errors
     /// [`DbError::Unavailable`] when no connection could be had in time.
     pub async fn begin(sys: &PgPool) -> Result<Self, DbError> {
-        Ok(Self::begin_with(sys, "begin").await?.0)
+        Self::begin_with(sys.acquire().await?, "begin").await
     }
 
     /// As [`Tx::begin`], reading one state of the database throughout.
@@ -174,15 +197,22 @@ impl Tx {
     /// # Errors
     /// [`DbError::Unavailable`] when no connection could be had in time.
     pub async fn snapshot(sys: &PgPool) -> Result<Self, DbError> {
-        Ok(Self::begin_with(sys, "begin isolation level repeatable read read only").await?.0)
+        Self::begin_with(sys.acquire().await?, "begin isolation level repeatable read read only").await
+    }
+}
+
+impl<C: Lent> Tx<C> {
+    /// Begins with `statements`, one message.
+    pub(crate) async fn begin_with(conn: C, statements: impl SqlSafeStr) -> Result<Self, DbError> {
+        // the guard exists before the first byte of BEGIN is sent
+        let mut tx = Self::of(conn);
+        sqlx::raw_sql(statements).execute(tx.conn()).await?;
+        Ok(tx)
     }
 
-    /// `begin` is one message, so that whatever is asked with it costs no round trip. Returns the last row it gave.
-    pub(crate) async fn begin_with(pool: &PgPool, begin: &'static str) -> Result<(Self, Option<PgRow>), DbError> {
-        // the guard exists before the first byte of BEGIN is sent
-        let mut tx = Self { conn: Some(pool.acquire().await?) };
-        let row = sqlx::raw_sql(begin).fetch_all(tx.conn()).await?.pop();
-        Ok((tx, row))
+    /// The guard alone: nothing has begun.
+    pub(crate) fn of(conn: C) -> Self {
+        Self { conn: Some(conn) }
     }
 
     /// The connection, inside the transaction.
@@ -190,7 +220,7 @@ impl Tx {
     /// # Panics
     /// Never: commit and rollback consume the transaction.
     pub fn conn(&mut self) -> &mut PgConnection {
-        self.conn.as_mut().expect("commit and rollback consume the transaction")
+        self.conn.as_mut().expect("commit and rollback consume the transaction").conn()
     }
 
     /// Commits. A transaction in which a statement has failed is an error here: PostgreSQL would answer a bare COMMIT
@@ -231,22 +261,31 @@ impl Tx {
 
     async fn end(&mut self, statements: &'static str) -> Result<(), sqlx::Error> {
         sqlx::raw_sql(statements).execute(self.conn()).await?;
-        // clean: its drop returns it to the pool
-        self.conn = None;
+        self.release();
         Ok(())
+    }
+
+    /// Clean: returns the connection to the pool.
+    pub(crate) fn release(&mut self) {
+        self.conn = None;
     }
 }
 
-impl Drop for Tx {
+impl<C: Lent> Drop for Tx<C> {
     fn drop(&mut self) {
-        if let Some(conn) = &mut self.conn {
-            conn.close_on_drop();
+        if let Some(conn) = self.conn.take() {
+            conn.discard();
         }
     }
 }
 
-async fn pool(options: &PgConnectOptions, name: &str, connections: u32) -> Result<PgPool, sqlx::Error> {
-    let options = options
+/// What a tenant asks for is found by an index, however little PostgreSQL knew of the tables when it planned; it is planned once
+/// for each connection, and not worth compiling. So no such statement may have a parameter without which it is another one.
+const PLANNED_ONCE: [(&str, &str); 3] =
+    [("plan_cache_mode", "force_generic_plan"), ("enable_seqscan", "off"), ("jit", "off")];
+
+fn options(given: &PgConnectOptions, name: &str) -> PgConnectOptions {
+    given
         .clone()
         .application_name(name)
         .options([
@@ -254,13 +293,26 @@ async fn pool(options: &PgConnectOptions, name: &str, connections: u32) -> Resul
             ("idle_in_transaction_session_timeout", IDLE_IN_TRANSACTION_TIMEOUT),
         ])
         // statements of a tenant transaction begin with its signed context: never in a log
-        .disable_statement_logging();
+        .disable_statement_logging()
+}
+
+async fn pool(given: &PgConnectOptions, name: &str, connections: u32) -> Result<PgPool, sqlx::Error> {
     PgPoolOptions::new()
         .max_connections(connections)
         .min_connections(2)
         .acquire_timeout(ACQUIRE_TIMEOUT)
-        .max_lifetime(Duration::from_secs(1800))
-        .connect_with(options)
+        .max_lifetime(MAX_LIFETIME)
+        // asking each time would be a round trip more for every transaction
+        .test_before_acquire(false)
+        .before_acquire(|conn, meta| {
+            Box::pin(async move {
+                if meta.idle_for >= ASKED_AFTER {
+                    conn.ping().await?;
+                }
+                Ok(true)
+            })
+        })
+        .connect_with(options(given, name))
         .await
 }
 

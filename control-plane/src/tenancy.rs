@@ -1,47 +1,58 @@
 //! [`TenantTx`]: the only door to tenant rows.
 //!
 //! A signed tenant context is set first thing in each transaction; row-level security in the database does the rest
-//! (`cvault.tenant_id()` in `migrations/0001_tenancy.sql` checks the signature). The context names the session and the
-//! transaction it was made for, so it is worth nothing to whoever overhears it. That costs a round trip: sqlx does not
-//! tell the process id of a connection's backend, so BEGIN asks for it. A connection whose transaction was not
-//! cleanly finished is closed, never returned to the pool (see [`Tx`]), so the next tenant cannot inherit it.
+//! (`cvault.tenant_id()` checks the signature). The context names the session it was made for and when, so it is worth
+//! nothing to whoever overhears it (docs/adr/0012). A connection whose transaction was not cleanly finished is closed,
+//! never returned to the pool (see [`Tx`]), so the next tenant cannot inherit it.
+
+mod pool;
 
 use std::fmt;
 
 use cvault_types::TenantId;
+use deadpool::managed::Pool;
 use sha2::{Digest as _, Sha256};
-use sqlx::{AssertSqlSafe, PgConnection, PgPool, Row as _};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection, PgPool};
 use zeroize::Zeroizing;
 
+use crate::clock::Clock;
 use crate::db::{DbError, Tx};
-
-const BEGIN: &str = "begin; select pg_backend_pid() as pid,
-     (extract(epoch from transaction_timestamp()) * 1000000)::bigint as started_us";
+use pool::{Opener, Session};
 
 /// The key that signs tenant contexts; role `cvault_app` cannot read it.
 #[derive(Clone)]
 pub struct ContextKey(Zeroizing<Vec<u8>>);
 
 /// Opens tenant transactions.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Tenancy {
-    pool: PgPool,
+    pool: Pool<Opener>,
     key: ContextKey,
 }
 
 /// A transaction that sees and changes one tenant's rows.
-#[derive(Debug)]
 pub struct TenantTx {
-    tx: Tx,
+    tx: Tx<Session>,
     tenant: TenantId,
+    context: Zeroizing<String>,
+    /// Whether BEGIN was sent; otherwise each statement is a transaction of its own.
+    begun: bool,
 }
 
-/// The one transaction of one session in which a context holds.
+/// The one session in which a context holds, and from when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Binding {
     backend_pid: i32,
-    /// `transaction_timestamp()`, microseconds since 1970.
-    started_us: i64,
+    /// Microseconds since 1970. A transaction that begins more than 15 s before or after does not accept the context.
+    signed_us: i64,
+}
+
+impl Binding {
+    fn now(backend_pid: i32) -> Self {
+        let signed_us = i64::try_from(Clock.now().unix_timestamp_nanos() / 1_000).unwrap_or_default();
+        Self { backend_pid, signed_us }
+    }
 }
 
 impl ContextKey {
@@ -57,10 +68,10 @@ impl ContextKey {
         Ok(Self(Zeroizing::new(key)))
     }
 
-    /// `<tenant>.<backend pid>.<transaction start>.<mac>`: letters a–f, digits, `-` and `.`, so it may stand in a SQL
+    /// `<tenant>.<backend pid>.<signed at>.<mac>`: letters a–f, digits, `-` and `.`, so it may stand in a SQL
     /// literal.
     fn sign(&self, tenant: TenantId, binding: Binding) -> Zeroizing<String> {
-        let body = format!("{}.{}.{}", tenant.uuid(), binding.backend_pid, binding.started_us);
+        let body = format!("{}.{}.{}", tenant.uuid(), binding.backend_pid, binding.signed_us);
         let inner = Sha256::new().chain_update(&*self.0).chain_update(&body).finalize();
         let mac = Sha256::new().chain_update(&*self.0).chain_update(inner).finalize();
         Zeroizing::new(format!("{body}.{}", hex::encode(mac)))
@@ -73,10 +84,19 @@ impl fmt::Debug for ContextKey {
     }
 }
 
+impl fmt::Debug for Tenancy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tenancy").field("pool", &self.pool.status()).finish_non_exhaustive()
+    }
+}
+
 impl Tenancy {
-    #[must_use]
-    pub fn new(app_pool: PgPool, key: ContextKey) -> Self {
-        Self { pool: app_pool, key }
+    pub(crate) async fn connect(
+        options: PgConnectOptions,
+        connections: u32,
+        key: ContextKey,
+    ) -> Result<Self, sqlx::Error> {
+        Ok(Self { pool: pool::open(options, connections).await?, key })
     }
 
     /// Begins a transaction in which only `tenant`'s rows exist. Cancelling this call, at any point, closes the
@@ -85,28 +105,44 @@ impl Tenancy {
     /// # Errors
     /// [`DbError::Unavailable`] when no connection could be had in time.
     pub async fn begin(&self, tenant: TenantId) -> Result<TenantTx, DbError> {
-        let (mut tx, row) = Tx::begin_with(&self.pool, BEGIN).await?;
-        let row = row.ok_or(DbError::Other(sqlx::Error::RowNotFound))?;
-        let binding = Binding { backend_pid: row.try_get("pid")?, started_us: row.try_get("started_us")? };
-        let context = self.key.sign(tenant, binding);
-        // no statement with parameters: a prepared one would be kept, and shown in pg_prepared_statements
-        let set = Zeroizing::new(format!("set local app.ctx = '{}'", *context));
-        sqlx::raw_sql(AssertSqlSafe(set.as_str().to_owned())).execute(tx.conn()).await?;
-        Ok(TenantTx { tx, tenant })
+        let mut tx = self.single(tenant).await?;
+        tx.open().await?;
+        Ok(tx)
+    }
+
+    /// For one statement that is a transaction of its own, and so costs one round trip. It sets the context itself:
+    /// `select … from cvault.enter($1) as tenant cross join lateral (… where tenant_id = tenant … offset 0)`, with
+    /// [`TenantTx::context`]. A statement that does not sees no row of any tenant.
+    ///
+    /// # Errors
+    /// As [`Tenancy::begin`].
+    pub async fn single(&self, tenant: TenantId) -> Result<TenantTx, DbError> {
+        let session = self.pool.get().await.map_err(pool::no_session)?;
+        let context = self.key.sign(tenant, Binding::now(session.backend_pid));
+        Ok(TenantTx { tx: Tx::of(session), tenant, context, begun: false })
     }
 
     /// How many connections there are, and how many of them idle.
     pub(crate) fn connections(&self) -> (u32, usize) {
-        (self.pool.size(), self.pool.num_idle())
+        let status = self.pool.status();
+        (u32::try_from(status.size).unwrap_or(u32::MAX), status.available)
     }
 
     pub(crate) async fn ping(&self) -> Result<(), DbError> {
-        sqlx::query_scalar!("select 1").fetch_one(&self.pool).await?;
+        let mut session = self.pool.get().await.map_err(pool::no_session)?;
+        session.conn.ping().await?;
         Ok(())
     }
 
-    pub(crate) async fn close(&self) {
-        self.pool.close().await;
+    pub(crate) fn close(&self) {
+        self.pool.close();
+    }
+}
+
+impl fmt::Debug for TenantTx {
+    /// Without the context.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TenantTx").field("tenant", &self.tenant).field("begun", &self.begun).finish_non_exhaustive()
     }
 }
 
@@ -114,6 +150,26 @@ impl TenantTx {
     /// The connection, inside the transaction.
     pub fn conn(&mut self) -> &mut PgConnection {
         self.tx.conn()
+    }
+
+    /// Connection and signed context, for a statement that begins with `cvault.enter`. It may be made of a transaction
+    /// that has begun, too.
+    pub fn entering(&mut self) -> (&mut PgConnection, &str) {
+        (self.tx.conn(), &self.context)
+    }
+
+    /// Begins, when that has not been done: for more than one statement.
+    ///
+    /// # Errors
+    /// [`DbError::Unavailable`] when the database does not answer.
+    pub async fn open(&mut self) -> Result<(), DbError> {
+        if !self.begun {
+            // no statement with parameters: it cannot be in one message with BEGIN
+            let begin = Zeroizing::new(format!("begin; set local app.ctx = '{}'", *self.context));
+            sqlx::raw_sql(AssertSqlSafe(begin.as_str().to_owned())).execute(self.tx.conn()).await?;
+            self.begun = true;
+        }
+        Ok(())
     }
 
     #[must_use]
@@ -125,16 +181,26 @@ impl TenantTx {
     ///
     /// # Errors
     /// [`DbError::CommitUnknown`] when the answer was lost; then nothing may be acknowledged.
-    pub async fn commit(self) -> Result<(), DbError> {
-        self.tx.commit().await
+    pub async fn commit(mut self) -> Result<(), DbError> {
+        if self.begun {
+            return self.tx.commit().await;
+        }
+        self.tx.release();
+        Ok(())
     }
 
     /// Ends the transaction without effect and keeps the connection. Dropping has the same effect on the rows.
     ///
     /// # Errors
     /// When the database does not answer; the transaction is without effect all the same.
-    pub async fn rollback(self) -> Result<(), DbError> {
-        self.tx.rollback().await
+    pub async fn rollback(mut self) -> Result<(), DbError> {
+        if self.begun {
+            return self.tx.rollback().await;
+        }
+        // what failed may have been the connection
+        self.tx.conn().ping().await?;
+        self.tx.release();
+        Ok(())
     }
 
     /// Commits when the work succeeded, rolls back when it did not; see [`Tx::finish`].
@@ -142,7 +208,18 @@ impl TenantTx {
     /// # Errors
     /// The work's own error, or that of the commit.
     pub async fn finish<T, E: From<DbError>>(self, work: Result<T, E>) -> Result<T, E> {
-        self.tx.finish(work).await
+        match work {
+            Ok(value) => {
+                self.commit().await?;
+                Ok(value)
+            }
+            Err(error) => {
+                if let Err(lost) = self.rollback().await {
+                    tracing::debug!(error = %lost, "the connection of a failed transaction was lost");
+                }
+                Err(error)
+            }
+        }
     }
 }
 

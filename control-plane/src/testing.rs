@@ -129,8 +129,10 @@ impl World {
         };
         let mut rng = StdRng::from_os_rng();
         let now = self.app.clock.now();
-        let mut tx = self.app.db.tenancy.begin(person.tenant).await?;
-        let work = devices::register(&mut tx, &self.app.keys, person.user, new, now, &mut rng, request_id()).await;
+        let data_key = self.app.data_keys.sealed(&self.app.db.tenancy, person.tenant).await?.unwrap();
+        let mut tx = self.app.db.tenancy.single(person.tenant).await?;
+        let (keys, request) = (&self.app.keys, request_id());
+        let work = devices::register(&mut tx, keys, &data_key, person.user, new, now, &mut rng, request).await;
         tx.finish(work).await
     }
 

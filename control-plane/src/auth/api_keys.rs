@@ -1,14 +1,16 @@
-//! API keys: `X-API-Key` names the tenant, `X-API-Secret` proves it. No cache: one indexed lookup per request, so that a
-//! revoked key or a suspended tenant is refused at once on every replica.
+//! API keys: `X-API-Key` names the tenant, `X-API-Secret` proves it. No cache: each request is judged by a lookup that began
+//! after it arrived, so that a revoked key or a suspended tenant is refused at once on every replica.
 //!
 //! The key alone proves nothing: it stands in programs that everybody has. Where it is enough (`authenticate_client`, if the
 //! tenant has switched that on) its calls are counted by themselves, so that strangers cannot use up what the tenant's
 //! backend may send.
 
+mod lookup;
 mod manage;
 mod uses;
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use cvault_types::api_key::Scope;
@@ -33,6 +35,7 @@ use crate::keys::PlatformSecrets;
 use crate::metrics;
 use crate::tenancy::TenantTx;
 
+pub use lookup::Lookups;
 pub use manage::{
     KeyChange, KeySettings, MAX_GRACE, ManageError, add, find as find_key, list, regenerate, revoke, revoke_all, update,
 };
@@ -66,16 +69,28 @@ pub struct NewKey {
 }
 
 struct StoredKey {
-    authenticated: AuthenticatedKey,
-    secret_hash: Vec<u8>,
-    /// While its grace lasts.
-    previous_secret_hash: Option<Vec<u8>>,
-    suspended: bool,
-    public_clients: bool,
+    row: Arc<lookup::Row>,
+    /// When it was found.
+    now: OffsetDateTime,
     in_scope: bool,
     origin: Origin,
     per_minute: u32,
     user_per_minute: u32,
+}
+
+impl StoredKey {
+    fn authenticated(&self) -> AuthenticatedKey {
+        AuthenticatedKey { tenant: self.row.tenant, api_key_id: ApiKeyId::from_uuid(self.row.api_key_id) }
+    }
+
+    /// Whether the secret is the key's, or the one before while its grace lasts.
+    fn is_proven_by(&self, hash: &[u8; 32]) -> bool {
+        let row = &self.row;
+        let current = hash.ct_eq(&row.secret_hash);
+        let graced = row.previous_valid_until.is_some_and(|until| until > self.now);
+        let previous = row.previous_secret_hash.as_ref().filter(|_| graced);
+        bool::from(current | previous.map_or(0.into(), |previous| hash.ct_eq(previous)))
+    }
 }
 
 /// Where a browser says that the call comes from. Other programs say nothing.
@@ -128,15 +143,15 @@ pub async fn authenticate_user(
         }
     };
     let (stored, claims) = found.inspect_err(|problem| note_failure(app, ip, problem))?;
-    if claims.tenant != stored.authenticated.tenant {
+    if claims.tenant != stored.row.tenant {
         app.throttles.key_failed_of(claims.user);
         return Err(
             Problem::new(ErrorCode::InvalidToken).detail("The token belongs to another tenant than the API key.")
         );
     }
     let decision = app.throttles.user(claims.user, Allowance::per_minute(stored.user_per_minute));
-    context::user_identified(stored.authenticated.tenant, decision);
-    context::called_by(stored.authenticated.api_key_id, Some(claims.user));
+    context::user_identified(stored.row.tenant, decision);
+    context::called_by(stored.authenticated().api_key_id, Some(claims.user));
     if !decision.allowed {
         return Err(rate_limited("user", decision));
     }
@@ -161,7 +176,7 @@ pub async fn authenticate_secret(app: &App, request: &Parts) -> Result<Authentic
     let stored = find_with_secret(app, request).await.inspect_err(|problem| note_failure(app, ip, problem))?;
     app.throttles.credential_right(ip, credential);
     admit(app, &stored, charge(app, &stored))?;
-    Ok(stored.authenticated)
+    Ok(stored.authenticated())
 }
 
 /// For calls with which users log in: of the tenant's backend, or, if the tenant has public clients, of anybody.
@@ -176,17 +191,17 @@ pub async fn authenticate_client(app: &App, request: &Parts) -> Result<(Authenti
     let (ip, credential) = (Peer::of(request).ip(), credential(request));
     app.throttles.before_credential(ip, credential)?;
     let stored = match find(app, request).await {
-        Ok(stored) if stored.public_clients => Ok(stored),
+        Ok(stored) if stored.row.public_clients => Ok(stored),
         Ok(_) => Err(Problem::new(ErrorCode::InvalidApiKey)),
         Err(problem) => Err(problem),
     }
     .inspect_err(|problem| note_failure(app, ip, problem))?;
     app.throttles.credential_right(ip, credential);
-    let tenant = stored.authenticated.tenant;
+    let tenant = stored.row.tenant;
     app.throttles.public_call(tenant, ip)?;
     let decision = app.throttles.public_calls(tenant, Allowance::per_minute(stored.per_minute));
     admit(app, &stored, decision)?;
-    Ok((stored.authenticated, Proof::KeyAlone))
+    Ok((stored.authenticated(), Proof::KeyAlone))
 }
 
 async fn find_with_secret(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
@@ -194,61 +209,43 @@ async fn find_with_secret(app: &App, request: &Parts) -> Result<StoredKey, Probl
         .filter(|text| opaque::API_SECRET.is_well_formed(text))
         .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
     let stored = find(app, request).await?;
-    let hash = hash_secret(&app.secrets, secret);
-    let current = hash.ct_eq(&stored.secret_hash);
-    let previous = stored.previous_secret_hash.as_ref().map_or(0.into(), |previous| hash.ct_eq(previous));
-    if bool::from(current | previous) { Ok(stored) } else { Err(Problem::new(ErrorCode::InvalidApiKey)) }
+    if stored.is_proven_by(&hash_secret(&app.secrets, secret)) {
+        Ok(stored)
+    } else {
+        Err(Problem::new(ErrorCode::InvalidApiKey))
+    }
 }
 
 async fn find(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
     let text = single(&request.headers, KEY_HEADER)
         .filter(|text| opaque::API_KEY.is_well_formed(text))
         .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
-    let origin = request.headers.get(ORIGIN);
-    let row = sqlx::query!(
-        r#"select k.tenant_id, k.api_key_id, k.secret_hash, t.status, t.rate_limit_per_minute, t.public_clients,
-                  t.user_rate_limit_per_minute,
-                  case when k.previous_valid_until > $2 then k.previous_secret_hash end as previous_secret_hash,
-                  coalesce($3 = any (k.scopes), true) as "in_scope!",
-                  coalesce($4 = any (t.allowed_origins), false) as "origin_allowed!"
-           from cvault.api_keys k join cvault.tenants t using (tenant_id)
-           where k.key_text = $1 and k.revoked_at is null and (k.expires_at is null or k.expires_at > $2)
-               and t.status <> 'deleted'"#,
-        text,
-        app.clock.now(),
-        scope_of(request.uri.path()).map(Scope::as_str),
-        single(&request.headers, ORIGIN.as_str())
-    )
-    .fetch_optional(&app.db.sys)
-    .await
-    .map_err(DbError::from)?
-    .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
-    let origin = match origin {
+    let now = app.clock.now();
+    let row = app
+        .key_lookups
+        .find(&app.db.sys, text)
+        .await?
+        .filter(|row| row.expires_at.is_none_or(|until| until > now))
+        .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
+    let named = single(&request.headers, ORIGIN.as_str());
+    let origin = match request.headers.get(ORIGIN) {
         None => Origin::None,
-        Some(origin) if row.origin_allowed => Origin::Allowed(origin.clone()),
+        Some(origin) if named.is_some_and(|named| row.allowed_origins.iter().any(|allowed| allowed == named)) => {
+            Origin::Allowed(origin.clone())
+        }
         Some(_) => Origin::Refused,
     };
     if let Origin::Allowed(origin) = &origin {
         // now, so that a page can read also why it is refused
         context::origin_allowed(origin);
     }
+    let wanted = scope_of(request.uri.path()).map(Scope::as_str);
+    let in_scope = wanted.is_none_or(|wanted| row.scopes.iter().any(|scope| scope == wanted));
     let own = |limit: Option<i32>| limit.and_then(|limit| u32::try_from(limit).ok());
     let per_minute = own(row.rate_limit_per_minute).unwrap_or(app.config.rate_limit_per_minute);
-    Ok(StoredKey {
-        authenticated: AuthenticatedKey {
-            tenant: TenantId::from_uuid(row.tenant_id),
-            api_key_id: ApiKeyId::from_uuid(row.api_key_id),
-        },
-        secret_hash: row.secret_hash,
-        previous_secret_hash: row.previous_secret_hash,
-        suspended: row.status == "suspended",
-        public_clients: row.public_clients,
-        in_scope: row.in_scope,
-        origin,
-        per_minute,
-        // one user alone cannot use up what all of them share
-        user_per_minute: own(row.user_rate_limit_per_minute).unwrap_or(per_minute.div_ceil(2)),
-    })
+    // one user alone cannot use up what all of them share
+    let user_per_minute = own(row.user_rate_limit_per_minute).unwrap_or(per_minute.div_ceil(2));
+    Ok(StoredKey { row, now, in_scope, origin, per_minute, user_per_minute })
 }
 
 fn credential(request: &Parts) -> Credential {
@@ -265,17 +262,17 @@ fn note_failure(app: &App, ip: Option<IpAddr>, problem: &Problem) {
 
 /// Charges the tenant's rate, now that the caller has proven to speak for it.
 fn charge(app: &App, stored: &StoredKey) -> Decision {
-    app.limiter.charge(stored.authenticated.tenant, Allowance::per_minute(stored.per_minute), Instant::now())
+    app.limiter.charge(stored.row.tenant, Allowance::per_minute(stored.per_minute), Instant::now())
 }
 
 fn admit(app: &App, stored: &StoredKey, decision: Decision) -> Result<(), Problem> {
-    let AuthenticatedKey { tenant, api_key_id } = stored.authenticated;
+    let AuthenticatedKey { tenant, api_key_id } = stored.authenticated();
     context::identified(tenant, decision);
     context::called_by(api_key_id, None);
     if !decision.allowed {
         return Err(rate_limited("tenant", decision));
     }
-    if stored.suspended {
+    if stored.row.suspended {
         return Err(Problem::new(ErrorCode::TenantSuspended));
     }
     if stored.origin == Origin::Refused {

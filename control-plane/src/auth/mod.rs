@@ -10,3 +10,4 @@ pub mod passwords;
 pub mod refresh;
 pub mod throttle;
 pub mod tokens;
+pub mod verified;

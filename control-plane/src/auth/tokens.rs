@@ -67,6 +67,14 @@ pub struct ClientToken {
     pub user: UserId,
 }
 
+/// A verified access token until its time is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TimedClientToken {
+    pub token: ClientToken,
+    /// Seconds since 1970.
+    exp: i64,
+}
+
 /// The session a verified portal token belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PortalToken {
@@ -145,10 +153,24 @@ pub fn mint_admin_as(key: &TokenKey, issuer: &str, subject: &str, id: Uuid, now:
 
 /// # Errors
 /// `INVALID_TOKEN`, or `TOKEN_EXPIRED` for one that was valid once.
-pub fn verify_client(key: &TokenKey, issuer: &str, token: &str, now: OffsetDateTime) -> Result<ClientToken, Problem> {
+pub fn verify_client(
+    key: &TokenKey,
+    issuer: &str,
+    token: &str,
+    now: OffsetDateTime,
+) -> Result<TimedClientToken, Problem> {
     let claims: ClientClaims = verify(key, issuer, CLIENT, token)?;
-    not_expired(claims.exp, now)?;
-    Ok(ClientToken { tenant: claims.tid, user: claims.sub })
+    let token = ClientToken { tenant: claims.tid, user: claims.sub };
+    TimedClientToken { token, exp: claims.exp }.at(now)
+}
+
+impl TimedClientToken {
+    /// # Errors
+    /// `TOKEN_EXPIRED`.
+    pub fn at(self, now: OffsetDateTime) -> Result<Self, Problem> {
+        not_expired(self.exp, now)?;
+        Ok(self)
+    }
 }
 
 /// Whether the session still lives is for the database to say.
@@ -227,7 +249,7 @@ mod tests {
     fn a_token_is_valid_for_exactly_its_lifetime() {
         let key = TokenKey::from_seed(&[1; 32]);
         let token = mint_client(&key, ISSUER, who(), Uuid::nil(), at(1_000));
-        assert_eq!(verify_client(&key, ISSUER, token.expose(), at(1_899)).unwrap(), who());
+        assert_eq!(verify_client(&key, ISSUER, token.expose(), at(1_899)).unwrap().token, who());
         assert_eq!(code(verify_client(&key, ISSUER, token.expose(), at(1_900))), ErrorCode::TokenExpired);
     }
 

@@ -1,6 +1,6 @@
 //! The keys of a device: its pair, made here or by the client, and a preshared key on request; sealed for the database.
 
-use cvault_types::DeviceId;
+use cvault_types::{DeviceId, TenantId};
 use rand::CryptoRng;
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
@@ -9,7 +9,6 @@ use super::config::{ConfigKey, ConfigKeys};
 use super::name::PublicKey;
 use super::read::{preshared_key_aad, private_key_aad};
 use crate::keys::{KeyError, KeyRing};
-use crate::tenancy::TenantTx;
 
 /// What a client says of a device's keys.
 #[derive(Clone, Debug)]
@@ -34,13 +33,12 @@ impl KeyRequest {
     /// When the tenant's data key does not open.
     pub(super) fn make(
         self,
-        tx: &TenantTx,
+        tenant: TenantId,
         keys: &KeyRing,
         data_key: &[u8],
         device: DeviceId,
         rng: &mut impl CryptoRng,
     ) -> Result<NewKeys, KeyError> {
-        let tenant = tx.tenant();
         let mut random = || {
             let mut bytes = Zeroizing::new([0; 32]);
             rng.fill_bytes(bytes.as_mut());

@@ -17,7 +17,7 @@ pub use config::{ClientDefaults, ConfigKey, ConfigKeys, qr, render_config};
 pub use keys::KeyRequest;
 pub use name::{DeviceName, Fault, Platform, PublicKey, is_region};
 pub(crate) use read::preshared_key_aad;
-pub use read::{ConfigError, Device, OwnedDevice, config_of, find, list, list_all};
+pub use read::{ConfigError, Device, OwnedDevice, ServedDevice, config_of, find, list, list_all};
 pub use register::{Carried, NewDevice, RegisterError, Registered, carried, register};
 pub use revoke::{RevokeError, Revoked, is_revoked, revoke};
 pub use rotate::{NewDeviceKeys, RotateError, Rotated, rotate};

@@ -3,6 +3,7 @@
 use cvault_types::{DeviceId, ServerId, TenantId, UserId};
 use ipnet::IpNet;
 use time::OffsetDateTime;
+use uuid::Uuid;
 use zeroize::Zeroizing;
 
 use super::config::{ConfigKey, ConfigKeys};
@@ -10,6 +11,7 @@ use super::name::PublicKey;
 use crate::db::DbError;
 use crate::ipam::{self, Addresses};
 use crate::keys::{Aad, KeyError, KeyRing};
+use crate::servers::Server;
 use crate::tenancy::TenantTx;
 
 /// WireGuard gives a session up 180 s after its last handshake (REJECT_AFTER_TIME, whitepaper §6.1).
@@ -75,7 +77,30 @@ impl TryFrom<Row> for Device {
     }
 }
 
-/// Up to `limit` active devices of the user, oldest first, after the one named.
+/// A device, and what its server says of it.
+#[derive(Clone, Debug)]
+pub struct ServedDevice {
+    pub device: Device,
+    pub region: String,
+    /// The server has acknowledged it.
+    pub acked: bool,
+}
+
+impl ServedDevice {
+    /// `server` is the device's; `None`: one that was removed.
+    #[must_use]
+    pub fn new(device: Device, server: Option<&Server>) -> Self {
+        let acked = server.map_or(0, |server| server.acked_revision);
+        Self::of(device, server.map(|server| server.region.clone()), acked)
+    }
+
+    fn of(device: Device, region: Option<String>, acked_revision: u64) -> Self {
+        let acked = !device.reclaimed && acked_revision >= device.placed_revision;
+        Self { device, region: region.unwrap_or_default(), acked }
+    }
+}
+
+/// Up to `limit` active devices of the user, oldest first, after the one named. One statement: `tx` need not have begun.
 ///
 /// # Errors
 /// Those of the database.
@@ -84,23 +109,46 @@ pub async fn list(
     user: UserId,
     after: Option<DeviceId>,
     limit: u32,
-) -> Result<Vec<Device>, DbError> {
-    let tenant = tx.tenant().uuid();
-    let rows = sqlx::query_as!(
-        Row,
-        r#"select device_id, name, platform, public_key, ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet", server_id,
-                  reclaimed, placed_revision, last_handshake_at, last_connected_at, created_at
-           from cvault.devices
-           where tenant_id = $1 and user_id = $2 and status = 'active' and ($3::uuid is null or device_id > $3)
-           order by device_id limit $4"#,
-        tenant,
+) -> Result<Vec<ServedDevice>, DbError> {
+    let (conn, context) = tx.entering();
+    let rows = sqlx::query!(
+        r#"select device_id, d.name, platform, d.public_key, ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet", d.server_id,
+                  reclaimed, placed_revision, last_handshake_at, last_connected_at, created_at,
+                  s.region as "region?", s.acked_revision as "acked_revision?"
+           from cvault.enter($1) as tenant
+           cross join lateral (
+               select * from cvault.devices
+               where tenant_id = tenant and user_id = $2 and status = 'active' and device_id > $3
+               order by device_id limit $4 offset 0) as d
+           left join platform.list_servers() as s on s.server_id = d.server_id
+           order by device_id"#,
+        context,
         user.uuid(),
-        after.map(DeviceId::uuid),
+        after.map_or(Uuid::nil(), DeviceId::uuid),
         i64::from(limit),
     )
-    .fetch_all(tx.conn())
+    .fetch_all(conn)
     .await?;
-    rows.into_iter().map(Device::try_from).collect()
+    rows.into_iter()
+        .map(|row| {
+            let device = Device::try_from(Row {
+                device_id: row.device_id,
+                name: row.name,
+                platform: row.platform,
+                public_key: row.public_key,
+                ipv4: row.ipv4,
+                ipv6: row.ipv6,
+                server_id: row.server_id,
+                reclaimed: row.reclaimed,
+                placed_revision: row.placed_revision,
+                last_handshake_at: row.last_handshake_at,
+                last_connected_at: row.last_connected_at,
+                created_at: row.created_at,
+            })?;
+            let acked_revision = row.acked_revision.and_then(|revision| u64::try_from(revision).ok());
+            Ok(ServedDevice::of(device, row.region, acked_revision.unwrap_or_default()))
+        })
+        .collect()
 }
 
 /// A device and whose it is.
@@ -122,10 +170,10 @@ pub async fn list_all(tx: &mut TenantTx, after: Option<DeviceId>, limit: u32) ->
         r#"select user_id, suspended, device_id, name, platform, public_key, ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet",
                   server_id, reclaimed, placed_revision, last_handshake_at, last_connected_at, created_at
            from cvault.devices
-           where tenant_id = $1 and status = 'active' and ($2::uuid is null or device_id > $2)
+           where tenant_id = $1 and status = 'active' and device_id > $2
            order by device_id limit $3"#,
         tenant,
-        after.map(DeviceId::uuid),
+        after.map_or(Uuid::nil(), DeviceId::uuid),
         i64::from(limit),
     )
     .fetch_all(tx.conn())

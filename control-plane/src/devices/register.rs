@@ -1,19 +1,19 @@
-//! Registering a device: limits, key pair, address, row, audit, and last of all the server's revision.
+//! Registering a device: key pair, then one statement for all the rest (`platform.register_device`: limits, address, row, and
+//! last of all the server's revision), with its audit entry.
 
-use cvault_types::{DeviceId, RequestId, UserId};
+use cvault_types::{DeviceId, PoolId, RequestId, ServerId, UserId};
 use ipnet::IpNet;
 use rand::CryptoRng;
-use time::OffsetDateTime;
+use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
 
 use super::config::ConfigKeys;
 use super::keys::KeyRequest;
 use super::name::{DeviceName, Platform, PublicKey};
-use crate::audit;
 use crate::db::DbError;
 use crate::ipam::{self, Addresses};
 use crate::keys::{KeyError, KeyRing};
-use crate::servers::{self, Server};
+use crate::servers::{SILENT_AFTER_SECONDS, Server};
 use crate::tenancy::TenantTx;
 use crate::tenants::ClientSettings;
 
@@ -64,112 +64,97 @@ pub enum RegisterError {
     Db(#[from] DbError),
 }
 
-/// Registers a device of `user`. After COMMIT, call `Hub::server_changed` for its server.
+/// Registers a device of `user`, in one statement: `tx` need not have begun. `data_key` is the tenant's, sealed. After COMMIT,
+/// call `Hub::server_changed` for its server.
 ///
 /// # Errors
 /// By variant; the transaction must then be rolled back.
 pub async fn register(
     tx: &mut TenantTx,
     keys: &KeyRing,
+    data_key: &[u8],
     user: UserId,
     new: NewDevice,
     now: OffsetDateTime,
     rng: &mut (impl CryptoRng + Send),
     request_id: RequestId,
 ) -> Result<Registered, RegisterError> {
-    let tenant = tx.tenant();
-    let Admitted { data_key, client } = check_limit(tx, user).await?;
-    let candidates = servers::candidates(tx, new.region.as_deref(), now).await?;
     let id = DeviceId::from_uuid(Uuid::now_v7());
-    let (server, addresses) = place(tx, id, candidates).await?;
-
-    let made = new.keys.make(tx, keys, &data_key, id, rng)?;
-    sqlx::query!(
-        "insert into cvault.devices (tenant_id, device_id, user_id, name, platform, public_key, private_key_sealed,
-                                     preshared_key_sealed, preshared_key_hash, pool_id, ipv4, ipv6, server_id, created_at)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
-        tenant.uuid(),
+    let made = new.keys.make(tx.tenant(), keys, data_key, id, rng)?;
+    let (tenant, key) = (tx.tenant().uuid(), made.public);
+    let (actor, target) = (user.to_string(), id.to_string());
+    let (conn, context) = tx.entering();
+    let row = sqlx::query!(
+        r#"with placed as (
+               select r.* from cvault.enter($1) as tenant cross join lateral platform.register_device(
+                   tenant, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) as r
+           ), noted as (
+               insert into cvault.audit_log (tenant_id, audit_id, actor, action, target, details, request_id)
+               select $13, $14, $15, 'device.register', $16,
+                      jsonb_build_object('server', platform.id_text('srv', server_id)), $17
+               from placed where outcome = 'registered'
+           )
+           select outcome as "outcome!", max_devices, devices, client_dns as "dns: Vec<IpNet>",
+                  client_allowed_ips as "allowed_ips: Vec<IpNet>", client_mtu, server_id, server_name, region,
+                  public_ip as "public_ip: IpNet", endpoint_port, server_public_key, pool_id, capacity, peer_count,
+                  last_seen_at, acked_revision, ipv4 as "ipv4: IpNet", ipv6 as "ipv6: IpNet", revision
+           from placed"#,
+        context,
         id.uuid(),
         user.uuid(),
         new.name.as_str(),
         new.platform.as_ref().map(Platform::as_str),
-        made.public.as_bytes().as_slice(),
+        key.as_bytes().as_slice(),
         made.private_sealed,
         made.preshared_sealed,
         made.preshared_hash.as_slice(),
-        server.pool.uuid(),
-        IpNet::from(std::net::IpAddr::V4(addresses.ipv4)),
-        IpNet::from(std::net::IpAddr::V6(addresses.ipv6)),
-        server.id.uuid(),
+        new.region,
+        now - Duration::seconds(SILENT_AFTER_SECONDS),
         now,
+        tenant,
+        Uuid::now_v7(),
+        actor,
+        target,
+        request_id.uuid(),
     )
-    .execute(tx.conn())
+    .fetch_one(conn)
     .await
     .map_err(refused)?;
-    let entry = audit::Entry {
-        actor: &user.to_string(),
-        action: "device.register",
-        target: &id.to_string(),
-        details: serde_json::json!({ "server": server.id.to_string() }),
-        request_id: Some(request_id),
+    match row.outcome.as_str() {
+        "registered" => {}
+        "user_gone" => return Err(RegisterError::UserGone),
+        "tenant_closed" => return Err(RegisterError::TenantClosed),
+        "over_limit" => {
+            tx.open().await?;
+            let Carried { max, used } = carried(tx).await?;
+            return Err(RegisterError::BandwidthLimit { max, used });
+        }
+        "device_limit" => {
+            let (max, used) = (row.max_devices.unwrap_or_default(), row.devices.unwrap_or_default());
+            return Err(RegisterError::DeviceLimit { max, used });
+        }
+        "pool_exhausted" => return Err(RegisterError::PoolExhausted),
+        _ => return Err(RegisterError::ServerUnavailable),
+    }
+    let whole = || DbError::Other(sqlx::Error::ColumnNotFound("a column of a registered device".to_owned()));
+    let server = Server {
+        id: ServerId::from_uuid(row.server_id.ok_or_else(whole)?),
+        name: row.server_name.ok_or_else(whole)?,
+        region: row.region.ok_or_else(whole)?,
+        public_ip: row.public_ip.ok_or_else(whole)?.addr(),
+        endpoint_port: u16::try_from(row.endpoint_port.ok_or_else(whole)?).expect("servers_endpoint_port"),
+        public_key: row.server_public_key.and_then(|key| key.try_into().ok()),
+        pool: PoolId::from_uuid(row.pool_id.ok_or_else(whole)?),
+        capacity: u32::try_from(row.capacity.ok_or_else(whole)?).expect("servers_capacity"),
+        peers: u32::try_from(row.peer_count.ok_or_else(whole)?).unwrap_or_default(),
+        active: true,
+        last_seen_at: row.last_seen_at,
+        acked_revision: u64::try_from(row.acked_revision.ok_or_else(whole)?).unwrap_or_default(),
     };
-    audit::record(tx, entry).await?;
-    // last: from here to COMMIT the server's row is locked
-    let revision = sqlx::query_scalar!(r#"select platform.place_peer($1) as "revision!""#, id.uuid())
-        .fetch_one(tx.conn())
-        .await
-        .map_err(refused)?;
-    let revision = u64::try_from(revision).expect("revisions count from 1");
-    Ok(Registered { id, public_key: made.public, keys: made.open, addresses, server, client, revision })
-}
-
-/// What is known of the tenant when a device is let in.
-struct Admitted {
-    /// Sealed.
-    data_key: Vec<u8>,
-    client: ClientSettings,
-}
-
-/// Locks the user, so that racing registrations count one after the other, and the tenant against its deletion.
-async fn check_limit(tx: &mut TenantTx, user: UserId) -> Result<Admitted, RegisterError> {
-    let tenant = tx.tenant().uuid();
-    let row = sqlx::query!(
-        r#"select t.max_devices_per_user, t.data_key_sealed, t.status in ('active', 'trial') as "open!",
-                  t.over_limit_since is not null as "over_limit!", t.client_dns as "dns: Vec<IpNet>",
-                  t.client_allowed_ips as "allowed_ips: Vec<IpNet>", t.client_mtu
-         from cvault.users u join cvault.tenants t on t.tenant_id = u.tenant_id
-         where u.tenant_id = $1 and u.user_id = $2 and u.status = 'active'
-         for no key update of u for share of t"#,
-        tenant,
-        user.uuid()
-    )
-    .fetch_optional(tx.conn())
-    .await
-    .map_err(DbError::from)?
-    .ok_or(RegisterError::UserGone)?;
-    if !row.open {
-        return Err(RegisterError::TenantClosed);
-    }
-    if row.over_limit {
-        let Carried { max, used } = carried(tx).await?;
-        return Err(RegisterError::BandwidthLimit { max, used });
-    }
-    // a statement of its own: it sees what was committed while the first one waited for the lock
-    let used = sqlx::query_scalar!(
-        r#"select count(*) as "used!" from cvault.devices
-           where tenant_id = $1 and user_id = $2 and status = 'active'"#,
-        tenant,
-        user.uuid()
-    )
-    .fetch_one(tx.conn())
-    .await
-    .map_err(DbError::from)?;
-    let max = row.max_devices_per_user;
-    if used >= i64::from(max) {
-        return Err(RegisterError::DeviceLimit { max, used });
-    }
-    let data_key = row.data_key_sealed.ok_or(RegisterError::Key(KeyError::DoesNotOpen))?;
-    Ok(Admitted { data_key, client: ClientSettings::from_row(row.dns, row.allowed_ips, row.client_mtu) })
+    let addresses = ipam::addresses(row.ipv4.ok_or_else(whole)?, row.ipv6.ok_or_else(whole)?)?;
+    let revision = u64::try_from(row.revision.ok_or_else(whole)?).expect("revisions count from 1");
+    let client = ClientSettings::from_row(row.dns, row.allowed_ips, row.client_mtu);
+    Ok(Registered { id, public_key: key, keys: made.open, addresses, server, client, revision })
 }
 
 /// What a tenant may carry in a month, and has carried in this one, in bytes.
@@ -197,34 +182,10 @@ pub async fn carried(tx: &mut TenantTx) -> Result<Carried, DbError> {
     Ok(Carried { max: row.max, used: row.used })
 }
 
-/// The least loaded server whose pool has an address left.
-async fn place(
-    tx: &mut TenantTx,
-    device: DeviceId,
-    candidates: Vec<Server>,
-) -> Result<(Server, Addresses), RegisterError> {
-    if candidates.is_empty() {
-        return Err(RegisterError::ServerUnavailable);
-    }
-    let mut exhausted = Vec::new();
-    for server in candidates {
-        if exhausted.contains(&server.pool) {
-            continue;
-        }
-        match ipam::allocate(tx, server.pool, device).await? {
-            Some(addresses) => return Ok((server, addresses)),
-            None => exhausted.push(server.pool),
-        }
-    }
-    Err(RegisterError::PoolExhausted)
-}
-
 pub(super) fn refused(error: sqlx::Error) -> RegisterError {
     let error = DbError::from(error);
     match error.constraint() {
-        Some("devices_tenant_public_key" | "peers_public_key_unique" | "peers_public_key_device_unique") => {
-            RegisterError::PublicKeyInUse
-        }
+        Some("devices_tenant_public_key" | "peers_public_key_device_unique") => RegisterError::PublicKeyInUse,
         Some("servers_open_for_peers") => RegisterError::ServerFull,
         Some("peers_tenant_open") => RegisterError::TenantClosed,
         Some(_) | None => RegisterError::Db(error),

@@ -93,7 +93,7 @@ pub async fn rotate(
     };
     let data_key = row.data_key_sealed.ok_or(RegisterError::Key(KeyError::DoesNotOpen))?;
     let request = KeyRequest { public_key: new.public_key, preshared: new.preshared.unwrap_or(row.has_preshared) };
-    let made = request.make(tx, keys, &data_key, id, rng).map_err(RegisterError::from)?;
+    let made = request.make(tx.tenant(), keys, &data_key, id, rng).map_err(RegisterError::from)?;
     if made.public == device.public_key {
         return Err(RegisterError::PublicKeyInUse.into());
     }

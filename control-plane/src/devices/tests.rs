@@ -208,10 +208,11 @@ async fn a_public_key_is_one_devices_on_the_whole_platform() {
             keys: KeyRequest { public_key: Some(key), preshared: false },
             region: None,
         };
+        let data_key = world.app.data_keys.sealed(&world.app.db.tenancy, person.tenant).await.unwrap().unwrap();
         let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
         let mut rng = <rand::rngs::StdRng as rand::SeedableRng>::from_os_rng();
-        let now = world.app.clock.now();
-        let work = register(&mut tx, &world.app.keys, person.user, new, now, &mut rng, request_id()).await;
+        let (now, keys) = (world.app.clock.now(), &world.app.keys);
+        let work = register(&mut tx, keys, &data_key, person.user, new, now, &mut rng, request_id()).await;
         outcomes.push(tx.finish(work).await.map(|device| matches!(device.keys.private, ConfigKey::OnlyAtTheClient)));
     }
     assert!(matches!(

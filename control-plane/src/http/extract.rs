@@ -98,8 +98,7 @@ impl FromRequestParts<App> for Caller {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
         let (key, issuer) = (&app.secrets.token_key, &app.config.public_url);
-        let claims =
-            bearer(&parts.headers).and_then(|token| tokens::verify_client(key, issuer, token, app.clock.now()));
+        let claims = bearer(&parts.headers).and_then(|token| app.tokens.client(key, issuer, token, app.clock.now()));
         let claims = api_keys::authenticate_user(app, parts, claims).await?;
         Ok(Self { tenant: claims.tenant, user: claims.user, request_id: context::request_id() })
     }

@@ -4,10 +4,12 @@
 //!
 //! Deliberately absent: reading the KEK from the environment (`config.rs`).
 
+mod data_keys;
 mod platform;
 mod rotate;
 mod seal;
 
+pub use data_keys::DataKeys;
 pub(crate) use platform::kept_answer_aad;
 pub use platform::{PlatformSecrets, SecretsError, TokenKey};
 pub use rotate::{InUse, RingError, RotateError, Rotated, check, in_use, rotate};

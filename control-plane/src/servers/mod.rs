@@ -70,7 +70,7 @@ impl Server {
     }
 }
 
-/// All servers that were not removed, by region and name.
+/// All servers that were not removed, by region and name. They are no tenant's: `tx` need not have begun.
 ///
 /// # Errors
 /// Those of the database.

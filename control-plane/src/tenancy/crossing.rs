@@ -214,10 +214,10 @@ struct Attacker {
 impl Attacker {
     /// Begins a transaction in the attacker's own context, then takes another one if there is one.
     async fn enter(&mut self, end: &'static str, context: Option<&str>) {
-        let begin = format!("{}; {BEGIN}", std::mem::replace(&mut self.end, end));
+        let end = std::mem::replace(&mut self.end, end);
+        let begin = format!("{end}; begin; select pg_backend_pid() as pid");
         let row = self.conn.fetch_all(sqlx::raw_sql(AssertSqlSafe(begin))).await.unwrap().pop().unwrap();
-        let binding = Binding { backend_pid: row.get("pid"), started_us: row.get("started_us") };
-        let own = self.key.sign(self.tenant, binding);
+        let own = self.key.sign(self.tenant, Binding::now(row.get("pid")));
         let set = format!("set local app.ctx = '{}'", context.unwrap_or(&own));
         sqlx::raw_sql(AssertSqlSafe(set)).execute(&mut self.conn).await.unwrap();
     }
@@ -304,7 +304,7 @@ async fn no_statement_in_any_form_and_context_reaches_any_table_of_another_tenan
 
 /// Contexts that must be worth nothing in this session.
 fn contexts(key: &ContextKey, victim: TenantId, attacker: TenantId, backend_pid: i32) -> Vec<String> {
-    let past = Binding { backend_pid, started_us: 1_000_000_000_000_000 };
+    let past = Binding { backend_pid, signed_us: 1_000_000_000_000_000 };
     let expired = key.sign(victim, past).to_string();
     vec![
         String::new(),
@@ -312,8 +312,8 @@ fn contexts(key: &ContextKey, victim: TenantId, attacker: TenantId, backend_pid:
         format!("{}.{backend_pid}.1000000000000000.{}", victim.uuid(), "ab".repeat(32)),
         expired.replace("1000000000000000", "9999999999999999"),
         key.sign(attacker, past).replace(&attacker.uuid().to_string(), &victim.uuid().to_string()),
-        // of a transaction that is open in another session
-        key.sign(victim, Binding { backend_pid: backend_pid + 1, ..past }).to_string(),
+        // of another session, as long as this may take
+        key.sign(victim, Binding::now(backend_pid + 1)).to_string(),
         expired,
     ]
 }

@@ -28,10 +28,9 @@ async fn victims_rows(world: &World, victim: Person) -> String {
 
 /// Opens a transaction in the tenant's own context.
 async fn enter(conn: &mut PgConnection, key: &ContextKey, tenant: TenantId) {
-    let row = sqlx::raw_sql(BEGIN).fetch_all(&mut *conn).await.unwrap().pop().unwrap();
-    let binding = Binding { backend_pid: row.get("pid"), started_us: row.get("started_us") };
-    let set = format!("set local app.ctx = '{}'", *key.sign(tenant, binding));
-    sqlx::raw_sql(AssertSqlSafe(set)).execute(&mut *conn).await.unwrap();
+    let backend_pid = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut *conn).await.unwrap();
+    let begin = format!("begin; set local app.ctx = '{}'", *key.sign(tenant, Binding::now(backend_pid)));
+    sqlx::raw_sql(AssertSqlSafe(begin)).execute(&mut *conn).await.unwrap();
 }
 
 /// Runs one or more statements in the attacker's own context and returns every text they gave, errors included.
@@ -84,8 +83,8 @@ async fn hostile_sql_reads_and_changes_nothing_of_another_tenant() {
     let key = ContextKey::load(&world.app.db.sys).await.unwrap();
     let mut conn = PgConnection::connect_with(&world.database.options("cvault_app")).await.unwrap();
     let backend_pid = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut conn).await.unwrap();
-    let past = Binding { backend_pid, started_us: 1_000_000_000_000_000 };
-    // of this very session, but of an earlier transaction
+    let past = Binding { backend_pid, signed_us: 1_000_000_000_000_000 };
+    // of this very session, but of long ago
     let expired = key.sign(victim.tenant, past);
     let forged = format!("{v}.{backend_pid}.1000000000000000.{}", "ab".repeat(32));
     let swapped = key.sign(attacker.tenant, past).replace(&a.to_string(), &v.to_string());
@@ -234,7 +233,7 @@ async fn a_live_transaction_of_the_victim_gives_an_attacker_nothing() {
             assert!(!seen.contains(secret), "{statement}\nshowed: {seen}");
         }
     }
-    // even when it was overheard somewhere: it is the context of that one transaction of that one session
+    // even when it was overheard somewhere: it is the context of that one session
     let mut parts: Vec<String> = context.split('.').map(str::to_owned).collect();
     let pid: i32 = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut conn).await.unwrap();
     parts[1] = pid.to_string();
@@ -253,16 +252,21 @@ async fn a_live_transaction_of_the_victim_gives_an_attacker_nothing() {
 }
 
 #[tokio::test]
-async fn a_context_is_worth_nothing_in_the_next_transaction_of_its_own_session() {
+async fn a_context_is_worth_nothing_in_its_own_session_when_its_time_is_over() {
     let world = World::new().await;
     let (victim, attacker) = (world.person().await, world.person().await);
     let key = ContextKey::load(&world.app.db.sys).await.unwrap();
     let mut conn = PgConnection::connect_with(&world.database.options("cvault_app")).await.unwrap();
-    enter(&mut conn, &key, victim.tenant).await;
-    let context: String = sqlx::query_scalar("select current_setting('app.ctx')").fetch_one(&mut conn).await.unwrap();
-    sqlx::raw_sql("commit").execute(&mut conn).await.unwrap();
-    let steal = format!("set local app.ctx = '{context}'; select * from cvault.users");
-    assert_eq!(attack(&mut conn, &key, attacker.tenant, &steal).await, "");
+    let backend_pid = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut conn).await.unwrap();
+    let now = Binding::now(backend_pid);
+    for seconds in [-20, -16, 16, 20] {
+        let other = Binding { signed_us: now.signed_us + seconds * 1_000_000, ..now };
+        let context = key.sign(victim.tenant, other);
+        let steal = format!("set local app.ctx = '{}'; select * from cvault.users", *context);
+        assert_eq!(attack(&mut conn, &key, attacker.tenant, &steal).await, "", "{seconds} s");
+        let entered = format!("select cvault.enter('{}')", *context);
+        assert!(attack(&mut conn, &key, attacker.tenant, &entered).await.contains("not valid"), "{seconds} s");
+    }
 }
 
 #[tokio::test]

@@ -225,13 +225,14 @@ async fn the_context_ends_with_the_transaction() {
             1 => tx.rollback().await.unwrap(),
             _ => drop(tx),
         }
+        let mut session = db.tenancy.pool.get().await.unwrap();
         let context: Option<String> = sqlx::query_scalar("select nullif(current_setting('app.ctx', true), '')")
-            .fetch_one(&db.tenancy.pool)
+            .fetch_one(&mut session.conn)
             .await
             .unwrap();
         assert_eq!(context, None);
         let rows: i64 =
-            sqlx::query_scalar("select count(*) from cvault.tenants").fetch_one(&db.tenancy.pool).await.unwrap();
+            sqlx::query_scalar("select count(*) from cvault.tenants").fetch_one(&mut session.conn).await.unwrap();
         assert_eq!(rows, 0);
     }
 }

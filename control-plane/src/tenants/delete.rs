@@ -260,9 +260,12 @@ mod tests {
             keys: KeyRequest { public_key: None, preshared: true },
             region: None,
         };
+        let data_key = app.data_keys.sealed(&app.db.tenancy, person.tenant).await.unwrap().unwrap();
         let mut flying = app.db.tenancy.begin(person.tenant).await.unwrap();
         let (now, mut rng) = (app.clock.now(), StdRng::from_os_rng());
-        devices::register(&mut flying, &app.keys, person.user, new, now, &mut rng, request_id()).await.unwrap();
+        devices::register(&mut flying, &app.keys, &data_key, person.user, new, now, &mut rng, request_id())
+            .await
+            .unwrap();
         let deleting = tokio::spawn({
             let app = app.clone();
             async move { delete(&app, person.tenant, &Actor { name: "cli".to_owned(), request_id: None }).await }

@@ -390,7 +390,7 @@ mod tests {
         assert_eq!(peers(&world, server).await, count + 1);
         let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
         let devices = crate::devices::list(&mut tx, person.user, None, 1000).await.unwrap();
-        assert_eq!(devices.iter().map(|device| device.addresses).collect::<Vec<_>>(), addresses);
+        assert_eq!(devices.iter().map(|served| served.device.addresses).collect::<Vec<_>>(), addresses);
     }
 
     #[tokio::test]

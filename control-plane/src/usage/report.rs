@@ -42,6 +42,15 @@ pub struct Day {
     pub active_users: i64,
 }
 
+/// All that is told of a period.
+#[derive(Clone, Debug)]
+pub struct Report {
+    pub totals: Totals,
+    /// Those on which something happened, in order.
+    pub days: Vec<Day>,
+    pub limits: Limits,
+}
+
 /// The tenant's limits; `None`: none.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -50,110 +59,75 @@ pub struct Limits {
     pub devices_per_user: i32,
 }
 
-/// Sums over the period, of one user or of all.
+/// Sums over the period and its days, of one user or of all, and the limits in force. One statement: `tx` need not have begun.
 ///
 /// # Errors
 /// Those of the database.
-pub async fn totals(tx: &mut TenantTx, user: Option<UserId>, period: Period) -> Result<Totals, DbError> {
-    let tenant = tx.tenant().uuid();
-    let row = sqlx::query!(
-        r#"with bytes as (
-               select user_id, device_id, rx_bytes, tx_bytes from cvault.usage_hourly
-               where tenant_id = $1 and hour >= date_trunc('hour', $2::timestamptz, 'UTC') and hour < $3
-                 and ($4::uuid is null or user_id = $4)
-           ), spans as (
-               select user_id, device_id,
-                      extract(epoch from least(coalesce(disconnected_at, $3), $3) - greatest(connected_at, $2)) as seconds
-               from cvault.sessions
-               where tenant_id = $1 and connected_at < $3 and coalesce(disconnected_at, $3) >= $2
-                 and ($4::uuid is null or user_id = $4)
-           )
-           select coalesce((select sum(rx_bytes) from bytes), 0)::bigint as "rx!",
-                  coalesce((select sum(tx_bytes) from bytes), 0)::bigint as "tx!",
-                  coalesce((select sum(seconds) from spans), 0)::bigint as "seconds!",
-                  (select count(distinct user_id) from (select user_id from bytes union select user_id from spans) u) as "users!",
-                  (select count(distinct device_id) from (select device_id from bytes union select device_id from spans) d)
-                      as "devices!""#,
-        tenant,
-        period.from,
-        period.to,
-        user.map(UserId::uuid),
-    )
-    .fetch_one(tx.conn())
-    .await?;
-    Ok(Totals {
-        rx_bytes: row.rx,
-        tx_bytes: row.tx,
-        connection_seconds: row.seconds,
-        active_users: row.users,
-        active_devices: row.devices,
-    })
-}
-
-/// The days of the period on which something happened, in order.
-///
-/// # Errors
-/// Those of the database.
-pub async fn days(tx: &mut TenantTx, user: Option<UserId>, period: Period) -> Result<Vec<Day>, DbError> {
-    let tenant = tx.tenant().uuid();
+pub async fn report(tx: &mut TenantTx, user: Option<UserId>, period: Period) -> Result<Report, DbError> {
+    let (conn, context) = tx.entering();
     let rows = sqlx::query!(
-        r#"with bytes as (
-               select (hour at time zone 'UTC')::date as day, user_id, sum(rx_bytes) as rx, sum(tx_bytes) as tx
-               from cvault.usage_hourly
-               where tenant_id = $1 and hour >= date_trunc('hour', $2::timestamptz, 'UTC') and hour < $3
-                 and ($4::uuid is null or user_id = $4)
-               group by 1, 2
-           ), spans as (
-               select d.day::date as day, s.user_id,
-                      sum(extract(epoch from
-                          least(coalesce(s.disconnected_at, $3), $3, (d.day + interval '1 day') at time zone 'UTC')
-                          - greatest(s.connected_at, $2, d.day at time zone 'UTC'))) as seconds
-               from cvault.sessions s
-               cross join lateral generate_series(
-                   date_trunc('day', greatest(s.connected_at, $2) at time zone 'UTC'),
-                   least(coalesce(s.disconnected_at, $3), $3) at time zone 'UTC', interval '1 day') as d (day)
-               where s.tenant_id = $1 and s.connected_at < $3 and coalesce(s.disconnected_at, $3) >= $2
-                 and ($4::uuid is null or s.user_id = $4)
-               group by 1, 2
-           )
-           select day as "day!", coalesce(sum(b.rx), 0)::bigint as "rx!", coalesce(sum(b.tx), 0)::bigint as "tx!",
-                  coalesce(sum(s.seconds), 0)::bigint as "seconds!", count(distinct user_id) as "users!"
-           from bytes b full join spans s using (day, user_id)
-           group by day order by day"#,
-        tenant,
+        r#"select r.* from cvault.enter($1) as tenant
+           cross join lateral (
+               with bytes as materialized (
+                   select (hour at time zone 'UTC')::date as day, user_id, device_id, rx_bytes, tx_bytes from cvault.usage_hourly
+                   where tenant_id = tenant and hour >= date_trunc('hour', $2::timestamptz, 'UTC') and hour < $3
+                     and ($4::uuid is null or user_id = $4)
+               ), spans as materialized (
+                   select user_id, device_id, greatest(connected_at, $2) as since, least(coalesce(disconnected_at, $3), $3) as until
+                   from cvault.sessions
+                   where tenant_id = tenant and connected_at < $3 and coalesce(disconnected_at, $3) >= $2
+                     and ($4::uuid is null or user_id = $4)
+               ), parts as materialized (
+                   select day, user_id, device_id, rx_bytes as rx, tx_bytes as tx, 0 as seconds from bytes
+                   union all
+                   select d.day::date, user_id, device_id, 0, 0,
+                          extract(epoch from least(until, (d.day + interval '1 day') at time zone 'UTC')
+                                             - greatest(since, d.day at time zone 'UTC'))
+                   from spans cross join lateral generate_series(
+                       date_trunc('day', since at time zone 'UTC'), until at time zone 'UTC', interval '1 day') as d (day)
+               ), days as (
+                   -- the sums of all days stand in the line without one
+                   select day, sum(rx)::bigint as rx, sum(tx)::bigint as tx, sum(seconds)::bigint as seconds,
+                          count(distinct user_id) as users, count(distinct device_id) as devices
+                   from parts group by grouping sets ((day), ())
+               )
+               select t.bandwidth_limit_bytes, t.user_limit, t.max_devices_per_user, d.day,
+                      coalesce(d.rx, 0) as "rx!", coalesce(d.tx, 0) as "tx!", coalesce(d.seconds, 0) as "seconds!",
+                      d.users as "users!", d.devices as "devices!"
+               from cvault.tenants t cross join days d where t.tenant_id = tenant
+               order by d.day nulls first offset 0) as r"#,
+        context,
         period.from,
         period.to,
         user.map(UserId::uuid),
     )
-    .fetch_all(tx.conn())
+    .fetch_all(conn)
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| Day {
-            date: row.day,
-            rx_bytes: row.rx,
-            tx_bytes: row.tx,
-            connection_seconds: row.seconds,
-            active_users: row.users,
-        })
-        .collect())
-}
-
-/// The limits in force.
-///
-/// # Errors
-/// Those of the database.
-pub async fn limits(tx: &mut TenantTx) -> Result<Limits, DbError> {
-    let tenant = tx.tenant().uuid();
-    let row = sqlx::query!(
-        "select bandwidth_limit_bytes, user_limit, max_devices_per_user from cvault.tenants where tenant_id = $1",
-        tenant
-    )
-    .fetch_one(tx.conn())
-    .await?;
-    Ok(Limits {
-        bandwidth_bytes: row.bandwidth_limit_bytes,
-        users: row.user_limit,
-        devices_per_user: row.max_devices_per_user,
+    let (first, rest) = rows.split_first().ok_or(DbError::Other(sqlx::Error::RowNotFound))?;
+    Ok(Report {
+        totals: Totals {
+            rx_bytes: first.rx,
+            tx_bytes: first.tx,
+            connection_seconds: first.seconds,
+            active_users: first.users,
+            active_devices: first.devices,
+        },
+        days: rest
+            .iter()
+            .filter_map(|row| {
+                Some(Day {
+                    date: row.day?,
+                    rx_bytes: row.rx,
+                    tx_bytes: row.tx,
+                    connection_seconds: row.seconds,
+                    active_users: row.users,
+                })
+            })
+            .collect(),
+        limits: Limits {
+            bandwidth_bytes: first.bandwidth_limit_bytes,
+            users: first.user_limit,
+            devices_per_user: first.max_devices_per_user,
+        },
     })
 }

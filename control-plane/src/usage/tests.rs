@@ -42,8 +42,7 @@ async fn billed(world: &World, person: Person) -> Totals {
     let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
     let period =
         Period { from: world.app.clock.now() - Duration::hours(3), to: world.app.clock.now() + Duration::hours(1) };
-    let totals = totals(&mut tx, None, period).await.unwrap();
-    let days = days(&mut tx, None, period).await.unwrap();
+    let Report { totals, days, .. } = report(&mut tx, None, period).await.unwrap();
     assert_eq!(days.iter().map(|day| day.rx_bytes).sum::<i64>(), totals.rx_bytes);
     assert_eq!(days.iter().map(|day| day.tx_bytes).sum::<i64>(), totals.tx_bytes);
     tx.commit().await.unwrap();

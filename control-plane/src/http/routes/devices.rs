@@ -25,7 +25,7 @@ use crate::app::App;
 use crate::db::DbError;
 use crate::devices::{
     self, ClientDefaults, ConfigError, ConfigKeys, DeviceName, Fault, KeyRequest, NewDevice, NewDeviceKeys, Platform,
-    PublicKey, RegisterError, Registered, RevokeError, RotateError, is_region, render_config,
+    PublicKey, RegisterError, Registered, RevokeError, RotateError, ServedDevice, is_region, render_config,
 };
 use crate::http::idempotency::{self, Claim, Replay};
 use crate::http::{Caller, Json, Path, Problem, Query, context, cursor};
@@ -157,9 +157,15 @@ impl From<DbError> for NotRegistered {
 }
 
 async fn place(app: &App, caller: Caller, new: NewDevice) -> Result<Once<Box<Registered>>, Problem> {
+    let data_key = app.data_keys.sealed(&app.db.tenancy, caller.tenant).await?;
+    let data_key = data_key.ok_or(RegisterError::TenantClosed)?;
     for _ in 0..PLACEMENTS {
-        let mut tx = app.db.tenancy.begin(caller.tenant).await?;
-        let work = register_once(app, &mut tx, caller, new.clone()).await;
+        // one statement, unless an answer has to be kept with it
+        let mut tx = match context::is_idempotent() {
+            true => app.db.tenancy.begin(caller.tenant).await?,
+            false => app.db.tenancy.single(caller.tenant).await?,
+        };
+        let work = register_once(app, &mut tx, caller, &data_key, new.clone()).await;
         match tx.finish(work).await {
             Ok(done) => return Ok(done),
             Err(NotRegistered::Refused(problem)) => return Err(problem),
@@ -173,6 +179,7 @@ async fn register_once(
     app: &App,
     tx: &mut TenantTx,
     caller: Caller,
+    data_key: &[u8],
     new: NewDevice,
 ) -> Result<Once<Box<Registered>>, NotRegistered> {
     let place = match idempotency::claim(tx, app, caller.user.to_string()).await? {
@@ -181,7 +188,8 @@ async fn register_once(
     };
     let mut rng = StdRng::from_os_rng();
     let now = app.clock.now();
-    let device = devices::register(tx, &app.keys, caller.user, new, now, &mut rng, caller.request_id).await?;
+    let (user, request) = (caller.user, caller.request_id);
+    let device = devices::register(tx, &app.keys, data_key, user, new, now, &mut rng, request).await?;
     idempotency::keep(tx, &app.keys, place, StatusCode::CREATED, &Kept { device_id: device.id }).await?;
     Ok(Once::First(Box::new(device)))
 }
@@ -332,25 +340,19 @@ async fn list(
         None => None,
     };
     let now = app.clock.now();
-    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
-    let mut found = devices::list(&mut tx, caller.user, after, limit + 1).await?;
-    let servers = servers::list(&mut tx).await?;
-    tx.commit().await?;
+    let mut tx = app.db.tenancy.single(caller.tenant).await?;
+    let found = devices::list(&mut tx, caller.user, after, limit + 1).await;
+    let mut found = tx.finish(found).await?;
     let has_more = found.len() > limit as usize;
     found.truncate(limit as usize);
-    let next_cursor = found.last().filter(|_| has_more).map(|last| cursor::encode(&app.secrets, &name, last.id.uuid()));
-    let data = found
-        .into_iter()
-        .map(|device| {
-            let server = servers.iter().find(|server| server.id == device.server);
-            shown(device, server, now)
-        })
-        .collect();
+    let last = found.last().filter(|_| has_more);
+    let next_cursor = last.map(|last| cursor::encode(&app.secrets, &name, last.device.id.uuid()));
+    let data = found.into_iter().map(|device| shown(device, now)).collect();
     Ok(Json(DevicePage { data, has_more, next_cursor }))
 }
 
-fn shown(device: devices::Device, server: Option<&Server>, now: OffsetDateTime) -> Device {
-    let acked = !device.reclaimed && server.is_some_and(|server| server.acked_revision >= device.placed_revision);
+fn shown(served: ServedDevice, now: OffsetDateTime) -> Device {
+    let ServedDevice { device, region, acked } = served;
     Device {
         device_id: device.id,
         tunnel_up: device.tunnel_up(now),
@@ -361,7 +363,7 @@ fn shown(device: devices::Device, server: Option<&Server>, now: OffsetDateTime) 
         assigned_ipv6: device.addresses.ipv6.to_string(),
         status: if acked { DeviceStatus::Active } else { DeviceStatus::Pending },
         server_id: device.server,
-        server_region: server.map(|server| server.region.clone()).unwrap_or_default(),
+        server_region: region,
         last_handshake_at: device.last_handshake_at,
         last_connected_at: device.last_connected_at,
         created_at: device.created_at,
@@ -381,7 +383,7 @@ async fn get(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -
     tx.commit().await?;
     let device = device.ok_or_else(|| Problem::new(ErrorCode::NotFound))?;
     let server = servers.iter().find(|server| server.id == device.server);
-    Ok(Json(shown(device, server, app.clock.now())))
+    Ok(Json(shown(ServedDevice::new(device, server), app.clock.now())))
 }
 
 /// The configuration file of a device, ready for `wg-quick`; or as a QR code, for the camera of a telephone.

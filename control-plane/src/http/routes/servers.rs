@@ -20,9 +20,9 @@ pub fn router() -> OpenApiRouter<App> {
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
 async fn list(State(app): State<App>, caller: Caller) -> Result<Json<ServerList>, Problem> {
     let now = app.clock.now();
-    let mut tx = app.db.tenancy.begin(caller.tenant).await?;
-    let servers = servers::list(&mut tx).await?;
-    tx.commit().await?;
+    let mut tx = app.db.tenancy.single(caller.tenant).await?;
+    let found = servers::list(&mut tx).await;
+    let servers = tx.finish(found).await?;
     let servers = servers
         .into_iter()
         .map(|server| Server {

@@ -78,11 +78,9 @@ async fn show(
     if csv::is_wanted(&headers) {
         return export(app, subject, period).await;
     }
-    let mut tx = app.db.tenancy.begin(subject.tenant).await?;
-    let totals = usage::totals(&mut tx, subject.user, period).await?;
-    let days = usage::days(&mut tx, subject.user, period).await?;
-    let limits = usage::limits(&mut tx).await?;
-    tx.commit().await?;
+    let mut tx = app.db.tenancy.single(subject.tenant).await?;
+    let report = usage::report(&mut tx, subject.user, period).await;
+    let usage::Report { totals, days, limits } = tx.finish(report).await?;
     let answer = Usage {
         current_period: sums(period, totals),
         limits: self::limits(limits),

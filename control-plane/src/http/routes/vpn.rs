@@ -15,7 +15,7 @@ use utoipa_axum::routes;
 use super::devices::{Once, bandwidth_exceeded, check_region, config_text, unless_nowhere};
 use crate::app::App;
 use crate::audit;
-use crate::devices;
+use crate::devices::{self, ServedDevice};
 use crate::http::idempotency::{self, Claim};
 use crate::http::{Caller, Json, Problem};
 use crate::servers;
@@ -169,13 +169,11 @@ async fn status(State(app): State<App>, caller: Caller) -> Result<Json<VpnStatus
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
     let devices = devices::list(&mut tx, caller.user, None, MAX_DEVICES).await?;
     let open = sessions::open_sessions(&mut tx, caller.user).await?;
-    let servers = servers::list(&mut tx).await?;
     tx.commit().await?;
     let devices: Vec<_> = devices
         .into_iter()
-        .map(|device| {
+        .map(|ServedDevice { device, region, .. }| {
             let session = open.iter().find(|session| session.device == device.id);
-            let server = servers.iter().find(|server| server.id == device.server);
             DeviceConnection {
                 device_id: device.id,
                 tunnel_up: device.tunnel_up(now),
@@ -184,7 +182,7 @@ async fn status(State(app): State<App>, caller: Caller) -> Result<Json<VpnStatus
                 last_handshake_at: device.last_handshake_at,
                 assigned_ip: device.addresses.ipv4.to_string(),
                 server_id: device.server,
-                server_region: server.map(|server| server.region.clone()).unwrap_or_default(),
+                server_region: region,
                 session: session.map(|session| Session {
                     session_id: session.id,
                     connected_at: session.connected_at,

@@ -20,7 +20,7 @@ const NOISY_LIMIT: u32 = 6_000;
 pub(crate) struct Bench {
     platform: Platform,
     tenant: Tenant,
-    users: Vec<User>,
+    people: Vec<User>,
     size: Size,
     rows: Vec<Row>,
     /// Devices that answers have promised.
@@ -30,13 +30,14 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) async fn start(size: Size) -> Result<Self> {
-        eprintln!("bench: starting a control plane, registering {} users", size.users);
+        eprintln!("bench: starting a control plane, registering {} users", size.users + size.people);
         let platform = Platform::start().await?;
         platform.pool("wide", "10.64.0.0/10", "fd64::/64")?;
         platform.server("one", "wide", "203.0.113.1")?;
         let tenant = platform.tenant("Bench", UNLIMITED).await?;
-        let users = platform.users(&tenant, size.users).await?;
-        Ok(Self { platform, tenant, users, size, rows: Vec::new(), promised: 0, runs: 0 })
+        platform.users(&tenant, size.users).await?;
+        let people = platform.vouched(&tenant, size.people).await?;
+        Ok(Self { platform, tenant, people, size, rows: Vec::new(), promised: 0, runs: 0 })
     }
 
     pub(crate) async fn all(&mut self, only: &[String]) -> Result<Vec<Row>> {
@@ -86,11 +87,11 @@ impl Bench {
     /// Registers for a while; every answer is a device, and no two have the same address or key.
     async fn register(&mut self, time: Duration, region: &str) -> Result<Load> {
         self.runs += 1;
-        let (users, clients, prefix) = (&self.users, self.size.clients, self.runs);
-        let per_client = (users.len() / clients).max(1);
+        let (people, clients, prefix) = (&self.people, self.size.clients, self.runs);
+        let per_client = (people.len() / clients).max(1);
         let load = run(self.platform.address, clients, time, Pace::Closed, |client, number| {
-            // each client goes through its own users
-            let user = &users[(client * per_client + usize::try_from(number).unwrap_or(0) % per_client) % users.len()];
+            // each client goes through its own people
+            let user = &people[(client * per_client + usize::try_from(number).unwrap_or(0) % per_client) % people.len()];
             let body = json!({"device_name": format!("{prefix}-{client}-{number}"), "server_region": region});
             request("POST", "/api/v1/devices", &user.headers(), Some(&body.to_string()))
         })
@@ -180,9 +181,9 @@ impl Bench {
     }
 
     async fn reads(&mut self) -> Result<()> {
-        let users = &self.users;
+        let people = &self.people;
         let load = run(self.platform.address, self.size.clients, self.size.short, Pace::Closed, |client, number| {
-            reading(&users[client % users.len()], number)
+            reading(&people[client % people.len()], number)
         })
         .await?;
         refuse(&load)?;
@@ -255,7 +256,7 @@ impl Bench {
     async fn logins(&mut self) -> Result<()> {
         let alone = self.trickle().await?;
         let tenant = &self.tenant;
-        let users = self.users.len();
+        let users = self.size.users;
         let flood =
             run(self.platform.address, 32, self.size.short, Pace::Closed, |client, _| login(tenant, client % users));
         let (flood, beside) = tokio::join!(flood, self.trickle());
@@ -290,13 +291,13 @@ impl Bench {
     }
 
     async fn trickle(&self) -> Result<Load> {
-        let users = &self.users;
+        let people = &self.people;
         let load = run(
             self.platform.address,
             QUIET_CLIENTS,
             self.size.short,
             Pace::Every(QUIET_INTERVAL),
-            |client, number| reading(&users[client], number),
+            |client, number| reading(&people[client], number),
         )
         .await?;
         refuse(&load)?;

@@ -22,7 +22,10 @@ pub(crate) struct Size {
     registering: Duration,
     short: Duration,
     clients: usize,
+    /// With a password.
     users: usize,
+    /// Who register devices: as many as have a few each at the end.
+    people: usize,
     /// Devices that the server has before the second run.
     present: u64,
     /// Whether demands are made of a run of this size.
@@ -38,6 +41,7 @@ impl Size {
                 short: seconds(2),
                 clients: 16,
                 users: 16,
+                people: 64,
                 present: 0,
                 judged: false,
             };
@@ -45,7 +49,7 @@ impl Size {
         let registering = options.seconds.map_or(seconds(60), |s| seconds(s.into()));
         let short = registering.min(seconds(20));
         let judged = registering >= seconds(20);
-        Self { registering, short, clients: 64, users: 256, present: 65_000, judged }
+        Self { registering, short, clients: 64, users: 64, people: 8192, present: 65_000, judged }
     }
 }
 
