@@ -4,6 +4,21 @@ CREATE SCHEMA cvault;
 ALTER SCHEMA cvault OWNER TO cvault_owner;
 CREATE SCHEMA platform;
 ALTER SCHEMA platform OWNER TO cvault_owner;
+CREATE FUNCTION cvault.enter(p_context text) RETURNS uuid
+    LANGUAGE plpgsql
+    AS $$
+declare
+    v_tenant uuid;
+begin
+    perform pg_catalog.set_config('app.ctx', p_context, true);
+    v_tenant := cvault.tenant_id();
+    if v_tenant is null then
+        raise insufficient_privilege using message = 'the tenant context is not valid';
+    end if;
+    return v_tenant;
+end
+$$;
+ALTER FUNCTION cvault.enter(p_context text) OWNER TO cvault_owner;
 CREATE FUNCTION cvault.tenant_id() RETURNS uuid
     LANGUAGE plpgsql STABLE SECURITY DEFINER PARALLEL RESTRICTED
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -11,6 +26,7 @@ CREATE FUNCTION cvault.tenant_id() RETURNS uuid
 declare
     ctx constant text := current_setting('app.ctx', true);
     body text;
+    signed bytea;
     k bytea;
 begin
     -- after COMMIT a local setting is '' and not NULL
@@ -18,17 +34,21 @@ begin
         return null;
     end if;
     body := left(ctx, -65);
-    for k in select c.key from platform.context_keys c where c.active loop
-        if body || '.' || encode(sha256(k || sha256(k || convert_to(body, 'UTF8'))), 'hex') = ctx then
-            -- so a context that was overheard is worth nothing anywhere else
-            if split_part(body, '.', 2)::bigint <> pg_backend_pid()
-               or split_part(body, '.', 3)::bigint <> (extract(epoch from transaction_timestamp()) * 1000000)::bigint then
-                return null;
-            end if;
-            return split_part(body, '.', 1)::uuid;
+    signed := convert_to(body, 'UTF8');
+    select c.key into k from platform.context_keys c where c.active order by c.key_id desc limit 1;
+    if body || '.' || encode(sha256(k || sha256(k || signed)), 'hex') is distinct from ctx then
+        -- while keys are changed there are two
+        select c.key into k from platform.context_keys c where c.active order by c.key_id limit 1;
+        if body || '.' || encode(sha256(k || sha256(k || signed)), 'hex') is distinct from ctx then
+            return null;
         end if;
-    end loop;
-    return null;
+    end if;
+    -- so a context that was overheard is worth nothing to any other session, and soon nothing at all
+    if split_part(body, '.', 2)::integer <> pg_backend_pid()
+       or abs(split_part(body, '.', 3)::bigint - date_part('epoch', transaction_timestamp()) * 1000000) > 15000000 then
+        return null;
+    end if;
+    return left(body, 36)::uuid;
 end
 $$;
 ALTER FUNCTION cvault.tenant_id() OWNER TO cvault_fn;
@@ -40,25 +60,11 @@ declare
     v_tenant constant uuid := cvault.tenant_id();
     v_pool platform.address_pools;
     v_host bigint;
-    v_last bigint;
 begin
     if v_tenant is null then
         raise insufficient_privilege using message = 'no tenant context';
     end if;
-    v_host := platform.take_free_address(p_pool, v_tenant, p_device);
-    if v_host is null then
-        select * into v_pool from platform.address_pools p where p.pool_id = p_pool for no key update;
-        -- whoever held the lock before may have opened a block meanwhile
-        v_host := platform.take_free_address(p_pool, v_tenant, p_device);
-        v_last := (1::bigint << (32 - masklen(v_pool.ipv4))) - 2;
-        if v_host is null and v_pool.next_host <= v_last then
-            insert into platform.addresses (pool_id, host, state)
-                select p_pool, h, 'free' from generate_series(v_pool.next_host, least(v_pool.next_host + 63, v_last)) as h;
-            update platform.address_pools p set next_host = least(v_pool.next_host + 64, v_last + 1)
-                where p.pool_id = p_pool;
-            v_host := platform.take_free_address(p_pool, v_tenant, p_device);
-        end if;
-    end if;
+    v_host := platform.take_address(p_pool, v_tenant, p_device);
     if v_host is null then
         return;
     end if;
@@ -109,15 +115,33 @@ begin
 end
 $$;
 ALTER FUNCTION platform.forget_peers(p_devices uuid[]) OWNER TO cvault_fn;
-CREATE FUNCTION platform.list_servers() RETURNS TABLE(server_id uuid, name text, region text, public_ip inet, endpoint_port integer, public_key bytea, pool_id uuid, pool_ipv4 cidr, capacity integer, peer_count bigint, status text, enrolled boolean, last_seen_at timestamp with time zone, revision bigint, acked_revision bigint)
-    LANGUAGE sql STABLE SECURITY DEFINER
+CREATE FUNCTION platform.id_text(p_prefix text, p_id uuid) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
-    select s.server_id, s.name, s.region, s.public_ip, s.endpoint_port, s.public_key, s.pool_id, p.ipv4, s.capacity,
-           s.peer_count, s.status, s.identity_pin is not null, s.last_seen_at, s.revision, s.acked_revision
-    from platform.servers s join platform.address_pools p using (pool_id)
-    where s.status <> 'removed'
-    order by s.region, s.name
+declare
+    bits constant bit(130) := b'00' || ('x' || replace(p_id::text, '-', ''))::bit(128);
+    letters text := '';
+begin
+    for at in 0..25 loop
+        letters := letters || substr('0123456789abcdefghjkmnpqrstvwxyz', substring(bits from at * 5 + 1 for 5)::integer + 1, 1);
+    end loop;
+    return p_prefix || '_' || letters;
+end
+$$;
+ALTER FUNCTION platform.id_text(p_prefix text, p_id uuid) OWNER TO cvault_owner;
+CREATE FUNCTION platform.list_servers() RETURNS TABLE(server_id uuid, name text, region text, public_ip inet, endpoint_port integer, public_key bytea, pool_id uuid, pool_ipv4 cidr, capacity integer, peer_count bigint, status text, enrolled boolean, last_seen_at timestamp with time zone, revision bigint, acked_revision bigint)
+    LANGUAGE plpgsql STABLE SECURITY DEFINER ROWS 20
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+    return query
+        select s.server_id, s.name, s.region, s.public_ip, s.endpoint_port, s.public_key, s.pool_id, p.ipv4, s.capacity,
+               s.peer_count, s.status, s.identity_pin is not null, s.last_seen_at, s.revision, s.acked_revision
+        from platform.servers s join platform.address_pools p using (pool_id)
+        where s.status <> 'removed'
+        order by s.region, s.name;
+end
 $$;
 ALTER FUNCTION platform.list_servers() OWNER TO cvault_fn;
 CREATE FUNCTION platform.move_peer(p_device uuid, p_server uuid) RETURNS bigint
@@ -291,6 +315,109 @@ begin
 end
 $$;
 ALTER FUNCTION platform.reclaim_address(p_device uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.register_device(p_tenant uuid, p_device uuid, p_user uuid, p_name text, p_platform text, p_public_key bytea, p_private_key_sealed bytea, p_preshared_key_sealed bytea, p_preshared_key_hash bytea, p_region text, p_seen_since timestamp with time zone, p_at timestamp with time zone) RETURNS TABLE(outcome text, max_devices integer, devices bigint, client_dns inet[], client_allowed_ips cidr[], client_mtu integer, server_id uuid, server_name text, region text, public_ip inet, endpoint_port integer, server_public_key bytea, pool_id uuid, capacity integer, peer_count bigint, last_seen_at timestamp with time zone, acked_revision bigint, ipv4 inet, ipv6 inet, revision bigint)
+    LANGUAGE plpgsql SECURITY DEFINER ROWS 1
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+#variable_conflict use_column
+declare
+    v_tenant record;
+    v_candidate record;
+    v_exhausted uuid[] := '{}';
+    v_host bigint;
+    v_server platform.servers;
+begin
+    -- Nothing is found of a tenant that is not the context's. The user is locked, so that racing registrations count one after
+    -- the other; the tenant against its suspension and deletion.
+    select t.max_devices_per_user, t.status, t.over_limit_since, t.client_dns, t.client_allowed_ips, t.client_mtu into v_tenant
+        from cvault.users u join cvault.tenants t on t.tenant_id = u.tenant_id
+        where u.tenant_id = p_tenant and u.user_id = p_user and u.status = 'active'
+        for no key update of u for share of t;
+    if not found then
+        outcome := 'user_gone';
+        return next;
+        return;
+    end if;
+    if v_tenant.status not in ('active', 'trial') then
+        outcome := 'tenant_closed';
+        return next;
+        return;
+    end if;
+    if v_tenant.over_limit_since is not null then
+        outcome := 'over_limit';
+        return next;
+        return;
+    end if;
+    max_devices := v_tenant.max_devices_per_user;
+    -- a statement of its own: it sees what was committed while the first one waited for the lock
+    select count(*) into devices from (
+        select from cvault.devices d
+        where d.tenant_id = p_tenant and d.user_id = p_user and d.status = 'active'
+        order by d.device_id limit max_devices) as own;
+    if devices >= max_devices then
+        outcome := 'device_limit';
+        return next;
+        return;
+    end if;
+    for v_candidate in
+        select s.server_id, s.pool_id, p.ipv4, p.ipv6
+        from platform.servers s join platform.address_pools p on p.pool_id = s.pool_id
+        where s.status = 'active' and s.identity_pin is not null and s.public_key is not null
+          and s.peer_count < s.capacity and s.last_seen_at > p_seen_since and s.region = coalesce(p_region, s.region)
+        order by s.peer_count * 1000000 / s.capacity, s.server_id
+    loop
+        continue when v_candidate.pool_id = any (v_exhausted);
+        v_host := platform.take_address(v_candidate.pool_id, p_tenant, p_device);
+        exit when v_host is not null;
+        v_exhausted := v_exhausted || v_candidate.pool_id;
+    end loop;
+    if v_host is null then
+        outcome := case when v_exhausted = '{}' then 'no_server' else 'pool_exhausted' end;
+        return next;
+        return;
+    end if;
+    ipv4 := host(v_candidate.ipv4::inet + v_host)::inet;
+    ipv6 := host(v_candidate.ipv6::inet + v_host)::inet;
+    -- from here to the end every other change of this server waits
+    select * into v_server from platform.servers s where s.server_id = v_candidate.server_id for no key update;
+    if v_server.status <> 'active' or v_server.peer_count >= v_server.capacity then
+        raise check_violation using message = 'the server takes no more peers', constraint = 'servers_open_for_peers';
+    end if;
+    revision := v_server.revision + 1;
+    insert into cvault.devices (tenant_id, device_id, user_id, name, platform, public_key, private_key_sealed, preshared_key_sealed,
+                                preshared_key_hash, pool_id, ipv4, ipv6, server_id, placed_revision, created_at)
+        values (p_tenant, p_device, p_user, p_name, p_platform, p_public_key, p_private_key_sealed, p_preshared_key_sealed,
+                p_preshared_key_hash, v_server.pool_id, ipv4, ipv6, v_server.server_id, revision, p_at);
+    insert into platform.peers (server_id, device_id, tenant_id, user_id, public_key, preshared_key_sealed, preshared_key_hash,
+                                ipv4, ipv6, generation)
+        values (v_server.server_id, p_device, p_tenant, p_user, p_public_key, p_preshared_key_sealed, p_preshared_key_hash,
+                ipv4, ipv6, revision);
+    update platform.servers s
+        set revision = v_server.revision + 1, peer_count = s.peer_count + 1,
+            digest = (s.digest + platform.peer_record_digest(s.digest_key, p_device, p_tenant, p_public_key,
+                p_preshared_key_hash, ipv4, ipv6, v_server.revision + 1)) % 340282366920938463463374607431768211456
+        where s.server_id = v_server.server_id;
+    insert into platform.node_changes (server_id, revision, op, device_id, public_key)
+        values (v_server.server_id, revision, 'upsert', p_device, p_public_key);
+    outcome := 'registered';
+    client_dns := v_tenant.client_dns;
+    client_allowed_ips := v_tenant.client_allowed_ips;
+    client_mtu := v_tenant.client_mtu;
+    server_id := v_server.server_id;
+    server_name := v_server.name;
+    region := v_server.region;
+    public_ip := v_server.public_ip;
+    endpoint_port := v_server.endpoint_port;
+    server_public_key := v_server.public_key;
+    pool_id := v_server.pool_id;
+    capacity := v_server.capacity;
+    peer_count := v_server.peer_count + 1;
+    last_seen_at := v_server.last_seen_at;
+    acked_revision := v_server.acked_revision;
+    return next;
+end
+$$;
+ALTER FUNCTION platform.register_device(p_tenant uuid, p_device uuid, p_user uuid, p_name text, p_platform text, p_public_key bytea, p_private_key_sealed bytea, p_preshared_key_sealed bytea, p_preshared_key_hash bytea, p_region text, p_seen_since timestamp with time zone, p_at timestamp with time zone) OWNER TO cvault_fn;
 CREATE FUNCTION platform.restore_address(p_device uuid, p_server uuid) RETURNS TABLE(ipv4 inet, ipv6 inet)
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -358,25 +485,67 @@ CREATE FUNCTION platform.suspend_user_peer(p_device uuid) RETURNS bigint
     where d.tenant_id = cvault.tenant_id() and d.device_id = p_device and u.status = 'disabled'
 $$;
 ALTER FUNCTION platform.suspend_user_peer(p_device uuid) OWNER TO cvault_fn;
-CREATE FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) RETURNS bigint
-    LANGUAGE plpgsql
+CREATE FUNCTION platform.take_address(p_pool uuid, p_tenant uuid, p_device uuid) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 declare
+    v_pool platform.address_pools;
     v_host bigint;
+    v_last bigint;
 begin
-    update platform.addresses a
-        set state = 'allocated', tenant_id = p_tenant, device_id = p_device,
-            released_device_id = null
-        where (a.pool_id, a.host) = (
-            select f.pool_id, f.host from platform.addresses f
-            where f.pool_id = p_pool and f.state = 'free'
-            order by f.released_at nulls first, f.host
-            limit 1 for update skip locked)
-        returning a.host into v_host;
+    v_host := platform.take_free_address(p_pool, p_tenant, p_device);
+    if v_host is null then
+        select * into v_pool from platform.address_pools p where p.pool_id = p_pool for no key update;
+        -- whoever held the lock before may have opened a block meanwhile
+        v_host := platform.take_free_address(p_pool, p_tenant, p_device);
+        v_last := (1::bigint << (32 - masklen(v_pool.ipv4))) - 2;
+        if v_host is null and v_pool.next_host <= v_last then
+            insert into platform.addresses (pool_id, host, state)
+                select p_pool, h, 'free' from generate_series(v_pool.next_host, least(v_pool.next_host + 63, v_last)) as h;
+            update platform.address_pools p set next_host = least(v_pool.next_host + 64, v_last + 1)
+                where p.pool_id = p_pool;
+            v_host := platform.take_free_address(p_pool, p_tenant, p_device);
+        end if;
+    end if;
     return v_host;
 end
 $$;
+ALTER FUNCTION platform.take_address(p_pool uuid, p_tenant uuid, p_device uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+    hint constant text := current_setting('cvault.free_after', true);
+    v_free tid;
+    v_host bigint;
+begin
+    if hint ~ '^[0-9a-f-]{36}:[0-9]{1,10}$' and left(hint, 36)::uuid = p_pool then
+        select f.ctid into v_free from platform.addresses f
+            where f.pool_id = p_pool and f.state = 'free' and f.released_at is null and f.host > substr(hint, 38)::bigint
+            -- as the index has them: by another one it would be a walk through all that are taken
+            order by f.released_at nulls first, f.host
+            limit 1 for update skip locked;
+    end if;
+    if v_free is null then
+        select f.ctid into v_free from platform.addresses f
+            where f.pool_id = p_pool and f.state = 'free'
+            order by f.released_at nulls first, f.host
+            limit 1 for update skip locked;
+    end if;
+    if v_free is null then
+        return null;
+    end if;
+    -- a row that is locked needs no second search
+    update platform.addresses a
+        set state = 'allocated', tenant_id = p_tenant, device_id = p_device, released_device_id = null
+        where a.ctid = v_free
+        returning a.host into v_host;
+    perform set_config('cvault.free_after', p_pool || ':' || v_host, false);
+    return v_host;
+end
+$_$;
 ALTER FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) OWNER TO cvault_fn;
 CREATE FUNCTION platform.withdraw(p_device uuid, p_tenant uuid) RETURNS bigint
     LANGUAGE plpgsql
@@ -474,7 +643,7 @@ CREATE TABLE cvault.auth_events (
     client_ip inet,
     request_id uuid,
     admin_id uuid,
-    CONSTRAINT auth_events_kind CHECK ((kind = ANY (ARRAY['register'::text, 'login'::text, 'refresh'::text, 'logout'::text, 'portal_signup'::text, 'portal_login'::text, 'portal_refresh'::text, 'portal_logout'::text, 'portal_email_verify'::text, 'portal_password_reset'::text, 'portal_password_change'::text, 'portal_step_up'::text, 'portal_risk'::text]))),
+    CONSTRAINT auth_events_kind CHECK ((kind = ANY (ARRAY['register'::text, 'login'::text, 'refresh'::text, 'logout'::text, 'portal_signup'::text, 'portal_login'::text, 'portal_refresh'::text, 'portal_logout'::text, 'portal_email_verify'::text, 'portal_email_change'::text, 'portal_password_reset'::text, 'portal_password_change'::text, 'portal_step_up'::text, 'portal_risk'::text]))),
     CONSTRAINT auth_events_outcome CHECK ((outcome = ANY (ARRAY['success'::text, 'failure'::text, 'reuse'::text, 'limited'::text])))
 );
 ALTER TABLE ONLY cvault.auth_events FORCE ROW LEVEL SECURITY;
@@ -538,7 +707,7 @@ CREATE TABLE cvault.outbox (
     dead_at timestamp with time zone,
     last_error text,
     CONSTRAINT outbox_attempts CHECK ((attempts >= 0)),
-    CONSTRAINT outbox_kind CHECK ((kind = ANY (ARRAY['verify_email'::text, 'reset_password'::text, 'password_changed'::text]))),
+    CONSTRAINT outbox_kind CHECK ((kind = ANY (ARRAY['verify_email'::text, 'reset_password'::text, 'password_changed'::text, 'change_email'::text, 'email_change_asked'::text, 'email_changed'::text]))),
     CONSTRAINT outbox_last_error_length CHECK ((char_length(last_error) <= 500)),
     CONSTRAINT outbox_one_end CHECK (((delivered_at IS NULL) OR (dead_at IS NULL))),
     CONSTRAINT outbox_payload_destroyed CHECK (((delivered_at IS NULL) OR (payload_sealed IS NULL)))
@@ -554,8 +723,10 @@ CREATE TABLE cvault.portal_links (
     created_at timestamp with time zone NOT NULL,
     expires_at timestamp with time zone NOT NULL,
     used_at timestamp with time zone,
+    session_id uuid,
     CONSTRAINT portal_links_hash_length CHECK ((octet_length(token_hash) = 32)),
-    CONSTRAINT portal_links_purpose CHECK ((purpose = ANY (ARRAY['verify_email'::text, 'reset_password'::text])))
+    CONSTRAINT portal_links_purpose CHECK ((purpose = ANY (ARRAY['verify_email'::text, 'reset_password'::text, 'change_email'::text]))),
+    CONSTRAINT portal_links_session CHECK (((session_id IS NOT NULL) = (purpose = 'change_email'::text)))
 );
 ALTER TABLE ONLY cvault.portal_links FORCE ROW LEVEL SECURITY;
 ALTER TABLE cvault.portal_links OWNER TO cvault_owner;
@@ -593,7 +764,7 @@ CREATE TABLE cvault.portal_sessions (
     sensitive_requests integer DEFAULT 0 NOT NULL,
     challenge_failures integer DEFAULT 0 NOT NULL,
     CONSTRAINT portal_sessions_cookie_length CHECK ((octet_length(cookie_hash) = 32)),
-    CONSTRAINT portal_sessions_end_reason CHECK ((end_reason = ANY (ARRAY['logout'::text, 'revoked'::text, 'password_changed'::text, 'token_reused'::text, 'risk'::text]))),
+    CONSTRAINT portal_sessions_end_reason CHECK ((end_reason = ANY (ARRAY['logout'::text, 'revoked'::text, 'password_changed'::text, 'email_changed'::text, 'token_reused'::text, 'risk'::text]))),
     CONSTRAINT portal_sessions_ended CHECK (((ended_at IS NULL) = (end_reason IS NULL))),
     CONSTRAINT portal_sessions_user_agent_length CHECK ((char_length(user_agent) <= 255))
 );
@@ -612,6 +783,23 @@ CREATE TABLE cvault.refresh_tokens (
 );
 ALTER TABLE ONLY cvault.refresh_tokens FORCE ROW LEVEL SECURITY;
 ALTER TABLE cvault.refresh_tokens OWNER TO cvault_owner;
+CREATE TABLE cvault.request_logs (
+    tenant_id uuid NOT NULL,
+    request_id uuid NOT NULL,
+    at timestamp with time zone NOT NULL,
+    method text NOT NULL,
+    route text NOT NULL,
+    status smallint NOT NULL,
+    code text,
+    duration_us integer NOT NULL,
+    api_key_id uuid NOT NULL,
+    user_id uuid,
+    client_ip inet,
+    CONSTRAINT request_logs_lengths CHECK (((char_length(method) <= 10) AND (char_length(route) <= 200) AND (char_length(code) <= 50))),
+    CONSTRAINT request_logs_status CHECK (((status >= 100) AND (status <= 599)))
+);
+ALTER TABLE ONLY cvault.request_logs FORCE ROW LEVEL SECURITY;
+ALTER TABLE cvault.request_logs OWNER TO cvault_owner;
 CREATE TABLE cvault.sessions (
     tenant_id uuid NOT NULL,
     session_id uuid NOT NULL,
@@ -1094,6 +1282,8 @@ ALTER TABLE ONLY cvault.portal_sessions
     ADD CONSTRAINT portal_sessions_pkey PRIMARY KEY (tenant_id, session_id);
 ALTER TABLE ONLY cvault.refresh_tokens
     ADD CONSTRAINT refresh_tokens_pkey PRIMARY KEY (tenant_id, token_hash);
+ALTER TABLE ONLY cvault.request_logs
+    ADD CONSTRAINT request_logs_pkey PRIMARY KEY (tenant_id, request_id);
 ALTER TABLE ONLY cvault.sessions
     ADD CONSTRAINT sessions_pkey PRIMARY KEY (tenant_id, session_id);
 ALTER TABLE ONLY cvault.step_up_challenges
@@ -1162,6 +1352,8 @@ ALTER TABLE ONLY platform.servers
     ADD CONSTRAINT servers_identity_pin_unique UNIQUE (identity_pin);
 ALTER TABLE ONLY platform.servers
     ADD CONSTRAINT servers_pkey PRIMARY KEY (server_id);
+ALTER TABLE ONLY platform.servers
+    ADD CONSTRAINT servers_pool_unique UNIQUE (server_id, pool_id);
 ALTER TABLE ONLY platform.usage_counters
     ADD CONSTRAINT usage_counters_pkey PRIMARY KEY (server_id, counter_epoch, device_id, generation);
 ALTER TABLE ONLY platform.usage_orphans
@@ -1178,7 +1370,7 @@ CREATE INDEX auth_events_at ON cvault.auth_events USING btree (at);
 CREATE INDEX devices_revoked ON cvault.devices USING btree (revoked_at) WHERE (status = 'revoked'::text);
 CREATE INDEX devices_suspended ON cvault.devices USING btree (tenant_id) WHERE (suspended AND (status = 'active'::text));
 CREATE UNIQUE INDEX devices_tenant_public_key ON cvault.devices USING btree (tenant_id, public_key) WHERE (status = 'active'::text);
-CREATE INDEX devices_user ON cvault.devices USING btree (tenant_id, user_id, created_at) WHERE (status = 'active'::text);
+CREATE INDEX devices_user ON cvault.devices USING btree (tenant_id, user_id, device_id) WHERE (status = 'active'::text);
 CREATE INDEX idempotency_keys_created ON cvault.idempotency_keys USING btree (created_at);
 CREATE UNIQUE INDEX idempotency_keys_staff ON cvault.idempotency_keys USING btree (principal, key) WHERE (principal ~~ 'admin:%'::text);
 CREATE INDEX outbox_due ON cvault.outbox USING btree (next_attempt_at) WHERE ((delivered_at IS NULL) AND (dead_at IS NULL));
@@ -1220,10 +1412,8 @@ CREATE INDEX enrol_tokens_expires ON platform.enrol_tokens USING btree (expires_
 CREATE INDEX peers_device ON platform.peers USING btree (device_id);
 CREATE INDEX peers_generation ON platform.peers USING btree (server_id, generation) WHERE (removed_revision IS NULL);
 CREATE UNIQUE INDEX peers_ipv4_device_unique ON platform.peers USING btree (ipv4) WHERE (removed_revision IS NULL);
-CREATE UNIQUE INDEX peers_ipv4_unique ON platform.peers USING btree (server_id, ipv4) WHERE (removed_revision IS NULL);
 CREATE UNIQUE INDEX peers_ipv6_unique ON platform.peers USING btree (server_id, ipv6) WHERE (removed_revision IS NULL);
 CREATE UNIQUE INDEX peers_public_key_device_unique ON platform.peers USING btree (public_key) WHERE (removed_revision IS NULL);
-CREATE UNIQUE INDEX peers_public_key_unique ON platform.peers USING btree (server_id, public_key) WHERE (removed_revision IS NULL);
 CREATE INDEX peers_removed ON platform.peers USING btree (server_id, removed_revision) WHERE (removed_revision IS NOT NULL);
 CREATE INDEX portal_attempts_account ON platform.portal_attempts USING btree (account, at);
 CREATE INDEX portal_attempts_at ON platform.portal_attempts USING btree (at);
@@ -1251,9 +1441,7 @@ ALTER TABLE ONLY cvault.api_keys
 ALTER TABLE ONLY cvault.auth_events
     ADD CONSTRAINT auth_events_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
 ALTER TABLE ONLY cvault.devices
-    ADD CONSTRAINT devices_pool_fkey FOREIGN KEY (pool_id) REFERENCES platform.address_pools(pool_id);
-ALTER TABLE ONLY cvault.devices
-    ADD CONSTRAINT devices_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id) DEFERRABLE INITIALLY DEFERRED;
+    ADD CONSTRAINT devices_server_fkey FOREIGN KEY (server_id, pool_id) REFERENCES platform.servers(server_id, pool_id) DEFERRABLE INITIALLY DEFERRED;
 ALTER TABLE ONLY cvault.devices
     ADD CONSTRAINT devices_user_fkey FOREIGN KEY (tenant_id, user_id) REFERENCES cvault.users(tenant_id, user_id);
 ALTER TABLE ONLY cvault.idempotency_keys
@@ -1286,10 +1474,6 @@ ALTER TABLE ONLY platform.device_drops
     ADD CONSTRAINT device_drops_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.enrol_tokens
     ADD CONSTRAINT enrol_tokens_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
-ALTER TABLE ONLY platform.node_changes
-    ADD CONSTRAINT node_changes_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
-ALTER TABLE ONLY platform.peers
-    ADD CONSTRAINT peers_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.quota_leases
     ADD CONSTRAINT quota_leases_server_fkey FOREIGN KEY (server_id) REFERENCES platform.servers(server_id);
 ALTER TABLE ONLY platform.servers
@@ -1316,6 +1500,7 @@ CREATE POLICY platform_access ON cvault.portal_networks TO cvault_sys USING (tru
 CREATE POLICY platform_access ON cvault.portal_refresh_tokens TO cvault_sys USING (true) WITH CHECK (true);
 CREATE POLICY platform_access ON cvault.portal_sessions TO cvault_sys USING (true) WITH CHECK (true);
 CREATE POLICY platform_access ON cvault.refresh_tokens TO cvault_sys USING (true) WITH CHECK (true);
+CREATE POLICY platform_access ON cvault.request_logs TO cvault_sys USING (true) WITH CHECK (true);
 CREATE POLICY platform_access ON cvault.sessions TO cvault_sys USING (true) WITH CHECK (true);
 CREATE POLICY platform_access ON cvault.step_up_challenges TO cvault_sys USING (true) WITH CHECK (true);
 CREATE POLICY platform_access ON cvault.tenant_admins FOR SELECT TO cvault_sys USING (true);
@@ -1329,6 +1514,7 @@ ALTER TABLE cvault.portal_networks ENABLE ROW LEVEL SECURITY;
 ALTER TABLE cvault.portal_refresh_tokens ENABLE ROW LEVEL SECURITY;
 ALTER TABLE cvault.portal_sessions ENABLE ROW LEVEL SECURITY;
 ALTER TABLE cvault.refresh_tokens ENABLE ROW LEVEL SECURITY;
+ALTER TABLE cvault.request_logs ENABLE ROW LEVEL SECURITY;
 CREATE POLICY revoked_only ON cvault.api_keys AS RESTRICTIVE FOR DELETE TO cvault_sys USING ((revoked_at IS NOT NULL));
 CREATE POLICY revoked_only ON cvault.devices AS RESTRICTIVE FOR DELETE TO cvault_sys USING ((status = 'revoked'::text));
 ALTER TABLE cvault.sessions ENABLE ROW LEVEL SECURITY;
@@ -1345,6 +1531,7 @@ CREATE POLICY tenant_isolation ON cvault.portal_networks TO cvault_app, cvault_f
 CREATE POLICY tenant_isolation ON cvault.portal_refresh_tokens TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.portal_sessions TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.refresh_tokens TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
+CREATE POLICY tenant_isolation ON cvault.request_logs TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.sessions TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.step_up_challenges TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
 CREATE POLICY tenant_isolation ON cvault.tenant_admins TO cvault_app, cvault_fn USING ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id))) WITH CHECK ((tenant_id = ( SELECT cvault.tenant_id() AS tenant_id)));
@@ -1373,6 +1560,8 @@ GRANT USAGE ON SCHEMA platform TO cvault_app;
 GRANT USAGE ON SCHEMA platform TO cvault_sys;
 GRANT USAGE ON SCHEMA platform TO cvault_fn;
 GRANT ALL ON SCHEMA public TO cvault_owner;
+REVOKE ALL ON FUNCTION cvault.enter(p_context text) FROM PUBLIC;
+GRANT ALL ON FUNCTION cvault.enter(p_context text) TO cvault_app;
 REVOKE ALL ON FUNCTION cvault.tenant_id() FROM PUBLIC;
 GRANT ALL ON FUNCTION cvault.tenant_id() TO cvault_app;
 GRANT ALL ON FUNCTION cvault.tenant_id() TO cvault_sys;
@@ -1383,6 +1572,9 @@ REVOKE ALL ON FUNCTION platform.ensure_usage_partitions(p_months integer) FROM P
 GRANT ALL ON FUNCTION platform.ensure_usage_partitions(p_months integer) TO cvault_sys;
 REVOKE ALL ON FUNCTION platform.forget_peers(p_devices uuid[]) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.forget_peers(p_devices uuid[]) TO cvault_sys;
+REVOKE ALL ON FUNCTION platform.id_text(p_prefix text, p_id uuid) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.id_text(p_prefix text, p_id uuid) TO cvault_app;
+GRANT ALL ON FUNCTION platform.id_text(p_prefix text, p_id uuid) TO cvault_fn;
 REVOKE ALL ON FUNCTION platform.list_servers() FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.list_servers() TO cvault_app;
 GRANT ALL ON FUNCTION platform.list_servers() TO cvault_sys;
@@ -1399,6 +1591,8 @@ GRANT ALL ON FUNCTION platform.pool_reclaims(p_pool uuid) TO cvault_app;
 REVOKE ALL ON PROCEDURE platform.protect(IN p_table regclass) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.reclaim_address(p_device uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.reclaim_address(p_device uuid) TO cvault_app;
+REVOKE ALL ON FUNCTION platform.register_device(p_tenant uuid, p_device uuid, p_user uuid, p_name text, p_platform text, p_public_key bytea, p_private_key_sealed bytea, p_preshared_key_sealed bytea, p_preshared_key_hash bytea, p_region text, p_seen_since timestamp with time zone, p_at timestamp with time zone) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.register_device(p_tenant uuid, p_device uuid, p_user uuid, p_name text, p_platform text, p_public_key bytea, p_private_key_sealed bytea, p_preshared_key_sealed bytea, p_preshared_key_hash bytea, p_region text, p_seen_since timestamp with time zone, p_at timestamp with time zone) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.restore_address(p_device uuid, p_server uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.restore_address(p_device uuid, p_server uuid) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.retire_peer(p_device uuid) FROM PUBLIC;
@@ -1407,6 +1601,7 @@ REVOKE ALL ON FUNCTION platform.suspend_peer(p_device uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.suspend_peer(p_device uuid) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.suspend_user_peer(p_device uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.suspend_user_peer(p_device uuid) TO cvault_app;
+REVOKE ALL ON FUNCTION platform.take_address(p_pool uuid, p_tenant uuid, p_device uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.withdraw(p_device uuid, p_tenant uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.withdraw_peer(p_device uuid) FROM PUBLIC;
@@ -1425,7 +1620,7 @@ GRANT SELECT(tenant_id) ON TABLE cvault.auth_events TO cvault_sys;
 GRANT SELECT(event_id) ON TABLE cvault.auth_events TO cvault_sys;
 GRANT SELECT(at) ON TABLE cvault.auth_events TO cvault_sys;
 GRANT SELECT ON TABLE cvault.devices TO cvault_app;
-GRANT SELECT ON TABLE cvault.devices TO cvault_fn;
+GRANT SELECT,INSERT ON TABLE cvault.devices TO cvault_fn;
 GRANT DELETE ON TABLE cvault.devices TO cvault_sys;
 GRANT INSERT(tenant_id) ON TABLE cvault.devices TO cvault_app;
 GRANT SELECT(tenant_id) ON TABLE cvault.devices TO cvault_sys;
@@ -1519,6 +1714,10 @@ GRANT DELETE ON TABLE cvault.refresh_tokens TO cvault_sys;
 GRANT SELECT(tenant_id) ON TABLE cvault.refresh_tokens TO cvault_sys;
 GRANT SELECT(token_hash) ON TABLE cvault.refresh_tokens TO cvault_sys;
 GRANT SELECT(expires_at) ON TABLE cvault.refresh_tokens TO cvault_sys;
+GRANT SELECT,DELETE ON TABLE cvault.request_logs TO cvault_app;
+GRANT INSERT,DELETE ON TABLE cvault.request_logs TO cvault_sys;
+GRANT SELECT(tenant_id) ON TABLE cvault.request_logs TO cvault_sys;
+GRANT SELECT(request_id) ON TABLE cvault.request_logs TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.sessions TO cvault_app;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE cvault.sessions TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE cvault.step_up_challenges TO cvault_app;
@@ -1548,6 +1747,7 @@ GRANT INSERT(data_key_version),UPDATE(data_key_version) ON TABLE cvault.tenants 
 GRANT INSERT(data_key_sealed),UPDATE(data_key_sealed) ON TABLE cvault.tenants TO cvault_app;
 GRANT INSERT(created_at) ON TABLE cvault.tenants TO cvault_app;
 GRANT INSERT(updated_at),UPDATE(updated_at) ON TABLE cvault.tenants TO cvault_app;
+GRANT UPDATE(updated_at) ON TABLE cvault.tenants TO cvault_fn;
 GRANT UPDATE(deleted_at) ON TABLE cvault.tenants TO cvault_app;
 GRANT UPDATE(over_limit_since) ON TABLE cvault.tenants TO cvault_sys;
 GRANT INSERT(allowed_origins),UPDATE(allowed_origins) ON TABLE cvault.tenants TO cvault_app;
@@ -1577,6 +1777,7 @@ GRANT SELECT(user_id) ON TABLE cvault.users TO cvault_sys;
 GRANT SELECT(user_id) ON TABLE cvault.users TO cvault_fn;
 GRANT SELECT(status) ON TABLE cvault.users TO cvault_sys;
 GRANT SELECT(status) ON TABLE cvault.users TO cvault_fn;
+GRANT UPDATE(deleted_at) ON TABLE cvault.users TO cvault_fn;
 GRANT SELECT,INSERT ON TABLE platform.address_pools TO cvault_sys;
 GRANT SELECT ON TABLE platform.address_pools TO cvault_fn;
 GRANT UPDATE(name) ON TABLE platform.address_pools TO cvault_sys;

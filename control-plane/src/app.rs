@@ -16,6 +16,7 @@ use crate::http::limit::Limiter;
 use crate::http::strangers::Strangers;
 use crate::keys::{DataKeys, KeyRing, PlatformSecrets};
 use crate::nodes::Hub;
+use crate::request_logs::RequestLog;
 use cvault_types::TenantId;
 
 /// Cheap to clone; one per process.
@@ -34,6 +35,7 @@ pub struct Inner {
     pub limiter: Limiter<TenantId>,
     pub throttles: Throttles,
     pub uses: Uses,
+    pub request_log: Arc<RequestLog>,
     pub key_lookups: Lookups,
     pub tokens: VerifiedTokens,
     pub registrations: Registrations,
@@ -59,6 +61,7 @@ impl App {
             limiter: Limiter::default(),
             throttles: Throttles::default(),
             uses: Uses::default(),
+            request_log: Arc::default(),
             key_lookups: Lookups::default(),
             tokens: VerifiedTokens::default(),
             registrations: Registrations::default(),

@@ -187,6 +187,12 @@ pub const VARIABLES: &[Variable] = &[
         meaning: "Days that the records of delivered and given-up mails are kept, 1 to 3650.",
     },
     Variable {
+        name: "CVAULT_RETENTION_REQUEST_LOGS_DAYS",
+        default: "7",
+        used_by: "serve, dev",
+        meaning: "Days that tenants see the requests made with their keys, 1 to 3650.",
+    },
+    Variable {
         name: "CVAULT_SMTP_URL",
         default: "",
         used_by: "serve, dev, admin",

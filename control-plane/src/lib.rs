@@ -25,6 +25,7 @@ pub mod network;
 pub mod nodes;
 pub mod portal;
 pub mod postgres;
+pub mod request_logs;
 pub mod serve;
 pub mod servers;
 pub mod sessions;

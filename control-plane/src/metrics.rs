@@ -21,6 +21,7 @@ const PORTAL_VERDICTS: &str = "cvault_portal_verdicts_total";
 const PORTAL_THROTTLED: &str = "cvault_portal_throttled_total";
 const MAILS: &str = "cvault_mail_attempts_total";
 const OUTBOX: &str = "cvault_outbox_mails";
+const REQUEST_LOGS_DROPPED: &str = "cvault_request_logs_dropped_total";
 const OUTBOX_OLDEST: &str = "cvault_outbox_oldest_seconds";
 
 /// Seconds. From a cached answer to bcrypt at cost 12 under load.
@@ -64,6 +65,10 @@ pub fn install() -> &'static PrometheusHandle {
             "Attempts to deliver a mail, by outcome: sent, failed (will be repeated), dead (given up)."
         );
         describe_gauge!(OUTBOX, "Mails that wait, and mails that were given up and are still kept, by state.");
+        describe_counter!(
+            REQUEST_LOGS_DROPPED,
+            "Requests that are missing in what tenants see of theirs, because there were too many at once."
+        );
         describe_gauge!(OUTBOX_OLDEST, "Age of the oldest mail that waits.");
         handle
     })
@@ -150,6 +155,10 @@ pub fn billed(bytes: u64, orphan_bytes: u64) {
 
 pub fn task_run(task: &'static str, outcome: &'static str) {
     counter!(TASK_RUNS, "task" => task, "outcome" => outcome).increment(1);
+}
+
+pub fn request_logs_dropped(requests: u64) {
+    counter!(REQUEST_LOGS_DROPPED).increment(requests);
 }
 
 pub fn mail(outcome: &'static str) {

@@ -132,6 +132,9 @@ pub async fn until(app: App, listeners: Listeners, shutdown: CancellationToken) 
     if let Err(error) = app.uses.flush(&app.db.sys).await {
         tracing::warn!(error = crate::http::problem::chain(&error), "the last uses of keys are not written");
     }
+    if let Err(error) = app.request_log.flush(&app.db.sys).await {
+        tracing::warn!(error = crate::http::problem::chain(&error), "the last requests are not written");
+    }
     app.db.close().await;
     tracing::info!("stopped");
     outcome(gateway)

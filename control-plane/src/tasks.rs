@@ -77,6 +77,11 @@ const TASKS: &[Task] = &[
         run: |app| Box::pin(async move { app.uses.flush(&app.db.sys).await }),
     },
     Task {
+        name: "write_request_logs",
+        every: Duration::from_secs(1),
+        run: |app| Box::pin(async move { app.request_log.flush(&app.db.sys).await }),
+    },
+    Task {
         name: "deliver_mail",
         every: Duration::from_secs(1),
         run: |app| Box::pin(async move { mail::deliver(&app).await }),

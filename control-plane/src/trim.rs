@@ -12,6 +12,8 @@ use crate::db::{DbError, Tx};
 
 /// Rows of one transaction.
 const BATCH: i64 = 2_000;
+/// Of rows that nobody changes and that are many.
+const LARGE_BATCH: i64 = 20_000;
 /// Batches of one kind in one run; what is left waits for the next.
 const ROUNDS: u32 = 50;
 /// Held by the replica that trims.
@@ -32,6 +34,7 @@ const STEPS: &[Step] = &[
     Step { name: "usage_windows", run: |conn, _| Box::pin(usage_windows(conn)) },
     Step { name: "outbox", run: |conn, retention| Box::pin(outbox(conn, retention.mail_days)) },
     Step { name: "auth_events", run: |conn, retention| Box::pin(auth_events(conn, retention.auth_events_days)) },
+    Step { name: "request_logs", run: |conn, retention| Box::pin(request_logs(conn, retention.request_logs_days)) },
     Step { name: "usage_counters", run: |conn, retention| Box::pin(usage_counters(conn, retention.counters_days)) },
     Step { name: "sessions", run: |conn, retention| Box::pin(sessions(conn, retention.history_days)) },
     Step { name: "devices", run: |conn, retention| Box::pin(devices(conn, retention.history_days)) },
@@ -173,6 +176,32 @@ async fn auth_events(conn: &mut PgConnection, days: i32) -> Result<u64, sqlx::Er
                 where at < now() - make_interval(days => $2) order by at limit $1) old
          where e.tenant_id = old.tenant_id and e.event_id = old.event_id",
         BATCH,
+        days
+    )
+    .execute(conn)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// What was asked with tenants' keys, and whatever a tenant that was deleted has left of it.
+async fn request_logs(conn: &mut PgConnection, days: i32) -> Result<u64, sqlx::Error> {
+    let done = sqlx::query!(
+        // along the primary key of each tenant: ids hold the time (RFC 9562, version 7), and there is no other index
+        "with kept as (
+             select rpad(lpad(to_hex((extract(epoch from now() - make_interval(days => $2)) * 1000)::bigint), 12, '0'), 32, '0')::uuid as from_id
+         )
+         delete from cvault.request_logs l
+         using (select t.tenant_id, o.request_id
+                from cvault.tenants t
+                cross join kept
+                cross join lateral (
+                    select r.request_id from cvault.request_logs r
+                    where r.tenant_id = t.tenant_id
+                      and r.request_id < case t.status when 'deleted' then 'ffffffff-ffff-ffff-ffff-ffffffffffff' else kept.from_id end
+                    order by r.request_id limit $1) o
+                limit $1) old
+         where l.tenant_id = old.tenant_id and l.request_id = old.request_id",
+        LARGE_BATCH,
         days
     )
     .execute(conn)

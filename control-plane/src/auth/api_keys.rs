@@ -151,6 +151,7 @@ pub async fn authenticate_user(
     }
     let decision = app.throttles.user(claims.user, Allowance::per_minute(stored.user_per_minute));
     context::user_identified(stored.row.tenant, decision);
+    context::called_by(stored.authenticated().api_key_id, Some(claims.user));
     if !decision.allowed {
         return Err(rate_limited("user", decision));
     }
@@ -267,6 +268,7 @@ fn charge(app: &App, stored: &StoredKey) -> Decision {
 fn admit(app: &App, stored: &StoredKey, decision: Decision) -> Result<(), Problem> {
     let AuthenticatedKey { tenant, api_key_id } = stored.authenticated();
     context::identified(tenant, decision);
+    context::called_by(api_key_id, None);
     if !decision.allowed {
         return Err(rate_limited("tenant", decision));
     }

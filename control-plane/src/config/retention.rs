@@ -12,6 +12,8 @@ pub struct Retention {
     pub counters_days: i32,
     /// Mails that were delivered or given up.
     pub mail_days: i32,
+    /// What was asked with tenants' keys.
+    pub request_logs_days: i32,
 }
 
 impl Reader<'_> {
@@ -23,6 +25,7 @@ impl Reader<'_> {
             // twice as long as an agent keeps what it has told
             counters_days: self.days("CVAULT_RETENTION_COUNTERS_DAYS", 14),
             mail_days: self.days("CVAULT_RETENTION_MAIL_DAYS", 1),
+            request_logs_days: self.days("CVAULT_RETENTION_REQUEST_LOGS_DAYS", 1),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use axum::extract::Request;
-use cvault_types::{RequestId, TenantId};
+use cvault_types::{ApiKeyId, RequestId, TenantId, UserId};
 use http::HeaderValue;
 use http::uri::PathAndQuery;
 use sha2::{Digest, Sha256};
@@ -24,6 +24,7 @@ tokio::task_local! {
 pub struct RequestContext {
     pub id: RequestId,
     pub tenant: OnceLock<TenantId>,
+    pub called_by: OnceLock<CalledBy>,
     pub rate: OnceLock<Rate>,
     /// What the limiter said of the tenant's user, beside `rate`.
     pub user_rate: OnceLock<Decision>,
@@ -40,6 +41,13 @@ pub struct RequestContext {
     sensitive: Option<(Option<String>, Seen)>,
     /// The caller's credentials are right.
     proven: OnceLock<()>,
+}
+
+/// Whose request it is, of the tenant's: what it was proven with.
+#[derive(Debug, Clone, Copy)]
+pub struct CalledBy {
+    pub api_key: ApiKeyId,
+    pub user: Option<UserId>,
 }
 
 /// What the limiter said, and of whom.
@@ -85,6 +93,7 @@ impl RequestContext {
         Self {
             id: RequestId::from_uuid(Uuid::now_v7()),
             tenant: OnceLock::new(),
+            called_by: OnceLock::new(),
             rate: OnceLock::new(),
             user_rate: OnceLock::new(),
             origin: OnceLock::new(),
@@ -145,6 +154,16 @@ pub(crate) fn user_identified(tenant: TenantId, decision: Decision) {
     });
     if noted.is_err() {
         tracing::debug!("identified outside of a request");
+    }
+}
+
+/// Notes with which key, and by which user, the request was made, once that is proven.
+pub(crate) fn called_by(api_key: ApiKeyId, user: Option<UserId>) {
+    let noted = CONTEXT.try_with(|context| {
+        context.called_by.get_or_init(|| CalledBy { api_key, user });
+    });
+    if noted.is_err() {
+        tracing::debug!("a caller outside of a request");
     }
 }
 

@@ -12,12 +12,14 @@ use http::header::{
     ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, STRICT_TRANSPORT_SECURITY,
     X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
 };
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
 
 use super::context::RequestContext;
+use super::serve::{Peer, Unprotected};
 use super::{Problem, cors};
 use crate::metrics;
+use crate::request_logs::{Entry, RequestLog};
 
 /// Longer than the 30 s that `Prefer: wait` may ask for, shorter than a load balancer's patience.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(45);
@@ -38,17 +40,34 @@ pub struct InFlight {
     places: Arc<Semaphore>,
     /// A request that takes longer is answered without its outcome.
     timeout: Duration,
+    log: Arc<RequestLog>,
+}
+
+/// A request, for the log, the metrics and what its tenant sees of it.
+struct Asked {
+    context: Arc<RequestContext>,
+    method: Method,
+    /// The template, never the path: a path holds ids.
+    route: String,
+    from: Peer,
+    started: Instant,
+    log: Arc<RequestLog>,
 }
 
 impl InFlight {
     #[must_use]
     pub fn at_most(requests: usize) -> Self {
-        Self { places: Arc::new(Semaphore::new(requests)), timeout: REQUEST_TIMEOUT }
+        Self { places: Arc::new(Semaphore::new(requests)), timeout: REQUEST_TIMEOUT, log: Arc::default() }
+    }
+
+    #[must_use]
+    pub fn noted_in(self, log: Arc<RequestLog>) -> Self {
+        Self { log, ..self }
     }
 
     /// A request of `route`'s place while it runs: none, where operators look when all places are taken.
     fn admit(&self, route: &str) -> Result<Option<OwnedSemaphorePermit>, TryAcquireError> {
-        if matches!(route, "/health" | "/health/ready" | "/metrics") {
+        if is_operators(route) {
             return Ok(None);
         }
         Arc::clone(&self.places).try_acquire_owned().map(Some)
@@ -59,25 +78,30 @@ impl InFlight {
 pub async fn own_task(State(in_flight): State<InFlight>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let context = Arc::new(RequestContext::of(&request));
-    let method = request.method().clone();
-    // the template, never the path: a path holds ids
     let route =
         request.extensions().get::<MatchedPath>().map_or("unmatched".to_owned(), |path| path.as_str().to_owned());
     let correlation = request.headers().get(&CORRELATION_ID).filter(|value| value.len() <= 128).cloned();
-    let Ok(permit) = in_flight.admit(&route) else {
+    let admitted = in_flight.admit(&route);
+    let asked = Arc::new(Asked {
+        context: Arc::clone(&context),
+        method: request.method().clone(),
+        route,
+        from: request.extensions().get().copied().unwrap_or_default(),
+        started,
+        log: in_flight.log,
+    });
+    let Ok(permit) = admitted else {
         let mut response = problem(&context, Problem::new(ErrorCode::Overloaded).retry_after(1)).await;
-        log(&context, method.as_str(), &route, response.status(), started);
+        asked.answered(&response);
         add_headers(response.headers_mut(), &context);
         return response;
     };
     let work = {
-        let context = Arc::clone(&context);
-        let finishing = Arc::clone(&context);
-        let (method, route) = (method.clone(), route.clone());
+        let (context, asked) = (Arc::clone(&context), Arc::clone(&asked));
         let serving = metrics::serving();
         async move {
             let response = context.scope(async move { as_problem(next.run(request).await) }).await;
-            log(&finishing, method.as_str(), &route, response.status(), started);
+            asked.answered(&response);
             drop((permit, serving));
             response
         }
@@ -88,13 +112,18 @@ pub async fn own_task(State(in_flight): State<InFlight>, request: Request, next:
         Ok(Err(failure)) => {
             let text =
                 failure.try_into_panic().map_or_else(|_| "cancelled".to_owned(), |payload| panic_text(&*payload));
-            tracing::error!(request_id = %context.id, route, panic = text, "a request panicked");
+            tracing::error!(request_id = %context.id, route = asked.route, panic = text, "a request panicked");
             let response = problem(&context, Problem::new(ErrorCode::InternalError)).await;
-            log(&context, method.as_str(), &route, response.status(), started);
+            asked.answered(&response);
             response
         }
         Err(_) => {
-            tracing::warn!(request_id = %context.id, method = method.as_str(), route, "a request takes too long; it goes on without its caller");
+            tracing::warn!(
+                request_id = %context.id,
+                method = asked.method.as_str(),
+                route = asked.route,
+                "a request takes too long; it goes on without its caller"
+            );
             problem(&context, Problem::new(ErrorCode::Overloaded).detail(TOO_LONG).retry_after(5)).await
         }
     };
@@ -110,6 +139,21 @@ pub async fn own_task(State(in_flight): State<InFlight>, request: Request, next:
 pub async fn only_tls(mut response: Response) -> Response {
     response.headers_mut().insert(STRICT_TRANSPORT_SECURITY, ONLY_TLS);
     response
+}
+
+/// For an API whose callers are to use TLS: what a trusted proxy has taken without is refused, and never redirected, because
+/// whatever is secret in it has been seen on the way by then. Operators' own requests are not concerned.
+pub async fn protected(request: Request, next: Next) -> Response {
+    let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
+    if request.extensions().get::<Unprotected>().is_some() && !is_operators(route) {
+        return Problem::new(ErrorCode::HttpsRequired).into_response();
+    }
+    next.run(request).await
+}
+
+/// Where operators and their load balancers look.
+fn is_operators(route: &str) -> bool {
+    matches!(route, "/health" | "/health/ready" | "/metrics")
 }
 
 async fn problem(context: &Arc<RequestContext>, problem: Problem) -> Response {
@@ -146,19 +190,35 @@ fn as_problem(response: Response) -> Response {
     Problem::new(code).allow(response.headers().get(ALLOW).cloned()).into_response()
 }
 
-fn log(context: &RequestContext, method: &str, route: &str, status: StatusCode, started: Instant) {
-    let took = started.elapsed();
-    metrics::request(route, method, status.as_u16(), took);
-    let tenant = context.tenant.get().map(ToString::to_string);
-    tracing::info!(
-        request_id = %context.id,
-        method,
-        route,
-        status = status.as_u16(),
-        duration_ms = took.as_secs_f64() * 1e3,
-        tenant,
-        "request"
-    );
+impl Asked {
+    fn answered(&self, response: &Response) {
+        let (took, status) = (self.started.elapsed(), response.status());
+        metrics::request(&self.route, self.method.as_str(), status.as_u16(), took);
+        let tenant = self.context.tenant.get().copied();
+        tracing::info!(
+            request_id = %self.context.id,
+            method = self.method.as_str(),
+            route = self.route,
+            status = status.as_u16(),
+            duration_ms = took.as_secs_f64() * 1e3,
+            tenant = tenant.map(|tenant| tenant.to_string()),
+            "request"
+        );
+        if let (Some(tenant), Some(caller)) = (tenant, self.context.called_by.get()) {
+            self.log.note(Entry {
+                tenant,
+                id: self.context.id,
+                method: self.method.clone(),
+                route: self.route.clone(),
+                status,
+                code: response.extensions().get().copied(),
+                took,
+                api_key: caller.api_key,
+                user: caller.user,
+                client: self.from.ip(),
+            });
+        }
+    }
 }
 
 pub(super) fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {

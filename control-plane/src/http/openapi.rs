@@ -1,5 +1,6 @@
 //! The API's description, rendered from the routes themselves and committed as docs/openapi/v1.json.
 
+mod answers;
 mod refusals;
 
 use std::sync::OnceLock;
@@ -53,6 +54,7 @@ pub fn document_text() -> &'static str {
         let mut value = serde_json::to_value(document).expect("the document is plain data");
         name_operations(&mut value);
         refusals::complete(&mut value);
+        answers::complete(&mut value);
         let mut text = serde_json::to_string_pretty(&value).expect("the document is plain data");
         text.push('\n');
         text

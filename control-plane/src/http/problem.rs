@@ -168,6 +168,9 @@ fn default_detail(code: ErrorCode) -> &'static str {
         ErrorCode::PayloadTooLarge => "The body is larger than 1 MiB.",
         ErrorCode::UnsupportedMediaType => "The body must be application/json.",
         ErrorCode::ValidationFailed => "Some fields are missing, unknown or out of bounds; see errors.",
+        ErrorCode::HttpsRequired => {
+            "This was sent without TLS, where others may have read it. Use https://, and replace what is secret in it."
+        }
         ErrorCode::RequestTimeout => "The request did not arrive whole in time.",
         ErrorCode::RateLimited => "Too many requests. Wait as long as Retry-After says.",
         ErrorCode::InternalError => "Something went wrong on our side. The request id helps us find it.",
@@ -216,6 +219,7 @@ impl IntoResponse for Problem {
         let status = StatusCode::from_u16(self.0.code.status()).expect("codes have valid statuses");
         let body = serde_json::to_vec(&self.body(id)).expect("a problem is plain data");
         let mut response = (status, body).into_response();
+        response.extensions_mut().insert(self.0.code);
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         // a 503 always says when to come back

@@ -1,5 +1,7 @@
 //! Every route of the API.
 
+use std::sync::Arc;
+
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use cvault_types::ErrorCode;
@@ -25,6 +27,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .merge(routes::auth::router()) // POST /api/v1/auth/{register,login,refresh,logout}
         .merge(routes::portal::router()) // /api/v1/tenant/auth /api/v1/tenant/me
         .merge(routes::portal_account::router()) // /api/v1/tenant/{auth/password…, auth/verify-email, sessions, step-up}
+        .merge(routes::portal_email::router()) // POST /api/v1/tenant/auth/email[/confirm]
         .merge(routes::devices::router()) // /api/v1/devices
         .merge(routes::vpn::router()) // /api/v1/vpn/{connect,disconnect,status}
         .merge(routes::servers::router()) // GET /api/v1/servers
@@ -34,17 +37,24 @@ pub fn routes() -> OpenApiRouter<App> {
         .merge(routes::tenant_settings::router()) // /api/v1/tenant/settings
         .merge(routes::tenant_dashboard::router()) // GET /api/v1/tenant/dashboard/{stats,usage,activity}
         .merge(routes::tenant_lists::router()) // GET /api/v1/tenant/{audit,users,devices}
+        .merge(routes::tenant_request_logs::router()) // GET /api/v1/tenant/request-logs
 }
 
 /// The whole API, ready to be served.
 pub fn api(app: App) -> Router {
     let over_tls = app.config.tls.is_some() || app.config.public_url.starts_with("https://");
+    let in_flight = InFlight::at_most(MAX_IN_FLIGHT).noted_in(Arc::clone(&app.request_log));
     let (router, _) = routes().split_for_parts();
+    let router = router.fallback(async || Problem::new(ErrorCode::NotFound));
+    let router = if app.config.public_url.starts_with("https://") {
+        router.layer(axum::middleware::from_fn(middleware::protected))
+    } else {
+        router
+    };
     let router = router
-        .fallback(async || Problem::new(ErrorCode::NotFound))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(axum::middleware::from_fn(cors::preflight))
-        .layer(axum::middleware::from_fn_with_state(InFlight::at_most(MAX_IN_FLIGHT), middleware::own_task))
+        .layer(axum::middleware::from_fn_with_state(in_flight, middleware::own_task))
         .with_state(app);
     if over_tls { router.layer(axum::middleware::map_response(middleware::only_tls)) } else { router }
 }

@@ -91,6 +91,16 @@ impl Limits {
     }
 }
 
+/// Marks a request that has come to a trusted proxy without TLS, as far as it says.
+#[derive(Debug, Clone, Copy)]
+pub struct Unprotected;
+
+/// Whether `X-Forwarded-Proto` names `http`: of several hops the first, which the caller itself has reached.
+fn came_unprotected(headers: &HeaderMap) -> bool {
+    let value = headers.get("x-forwarded-proto").and_then(|value| value.to_str().ok());
+    value.and_then(|list| list.split(',').next()).is_some_and(|scheme| scheme.trim().eq_ignore_ascii_case("http"))
+}
+
 /// Who sent the request; unknown behind a test's direct call.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Peer(Option<IpAddr>);
@@ -212,7 +222,11 @@ async fn attend(
         let service = router.map_request(move |request: http::Request<hyper::body::Incoming>| {
             let mut request = request.map(Body::new);
             let caller = limits.caller(peer, request.headers());
+            let unprotected = limits.trust(peer) && came_unprotected(request.headers());
             request.extensions_mut().insert(Peer::from(caller));
+            if unprotected {
+                request.extensions_mut().insert(Unprotected);
+            }
             request
         });
         tower::service_fn(move |request| {
@@ -531,5 +545,16 @@ mod tests {
         assert_eq!(caller("127.0.0.1", &["198.51.100.1, 192.0.2.7", "10.1.1.1"]), "192.0.2.7", "the left is invented");
         assert_eq!(caller("203.0.113.9", &["192.0.2.7"]), "203.0.113.9");
         assert_eq!(caller("127.0.0.1", &["nonsense"]), "127.0.0.1");
+    }
+
+    #[test]
+    fn the_first_hop_says_whether_there_was_tls() {
+        let unprotected = |value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("x-forwarded-proto", value.parse().unwrap());
+            came_unprotected(&headers)
+        };
+        assert!(unprotected("http") && unprotected("HTTP, https") && !came_unprotected(&HeaderMap::new()));
+        assert!(!unprotected("https") && !unprotected("https,http") && !unprotected("") && !unprotected("wss"));
     }
 }

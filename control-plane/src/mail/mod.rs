@@ -39,6 +39,12 @@ pub enum Kind {
     ResetPassword,
     /// Tells the owner of an account that its password is another one now.
     PasswordChanged,
+    /// To the address that an account is to have.
+    ChangeEmail,
+    /// To the address that the account has until then.
+    EmailChangeAsked,
+    /// To the address that the account had.
+    EmailChanged,
 }
 
 /// What the templates are filled with.
@@ -52,17 +58,29 @@ pub struct Data {
 }
 
 impl Kind {
+    const ALL: [Self; 6] = [
+        Self::VerifyEmail,
+        Self::ResetPassword,
+        Self::PasswordChanged,
+        Self::ChangeEmail,
+        Self::EmailChangeAsked,
+        Self::EmailChanged,
+    ];
+
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::VerifyEmail => "verify_email",
             Self::ResetPassword => "reset_password",
             Self::PasswordChanged => "password_changed",
+            Self::ChangeEmail => "change_email",
+            Self::EmailChangeAsked => "email_change_asked",
+            Self::EmailChanged => "email_changed",
         }
     }
 
     fn parse(text: &str) -> Option<Self> {
-        [Self::VerifyEmail, Self::ResetPassword, Self::PasswordChanged].into_iter().find(|kind| kind.as_str() == text)
+        Self::ALL.into_iter().find(|kind| kind.as_str() == text)
     }
 }
 

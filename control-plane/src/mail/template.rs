@@ -43,6 +43,29 @@ fn words(kind: Kind) -> Words {
             once: false,
             after: "Nobody will ever ask you for your password by mail.",
         },
+        Kind::ChangeEmail => Words {
+            subject: "Confirm your new e-mail address",
+            before: "Somebody, probably you, wants to log in to CVault with this address from now on. To confirm that it is \
+                     yours, open",
+            once: true,
+            after: "If it was not you, ignore this mail: without the confirmation nothing happens.",
+        },
+        Kind::EmailChangeAsked => Words {
+            subject: "Your e-mail address is about to change",
+            before: "Somebody, probably you, asked to give your CVault account another e-mail address. If it was you, there is \
+                     nothing to do here: open the link that was mailed to the new address. If it was not you, choose another \
+                     password at once, which stops the change: open",
+            once: false,
+            after: "Nobody will ever ask you for your password by mail.",
+        },
+        Kind::EmailChanged => Words {
+            subject: "Your e-mail address was changed",
+            before: "Your CVault account has another e-mail address now: this one does not log in any more, and gets no more \
+                     mails about it. If it was you, there is nothing to do. If it was not you, tell another owner of your account, \
+                     or whoever runs this service, at once:",
+            once: false,
+            after: "Nobody will ever ask you for your password by mail.",
+        },
     }
 }
 

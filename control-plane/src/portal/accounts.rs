@@ -154,11 +154,13 @@ pub async fn create(
     )
     .execute(tx.conn())
     .await
-    .map_err(|error| {
-        let error = DbError::from(error);
-        if error.constraint() == Some("tenant_admins_email") { CreateError::EmailTaken } else { error.into() }
-    })?;
+    .map_err(taken)?;
     Ok(admin)
+}
+
+fn taken(error: sqlx::Error) -> CreateError {
+    let error = DbError::from(error);
+    if error.constraint() == Some("tenant_admins_email") { CreateError::EmailTaken } else { error.into() }
 }
 
 /// # Errors
@@ -180,6 +182,30 @@ pub async fn set_password(
     )
     .execute(tx.conn())
     .await?;
+    Ok(())
+}
+
+/// Gives an account that may log in another address, which somebody reads.
+///
+/// # Errors
+/// [`CreateError::EmailTaken`], also by another tenant's account.
+pub async fn set_email(
+    tx: &mut TenantTx,
+    admin: TenantAdminId,
+    email: &str,
+    now: OffsetDateTime,
+) -> Result<(), CreateError> {
+    let tenant = tx.tenant().uuid();
+    sqlx::query!(
+        "update cvault.tenant_admins set email = $3, email_verified_at = $4 where tenant_id = $1 and admin_id = $2",
+        tenant,
+        admin.uuid(),
+        email,
+        now
+    )
+    .execute(tx.conn())
+    .await
+    .map_err(taken)?;
     Ok(())
 }
 

@@ -1,15 +1,17 @@
-//! Links mailed to people: verify an address, choose a new password. Each is good once, for a while.
+//! Links mailed to people: verify an address, choose a new password, change the address. Each is good once, for a while.
 //!
 //! The token stands behind a `#`: browsers do not send it to servers, so that it is in no log on the way.
 
 use cvault_types::{Secret, TenantAdminId, TenantId};
 use rand::CryptoRng;
 use time::{Duration, OffsetDateTime};
+use uuid::Uuid;
 
 use crate::app::App;
 use crate::auth::email::Email;
 use crate::auth::opaque;
 use crate::db::DbError;
+use crate::http::Portal;
 use crate::keys::PlatformSecrets;
 use crate::mail::{self, Data, EnqueueError, Kind, Mail};
 use crate::tenancy::TenantTx;
@@ -18,6 +20,8 @@ use crate::tenancy::TenantTx;
 pub enum Purpose {
     VerifyEmail,
     ResetPassword,
+    /// The address that the account is to have.
+    ChangeEmail,
 }
 
 /// Whom a link was mailed to.
@@ -25,6 +29,8 @@ pub enum Purpose {
 pub struct Used {
     pub admin: TenantAdminId,
     pub email: String,
+    /// The session that asked for another address.
+    pub session: Option<Uuid>,
 }
 
 impl Purpose {
@@ -32,13 +38,14 @@ impl Purpose {
         match self {
             Self::VerifyEmail => "verify_email",
             Self::ResetPassword => "reset_password",
+            Self::ChangeEmail => "change_email",
         }
     }
 
     const fn lifetime(self) -> Duration {
         match self {
             Self::VerifyEmail => Duration::days(7),
-            Self::ResetPassword => Duration::hours(1),
+            Self::ResetPassword | Self::ChangeEmail => Duration::hours(1),
         }
     }
 
@@ -46,6 +53,7 @@ impl Purpose {
         match self {
             Self::VerifyEmail => "verify-email",
             Self::ResetPassword => "reset-password",
+            Self::ChangeEmail => "change-email",
         }
     }
 
@@ -53,6 +61,7 @@ impl Purpose {
         match self {
             Self::VerifyEmail => Kind::VerifyEmail,
             Self::ResetPassword => Kind::ResetPassword,
+            Self::ChangeEmail => Kind::ChangeEmail,
         }
     }
 }
@@ -69,21 +78,49 @@ pub async fn send(
     purpose: Purpose,
     rng: &mut impl CryptoRng,
 ) -> Result<(), EnqueueError> {
+    send_for(tx, app, admin, email, purpose, None, rng).await
+}
+
+/// Mails the link that gives the account of `asking` another address, as [`send`] does.
+///
+/// # Errors
+/// As [`send`].
+pub async fn send_change(
+    tx: &mut TenantTx,
+    app: &App,
+    asking: &Portal,
+    email: &Email,
+    rng: &mut impl CryptoRng,
+) -> Result<(), EnqueueError> {
+    send_for(tx, app, asking.admin, email, Purpose::ChangeEmail, Some(asking.session), rng).await
+}
+
+async fn send_for(
+    tx: &mut TenantTx,
+    app: &App,
+    admin: TenantAdminId,
+    email: &Email,
+    purpose: Purpose,
+    session: Option<Uuid>,
+    rng: &mut impl CryptoRng,
+) -> Result<(), EnqueueError> {
     let (tenant, now) = (tx.tenant().uuid(), app.clock.now());
     use_up(tx, admin, purpose, now).await?;
     let token = opaque::LINK.draw(rng);
     let hash = hash(&app.secrets, &token);
     let valid_until = now + purpose.lifetime();
     sqlx::query!(
-        "insert into cvault.portal_links (tenant_id, token_hash, admin_id, purpose, email, created_at, expires_at)
-         values ($1, $2, $3, $4, $5, $6, $7)",
+        "insert into cvault.portal_links
+             (tenant_id, token_hash, admin_id, purpose, email, created_at, expires_at, session_id)
+         values ($1, $2, $3, $4, $5, $6, $7, $8)",
         tenant,
         hash.as_slice(),
         admin.uuid(),
         purpose.as_str(),
         email.as_str(),
         now,
-        valid_until
+        valid_until,
+        session
     )
     .execute(tx.conn())
     .await
@@ -143,7 +180,7 @@ pub async fn take(tx: &mut TenantTx, app: &App, token: &Secret, purpose: Purpose
     let row = sqlx::query!(
         "update cvault.portal_links set used_at = $4
          where tenant_id = $1 and token_hash = $2 and purpose = $3 and used_at is null and expires_at > $4
-         returning admin_id, email",
+         returning admin_id, email, session_id",
         tenant,
         hash.as_slice(),
         purpose.as_str(),
@@ -151,7 +188,7 @@ pub async fn take(tx: &mut TenantTx, app: &App, token: &Secret, purpose: Purpose
     )
     .fetch_optional(tx.conn())
     .await?;
-    Ok(row.map(|row| Used { admin: TenantAdminId::from_uuid(row.admin_id), email: row.email }))
+    Ok(row.map(|row| Used { admin: TenantAdminId::from_uuid(row.admin_id), email: row.email, session: row.session_id }))
 }
 
 fn hash(secrets: &PlatformSecrets, token: &Secret) -> [u8; 32] {

@@ -5,6 +5,7 @@
 
 pub mod accounts;
 pub mod attempts;
+pub mod email;
 pub mod links;
 pub mod recovery;
 pub mod sessions;

@@ -105,6 +105,7 @@ pub async fn reset_password(
         accounts::set_password(&mut tx, link.admin, password_hash, now).await?;
         // whoever opened the link reads the address
         accounts::set_email_verified(&mut tx, link.admin, &link.email, now).await?;
+        links::use_up(&mut tx, link.admin, Purpose::ChangeEmail, now).await?;
         sessions::end_all(&mut tx, link.admin, None, End::PasswordChanged, now).await?;
         event(&mut tx, AuthKind::PortalPasswordReset, Outcome::Success, link.admin, caller).await?;
         note(&mut tx, &link.admin.to_string(), "password.reset", link.admin, caller.request_id).await?;
@@ -115,7 +116,7 @@ pub async fn reset_password(
     tx.finish(work).await
 }
 
-/// Ends every other session and every link to choose yet another password.
+/// Ends every other session, and every link to choose yet another password or address.
 ///
 /// # Errors
 /// As [`send_reset`].
@@ -130,6 +131,7 @@ pub async fn change_password(
     let caller = Caller { ip, request_id: portal.request_id };
     accounts::set_password(tx, portal.admin, password_hash, now).await?;
     links::use_up(tx, portal.admin, Purpose::ResetPassword, now).await?;
+    links::use_up(tx, portal.admin, Purpose::ChangeEmail, now).await?;
     sessions::end_all(tx, portal.admin, Some(portal.session), End::PasswordChanged, now).await?;
     event(tx, AuthKind::PortalPasswordChange, Outcome::Success, portal.admin, caller).await?;
     note(tx, &portal.actor(), "password.change", portal.admin, caller.request_id).await?;
@@ -183,7 +185,7 @@ async fn tell(tx: &mut TenantTx, app: &App, admin: TenantAdminId) -> Result<(), 
     mail::enqueue(tx, &app.keys, &mail, now).await.map(drop)
 }
 
-async fn event(
+pub(super) async fn event(
     tx: &mut TenantTx,
     kind: AuthKind,
     outcome: Outcome,
@@ -194,7 +196,7 @@ async fn event(
     events::record_admin(tx, AdminEvent { kind, outcome, admin: Some(admin), client_ip: ip, request_id }).await
 }
 
-async fn note(
+pub(super) async fn note(
     tx: &mut TenantTx,
     actor: &str,
     action: &'static str,

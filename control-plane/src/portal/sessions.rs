@@ -123,6 +123,7 @@ pub enum End {
     Logout,
     Revoked,
     PasswordChanged,
+    EmailChanged,
     TokenReused,
     Risk,
 }
@@ -133,6 +134,7 @@ impl End {
             Self::Logout => "logout",
             Self::Revoked => "revoked",
             Self::PasswordChanged => "password_changed",
+            Self::EmailChanged => "email_changed",
             Self::TokenReused => "token_reused",
             Self::Risk => "risk",
         }

@@ -15,6 +15,8 @@ insert into cvault.idempotency_keys (tenant_id, principal, key, fingerprint)
     values ('TENANT', 'WORD', 'WORD', decode(repeat('MARK', 8), 'hex'));
 insert into cvault.outbox (tenant_id, mail_id, kind, expires_at)
     values ('TENANT', 'MARK-0000-4000-8000-000000000005', 'verify_email', now() + interval '1 day');
+insert into cvault.request_logs (tenant_id, request_id, at, method, route, status, duration_us, api_key_id)
+    values ('TENANT', 'MARK-0000-4000-8000-000000000010', now(), 'GET', 'WORD', 200, NUMBER, 'MARK-0000-4000-8000-000000000002');
 insert into cvault.refresh_tokens (tenant_id, token_hash, family_id, user_id, expires_at)
     values ('TENANT', decode(repeat('MARK', 8), 'hex'), 'MARK-0000-4000-8000-000000000006', 'USER', now() + interval '1 day');
 insert into cvault.tenant_admins (tenant_id, admin_id, email, role)

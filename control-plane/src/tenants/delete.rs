@@ -220,6 +220,10 @@ async fn destroy(tx: &mut TenantTx, actor: &Actor, app: &App) -> Result<bool, Te
         .execute(tx.conn())
         .await
         .map_err(DbError::from)?;
+    sqlx::query!("delete from cvault.request_logs where tenant_id = $1", tenant)
+        .execute(tx.conn())
+        .await
+        .map_err(DbError::from)?;
     note(tx, actor, "tenant.erase", json!({})).await?;
     keep_answer(tx, actor, app).await.map_err(TenantError::Idempotency)?;
     Ok(true)

@@ -273,3 +273,33 @@ async fn what_no_longer_means_anything_goes_and_the_ledger_still_adds_up() {
     let spared = sqlx::query("delete from cvault.api_keys where revoked_at is null").execute(&world.app.db.sys).await;
     assert_eq!(spared.unwrap().rows_affected(), 0, "a key in use stays, whatever a statement says");
 }
+
+#[tokio::test]
+async fn what_was_asked_is_forgotten_in_time_and_at_once_of_a_tenant_that_is_deleted() {
+    let world = World::new().await;
+    let (person, gone) = (world.person().await, world.person().await);
+    for tenant in [person.tenant.uuid(), gone.tenant.uuid()] {
+        sql(
+            &world,
+            &format!(
+                "insert into cvault.request_logs (tenant_id, request_id, at, method, route, status, duration_us, api_key_id)
+                 select '{tenant}', rpad(lpad(to_hex((extract(epoch from at) * 1000)::bigint), 12, '0'), 32, '7')::uuid, at,
+                        'GET', '/', 200, 1, gen_random_uuid()
+                 from generate_series(now() - interval '9.5 days', now(), interval '1 day') at"
+            ),
+        )
+        .await;
+    }
+    assert_eq!(trim(&world.app).await.unwrap(), 2 * 3);
+    assert_eq!(count(&world, "cvault.request_logs where at < now() - interval '7 days'").await, 0);
+    sql(
+        &world,
+        &format!(
+            "update cvault.tenants set status = 'deleted', data_key_sealed = null where tenant_id = '{}'",
+            gone.tenant.uuid()
+        ),
+    )
+    .await;
+    assert_eq!(trim(&world.app).await.unwrap(), 7);
+    assert_eq!(count(&world, "cvault.request_logs").await, 7);
+}

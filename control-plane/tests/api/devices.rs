@@ -169,6 +169,11 @@ async fn every_fault_of_a_registration_is_named_at_once() {
     user.call("GET", "/api/v1/devices?cursor=AAAA").refused(422, "VALIDATION_FAILED").await;
     user.call("GET", "/api/v1/devices/usr_01kaz3r6e8f4s9w2v5m7n0q1tb").refused(404, "NOT_FOUND").await;
     let nowhere = json!({"device_name": "x", "server_region": "mars-1"});
+    let refused = user.call("POST", "/api/v1/devices").json(&nowhere).refused(422, "VALIDATION_FAILED").await;
+    assert_eq!(refused.faults(), ["/server_region invalid_value"]);
+    let drained = server(&platform, "s2", "mars-1", "203.0.113.11").await;
+    let drain = format!("/admin/servers/{drained}/drain");
+    assert_eq!(platform.admin("POST", &drain).send().await.status, 200);
     user.call("POST", "/api/v1/devices").json(&nowhere).refused(503, "SERVER_UNAVAILABLE").await;
 }
 
@@ -253,7 +258,8 @@ async fn connect_status_and_disconnect_speak_the_guides_words() {
     assert_eq!(status["status"], "connected");
     assert_eq!(status["devices"][0]["session"]["session_id"], connected["session_id"]);
 
-    connect(json!({"device_id": id, "server_region": "lab-2"})).refused(503, "SERVER_UNAVAILABLE").await;
+    let nowhere = connect(json!({"device_id": id, "server_region": "lab-2"})).refused(422, "VALIDATION_FAILED").await;
+    assert_eq!(nowhere.faults(), ["/server_region invalid_value"]);
     let second = server(&platform, "s2", "lab-2", "203.0.113.11").await;
     let moved = connect(json!({"device_id": id, "server_region": "lab-2"})).send().await.body;
     assert_eq!((&moved["server_ip"], &moved["assigned_ip"]), (&json!("203.0.113.11"), &device["assigned_ip"]));

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
 use cvault_control_plane::http::router;
-use cvault_control_plane::http::serve::Peer;
+use cvault_control_plane::http::serve::{Limits, Peer, serve as serve_plain};
 use http::Request;
 use rcgen::{CertifiedKey, generate_simple_self_signed};
 use rustix::process::Signal;
@@ -232,4 +232,44 @@ async fn the_key_encryption_key_is_replaced_by_one_command_while_both_are_known(
     assert_eq!(alone["keys"][0]["data_keys"], 3);
     let (nothing, fault) = admin(OLD_KEK, &["status"]);
     assert!(nothing.is_null() && fault.contains("key-encryption key"), "{fault}");
+}
+
+#[tokio::test]
+async fn what_a_trusted_proxy_has_taken_without_tls_is_refused_and_not_redirected() {
+    for (url, trusted, proto, status) in [
+        ("https://api.example.com", true, "http", 403),
+        ("https://api.example.com", true, "https", 401),
+        ("https://api.example.com", false, "http", 401),
+        ("http://127.0.0.1:8080", true, "http", 401),
+    ] {
+        let platform = Platform::with(|config| url.clone_into(&mut config.public_url)).await;
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let proxies = if trusted { vec!["127.0.0.0/8".parse().unwrap()] } else { Vec::new() };
+        let shutdown = tokio_util::sync::CancellationToken::new();
+        let router = router::api(platform.app.clone());
+        let serving = tokio::spawn(serve_plain(listener, router, Limits::behind(proxies), shutdown.clone()));
+        let ask = async |line: &str| {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            let head = format!(
+                "{line} HTTP/1.1\r\nhost: api.example.com\r\nx-forwarded-proto: {proto}\r\nauthorization: Bearer x\r\nconnection: close\r\n\r\n"
+            );
+            stream.write_all(head.as_bytes()).await.unwrap();
+            let mut text = String::new();
+            stream.read_to_string(&mut text).await.unwrap();
+            text
+        };
+        for line in ["GET /admin/tenants", "DELETE /api/v1/tenant/sessions", "POST /api/v1/tenant/auth/logout"] {
+            let answer = ask(line).await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{url} {trusted} {proto} {line}: {answer}");
+            assert_eq!(answer.contains("\"HTTPS_REQUIRED\""), status == 403, "{answer}");
+            assert!(!answer.to_lowercase().contains("location:"), "{answer}");
+        }
+        for line in ["GET /health", "GET /metrics", "GET /health/ready"] {
+            let answer = ask(line).await;
+            assert!(answer.starts_with("HTTP/1.1 200 "), "{line}: {answer}");
+        }
+        shutdown.cancel();
+        serving.await.unwrap();
+    }
 }

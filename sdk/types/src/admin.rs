@@ -50,30 +50,41 @@ pub enum ServerStatus {
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct AdminServer {
     pub id: ServerId,
+    #[schema(example = "fra-1")]
     pub name: String,
+    #[schema(example = "eu-central")]
     pub region: String,
-    #[schema(value_type = String)]
+    #[schema(value_type = String, example = "203.0.113.7")]
     pub public_ip: IpAddr,
+    #[schema(example = 51_820)]
     pub port: u16,
     pub pool_id: PoolId,
+    #[schema(example = "default")]
     pub pool: String,
     pub status: ServerStatus,
     /// Whether an agent has used an enrolment token.
+    #[schema(example = true)]
     pub enrolled: bool,
     /// Whether a new device could be placed here now.
+    #[schema(example = true)]
     pub available: bool,
+    #[schema(example = 65_000)]
     pub capacity: u32,
     /// Devices that should be on it.
+    #[schema(example = 29_250)]
     pub peers: u32,
     /// Percent of the capacity in use.
+    #[schema(example = 45)]
     pub load: u8,
+    #[schema(example = 1042)]
     pub revision: u64,
     /// The revision its agent has acknowledged.
+    #[schema(example = 1042)]
     pub acked_revision: u64,
     #[serde(with = "time::serde::rfc3339::option")]
     pub last_seen_at: Option<OffsetDateTime>,
     /// What its agent says of itself.
-    #[schema(value_type = Object)]
+    #[schema(value_type = Object, example = json!({"version": "0.1.0"}))]
     pub health: serde_json::Value,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
@@ -84,9 +95,10 @@ pub struct AdminServer {
 pub struct EnrolmentToken {
     pub server_id: ServerId,
     /// Works once, for an hour.
-    #[schema(value_type = String)]
+    #[schema(value_type = String, example = "cvj1.…")]
     pub token: Secret,
     /// Reads the token from its standard input.
+    #[schema(example = "cvault-node-agent enroll …")]
     pub command: String,
     #[schema(example = 3600)]
     pub expires_in_seconds: u32,
@@ -148,21 +160,30 @@ pub struct UpdatePoolRequest {
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct AddressPool {
     pub id: PoolId,
+    #[schema(example = "default")]
     pub name: String,
+    #[schema(example = "10.8.0.0/16")]
     pub ipv4: String,
+    #[schema(example = "fd4c:9a17:30b2::/64")]
     pub ipv6: String,
+    #[schema(example = 60)]
     pub quarantine_seconds: u32,
     /// Whether a device that disconnects gives its address back.
     pub reclaim: bool,
     /// Servers that share it.
+    #[schema(example = 2)]
     pub servers: u32,
     /// Addresses it can hand out in all.
+    #[schema(example = 65_533)]
     pub size: u64,
     /// Addresses that devices hold.
+    #[schema(example = 50)]
     pub used: u64,
     /// Addresses that rest after a release.
+    #[schema(example = 3)]
     pub quarantined: u64,
     /// Addresses that can be had now.
+    #[schema(example = 65_480)]
     pub free: u64,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
@@ -185,15 +206,18 @@ pub struct AuditRecord {
     /// Null: the platform's own infrastructure.
     pub tenant_id: Option<TenantId>,
     /// `usr_…`, `key_…`, `admin:…`, `cli`, `system`.
+    #[schema(example = "usr_01kaz3r6e8f4s9w2v5m7n0q1tb")]
     pub actor: String,
     /// `noun.verb`
     #[schema(example = "device.register")]
     pub action: String,
+    #[schema(example = "dev_01kaz3r6e8f4s9w2v5m7n0q1tb")]
     pub target: String,
-    #[schema(value_type = Object)]
+    #[schema(value_type = Object, example = json!({"device_name": "MacBook Pro"}))]
     pub details: serde_json::Value,
     pub request_id: Option<RequestId>,
     /// Its place in the tenant's hash chain, from a few seconds after it was written.
+    #[schema(example = 17)]
     pub chain_sequence: Option<i64>,
 }
 

@@ -70,7 +70,7 @@ pub struct ApiKey {
 pub struct CreatedApiKey {
     #[serde(flatten)]
     pub key: ApiKey,
-    #[schema(value_type = String)]
+    #[schema(value_type = String, example = "cvs_…")]
     pub api_secret: Secret,
 }
 

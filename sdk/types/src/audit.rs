@@ -13,15 +13,18 @@ pub struct AuditEntry {
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
     /// `usr_…`, `adm_…`, `key_…`, `admin:…`, `cli`, `signup`, `system`.
+    #[schema(example = "usr_01kaz3r6e8f4s9w2v5m7n0q1tb")]
     pub actor: String,
     /// `noun.verb`
     #[schema(example = "device.register")]
     pub action: String,
+    #[schema(example = "dev_01kaz3r6e8f4s9w2v5m7n0q1tb")]
     pub target: String,
-    #[schema(value_type = Object)]
+    #[schema(value_type = Object, example = json!({"device_name": "MacBook Pro"}))]
     pub details: serde_json::Value,
     pub request_id: Option<RequestId>,
     /// Its place in the tenant's hash chain, from a few seconds after it was written.
+    #[schema(example = 17)]
     pub chain_sequence: Option<i64>,
 }
 

@@ -36,12 +36,13 @@ pub struct RefreshRequest {
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct TokenResponse {
     pub user_id: UserId,
-    #[schema(value_type = String)]
+    #[schema(value_type = String, example = "eyJ…")]
     pub access_token: Secret,
-    #[schema(value_type = String)]
+    #[schema(value_type = String, example = "cvr_…")]
     pub refresh_token: Secret,
     #[schema(example = "Bearer")]
     pub token_type: String,
     /// Seconds until the access token expires.
+    #[schema(example = 900)]
     pub expires_in: u64,
 }

@@ -13,17 +13,22 @@ pub struct DashboardStats {
     #[serde(flatten)]
     pub usage: UsagePeriod,
     /// Calls with the tenant's keys on the days of the period; known to a quarter of a minute.
+    #[schema(example = 102_000)]
     pub api_calls: i64,
     pub now: DashboardNow,
     pub limits: UsageLimits,
+    #[schema(example = 100)]
     pub rate_limit_per_minute: u32,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct DashboardNow {
+    #[schema(example = 20)]
     pub users: i64,
+    #[schema(example = 50)]
     pub devices: i64,
     /// Devices with an open session.
+    #[schema(example = 31)]
     pub connected_devices: i64,
     pub servers: Vec<ServerIndicator>,
 }
@@ -35,10 +40,13 @@ pub struct ServerIndicator {
     #[schema(example = "us-east")]
     pub region: String,
     /// It has reported lately.
+    #[schema(example = true)]
     pub online: bool,
     /// It takes devices.
+    #[schema(example = true)]
     pub available: bool,
     /// Percent of its capacity.
+    #[schema(example = 45)]
     pub load: u8,
 }
 
@@ -63,11 +71,17 @@ pub struct DashboardDay {
     /// `YYYY-MM-DD`
     #[schema(example = "2026-11-20", format = "date")]
     pub date: String,
+    #[schema(example = 1_500_000_000)]
     pub bandwidth_bytes: i64,
+    #[schema(example = 300_000_000)]
     pub rx_bytes: i64,
+    #[schema(example = 1_200_000_000)]
     pub tx_bytes: i64,
+    #[schema(example = 86_400)]
     pub connection_seconds: i64,
+    #[schema(example = 12)]
     pub active_users: i64,
+    #[schema(example = 3400)]
     pub api_calls: i64,
 }
 
@@ -76,13 +90,16 @@ pub struct RegionUsage {
     /// Empty: of a server that was removed.
     #[schema(example = "us-east")]
     pub region: String,
+    #[schema(example = 1_500_000_000)]
     pub bandwidth_bytes: i64,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct HourUsage {
     /// 0 to 23.
+    #[schema(example = 9)]
     pub hour: u8,
+    #[schema(example = 62_500_000)]
     pub bandwidth_bytes: i64,
 }
 
@@ -102,7 +119,9 @@ pub struct Activity {
     /// `session.open` for a connection, however it began; otherwise as in the audit log.
     #[schema(example = "session.open")]
     pub action: String,
+    #[schema(example = "usr_01kaz3r6e8f4s9w2v5m7n0q1tb")]
     pub actor: String,
+    #[schema(example = "ses_01kaz3r6e8f4s9w2v5m7n0q1tb")]
     pub target: String,
     /// Where, if a server had to do with it.
     #[schema(example = "us-east")]
@@ -122,16 +141,20 @@ pub struct TenantDevicePage {
 pub struct TenantDevice {
     pub device_id: DeviceId,
     pub user_id: UserId,
+    #[schema(example = "MacBook Pro")]
     pub device_name: String,
+    #[schema(example = "macos")]
     pub platform: Option<String>,
-    #[schema(format = "ipv4")]
+    #[schema(format = "ipv4", example = "10.8.0.45")]
     pub assigned_ip: String,
-    #[schema(format = "ipv6")]
+    #[schema(format = "ipv6", example = "fd00:cafe::2d")]
     pub assigned_ipv6: String,
     pub server_id: ServerId,
+    #[schema(example = "us-east")]
     pub server_region: String,
     /// Off its server, because the tenant or its user is.
     pub suspended: bool,
+    #[schema(example = true)]
     pub tunnel_up: bool,
     #[serde(with = "time::serde::rfc3339::option")]
     pub last_handshake_at: Option<OffsetDateTime>,

@@ -57,6 +57,7 @@ pub enum DeviceStatus {
 pub struct RegisteredDevice {
     pub device_id: DeviceId,
     /// A WireGuard configuration file, ready for `wg-quick`.
+    #[schema(value_type = String, example = "[Interface]\nPrivateKey = …\nAddress = 10.8.0.45/32, fd00:cafe::2d/128\nDNS = 1.1.1.1\nMTU = 1420\n\n[Peer]\nPublicKey = …\nAllowedIPs = 0.0.0.0/0, ::/0\nEndpoint = 203.0.113.10:51820\nPersistentKeepalive = 25\n")]
     pub config: Secret,
     #[schema(example = "10.8.0.45", format = "ipv4")]
     pub assigned_ip: String,
@@ -65,7 +66,9 @@ pub struct RegisteredDevice {
     pub status: DeviceStatus,
     /// From the arrival of the request to the server's acknowledgement; only with `status: active`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = 38)]
     pub activation_ms: Option<u64>,
+    #[schema(example = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=")]
     pub public_key: String,
     pub server: DeviceServer,
 }
@@ -79,6 +82,7 @@ pub struct DeviceServer {
     #[schema(example = "203.0.113.10:51820")]
     pub endpoint: String,
     /// Base64 of 32 bytes.
+    #[schema(example = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=")]
     pub public_key: String,
 }
 
@@ -86,17 +90,23 @@ pub struct DeviceServer {
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Device {
     pub device_id: DeviceId,
+    #[schema(example = "MacBook Pro")]
     pub device_name: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = "macos")]
     pub platform: Option<String>,
+    #[schema(example = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=")]
     pub public_key: String,
+    #[schema(example = "10.8.0.45")]
     pub assigned_ip: String,
+    #[schema(example = "fd00:cafe::2d")]
     pub assigned_ipv6: String,
     pub status: DeviceStatus,
     pub server_id: ServerId,
     #[schema(example = "us-east")]
     pub server_region: String,
     /// Whether the server has seen a handshake within the last three minutes.
+    #[schema(example = true)]
     pub tunnel_up: bool,
     #[serde(with = "time::serde::rfc3339::option")]
     pub last_handshake_at: Option<OffsetDateTime>,

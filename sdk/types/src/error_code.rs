@@ -59,6 +59,8 @@ codes! {
     InsufficientScope = ("INSUFFICIENT_SCOPE", 403, "Insufficient scope", false);
     OriginNotAllowed = ("ORIGIN_NOT_ALLOWED", 403, "Origin not allowed", false);
     SecretKeyInBrowser = ("SECRET_KEY_IN_BROWSER", 403, "Secret key sent by a browser", false);
+    /// The request has come without TLS to a service that is only for it.
+    HttpsRequired = ("HTTPS_REQUIRED", 403, "HTTPS required", false);
     /// The tenant has disabled this user.
     UserDisabled = ("USER_DISABLED", 403, "User disabled", false);
     NotFound = ("NOT_FOUND", 404, "Not found", false);

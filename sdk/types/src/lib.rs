@@ -15,6 +15,7 @@ pub mod health;
 pub mod id;
 pub mod portal;
 pub mod problem;
+pub mod request_log;
 pub mod secret;
 pub mod server;
 pub mod settings;

@@ -84,8 +84,9 @@ pub struct SignupResponse {
     #[serde(flatten)]
     pub login: PortalLogin,
     pub tenant: Tenant,
+    #[schema(example = "cvk_4f0c7c1f6f7b4b0a8a2f0d3f5e6a7b8c9d0e1f2a1b2c3d4e")]
     pub api_key: String,
-    #[schema(value_type = String)]
+    #[schema(value_type = String, example = "cvs_…")]
     pub api_secret: Secret,
 }
 
@@ -103,13 +104,14 @@ pub struct PortalLogin {
 /// For programs: the access token goes into `Authorization: Bearer`, the refresh token gets the next pair, once.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct PortalTokens {
-    #[schema(value_type = String)]
+    #[schema(value_type = String, example = "eyJ…")]
     pub access_token: Secret,
-    #[schema(value_type = String)]
+    #[schema(value_type = String, example = "cvr_…")]
     pub refresh_token: Secret,
     #[schema(example = "Bearer")]
     pub token_type: String,
     /// Seconds until the access token expires.
+    #[schema(example = 900)]
     pub expires_in: u64,
 }
 
@@ -126,10 +128,13 @@ pub struct PortalRefreshRequest {
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct PortalMe {
     pub admin_id: TenantAdminId,
+    #[schema(example = "owner@example.com")]
     pub email: String,
+    #[schema(example = true)]
     pub email_verified: bool,
     pub role: TenantRole,
     pub tenant_id: TenantId,
+    #[schema(example = "Acme GmbH")]
     pub tenant_name: String,
     pub tenant_status: TenantStatus,
     pub session_id: PortalSessionId,
@@ -140,6 +145,21 @@ pub struct PortalMe {
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VerifyEmailRequest {
+    /// From the mailed link.
+    #[schema(value_type = String)]
+    pub token: Secret,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeEmailRequest {
+    #[schema(example = "new@example.com", max_length = 254)]
+    pub email: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeEmailConfirm {
     /// From the mailed link.
     #[schema(value_type = String)]
     pub token: Secret,
@@ -184,6 +204,7 @@ pub struct PortalSession {
     /// Where it was last seen.
     pub ip: Option<String>,
     /// What the browser or program calls itself.
+    #[schema(example = "Mozilla/5.0")]
     pub user_agent: String,
 }
 
@@ -226,8 +247,9 @@ pub enum StepUpAnswer {
 /// Good for one request, the one that was challenged.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct ChallengeToken {
-    #[schema(value_type = String)]
+    #[schema(value_type = String, example = "cvc_…")]
     pub challenge_token: Secret,
+    #[schema(example = 60)]
     pub expires_in_seconds: u64,
 }
 

@@ -15,6 +15,7 @@ pub struct ServerList {
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Server {
     pub id: ServerId,
+    #[schema(example = "vps-1")]
     pub name: String,
     #[schema(example = "us-east")]
     pub region: String,
@@ -22,5 +23,6 @@ pub struct Server {
     #[schema(example = 45, minimum = 0, maximum = 100)]
     pub load: u8,
     /// Whether it takes new devices now.
+    #[schema(example = true)]
     pub available: bool,
 }

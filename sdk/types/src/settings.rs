@@ -9,6 +9,7 @@ use crate::tenant::TenantStatus;
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct TenantSettings {
     pub tenant_id: TenantId,
+    #[schema(example = "Acme GmbH")]
     pub name: String,
     pub status: TenantStatus,
     #[schema(value_type = Object)]
@@ -32,9 +33,13 @@ pub struct TenantSettings {
 /// Set by the platform; null: none.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct TenantLimits {
+    #[schema(example = 500)]
     pub bandwidth_limit_gb: Option<i64>,
+    #[schema(example = 1000)]
     pub user_limit: Option<i32>,
+    #[schema(example = 5)]
     pub max_devices_per_user: i32,
+    #[schema(example = 100)]
     pub rate_limit_per_minute: u32,
 }
 

@@ -43,10 +43,12 @@ pub struct TenantPolicy {
     /// The tenant's devices on a server reach each other.
     pub allow_intra_tenant: bool,
     /// Private prefixes that its devices reach behind the server, such as `10.20.0.0/16`.
+    #[schema(example = json!(["10.20.0.0/16"]))]
     pub allow_private_destinations: Vec<String>,
     /// TCP port 25.
     pub allow_smtp: bool,
     pub over_quota: OverQuota,
+    #[schema(example = 1000)]
     pub throttle_kbps: i32,
 }
 
@@ -167,10 +169,14 @@ fn present<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> R
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct Tenant {
     pub id: TenantId,
+    #[schema(example = "Acme GmbH")]
     pub name: String,
     pub status: TenantStatus,
+    #[schema(example = 500)]
     pub bandwidth_limit_gb: Option<i64>,
+    #[schema(example = 1000)]
     pub user_limit: Option<i32>,
+    #[schema(example = 5)]
     pub max_devices_per_user: i32,
     pub rate_limit_per_minute: Option<i32>,
     /// What one user may send; null: half of what the tenant may.
@@ -187,8 +193,9 @@ pub struct Tenant {
 pub struct CreatedTenant {
     #[serde(flatten)]
     pub tenant: Tenant,
+    #[schema(example = "cvk_4f0c7c1f6f7b4b0a8a2f0d3f5e6a7b8c9d0e1f2a1b2c3d4e")]
     pub api_key: String,
-    #[schema(value_type = String)]
+    #[schema(value_type = String, example = "cvs_…")]
     pub api_secret: Secret,
 }
 

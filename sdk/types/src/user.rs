@@ -24,6 +24,7 @@ pub struct User {
     pub email: Option<String>,
     pub status: UserStatus,
     /// Devices that are registered now.
+    #[schema(example = 2)]
     pub devices: i64,
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,

@@ -42,6 +42,7 @@ pub struct Connected {
     pub server_port: u16,
     pub status: ConnectionStatus,
     /// A WireGuard configuration file, ready for `wg-quick`.
+    #[schema(value_type = String, example = "[Interface]\nPrivateKey = …\nAddress = 10.8.0.45/32, fd00:cafe::2d/128\nDNS = 1.1.1.1\nMTU = 1420\n\n[Peer]\nPublicKey = …\nAllowedIPs = 0.0.0.0/0, ::/0\nEndpoint = 203.0.113.10:51820\nPersistentKeepalive = 25\n")]
     pub config: Secret,
     #[schema(example = "10.8.0.45", format = "ipv4")]
     pub assigned_ip: String,
@@ -66,6 +67,7 @@ pub struct VpnStatus {
     /// `connected` when at least one session of the user is open.
     pub status: ConnectionStatus,
     /// Whether a server has seen a handshake of one of the devices within the last three minutes.
+    #[schema(example = true)]
     pub tunnel_up: bool,
     #[serde(with = "time::serde::rfc3339::option")]
     pub last_handshake_at: Option<OffsetDateTime>,
@@ -77,13 +79,17 @@ pub struct VpnStatus {
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct DeviceConnection {
     pub device_id: DeviceId,
+    #[schema(example = "MacBook Pro")]
     pub device_name: String,
     pub status: ConnectionStatus,
+    #[schema(example = true)]
     pub tunnel_up: bool,
     #[serde(with = "time::serde::rfc3339::option")]
     pub last_handshake_at: Option<OffsetDateTime>,
+    #[schema(example = "10.8.0.45")]
     pub assigned_ip: String,
     pub server_id: ServerId,
+    #[schema(example = "us-east")]
     pub server_region: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session: Option<Session>,
@@ -96,7 +102,9 @@ pub struct Session {
     #[serde(with = "time::serde::rfc3339")]
     pub connected_at: OffsetDateTime,
     /// Billed bytes from the device in this session.
+    #[schema(example = 5_000_000)]
     pub rx_bytes: i64,
     /// Billed bytes to the device in this session.
+    #[schema(example = 20_000_000)]
     pub tx_bytes: i64,
 }

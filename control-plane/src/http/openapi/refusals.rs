@@ -12,8 +12,13 @@ use crate::http::Problem;
 const PROBLEM: &str = "application/problem+json";
 
 /// Of any operation of the API: its rate, its places, its database.
-const OF_ALL: &[ErrorCode] =
-    &[ErrorCode::RateLimited, ErrorCode::InternalError, ErrorCode::Overloaded, ErrorCode::DatabaseUnavailable];
+const OF_ALL: &[ErrorCode] = &[
+    ErrorCode::HttpsRequired,
+    ErrorCode::RateLimited,
+    ErrorCode::InternalError,
+    ErrorCode::Overloaded,
+    ErrorCode::DatabaseUnavailable,
+];
 const OF_BODIES: &[ErrorCode] = &[
     ErrorCode::MalformedRequest,
     ErrorCode::RequestTimeout,

@@ -10,7 +10,7 @@ use cvault_types::device::{
     Device, DevicePage, DeviceServer, DeviceStatus, RegisterDevice, RegisteredDevice, RotateDeviceKey,
 };
 use cvault_types::problem::ProblemBody;
-use cvault_types::{DeviceId, ErrorCode, Secret};
+use cvault_types::{DeviceId, ErrorCode, Secret, TenantId};
 use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
 use http::{HeaderMap, StatusCode};
 use rand::SeedableRng;
@@ -104,10 +104,12 @@ async fn register(
 ) -> Result<Response, Problem> {
     let arrived = context::arrived();
     let new = parse(body)?;
+    let region = new.region.clone();
     let wait = preferred_wait(&headers).or(query.wait.map(|Wait::Active| DEFAULT_WAIT));
-    let device = match place(&app, caller, new).await? {
-        Once::First(device) => device,
-        Once::Replay(response) => return Ok(response),
+    let device = match place(&app, caller, new).await {
+        Ok(Once::First(device)) => device,
+        Ok(Once::Replay(response)) => return Ok(response),
+        Err(problem) => return Err(unless_nowhere(&app, caller.tenant, region.as_deref(), problem).await),
     };
     app.nodes.server_changed(device.server.id);
     let activation_ms = activated(&app, &device, arrived, wait).await;
@@ -278,6 +280,27 @@ fn parse(body: RegisterDevice) -> Result<NewDevice, Problem> {
         Some(_) | None => Err(faults
             .into_iter()
             .fold(Problem::validation(), |problem, (pointer, fault)| problem.field(pointer, fault.code, fault.detail))),
+    }
+}
+
+/// `problem`, or what is wrong with the request when it asks for a region where no server is, whatever its state: that
+/// does not pass by itself.
+pub(super) async fn unless_nowhere(app: &App, tenant: TenantId, region: Option<&str>, problem: Problem) -> Problem {
+    let Some(region) = region.filter(|_| problem.code() == ErrorCode::ServerUnavailable) else { return problem };
+    let known = async {
+        let mut tx = app.db.tenancy.begin(tenant).await?;
+        let known = servers::list(&mut tx).await?.iter().any(|server| server.region == region);
+        tx.commit().await?;
+        Ok(known)
+    };
+    match known.await {
+        Ok(true) => problem,
+        Ok(false) => Problem::validation().field(
+            "/server_region",
+            "invalid_value",
+            "must be the region of a server; see GET /api/v1/servers",
+        ),
+        Err(error) => DbError::into(error),
     }
 }
 

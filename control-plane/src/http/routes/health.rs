@@ -59,14 +59,15 @@ async fn metrics_text(State(app): State<App>) -> impl IntoResponse {
 
 /// The public key that verifies access tokens (JSON Web Key Set).
 #[utoipa::path(get, path = "/.well-known/jwks.json", tag = "platform", security(()),
-    responses((status = 200, body = serde_json::Value)))]
+    responses((status = 200, body = serde_json::Value,
+        example = json!({"keys": [{"kty": "OKP", "crv": "Ed25519", "alg": "EdDSA", "use": "sig", "kid": "…", "x": "…"}]}))))]
 async fn jwks(State(app): State<App>) -> impl IntoResponse {
     (PUBLIC, Json(tokens::jwks(&app.secrets.token_key)))
 }
 
 /// This document.
 #[utoipa::path(get, path = "/api/v1/openapi.json", tag = "platform", security(()),
-    responses((status = 200, body = serde_json::Value)))]
+    responses((status = 200, body = serde_json::Value, example = json!({"openapi": "3.1.0"}))))]
 async fn description() -> impl IntoResponse {
     let [public] = PUBLIC;
     ([public, (CONTENT_TYPE, "application/json")], openapi::document_text())

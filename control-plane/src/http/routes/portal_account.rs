@@ -30,7 +30,7 @@ use crate::portal::sessions;
 use crate::step_up;
 
 /// Longer than the database takes to write a mail down: the answer comes no sooner when there is nobody to write to.
-const RESET_TAKES: Duration = Duration::from_millis(400);
+pub(super) const MAILING_TAKES: Duration = Duration::from_millis(400);
 
 pub fn router() -> OpenApiRouter<App> {
     OpenApiRouter::new()
@@ -99,7 +99,7 @@ async fn request_reset(
     origin: Origin,
     Json(body): Json<PasswordResetRequest>,
 ) -> Result<StatusCode, Problem> {
-    let answer_at = context::arrived() + RESET_TAKES;
+    let answer_at = context::arrived() + MAILING_TAKES;
     let Some(email) = Email::parse(&body.email) else {
         return Err(Problem::validation().field("/email", "invalid_format", "must be an e-mail address"));
     };
@@ -246,7 +246,7 @@ async fn verify_step_up(
     Ok(Json(step_up::verify(&app, &portal, challenge, body, &origin.seen).await?))
 }
 
-fn invalid_link() -> Problem {
+pub(super) fn invalid_link() -> Problem {
     Problem::new(ErrorCode::InvalidToken)
         .detail("The link is used, replaced by a newer one, or expired. Ask for a new one.")
 }

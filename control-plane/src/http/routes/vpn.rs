@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::devices::{Once, bandwidth_exceeded, check_region, config_text};
+use super::devices::{Once, bandwidth_exceeded, check_region, config_text, unless_nowhere};
 use crate::app::App;
 use crate::audit;
 use crate::devices::{self, ServedDevice};
@@ -54,9 +54,10 @@ async fn connect(
     }
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
     let work = connect_once(&app, &mut tx, caller, body.device_id, region).await;
-    let (connection, answer) = match tx.finish(work).await? {
-        Once::First(opened) => *opened,
-        Once::Replay(response) => return Ok(response),
+    let (connection, answer) = match tx.finish(work).await {
+        Ok(Once::First(opened)) => *opened,
+        Ok(Once::Replay(response)) => return Ok(response),
+        Err(problem) => return Err(unless_nowhere(&app, caller.tenant, region, problem).await),
     };
     let changed = connection.placed.then_some(connection.server.id);
     changed.into_iter().chain(connection.moved_from).for_each(|server| app.nodes.server_changed(server));

@@ -5,6 +5,7 @@ pub(super) const PUBLIC: &[&str] = &[
     "GET /.well-known/jwks.json",
     "GET /api/v1/openapi.json",
     // what proves something here is in the body
+    "POST /api/v1/tenant/auth/email/confirm",
     "POST /api/v1/tenant/auth/login",
     "POST /api/v1/tenant/auth/password-reset",
     "POST /api/v1/tenant/auth/password-reset/confirm",
@@ -143,6 +144,7 @@ pub(super) const ROWS: &[Row] = &[
     ),
     row("POST /api/v1/tenant/auth/refresh", Some(r#"{"refresh_token": "cvp_"}"#), everybody(401)),
     row("POST /api/v1/tenant/auth/verify-email", Some(r#"{"token": "cvl_"}"#), everybody(401)),
+    row("POST /api/v1/tenant/auth/email/confirm", Some(r#"{"token": "cvl_"}"#), everybody(401)),
     row("POST /api/v1/tenant/auth/password-reset", Some(r#"{"email": "nobody"}"#), everybody(422)),
     row(
         "POST /api/v1/tenant/auth/password-reset/confirm",
@@ -152,6 +154,7 @@ pub(super) const ROWS: &[Row] = &[
     // one's own account
     row("GET /api/v1/tenant/me", None, people(200, 200, 200, 200, 200)),
     row("POST /api/v1/tenant/auth/verify-email/resend", None, people(202, 202, 202, 202, 202)),
+    row("POST /api/v1/tenant/auth/email", Some(r#"{"email": "x@y.example"}"#), people(428, 428, 428, 428, 428)),
     row("POST /api/v1/tenant/auth/password", NEW_PASSWORD, people(428, 428, 428, 428, 428)),
     row("GET /api/v1/tenant/sessions", None, people(200, 200, 200, 200, 200)),
     row("DELETE /api/v1/tenant/sessions", None, people(204, 204, 204, 204, 204)),
@@ -174,6 +177,7 @@ pub(super) const ROWS: &[Row] = &[
     row("GET /api/v1/tenant/dashboard/usage", None, people(200, 200, 200, 200, 200)),
     row("GET /api/v1/tenant/dashboard/activity", None, people(200, 200, 200, 200, 200)),
     row("GET /api/v1/tenant/audit", None, people(200, 403, 403, 200, 200)),
+    row("GET /api/v1/tenant/request-logs", None, people(200, 403, 403, 200, 200)),
     row("GET /api/v1/tenant/users", None, people(200, 403, 403, 200, 200)),
     row("GET /api/v1/tenant/devices", None, people(200, 403, 403, 200, 200)),
     // platform staff, for what is not there

@@ -60,6 +60,8 @@ struct Made {
 }
 
 const EMAIL: &str = "new@owner.example";
+/// Theirs, later on.
+const NEW_EMAIL: &str = "other@owner.example";
 const NEW_PASSWORD: &str = "another fine password";
 
 const fn write(
@@ -153,11 +155,17 @@ const WRITES: &[Write] = &[
     write("POST /api/v1/tenant/auth/password", By::Owner, Retry::Replayed, |_, _| {
         (CHANGE_PASSWORD.into(), Some(json!({"password": PASSWORD})))
     }),
+    write("POST /api/v1/tenant/auth/email", By::Owner, Retry::Replayed, |_, _| {
+        ("/api/v1/tenant/auth/email".into(), Some(json!({"email": NEW_EMAIL})))
+    }),
+    write("POST /api/v1/tenant/auth/email/confirm", By::Stranger, Retry::DecidedAnew(401), |_, made| {
+        ("/api/v1/tenant/auth/email/confirm".into(), Some(json!({"token": made.link})))
+    }),
     write("POST /api/v1/tenant/auth/logout", By::Owner, Retry::DecidedAnew(401), |_, _| {
         ("/api/v1/tenant/auth/logout".into(), None)
     }),
     write("POST /api/v1/tenant/auth/password-reset", By::Stranger, Retry::DecidedAnew(202), |_, _| {
-        ("/api/v1/tenant/auth/password-reset".into(), Some(json!({"email": EMAIL})))
+        ("/api/v1/tenant/auth/password-reset".into(), Some(json!({"email": NEW_EMAIL})))
     }),
     write("POST /api/v1/tenant/auth/password-reset/confirm", By::Stranger, Retry::DecidedAnew(401), |_, made| {
         let body = json!({"token": made.link, "password": NEW_PASSWORD});
@@ -243,8 +251,11 @@ fn signed<'a>(scene: &'a Scene, made: &Made, by: By, call: Call<'a>) -> Call<'a>
 /// What the next write needs that no write makes.
 async fn prepare(scene: &Scene, made: &mut Made, operation: &str) {
     match operation {
-        "POST /api/v1/tenant/auth/verify-email" => made.link = newest_link(scene, "verify-email").await,
-        "POST /api/v1/tenant/auth/password-reset/confirm" => made.link = newest_link(scene, "reset-password").await,
+        "POST /api/v1/tenant/auth/verify-email" => made.link = newest_link(scene, EMAIL, "verify-email").await,
+        "POST /api/v1/tenant/auth/password-reset/confirm" => {
+            made.link = newest_link(scene, NEW_EMAIL, "reset-password").await
+        }
+        "POST /api/v1/tenant/auth/email/confirm" => made.link = newest_link(scene, NEW_EMAIL, "change-email").await,
         "POST /api/v1/tenant/step-up/{challenge_id}/verify" => {
             let change = scene.platform.post(CHANGE_PASSWORD, &json!({"password": NEW_PASSWORD}));
             let challenged = change.header("authorization", &made.owner).refused(428, "CHALLENGE_REQUIRED").await;
@@ -255,9 +266,9 @@ async fn prepare(scene: &Scene, made: &mut Made, operation: &str) {
 }
 
 /// Earlier ones to the same address are worth nothing: the newest is the one that works.
-async fn newest_link(scene: &Scene, page: &str) -> String {
+async fn newest_link(scene: &Scene, email: &str, page: &str) -> String {
     let mails = mailed(&scene.platform, scene.mails.path()).await;
-    let mail = mails.iter().rev().find(|mail| mail.contains(EMAIL) && mail.contains(&format!("/portal/{page}#")));
+    let mail = mails.iter().rev().find(|mail| mail.contains(email) && mail.contains(&format!("/portal/{page}#")));
     link_token(mail.unwrap_or_else(|| panic!("no {page} in {mails:?}")))
 }
 

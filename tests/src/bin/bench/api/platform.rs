@@ -155,13 +155,18 @@ impl Platform {
 
     /// A server that looks enrolled and alive for a day: there is no agent behind it, so nothing is acknowledged.
     pub(crate) fn server(&self, name: &str, pool: &str, ip: &str) -> Result<()> {
+        self.server_in(name, name, pool, ip)
+    }
+
+    /// One of several of a region.
+    pub(crate) fn server_in(&self, region: &str, name: &str, pool: &str, ip: &str) -> Result<()> {
         let made = self.admin(&[
             "server",
             "create",
             "--name",
             name,
             "--region",
-            name,
+            region,
             "--public-ip",
             ip,
             "--pool",

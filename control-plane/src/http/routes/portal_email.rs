@@ -1,0 +1,86 @@
+//! `/api/v1/tenant/auth/email`: another address for the caller's own account.
+
+use axum::extract::State;
+use axum::response::Response;
+use cvault_types::portal::{ChangeEmailConfirm, ChangeEmailRequest};
+use cvault_types::problem::ProblemBody;
+use http::StatusCode;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use tokio::time::sleep_until;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::portal::Origin;
+use super::portal_account::{MAILING_TAKES, invalid_link};
+use crate::app::App;
+use crate::auth::email::Email;
+use crate::http::{Json, Portal, Problem, context, idempotency};
+use crate::portal::recovery::Caller;
+use crate::portal::{accounts, attempts, email, links};
+use crate::step_up;
+
+pub fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(change_email)).routes(routes!(confirm_email))
+}
+
+/// Ask for another address. Needs a step-up challenge. The link that confirms it is mailed there, unless somebody has an
+/// account with it: the answer is the same. The present address is told, and stays until the link is opened.
+#[utoipa::path(post, path = "/api/v1/tenant/auth/email", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
+    params(("X-Challenge-Token" = Option<String>, Header, description = "Of an answered challenge, for exactly this request."),
+        ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
+    request_body = ChangeEmailRequest,
+    responses((status = 202),
+        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
+        (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
+        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
+        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE, OVERLOADED")))]
+async fn change_email(
+    State(app): State<App>,
+    portal: Portal,
+    Json(body): Json<ChangeEmailRequest>,
+) -> Result<Response, Problem> {
+    let answer_at = context::arrived() + MAILING_TAKES;
+    let Some(wanted) = Email::parse(&body.email) else {
+        return Err(Problem::validation().field("/email", "invalid_format", "must be an e-mail address"));
+    };
+    step_up::require(&app, &portal, "email.change").await?;
+    if let Some(replay) = idempotency::earlier(&app, portal.tenant, portal.actor()).await? {
+        return Ok(replay);
+    }
+    app.throttles.mail(attempts::account(&portal.actor()))?;
+    app.throttles.mail(attempts::account(wanted.as_str()))?;
+    let somebodys = accounts::find(&app.db.sys, &wanted).await?;
+    let answer = idempotency::once(&app, portal.tenant, portal.actor(), StatusCode::ACCEPTED, async |tx| {
+        Ok(email::ask(tx, &app, &portal, &wanted, somebodys, &mut StdRng::from_os_rng()).await?)
+    })
+    .await?;
+    sleep_until(answer_at).await;
+    Ok(answer)
+}
+
+/// Change the address with the token of the mailed link. Ends every session but the one that asked.
+#[utoipa::path(post, path = "/api/v1/tenant/auth/email/confirm", tag = "portal", request_body = ChangeEmailConfirm,
+    responses((status = 204),
+        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN: unknown, used, replaced or expired"),
+        (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "EMAIL_TAKEN: meanwhile"),
+        (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
+        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
+        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "OVERLOADED, DATABASE_UNAVAILABLE")))]
+async fn confirm_email(
+    State(app): State<App>,
+    origin: Origin,
+    Json(body): Json<ChangeEmailConfirm>,
+) -> Result<StatusCode, Problem> {
+    app.throttles.before_credentials(origin.seen.ip)?;
+    let Some(tenant) = links::tenant_of(&app, &body.token).await? else {
+        app.throttles.credentials_failed(origin.seen.ip);
+        return Err(invalid_link());
+    };
+    let caller = Caller { ip: origin.seen.ip, request_id: context::request_id() };
+    email::confirm(&app, tenant, &body.token, caller).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
