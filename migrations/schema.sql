@@ -418,6 +418,105 @@ begin
 end
 $$;
 ALTER FUNCTION platform.register_device(p_tenant uuid, p_device uuid, p_user uuid, p_name text, p_platform text, p_public_key bytea, p_private_key_sealed bytea, p_preshared_key_sealed bytea, p_preshared_key_hash bytea, p_region text, p_seen_since timestamp with time zone, p_at timestamp with time zone) OWNER TO cvault_fn;
+CREATE FUNCTION platform.register_devices(p_tenant uuid, p_region text, p_seen_since timestamp with time zone, p_at timestamp with time zone, p_devices uuid[], p_users uuid[], p_names text[], p_platforms text[], p_public_keys bytea[], p_private_keys_sealed bytea[], p_preshared_keys_sealed bytea[], p_preshared_key_hashes bytea[]) RETURNS TABLE(device_id uuid, client_dns inet[], client_allowed_ips cidr[], client_mtu integer, server_id uuid, server_name text, region text, public_ip inet, endpoint_port integer, server_public_key bytea, pool_id uuid, capacity integer, peer_count bigint, last_seen_at timestamp with time zone, acked_revision bigint, ipv4 inet, ipv6 inet, revision bigint)
+    LANGUAGE plpgsql SECURITY DEFINER ROWS 10
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+#variable_conflict use_column
+declare
+    v_tenant record;
+    v_users uuid[];
+    v_places integer[];
+    v_hosts bigint[];
+    v_server platform.servers;
+    v_pool platform.address_pools;
+    v_devices uuid[];
+    v_count integer;
+begin
+    -- nothing is found of a tenant that is not the context's
+    select t.max_devices_per_user, t.client_dns, t.client_allowed_ips, t.client_mtu into v_tenant
+        from cvault.tenants t
+        where t.tenant_id = p_tenant and t.status in ('active', 'trial') and t.over_limit_since is null
+        for share;
+    if not found then
+        return;
+    end if;
+    -- in one order, whoever else locks several
+    select array_agg(present.user_id) into v_users from (
+        select u.user_id from cvault.users u
+        where u.tenant_id = p_tenant and u.user_id = any (p_users) and u.status = 'active'
+        order by u.user_id for no key update) as present;
+    -- A statement of its own: it sees what was committed while that one waited for the locks. Planned each time: a plan that was
+    -- made when there was no device yet would go through all of them.
+    execute 'select array_agg(w.place::integer order by w.place)
+        from (select w.user_id, w.place, row_number() over (partition by w.user_id order by w.place) as nth
+              from unnest($2) with ordinality as w (user_id, place)) as w
+        cross join lateral (
+            select count(*) as devices from (
+                select from cvault.devices d
+                where d.tenant_id = $1 and d.user_id = w.user_id and d.status = ''active''
+                order by d.device_id limit $3) as one) as own
+        where w.user_id = any ($4) and own.devices + w.nth <= $3'
+        into v_places using p_tenant, p_users, v_tenant.max_devices_per_user, v_users;
+    v_count := coalesce(cardinality(v_places), 0);
+    if v_count = 0 then
+        return;
+    end if;
+    select * into v_server from platform.servers s
+        where s.status = 'active' and s.identity_pin is not null and s.public_key is not null
+          and s.peer_count + v_count <= s.capacity and s.last_seen_at > p_seen_since and s.region = coalesce(p_region, s.region)
+        order by s.peer_count * 1000000 / s.capacity, s.server_id
+        limit 1;
+    if not found then
+        return;
+    end if;
+    select * into v_pool from platform.address_pools p where p.pool_id = v_server.pool_id;
+    select array_agg(p_devices[w.place] order by w.nth) into v_devices from unnest(v_places) with ordinality as w (place, nth);
+    v_hosts := platform.take_free_addresses(v_server.pool_id, p_tenant, v_devices);
+    v_count := cardinality(v_hosts);
+    if v_count = 0 then
+        return;
+    end if;
+    v_places := v_places[1:v_count];
+    -- from here to the end every other change of this server waits
+    select * into v_server from platform.servers s where s.server_id = v_server.server_id for no key update;
+    if v_server.status <> 'active' or v_server.peer_count + v_count > v_server.capacity then
+        raise check_violation using message = 'the server takes no more peers', constraint = 'servers_open_for_peers';
+    end if;
+    insert into cvault.devices (tenant_id, device_id, user_id, name, platform, public_key, private_key_sealed, preshared_key_sealed,
+                                preshared_key_hash, pool_id, ipv4, ipv6, server_id, placed_revision, created_at)
+        select p_tenant, p_devices[w.place], p_users[w.place], p_names[w.place], p_platforms[w.place], p_public_keys[w.place],
+               p_private_keys_sealed[w.place], p_preshared_keys_sealed[w.place], p_preshared_key_hashes[w.place], v_server.pool_id,
+               host(v_pool.ipv4::inet + w.host)::inet, host(v_pool.ipv6::inet + w.host)::inet, v_server.server_id,
+               v_server.revision + w.nth, p_at
+        from unnest(v_places, v_hosts) with ordinality as w (place, host, nth);
+    insert into platform.peers (server_id, device_id, tenant_id, user_id, public_key, preshared_key_sealed, preshared_key_hash,
+                                ipv4, ipv6, generation)
+        select v_server.server_id, p_devices[w.place], p_tenant, p_users[w.place], p_public_keys[w.place],
+               p_preshared_keys_sealed[w.place], p_preshared_key_hashes[w.place], host(v_pool.ipv4::inet + w.host)::inet,
+               host(v_pool.ipv6::inet + w.host)::inet, v_server.revision + w.nth
+        from unnest(v_places, v_hosts) with ordinality as w (place, host, nth);
+    insert into platform.node_changes (server_id, revision, op, device_id, public_key)
+        select v_server.server_id, v_server.revision + w.nth, 'upsert', p_devices[w.place], p_public_keys[w.place]
+        from unnest(v_places) with ordinality as w (place, nth);
+    update platform.servers s
+        set revision = s.revision + v_count, peer_count = s.peer_count + v_count,
+            digest = (s.digest + (
+                select sum(platform.peer_record_digest(v_server.digest_key, p_devices[w.place], p_tenant, p_public_keys[w.place],
+                    p_preshared_key_hashes[w.place], host(v_pool.ipv4::inet + w.host)::inet, host(v_pool.ipv6::inet + w.host)::inet,
+                    v_server.revision + w.nth))
+                from unnest(v_places, v_hosts) with ordinality as w (place, host, nth)
+            )) % 340282366920938463463374607431768211456
+        where s.server_id = v_server.server_id;
+    return query
+        select p_devices[w.place], v_tenant.client_dns, v_tenant.client_allowed_ips, v_tenant.client_mtu, v_server.server_id,
+               v_server.name, v_server.region, v_server.public_ip, v_server.endpoint_port, v_server.public_key, v_server.pool_id,
+               v_server.capacity, v_server.peer_count + w.nth, v_server.last_seen_at, v_server.acked_revision,
+               host(v_pool.ipv4::inet + w.host)::inet, host(v_pool.ipv6::inet + w.host)::inet, v_server.revision + w.nth
+        from unnest(v_places, v_hosts) with ordinality as w (place, host, nth);
+end
+$_$;
+ALTER FUNCTION platform.register_devices(p_tenant uuid, p_region text, p_seen_since timestamp with time zone, p_at timestamp with time zone, p_devices uuid[], p_users uuid[], p_names text[], p_platforms text[], p_public_keys bytea[], p_private_keys_sealed bytea[], p_preshared_keys_sealed bytea[], p_preshared_key_hashes bytea[]) OWNER TO cvault_fn;
 CREATE FUNCTION platform.restore_address(p_device uuid, p_server uuid) RETURNS TABLE(ipv4 inet, ipv6 inet)
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -547,6 +646,42 @@ begin
 end
 $_$;
 ALTER FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) OWNER TO cvault_fn;
+CREATE FUNCTION platform.take_free_addresses(p_pool uuid, p_tenant uuid, p_devices uuid[]) RETURNS bigint[]
+    LANGUAGE plpgsql
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $_$
+declare
+    hint constant text := current_setting('cvault.free_after', true);
+    v_after bigint := -1;
+    v_hosts bigint[];
+begin
+    if hint ~ '^[0-9a-f-]{36}:[0-9]{1,10}$' and left(hint, 36)::uuid = p_pool then
+        v_after := substr(hint, 38)::bigint;
+        select array_agg(free.host) into v_hosts from (
+            select f.host from platform.addresses f
+            where f.pool_id = p_pool and f.state = 'free' and f.released_at is null and f.host > v_after
+            order by f.released_at nulls first, f.host
+            limit cardinality(p_devices) for update skip locked) as free;
+    end if;
+    if v_hosts is null or cardinality(v_hosts) < cardinality(p_devices) then
+        select array_agg(free.host) into v_hosts from (
+            select f.host from platform.addresses f
+            where f.pool_id = p_pool and f.state = 'free'
+            order by f.released_at nulls first, f.host
+            limit cardinality(p_devices) for update skip locked) as free;
+    end if;
+    if v_hosts is null then
+        return '{}';
+    end if;
+    update platform.addresses a
+        set state = 'allocated', tenant_id = p_tenant, device_id = w.device_id, released_device_id = null
+        from unnest(v_hosts, p_devices) as w (host, device_id)
+        where a.pool_id = p_pool and a.host = w.host;
+    perform set_config('cvault.free_after', p_pool || ':' || v_hosts[cardinality(v_hosts)], false);
+    return v_hosts;
+end
+$_$;
+ALTER FUNCTION platform.take_free_addresses(p_pool uuid, p_tenant uuid, p_devices uuid[]) OWNER TO cvault_fn;
 CREATE FUNCTION platform.withdraw(p_device uuid, p_tenant uuid) RETURNS bigint
     LANGUAGE plpgsql
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1593,6 +1728,8 @@ REVOKE ALL ON FUNCTION platform.reclaim_address(p_device uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.reclaim_address(p_device uuid) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.register_device(p_tenant uuid, p_device uuid, p_user uuid, p_name text, p_platform text, p_public_key bytea, p_private_key_sealed bytea, p_preshared_key_sealed bytea, p_preshared_key_hash bytea, p_region text, p_seen_since timestamp with time zone, p_at timestamp with time zone) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.register_device(p_tenant uuid, p_device uuid, p_user uuid, p_name text, p_platform text, p_public_key bytea, p_private_key_sealed bytea, p_preshared_key_sealed bytea, p_preshared_key_hash bytea, p_region text, p_seen_since timestamp with time zone, p_at timestamp with time zone) TO cvault_app;
+REVOKE ALL ON FUNCTION platform.register_devices(p_tenant uuid, p_region text, p_seen_since timestamp with time zone, p_at timestamp with time zone, p_devices uuid[], p_users uuid[], p_names text[], p_platforms text[], p_public_keys bytea[], p_private_keys_sealed bytea[], p_preshared_keys_sealed bytea[], p_preshared_key_hashes bytea[]) FROM PUBLIC;
+GRANT ALL ON FUNCTION platform.register_devices(p_tenant uuid, p_region text, p_seen_since timestamp with time zone, p_at timestamp with time zone, p_devices uuid[], p_users uuid[], p_names text[], p_platforms text[], p_public_keys bytea[], p_private_keys_sealed bytea[], p_preshared_keys_sealed bytea[], p_preshared_key_hashes bytea[]) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.restore_address(p_device uuid, p_server uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.restore_address(p_device uuid, p_server uuid) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.retire_peer(p_device uuid) FROM PUBLIC;
@@ -1603,6 +1740,7 @@ REVOKE ALL ON FUNCTION platform.suspend_user_peer(p_device uuid) FROM PUBLIC;
 GRANT ALL ON FUNCTION platform.suspend_user_peer(p_device uuid) TO cvault_app;
 REVOKE ALL ON FUNCTION platform.take_address(p_pool uuid, p_tenant uuid, p_device uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) FROM PUBLIC;
+REVOKE ALL ON FUNCTION platform.take_free_addresses(p_pool uuid, p_tenant uuid, p_devices uuid[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.withdraw(p_device uuid, p_tenant uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.withdraw_peer(p_device uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION platform.withdraw_unreadable_peer(p_device uuid, p_tenant uuid) FROM PUBLIC;

@@ -58,7 +58,10 @@ async fn limits_addresses_revisions_and_audit_are_those_of_devices_that_came_one
     let (world, server) = World::with_server().await;
     let world = Arc::new(world);
     let person = world.person().await;
-    sqlx::query("update cvault.tenants set max_devices_per_user = 3").execute(&mut world.superuser().await).await.unwrap();
+    sqlx::query("update cvault.tenants set max_devices_per_user = 3")
+        .execute(&mut world.superuser().await)
+        .await
+        .unwrap();
     let people = colleagues(&world, person, 30).await;
     let outcomes = register_all(&world, people.iter().flat_map(|person| [(*person, None); 5]).collect()).await;
     let (mut own, mut addresses) = (BTreeMap::new(), BTreeSet::new());
@@ -133,7 +136,10 @@ async fn a_pool_and_a_server_are_filled_to_the_last_place() {
             assert!(
                 matches!(
                     outcome,
-                    Ok(_) | Err(RegisterError::PoolExhausted | RegisterError::ServerUnavailable | RegisterError::ServerFull)
+                    Ok(_)
+                        | Err(RegisterError::PoolExhausted
+                            | RegisterError::ServerUnavailable
+                            | RegisterError::ServerFull)
                 ),
                 "{pool}"
             );

@@ -96,7 +96,8 @@ impl Bench {
         let per_client = (people.len() / clients).max(1);
         let load = run(self.platform.address, clients, time, Pace::Closed, |client, number| {
             // each client goes through its own people
-            let user = &people[(client * per_client + usize::try_from(number).unwrap_or(0) % per_client) % people.len()];
+            let user =
+                &people[(client * per_client + usize::try_from(number).unwrap_or(0) % per_client) % people.len()];
             let body = json!({"device_name": format!("{prefix}-{client}-{number}"), "server_region": region});
             request("POST", "/api/v1/devices", &user.headers(), Some(&body.to_string()))
         })
