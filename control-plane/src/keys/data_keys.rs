@@ -18,8 +18,11 @@ const MAX_KEYS: usize = 10_000;
 /// Sealed data keys. One for the process.
 #[derive(Default)]
 pub struct DataKeys {
-    known: Mutex<HashMap<TenantId, (Arc<[u8]>, Instant)>>,
+    known: Mutex<HashMap<TenantId, Remembered>>,
 }
+
+/// Until when.
+type Remembered = (Arc<[u8]>, Instant);
 
 impl DataKeys {
     /// The tenant's data key, sealed; `None` when it is destroyed.
