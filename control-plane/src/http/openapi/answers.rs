@@ -15,7 +15,9 @@ pub(super) fn complete(document: &mut Value) -> Vec<String> {
     let operations = document["paths"].as_object_mut().into_iter().flatten();
     for (_, operation) in operations.flat_map(|(_, methods)| methods.as_object_mut().into_iter().flatten()) {
         for (status, response) in operation["responses"].as_object_mut().into_iter().flatten() {
-            let Some(content) = response["content"].get_mut(JSON).filter(|_| status.starts_with('2')) else { continue };
+            // not by index: that would give an answer without a body one that is null
+            let content = response.get_mut("content").and_then(|content| content.get_mut(JSON));
+            let Some(content) = content.filter(|_| status.starts_with('2')) else { continue };
             if content.get("example").is_none() {
                 let example = examples.of(&content["schema"], "", DEPTH);
                 content["example"] = example;
@@ -97,6 +99,8 @@ mod tests {
         assert_eq!(complete(&mut document), Vec::<String>::new(), "give these fields `#[schema(example = …)]`");
         let device = &document["paths"]["/api/v1/devices"]["post"]["responses"]["201"]["content"][JSON]["example"];
         assert_eq!((&device["assigned_ip"], &device["server"]["region"]), (&json!("10.8.0.45"), &json!("us-east")));
+        // an answer without a body has no `content`
+        assert!(!crate::http::openapi::document_text().contains("\"content\":null"));
     }
 
     #[test]
