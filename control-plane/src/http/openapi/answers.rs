@@ -100,7 +100,7 @@ mod tests {
         let device = &document["paths"]["/api/v1/devices"]["post"]["responses"]["201"]["content"][JSON]["example"];
         assert_eq!((&device["assigned_ip"], &device["server"]["region"]), (&json!("10.8.0.45"), &json!("us-east")));
         // an answer without a body has no `content`
-        assert!(!crate::http::openapi::document_text().contains("\"content\":null"));
+        assert!(!crate::http::openapi::document_text().replace(' ', "").contains("\"content\":null"));
     }
 
     #[test]
