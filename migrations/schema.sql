@@ -13,7 +13,7 @@ begin
     perform pg_catalog.set_config('app.ctx', p_context, true);
     v_tenant := cvault.tenant_id();
     if v_tenant is null then
-        raise insufficient_privilege using message = 'the tenant context is not valid';
+        raise exception using errcode = 'CV001', message = 'the tenant context is not valid';
     end if;
     return v_tenant;
 end
@@ -327,12 +327,12 @@ declare
     v_host bigint;
     v_server platform.servers;
 begin
-    -- Nothing is found of a tenant that is not the context's. The user is locked, so that racing registrations count one after
-    -- the other; the tenant against its suspension and deletion.
+    -- Nothing is found of a tenant that is not the context's. It is locked against its suspension and deletion; then the user, so
+    -- that racing registrations count one after the other.
     select t.max_devices_per_user, t.status, t.over_limit_since, t.client_dns, t.client_allowed_ips, t.client_mtu into v_tenant
-        from cvault.users u join cvault.tenants t on t.tenant_id = u.tenant_id
-        where u.tenant_id = p_tenant and u.user_id = p_user and u.status = 'active'
-        for no key update of u for share of t;
+        from cvault.tenants t where t.tenant_id = p_tenant for share;
+    perform from cvault.users u
+        where u.tenant_id = p_tenant and u.user_id = p_user and u.status = 'active' for no key update;
     if not found then
         outcome := 'user_gone';
         return next;
@@ -441,11 +441,11 @@ begin
     if not found then
         return;
     end if;
-    -- in one order, whoever else locks several
+    -- in one order, whoever else locks several; who is locked by somebody else keeps nobody waiting
     select array_agg(present.user_id) into v_users from (
         select u.user_id from cvault.users u
         where u.tenant_id = p_tenant and u.user_id = any (p_users) and u.status = 'active'
-        order by u.user_id for no key update) as present;
+        order by u.user_id for no key update skip locked) as present;
     -- A statement of its own: it sees what was committed while that one waited for the locks. Planned each time: a plan that was
     -- made when there was no device yet would go through all of them.
     execute 'select array_agg(w.place::integer order by w.place)
@@ -620,7 +620,8 @@ declare
     v_free tid;
     v_host bigint;
 begin
-    if hint ~ '^[0-9a-f-]{36}:[0-9]{1,10}$' and left(hint, 36)::uuid = p_pool then
+    -- whatever somebody may have put there
+    if hint ~ '^[0-9a-f-]{36}:[0-9]{1,10}$' and left(hint, 36) = p_pool::text then
         select f.ctid into v_free from platform.addresses f
             where f.pool_id = p_pool and f.state = 'free' and f.released_at is null and f.host > substr(hint, 38)::bigint
             -- as the index has them: by another one it would be a walk through all that are taken
@@ -655,7 +656,8 @@ declare
     v_after bigint := -1;
     v_hosts bigint[];
 begin
-    if hint ~ '^[0-9a-f-]{36}:[0-9]{1,10}$' and left(hint, 36)::uuid = p_pool then
+    -- whatever somebody may have put there
+    if hint ~ '^[0-9a-f-]{36}:[0-9]{1,10}$' and left(hint, 36) = p_pool::text then
         v_after := substr(hint, 38)::bigint;
         select array_agg(free.host) into v_hosts from (
             select f.host from platform.addresses f

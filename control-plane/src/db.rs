@@ -410,9 +410,10 @@ impl From<sqlx::Error> for DbError {
     }
 }
 
-/// SQLSTATEs of a server that is stopping, starting, full or slow, and of a transaction that may simply be repeated.
+/// SQLSTATEs of a server that is stopping, starting, full or slow, of a transaction that may simply be repeated, and of one whose
+/// tenant context was too old when it arrived (`cvault.enter`).
 fn is_passing(code: &str) -> bool {
-    matches!(code, "40001" | "40P01" | "53300" | "55P03" | "57014" | "57P01" | "57P02" | "57P03" | "25P03")
+    matches!(code, "CV001" | "40001" | "40P01" | "53300" | "55P03" | "57014" | "57P01" | "57P02" | "57P03" | "25P03")
 }
 
 impl DbError {

@@ -17,7 +17,7 @@ use sqlx::{AssertSqlSafe, Connection as _, PgConnection, PgPool};
 use zeroize::Zeroizing;
 
 use crate::clock::Clock;
-use crate::db::{DbError, Tx};
+use crate::db::{ACQUIRE_TIMEOUT, DbError, Tx};
 use pool::{Opener, Session};
 
 /// The key that signs tenant contexts; role `cvault_app` cannot read it.
@@ -117,7 +117,7 @@ impl Tenancy {
     /// # Errors
     /// As [`Tenancy::begin`].
     pub async fn single(&self, tenant: TenantId) -> Result<TenantTx, DbError> {
-        let session = self.pool.get().await.map_err(pool::no_session)?;
+        let session = pool::session(&self.pool).await?;
         let context = self.key.sign(tenant, Binding::now(session.backend_pid));
         Ok(TenantTx { tx: Tx::of(session), tenant, context, begun: false })
     }
@@ -129,9 +129,9 @@ impl Tenancy {
     }
 
     pub(crate) async fn ping(&self) -> Result<(), DbError> {
-        let mut session = self.pool.get().await.map_err(pool::no_session)?;
-        session.conn.ping().await?;
-        Ok(())
+        let mut session = pool::session(&self.pool).await?;
+        let late = |_| DbError::Unavailable(sqlx::Error::PoolTimedOut);
+        Ok(tokio::time::timeout(ACQUIRE_TIMEOUT, session.conn.ping()).await.map_err(late)??)
     }
 
     pub(crate) fn close(&self) {
@@ -164,10 +164,11 @@ impl TenantTx {
     /// [`DbError::Unavailable`] when the database does not answer.
     pub async fn open(&mut self) -> Result<(), DbError> {
         if !self.begun {
-            // no statement with parameters: it cannot be in one message with BEGIN
-            let begin = Zeroizing::new(format!("begin; set local app.ctx = '{}'", *self.context));
-            sqlx::raw_sql(AssertSqlSafe(begin.as_str().to_owned())).execute(self.tx.conn()).await?;
+            // before it is sent: what fails half-way may have begun
             self.begun = true;
+            // no statement with parameters: it cannot be in one message with BEGIN
+            let begin = Zeroizing::new(format!("begin; select cvault.enter('{}')", *self.context));
+            sqlx::raw_sql(AssertSqlSafe(begin.as_str().to_owned())).execute(self.tx.conn()).await?;
         }
         Ok(())
     }

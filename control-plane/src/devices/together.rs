@@ -23,6 +23,9 @@ use crate::tenancy::Tenancy;
 /// In one statement: some ten milliseconds, for which the server's row is locked.
 const MOST: usize = 48;
 
+/// Longer than a connection and a statement may take: a connection that is dead in silence must not hold up the next ones.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(9);
+
 /// Devices of one tenant for one region, or any.
 type Line = (TenantId, Option<String>);
 
@@ -89,8 +92,9 @@ impl Serving {
             if batch.len() > 1 {
                 self.together(batch).await;
             } else if let Some(Waiting { device, answer }) = batch.pop() {
+                let outcome = tokio::time::timeout(PATIENCE, alone(&self.tenancy, tenant, device)).await;
                 // whoever asked may be gone
-                let _ = answer.send(Answer::Known(alone(&self.tenancy, tenant, device).await));
+                let _ = answer.send(Answer::Known(outcome.unwrap_or_else(|_| Err(unknown()))));
             }
         }
     }
@@ -110,15 +114,14 @@ impl Serving {
     async fn together(&self, batch: Vec<Waiting>) {
         let (tenant, region) = &self.line;
         let devices: Vec<&Registration> = batch.iter().map(|waiting| &waiting.device).collect();
-        let placed = place(&self.tenancy, *tenant, region.as_deref(), &devices, Clock.now()).await;
-        let mut placed = match placed {
+        let placed = place(&self.tenancy, *tenant, region.as_deref(), &devices, Clock.now());
+        let mut placed = match tokio::time::timeout(PATIENCE, placed).await.unwrap_or_else(|_| Err(unknown())) {
             Ok(placed) => placed,
-            // one of them is at fault, or the server has filled up: nothing was changed
-            Err(RegisterError::Db(DbError::Unavailable(_) | DbError::CommitUnknown(_))) => {
-                return batch.into_iter().for_each(|Waiting { answer, .. }| {
-                    let _ = answer.send(Answer::Known(Err(unknown())));
-                });
+            Err(RegisterError::Db(DbError::Unavailable(sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed))) => {
+                return tell_all(batch, unavailable);
             }
+            Err(RegisterError::Db(DbError::CommitUnknown(_))) => return tell_all(batch, unknown),
+            // one of them is at fault, or the server has filled up: nothing was changed
             Err(_) => HashMap::new(),
         };
         for Waiting { device, answer } in batch {
@@ -208,6 +211,16 @@ async fn place(
     .map_err(refused);
     let rows = tx.finish(rows).await?;
     Ok(rows.into_iter().map(|row| (row.device_id, row)).collect())
+}
+
+fn tell_all(batch: Vec<Waiting>, error: fn() -> RegisterError) {
+    for Waiting { answer, .. } in batch {
+        let _ = answer.send(Answer::Known(Err(error())));
+    }
+}
+
+fn unavailable() -> RegisterError {
+    RegisterError::Db(DbError::Unavailable(sqlx::Error::PoolTimedOut))
 }
 
 fn unknown() -> RegisterError {

@@ -69,7 +69,15 @@ pub(super) async fn open(options: PgConnectOptions, sessions: u32) -> Result<Poo
     }
 }
 
-pub(super) fn no_session(error: PoolError<sqlx::Error>) -> DbError {
+/// A session, in time: the pool itself counts the time of each of its steps.
+pub(super) async fn session(pool: &Pool<Opener>) -> Result<Session, DbError> {
+    match tokio::time::timeout(ACQUIRE_TIMEOUT, pool.get()).await {
+        Ok(session) => session.map_err(no_session),
+        Err(_) => Err(DbError::Unavailable(sqlx::Error::PoolTimedOut)),
+    }
+}
+
+fn no_session(error: PoolError<sqlx::Error>) -> DbError {
     match error {
         PoolError::Backend(error) => error.into(),
         PoolError::Closed => DbError::Unavailable(sqlx::Error::PoolClosed),

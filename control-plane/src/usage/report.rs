@@ -95,7 +95,8 @@ pub async fn report(tx: &mut TenantTx, user: Option<UserId>, period: Period) -> 
                       coalesce(d.rx, 0) as "rx!", coalesce(d.tx, 0) as "tx!", coalesce(d.seconds, 0) as "seconds!",
                       d.users as "users!", d.devices as "devices!"
                from cvault.tenants t cross join days d where t.tenant_id = tenant
-               order by d.day nulls first offset 0) as r"#,
+               offset 0) as r
+           order by r.day nulls first"#,
         context,
         period.from,
         period.to,
