@@ -57,7 +57,8 @@ begin
 end
 $$;
 revoke all on function cvault.enter(text) from public;
-grant execute on function cvault.enter(text) to cvault_app;
+-- `cvault_sys` too, so that a server that was started with the wrong role says just that
+grant execute on function cvault.enter(text) to cvault_app, cvault_sys;
 
 -- PostgreSQL plans a function in SQL anew for every caller; PL/pgSQL keeps the plan.
 create or replace function platform.list_servers() returns table (
