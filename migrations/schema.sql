@@ -1699,6 +1699,7 @@ GRANT USAGE ON SCHEMA platform TO cvault_fn;
 GRANT ALL ON SCHEMA public TO cvault_owner;
 REVOKE ALL ON FUNCTION cvault.enter(p_context text) FROM PUBLIC;
 GRANT ALL ON FUNCTION cvault.enter(p_context text) TO cvault_app;
+GRANT ALL ON FUNCTION cvault.enter(p_context text) TO cvault_sys;
 REVOKE ALL ON FUNCTION cvault.tenant_id() FROM PUBLIC;
 GRANT ALL ON FUNCTION cvault.tenant_id() TO cvault_app;
 GRANT ALL ON FUNCTION cvault.tenant_id() TO cvault_sys;

@@ -173,7 +173,8 @@ impl Bench {
         let taken = last - last / 100;
         let tenant = decode_id(&self.tenant.id)?;
         self.platform.sql(&format!(
-            "insert into platform.addresses (pool_id, host, state, tenant_id, device_id)
+            "select from platform.address_pools where name = 'full' for no key update;
+             insert into platform.addresses (pool_id, host, state, tenant_id, device_id)
                  select pool_id, h, 'allocated', '{tenant}', gen_random_uuid()
                  from platform.address_pools, generate_series(2, {taken}) h where name = 'full';
              update platform.address_pools set next_host = {taken} + 1 where name = 'full';
@@ -202,7 +203,10 @@ impl Bench {
 
     /// The same path with the policies of the tenant tables off and the context believed as it stands, interleaved.
     async fn isolation(&mut self) -> Result<()> {
-        self.platform.server("isolation", "wide", "203.0.113.5")?;
+        for number in 0..SERVERS {
+            let (name, ip) = (format!("isolation-{number}"), format!("203.0.113.{}", 120 + number));
+            self.platform.server_in("isolation", &name, "wide", &ip)?;
+        }
         let tables = "select format('alter table cvault.%I %s row level security', c.relname, '{}')
                       from pg_class c join pg_namespace n on n.oid = c.relnamespace
                       where n.nspname = 'cvault' and c.relkind in ('r', 'p')";
