@@ -96,8 +96,8 @@ $$;
 revoke all on function platform.id_text from public;
 grant execute on function platform.id_text to cvault_app, cvault_fn;
 
--- The index of free numbers keeps those that were taken until it is vacuumed, and walking through them cost more than all the rest
--- of an allocation. So each session remembers where it found its last one. A hint and nothing else: whatever it says, the number
+-- The index of free numbers keeps those that were taken until it is vacuumed, and each search would walk through them. So each
+-- session remembers where it found its last one. A hint and nothing else: whatever it says, the number
 -- is a free one of the pool.
 create or replace function platform.take_free_address(p_pool uuid, p_tenant uuid, p_device uuid) returns bigint
 language plpgsql

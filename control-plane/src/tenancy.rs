@@ -112,7 +112,7 @@ impl Tenancy {
 
     /// For one statement that is a transaction of its own, and so costs one round trip. It sets the context itself:
     /// `select … from cvault.enter($1) as tenant cross join lateral (… where tenant_id = tenant … offset 0)`, with
-    /// [`TenantTx::context`]. A statement that does not sees no row of any tenant.
+    /// what [`TenantTx::entering`] gives. A statement that does not sees no row of any tenant.
     ///
     /// # Errors
     /// As [`Tenancy::begin`].

@@ -1,5 +1,5 @@
-//! Access tokens that were verified, remembered: a signature costs 30 times what its SHA-256 costs, and a client shows the same
-//! token for a quarter of an hour. A token is pure: nothing revokes one before its time.
+//! Access tokens that were verified, remembered: verifying a signature is the dearest thing that a read does outside of the
+//! database, and a client shows the same token for a quarter of an hour. A token is pure: nothing revokes one before its time.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};

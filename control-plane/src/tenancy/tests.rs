@@ -202,6 +202,44 @@ async fn a_transaction_whose_statement_has_failed_does_not_commit_silently() {
 }
 
 #[tokio::test]
+async fn a_statement_of_its_own_that_is_cancelled_anywhere_leaves_its_session_to_nobody() {
+    let world = World::new().await;
+    let (one, other) = (world.person().await.tenant, world.person().await.tenant);
+    let db = small(&world).await;
+    let mut done = 0;
+    for round in 0..300 {
+        let work = limited(round % 6 + 1, async {
+            let mut tx = db.tenancy.single(one).await?;
+            let (conn, context) = tx.entering();
+            let seen: Vec<uuid::Uuid> = sqlx::query_scalar(
+                "select t.tenant_id from cvault.enter($1) as tenant
+                 cross join lateral (select tenant_id from cvault.tenants where tenant is not null offset 0) as t",
+            )
+            .bind(context)
+            .fetch_all(conn)
+            .await?;
+            assert_eq!(seen, [one.uuid()]);
+            tx.commit().await
+        });
+        if let Some(outcome) = work.await {
+            outcome.map_err(|error: DbError| error).unwrap();
+            done += 1;
+        }
+        sees_itself(&db.tenancy, other, false).await.unwrap();
+    }
+    assert!((1..300).contains(&done), "{done} of 300 were not cancelled");
+}
+
+#[tokio::test]
+async fn a_statement_without_its_context_sees_nothing() {
+    let world = World::new().await;
+    let tenant = world.person().await.tenant;
+    let mut tx = world.app.db.tenancy.single(tenant).await.unwrap();
+    let rows: i64 = sqlx::query_scalar("select count(*) from cvault.tenants").fetch_one(tx.conn()).await.unwrap();
+    assert_eq!(rows, 0);
+}
+
+#[tokio::test]
 async fn a_lost_connection_at_commit_is_an_unknown_outcome_and_not_an_acknowledgement() {
     let world = World::new().await;
     let tenant = world.person().await.tenant;

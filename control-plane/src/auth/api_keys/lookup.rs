@@ -139,3 +139,45 @@ async fn load(sys: &PgPool, keys: &[String]) -> Result<HashMap<String, Arc<Row>>
 fn unavailable() -> Problem {
     Problem::new(ErrorCode::DatabaseUnavailable).retry_after(1)
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::task::JoinSet;
+
+    use super::*;
+    use crate::testing::World;
+
+    #[tokio::test]
+    async fn everybody_is_answered_by_what_is_true_when_they_ask_also_when_the_database_is_gone() {
+        let world = World::new().await;
+        let tenant = world.person().await.tenant;
+        let mut superuser = world.superuser().await;
+        sqlx::query(
+            "insert into cvault.api_keys (tenant_id, api_key_id, key_text, secret_hash)
+             values ($1, gen_random_uuid(), 'cvk_one', sha256('x'))",
+        )
+        .bind(tenant.uuid())
+        .execute(&mut superuser)
+        .await
+        .unwrap();
+        let (lookups, sys) = (Lookups::default(), world.app.db.sys.clone());
+        let mut asked = JoinSet::new();
+        // more than one statement takes
+        for number in 0..MOST * 2 + 3 {
+            let (lookups, sys) = (lookups.clone(), sys.clone());
+            let key = if number % 2 == 0 { "cvk_one" } else { "cvk_none" };
+            asked.spawn(async move { (number % 2 == 0, lookups.find(&sys, key).await.unwrap()) });
+        }
+        for (there, found) in asked.join_all().await {
+            assert_eq!(found.map(|row| row.tenant), there.then_some(tenant));
+        }
+        sqlx::query("update cvault.api_keys set revoked_at = now()").execute(&mut superuser).await.unwrap();
+        assert!(lookups.find(&sys, "cvk_one").await.unwrap().is_none(), "revoked");
+        sys.close().await;
+        for _ in 0..2 {
+            let refused = lookups.find(&sys, "cvk_one").await.unwrap_err();
+            assert_eq!(refused.code(), ErrorCode::DatabaseUnavailable);
+        }
+        assert!(lookups.0.lock().unwrap().waiting.is_empty(), "somebody waits");
+    }
+}
