@@ -3,7 +3,7 @@
 use std::ops::Deref;
 use std::sync::Arc;
 
-use crate::auth::api_keys::{Lookups, Uses};
+use crate::auth::api_keys::{Lookups, OverRate, Uses};
 use crate::auth::passwords::Passwords;
 use crate::auth::throttle::Throttles;
 use crate::auth::verified::VerifiedTokens;
@@ -37,6 +37,7 @@ pub struct Inner {
     pub uses: Uses,
     pub request_log: Arc<RequestLog>,
     pub key_lookups: Lookups,
+    pub over_rate: OverRate,
     pub tokens: VerifiedTokens,
     pub registrations: Registrations,
     pub health: HealthCache,
@@ -63,6 +64,7 @@ impl App {
             uses: Uses::default(),
             request_log: Arc::default(),
             key_lookups: Lookups::default(),
+            over_rate: OverRate::default(),
             tokens: VerifiedTokens::default(),
             registrations: Registrations::default(),
             health: HealthCache::default(),

@@ -152,13 +152,13 @@ pub const VARIABLES: &[Variable] = &[
     },
     Variable {
         name: "CVAULT_ARGON2_MEMORY_KIB",
-        default: "19456",
+        default: "7168",
         used_by: "serve, dev",
-        meaning: "Memory of one Argon2id hash, 8192 to 262144 KiB; as many run at once as there are cores.",
+        meaning: "Memory of one Argon2id hash, 7168 to 262144 KiB; as many run at once as there are cores.",
     },
     Variable {
         name: "CVAULT_ARGON2_PASSES",
-        default: "2",
+        default: "5",
         used_by: "serve, dev",
         meaning: "Passes of Argon2id over its memory, 1 to 10.",
     },

@@ -1,5 +1,5 @@
-//! API keys: `X-API-Key` names the tenant, `X-API-Secret` proves it. No cache: each request is judged by a lookup that began
-//! after it arrived, so that a revoked key or a suspended tenant is refused at once on every replica.
+//! API keys: `X-API-Key` names the tenant, `X-API-Secret` proves it. No cache: each request that is served was judged by a
+//! lookup that began after it arrived, so that a revoked key or a suspended tenant is refused at once on every replica.
 //!
 //! The key alone proves nothing: it stands in programs that everybody has. Where it is enough (`authenticate_client`, if the
 //! tenant has switched that on) its calls are counted by themselves, so that strangers cannot use up what the tenant's
@@ -7,6 +7,7 @@
 
 mod lookup;
 mod manage;
+mod over;
 mod uses;
 
 use std::net::IpAddr;
@@ -39,6 +40,7 @@ pub use lookup::Lookups;
 pub use manage::{
     KeyChange, KeySettings, MAX_GRACE, ManageError, add, find as find_key, list, regenerate, revoke, revoke_all, update,
 };
+pub use over::OverRate;
 pub use uses::Uses;
 
 const KEY_HEADER: &str = "x-api-key";
@@ -68,7 +70,9 @@ pub struct NewKey {
     pub secret: Secret,
 }
 
-struct StoredKey {
+struct StoredKey<'a> {
+    /// As the caller sent it.
+    text: &'a str,
     row: Arc<lookup::Row>,
     /// When it was found.
     now: OffsetDateTime,
@@ -78,7 +82,14 @@ struct StoredKey {
     user_per_minute: u32,
 }
 
-impl StoredKey {
+impl StoredKey<'_> {
+    /// Before anything is refused, so that a page can read also why.
+    fn tell_origin(&self) {
+        if let Origin::Allowed(origin) = &self.origin {
+            context::origin_allowed(origin);
+        }
+    }
+
     fn authenticated(&self) -> AuthenticatedKey {
         AuthenticatedKey { tenant: self.row.tenant, api_key_id: ApiKeyId::from_uuid(self.row.api_key_id) }
     }
@@ -128,7 +139,10 @@ pub async fn authenticate_user(
 ) -> Result<ClientToken, Problem> {
     let ip = Peer::of(request).ip();
     match &claims {
-        Ok(claims) => app.throttles.before_key_of(claims.user)?,
+        Ok(claims) => {
+            app.throttles.before_key_of(claims.user)?;
+            user_still_over_rate(app, request, claims)?;
+        }
         Err(_) => app.throttles.before_credentials(ip)?,
     }
     let found = match find(app, request).await {
@@ -149,13 +163,10 @@ pub async fn authenticate_user(
             Problem::new(ErrorCode::InvalidToken).detail("The token belongs to another tenant than the API key.")
         );
     }
-    let decision = app.throttles.user(claims.user, Allowance::per_minute(stored.user_per_minute));
-    context::user_identified(stored.row.tenant, decision);
-    context::called_by(stored.authenticated().api_key_id, Some(claims.user));
-    if !decision.allowed {
-        return Err(rate_limited("user", decision));
-    }
-    admit(app, &stored, charge(app, &stored))?;
+    let decision = app.throttles.user(claims.user, Allowance::paced(stored.user_per_minute));
+    admit_user(&stored, &claims, decision)
+        .and_then(|()| admit(app, &stored, charge(app, &stored)))
+        .inspect_err(|problem| note_over_rate(app, &stored, problem))?;
     Ok(claims)
 }
 
@@ -173,9 +184,10 @@ pub async fn authenticate_secret(app: &App, request: &Parts) -> Result<Authentic
     let ip = Peer::of(request).ip();
     let credential = credential(request);
     app.throttles.before_credential(ip, credential)?;
+    backend_still_over_rate(app, request)?;
     let stored = find_with_secret(app, request).await.inspect_err(|problem| note_failure(app, ip, problem))?;
     app.throttles.credential_right(ip, credential);
-    admit(app, &stored, charge(app, &stored))?;
+    admit(app, &stored, charge(app, &stored)).inspect_err(|problem| note_over_rate(app, &stored, problem))?;
     Ok(stored.authenticated())
 }
 
@@ -199,15 +211,59 @@ pub async fn authenticate_client(app: &App, request: &Parts) -> Result<(Authenti
     app.throttles.credential_right(ip, credential);
     let tenant = stored.row.tenant;
     app.throttles.public_call(tenant, ip)?;
-    let decision = app.throttles.public_calls(tenant, Allowance::per_minute(stored.per_minute));
+    let decision = app.throttles.public_calls(tenant, Allowance::paced(stored.per_minute));
     admit(app, &stored, decision)?;
     Ok((stored.authenticated(), Proof::KeyAlone))
 }
 
-async fn find_with_secret(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
-    let secret = single(&request.headers, SECRET_HEADER)
-        .filter(|text| opaque::API_SECRET.is_well_formed(text))
-        .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
+/// Whether the bucket of the user or of its tenant is still full.
+fn user_still_over_rate(app: &App, request: &Parts, claims: &ClientToken) -> Result<(), Problem> {
+    let Some(stored) = over_rate(app, request).filter(|stored| stored.row.tenant == claims.tenant) else {
+        return Ok(());
+    };
+    let decision = app.throttles.ask_user(claims.user, Allowance::paced(stored.user_per_minute));
+    if !decision.allowed {
+        stored.tell_origin();
+        return admit_user(&stored, claims, decision);
+    }
+    tenant_still_over_rate(app, &stored)
+}
+
+/// As [`user_still_over_rate`]; who has no right to know is not told.
+fn backend_still_over_rate(app: &App, request: &Parts) -> Result<(), Problem> {
+    match (over_rate(app, request), secret(request)) {
+        (Some(stored), Ok(secret)) if stored.is_proven_by(&hash_secret(&app.secrets, secret)) => {
+            tenant_still_over_rate(app, &stored)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn tenant_still_over_rate(app: &App, stored: &StoredKey<'_>) -> Result<(), Problem> {
+    let decision = app.limiter.ask(stored.row.tenant, Allowance::paced(stored.per_minute), Instant::now());
+    if decision.allowed {
+        return Ok(());
+    }
+    stored.tell_origin();
+    admit(app, stored, decision)
+}
+
+fn note_over_rate(app: &App, stored: &StoredKey<'_>, problem: &Problem) {
+    if problem.code() == ErrorCode::RateLimited {
+        app.over_rate.note(stored.text, &stored.row, Instant::now());
+    }
+}
+
+/// What was found of the key when its caller was refused for the rate.
+fn over_rate<'a>(app: &App, request: &'a Parts) -> Option<StoredKey<'a>> {
+    let text = key(request).ok()?;
+    let now = app.clock.now();
+    let row = app.over_rate.get(text, Instant::now()).filter(|row| row.expires_at.is_none_or(|until| until > now))?;
+    Some(stored(app, request, text, row, now))
+}
+
+async fn find_with_secret<'a>(app: &App, request: &'a Parts) -> Result<StoredKey<'a>, Problem> {
+    let secret = secret(request)?;
     let stored = find(app, request).await?;
     if stored.is_proven_by(&hash_secret(&app.secrets, secret)) {
         Ok(stored)
@@ -216,10 +272,20 @@ async fn find_with_secret(app: &App, request: &Parts) -> Result<StoredKey, Probl
     }
 }
 
-async fn find(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
-    let text = single(&request.headers, KEY_HEADER)
+fn secret(request: &Parts) -> Result<&str, Problem> {
+    single(&request.headers, SECRET_HEADER)
+        .filter(|text| opaque::API_SECRET.is_well_formed(text))
+        .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))
+}
+
+fn key(request: &Parts) -> Result<&str, Problem> {
+    single(&request.headers, KEY_HEADER)
         .filter(|text| opaque::API_KEY.is_well_formed(text))
-        .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
+        .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))
+}
+
+async fn find<'a>(app: &App, request: &'a Parts) -> Result<StoredKey<'a>, Problem> {
+    let text = key(request)?;
     let now = app.clock.now();
     let row = app
         .key_lookups
@@ -227,6 +293,12 @@ async fn find(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
         .await?
         .filter(|row| row.expires_at.is_none_or(|until| until > now))
         .ok_or_else(|| Problem::new(ErrorCode::InvalidApiKey))?;
+    let stored = stored(app, request, text, row, now);
+    stored.tell_origin();
+    Ok(stored)
+}
+
+fn stored<'a>(app: &App, request: &Parts, text: &'a str, row: Arc<lookup::Row>, now: OffsetDateTime) -> StoredKey<'a> {
     let named = single(&request.headers, ORIGIN.as_str());
     let origin = match request.headers.get(ORIGIN) {
         None => Origin::None,
@@ -235,17 +307,13 @@ async fn find(app: &App, request: &Parts) -> Result<StoredKey, Problem> {
         }
         Some(_) => Origin::Refused,
     };
-    if let Origin::Allowed(origin) = &origin {
-        // now, so that a page can read also why it is refused
-        context::origin_allowed(origin);
-    }
     let wanted = scope_of(request.uri.path()).map(Scope::as_str);
     let in_scope = wanted.is_none_or(|wanted| row.scopes.iter().any(|scope| scope == wanted));
     let own = |limit: Option<i32>| limit.and_then(|limit| u32::try_from(limit).ok());
     let per_minute = own(row.rate_limit_per_minute).unwrap_or(app.config.rate_limit_per_minute);
     // one user alone cannot use up what all of them share
     let user_per_minute = own(row.user_rate_limit_per_minute).unwrap_or(per_minute.div_ceil(2));
-    Ok(StoredKey { row, now, in_scope, origin, per_minute, user_per_minute })
+    StoredKey { text, row, now, in_scope, origin, per_minute, user_per_minute }
 }
 
 fn credential(request: &Parts) -> Credential {
@@ -261,11 +329,18 @@ fn note_failure(app: &App, ip: Option<IpAddr>, problem: &Problem) {
 }
 
 /// Charges the tenant's rate, now that the caller has proven to speak for it.
-fn charge(app: &App, stored: &StoredKey) -> Decision {
-    app.limiter.charge(stored.row.tenant, Allowance::per_minute(stored.per_minute), Instant::now())
+fn charge(app: &App, stored: &StoredKey<'_>) -> Decision {
+    app.limiter.charge(stored.row.tenant, Allowance::paced(stored.per_minute), Instant::now())
 }
 
-fn admit(app: &App, stored: &StoredKey, decision: Decision) -> Result<(), Problem> {
+fn admit_user(stored: &StoredKey<'_>, claims: &ClientToken, decision: Decision) -> Result<(), Problem> {
+    let AuthenticatedKey { tenant, api_key_id } = stored.authenticated();
+    context::user_identified(tenant, decision);
+    context::called_by(api_key_id, Some(claims.user));
+    if decision.allowed { Ok(()) } else { Err(rate_limited("user", decision)) }
+}
+
+fn admit(app: &App, stored: &StoredKey<'_>, decision: Decision) -> Result<(), Problem> {
     let AuthenticatedKey { tenant, api_key_id } = stored.authenticated();
     context::identified(tenant, decision);
     context::called_by(api_key_id, None);

@@ -22,23 +22,23 @@ const CREDENTIALS: Allowance = Allowance::per_minute(100);
 /// Failed logins and registrations at one tenant from one network.
 const LOGINS: Allowance = Allowance::per_minute(100);
 /// Failed logins at one account.
-const ACCOUNT: Allowance = Allowance { count: 20, window: Duration::from_secs(300) };
+const ACCOUNT: Allowance = Allowance::new(20, Duration::from_secs(300));
 
 /// Calls without a secret to one tenant from one network, whatever their outcome: everybody has the key.
 const PUBLIC_CALLS: Allowance = Allowance::per_minute(30);
 /// Users registered so.
-const PUBLIC_REGISTRATIONS: Allowance = Allowance { count: 10, window: Duration::from_secs(600) };
+const PUBLIC_REGISTRATIONS: Allowance = Allowance::new(10, Duration::from_secs(600));
 /// Mails that strangers can have sent to one account.
-const MAILS: Allowance = Allowance { count: 5, window: Duration::from_secs(3600) };
+const MAILS: Allowance = Allowance::new(5, Duration::from_secs(3600));
 /// Accounts made from one network.
-const SIGNUPS: Allowance = Allowance { count: 10, window: Duration::from_secs(3600) };
+const SIGNUPS: Allowance = Allowance::new(10, Duration::from_secs(3600));
 /// Requests of one person in the portal. Not the tenant's own allowance: a busy API must not lock its people out.
 const PORTAL: Allowance = Allowance::per_minute(300);
 /// Requests of one of the platform's staff, or of its back office.
 const STAFF: Allowance = Allowance::per_minute(3_000);
 
 /// A secret that was right is remembered for so long where it came from.
-const KNOWN: Allowance = Allowance { count: 1, window: Duration::from_secs(24 * 3600) };
+const KNOWN: Allowance = Allowance::new(1, Duration::from_secs(24 * 3600));
 
 /// One for the process.
 #[derive(Debug, Default)]
@@ -172,6 +172,11 @@ impl Throttles {
     /// Counts a request of a tenant's user.
     pub fn user(&self, user: UserId, allowance: Allowance) -> Decision {
         self.users.charge(user, allowance, Instant::now())
+    }
+
+    /// What [`Throttles::user`] would say, without counting.
+    pub fn ask_user(&self, user: UserId, allowance: Allowance) -> Decision {
+        self.users.ask(user, allowance, Instant::now())
     }
 
     /// Counts a request of platform staff.

@@ -7,7 +7,7 @@ impl Reader<'_> {
     pub(super) fn passwords(&mut self) -> Scheme {
         // below 10 a stolen table is cheap to guess in; above 15 a login takes seconds
         let cost = self.number("CVAULT_BCRYPT_COST", 10, 15);
-        let memory_kib = self.number("CVAULT_ARGON2_MEMORY_KIB", 8_192, MAX_MEMORY_KIB);
+        let memory_kib = self.number("CVAULT_ARGON2_MEMORY_KIB", 7_168, MAX_MEMORY_KIB);
         let passes = self.number("CVAULT_ARGON2_PASSES", 1, MAX_PASSES);
         match self.text("CVAULT_PASSWORD_HASH").as_str() {
             "bcrypt" => Scheme::Bcrypt { cost },
@@ -36,7 +36,7 @@ mod tests {
         assert_eq!(read(&[]).unwrap(), Scheme::default());
         assert_eq!(
             read(&[("CVAULT_PASSWORD_HASH", "argon2id")]).unwrap(),
-            Scheme::Argon2id { memory_kib: 19_456, passes: 2 }
+            Scheme::Argon2id { memory_kib: 7_168, passes: 5 }
         );
     }
 

@@ -1,6 +1,6 @@
 //! Rate limits in memory: GCRA (the leaky bucket as a meter, ITU-T I.371), one number per key.
 //!
-//! A key may use its whole allowance at once and then one each `window / count`. Each replica counts for
+//! A key may use what its allowance lets it use at once, and then one each `window / count`. Each replica counts for
 //! itself. The table is bounded: when it is full, idle keys are dropped first; a key that was dropped starts afresh.
 
 use std::collections::HashMap;
@@ -11,21 +11,42 @@ use std::time::{Duration, Instant};
 /// Keys remembered at once: 64 bytes each, so about 6 MiB at most.
 const MAX_KEYS: usize = 100_000;
 
-/// So many in each window.
+/// Whoever may send more than this in a minute may not send all of it at once: others wait behind it.
+const AT_ONCE: u32 = 100;
+
+/// So many in each window, and so many of them at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Allowance {
-    pub count: u32,
-    pub window: Duration,
+    count: u32,
+    window: Duration,
+    at_once: u32,
 }
 
 impl Allowance {
+    /// All of them at once, if need be.
+    #[must_use]
+    pub const fn new(count: u32, window: Duration) -> Self {
+        Self { count, window, at_once: count }
+    }
+
     #[must_use]
     pub const fn per_minute(count: u32) -> Self {
-        Self { count, window: Duration::from_secs(60) }
+        Self::new(count, Duration::from_secs(60))
+    }
+
+    /// At most a hundred of them at once, or what a second brings, if that is more.
+    #[must_use]
+    pub fn paced(count: u32) -> Self {
+        Self { at_once: count.min(AT_ONCE.max(count / 60)), ..Self::per_minute(count) }
     }
 
     fn interval(self) -> Duration {
         self.window / self.count.max(1)
+    }
+
+    /// How full a bucket may be.
+    fn depth(self) -> Duration {
+        if self.at_once == self.count { self.window } else { self.interval() * self.at_once }
     }
 }
 
@@ -36,7 +57,7 @@ pub struct Decision {
     /// The whole allowance.
     pub quota: u32,
     pub remaining: u32,
-    /// Until the whole allowance is back.
+    /// Until all that may be used at once is there again.
     pub reset_seconds: u64,
     /// Until the next request is allowed; 0 when one is allowed now.
     pub retry_after_seconds: u64,
@@ -92,16 +113,16 @@ fn level<K: Eq + Hash>(table: &HashMap<K, Instant>, key: K, now: Instant) -> Dur
 
 /// What a bucket filled up to `level` says to one more request.
 fn decide(level: Duration, allowance: Allowance) -> Decision {
-    let (interval, window) = (allowance.interval(), allowance.window);
-    let allowed = level + interval <= window;
+    let (interval, depth) = (allowance.interval(), allowance.depth());
+    let allowed = level + interval <= depth;
     let level = if allowed { level + interval } else { level };
     Decision {
         allowed,
         quota: allowance.count.max(1),
-        remaining: u32::try_from(window.saturating_sub(level).as_nanos() / interval.as_nanos())
+        remaining: u32::try_from(depth.saturating_sub(level).as_nanos() / interval.as_nanos())
             .unwrap_or(allowance.count),
         reset_seconds: ceil_seconds(level),
-        retry_after_seconds: ceil_seconds((level + interval).saturating_sub(window)),
+        retry_after_seconds: ceil_seconds((level + interval).saturating_sub(depth)),
     }
 }
 
@@ -155,6 +176,20 @@ mod tests {
     }
 
     #[test]
+    fn who_may_send_much_may_not_send_all_of_it_at_once() {
+        for (per_minute, at_once) in [(1, 1), (100, 100), (101, 100), (6_000, 100), (60_000, 1_000)] {
+            let (limiter, allowance, start) = (Limiter::default(), Allowance::paced(per_minute), Instant::now());
+            let admitted = |now| (0..2_000).take_while(|_| limiter.charge(1, allowance, now).allowed).count();
+            assert_eq!(admitted(start), at_once, "{per_minute}");
+            let refused = limiter.ask(1, allowance, start);
+            assert_eq!((refused.quota, refused.remaining), (per_minute, 0));
+            assert!((1..=60).contains(&refused.retry_after_seconds) && refused.reset_seconds <= 60, "{refused:?}");
+            let interval = Duration::from_secs(60) / per_minute;
+            assert_eq!(admitted(start + interval * 3), at_once.min(3), "{per_minute}");
+        }
+    }
+
+    #[test]
     fn the_table_never_grows_past_its_bound() {
         let limiter = Limiter { max_keys: 10, ..Limiter::default() };
         let now = Instant::now();
@@ -167,7 +202,7 @@ mod tests {
     #[test]
     fn what_is_given_back_may_be_used_again_and_asking_costs_nothing() {
         let (limiter, now) = (Limiter::default(), Instant::now());
-        let two = Allowance { count: 2, window: Duration::from_secs(300) };
+        let two = Allowance::new(2, Duration::from_secs(300));
         assert!(limiter.charge(1, two, now).allowed && limiter.charge(1, two, now).allowed);
         assert_eq!(limiter.charge(1, two, now).retry_after_seconds, 150);
         limiter.give_back(1, two);

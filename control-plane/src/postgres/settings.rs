@@ -40,6 +40,7 @@ fn settings(sockets: &Path, durability: Durability) -> String {
          unix_socket_permissions = 0777\n\
          max_connections = 200\n\
          shared_buffers = 128MB\n\
+         update_process_title = off\n\
          timezone = 'UTC'\nlog_timezone = 'UTC'\n\
          # a log that never holds a value: statements carry signed tenant contexts\n\
          log_statement = none\nlog_min_duration_statement = -1\n\

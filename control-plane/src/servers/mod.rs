@@ -80,7 +80,8 @@ pub async fn list(tx: &mut TenantTx) -> Result<Vec<Server>, DbError> {
                   endpoint_port as "endpoint_port!", public_key, pool_id as "pool_id!", capacity as "capacity!",
                   peer_count as "peer_count!", status as "status!", enrolled as "enrolled!", last_seen_at,
                   acked_revision as "acked_revision!"
-           from platform.list_servers()"#
+           from platform.list_servers()
+           order by region, name"#
     )
     .fetch_all(tx.conn())
     .await?;

@@ -89,7 +89,7 @@ async fn device_days(
                select user_id, device_id, 0, 0,
                       extract(epoch from least(coalesce(disconnected_at, $3), $3) - greatest(connected_at, $2))
                from cvault.sessions
-               where tenant_id = $1 and connected_at < $3 and coalesce(disconnected_at, $3) >= $2
+               where tenant_id = $1 and connected_at < $3 and coalesce(disconnected_at, 'infinity') >= $2
                  and ($4::uuid is null or user_id = $4) and device_id > $5
            ), days as (
                select user_id, device_id, sum(rx)::bigint as rx, sum(tx)::bigint as tx, sum(seconds)::bigint as seconds

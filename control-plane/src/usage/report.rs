@@ -59,51 +59,69 @@ pub struct Limits {
     pub devices_per_user: i32,
 }
 
+struct Row {
+    bandwidth_limit_bytes: Option<i64>,
+    user_limit: Option<i32>,
+    max_devices_per_user: i32,
+    day: Option<Date>,
+    rx: i64,
+    tx: i64,
+    seconds: i64,
+    users: i64,
+    devices: i64,
+}
+
+/// The statement for those of whom `$of` is true: planned apart for one user and for all, because other indexes serve them.
+macro_rules! rows {
+    ($of:literal, $($parameter:expr),+) => {
+        sqlx::query_as!(
+            Row,
+            r#"select r.* from cvault.enter($1) as tenant
+            cross join lateral (
+                with bytes as materialized (
+                    select (hour at time zone 'UTC')::date as day, user_id, device_id, rx_bytes, tx_bytes from cvault.usage_hourly
+                    where tenant_id = tenant and hour >= date_trunc('hour', $2::timestamptz, 'UTC') and hour < $3 and "# + $of + r#"
+                ), spans as materialized (
+                    select user_id, device_id, greatest(connected_at, $2) as since, least(coalesce(disconnected_at, $3), $3) as until
+                    from cvault.sessions
+                    where tenant_id = tenant and connected_at < $3
+                      and coalesce(disconnected_at, 'infinity') >= $2 and "# + $of + r#"
+                ), parts as materialized (
+                    select day, user_id, device_id, rx_bytes as rx, tx_bytes as tx, 0 as seconds from bytes
+                    union all
+                    select d.day::date, user_id, device_id, 0, 0,
+                           extract(epoch from least(until, (d.day + interval '1 day') at time zone 'UTC')
+                                              - greatest(since, d.day at time zone 'UTC'))
+                    from spans cross join lateral generate_series(
+                        date_trunc('day', since at time zone 'UTC'), until at time zone 'UTC', interval '1 day') as d (day)
+                ), days as (
+                    -- the sums of all days stand in the line without one
+                    select day, sum(rx)::bigint as rx, sum(tx)::bigint as tx, sum(seconds)::bigint as seconds,
+                           count(distinct user_id) as users, count(distinct device_id) as devices
+                    from parts group by grouping sets ((day), ())
+                )
+                select t.bandwidth_limit_bytes, t.user_limit, t.max_devices_per_user, d.day,
+                       coalesce(d.rx, 0) as "rx!", coalesce(d.tx, 0) as "tx!", coalesce(d.seconds, 0) as "seconds!",
+                       d.users as "users!", d.devices as "devices!"
+                from cvault.tenants t cross join days d where t.tenant_id = tenant
+                offset 0) as r
+            order by r.day nulls first"#,
+            $($parameter),+
+        )
+    };
+}
+
 /// Sums over the period and its days, of one user or of all, and the limits in force. One statement: `tx` need not have begun.
 ///
 /// # Errors
 /// Those of the database.
 pub async fn report(tx: &mut TenantTx, user: Option<UserId>, period: Period) -> Result<Report, DbError> {
     let (conn, context) = tx.entering();
-    let rows = sqlx::query!(
-        r#"select r.* from cvault.enter($1) as tenant
-           cross join lateral (
-               with bytes as materialized (
-                   select (hour at time zone 'UTC')::date as day, user_id, device_id, rx_bytes, tx_bytes from cvault.usage_hourly
-                   where tenant_id = tenant and hour >= date_trunc('hour', $2::timestamptz, 'UTC') and hour < $3
-                     and ($4::uuid is null or user_id = $4)
-               ), spans as materialized (
-                   select user_id, device_id, greatest(connected_at, $2) as since, least(coalesce(disconnected_at, $3), $3) as until
-                   from cvault.sessions
-                   where tenant_id = tenant and connected_at < $3 and coalesce(disconnected_at, $3) >= $2
-                     and ($4::uuid is null or user_id = $4)
-               ), parts as materialized (
-                   select day, user_id, device_id, rx_bytes as rx, tx_bytes as tx, 0 as seconds from bytes
-                   union all
-                   select d.day::date, user_id, device_id, 0, 0,
-                          extract(epoch from least(until, (d.day + interval '1 day') at time zone 'UTC')
-                                             - greatest(since, d.day at time zone 'UTC'))
-                   from spans cross join lateral generate_series(
-                       date_trunc('day', since at time zone 'UTC'), until at time zone 'UTC', interval '1 day') as d (day)
-               ), days as (
-                   -- the sums of all days stand in the line without one
-                   select day, sum(rx)::bigint as rx, sum(tx)::bigint as tx, sum(seconds)::bigint as seconds,
-                          count(distinct user_id) as users, count(distinct device_id) as devices
-                   from parts group by grouping sets ((day), ())
-               )
-               select t.bandwidth_limit_bytes, t.user_limit, t.max_devices_per_user, d.day,
-                      coalesce(d.rx, 0) as "rx!", coalesce(d.tx, 0) as "tx!", coalesce(d.seconds, 0) as "seconds!",
-                      d.users as "users!", d.devices as "devices!"
-               from cvault.tenants t cross join days d where t.tenant_id = tenant
-               offset 0) as r
-           order by r.day nulls first"#,
-        context,
-        period.from,
-        period.to,
-        user.map(UserId::uuid),
-    )
-    .fetch_all(conn)
-    .await?;
+    let Period { from, to } = period;
+    let rows = match user {
+        Some(user) => rows!("user_id = $4", context, from, to, user.uuid()).fetch_all(conn).await?,
+        None => rows!("true", context, from, to).fetch_all(conn).await?,
+    };
     let (first, rest) = rows.split_first().ok_or(DbError::Other(sqlx::Error::RowNotFound))?;
     Ok(Report {
         totals: Totals {

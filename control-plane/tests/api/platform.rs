@@ -63,7 +63,7 @@ impl Platform {
     pub(crate) async fn with(change: impl FnOnce(&mut Config)) -> Self {
         let database = Arc::new(ScratchDatabase::create().await.unwrap());
         let mut config = Config::from_env(&|_| None, &Overrides::default()).unwrap();
-        config.rate_limit_per_minute = 100_000;
+        config.rate_limit_per_minute = 1_000_000;
         config.admin_step_up = false;
         change(&mut config);
         let keys = KeyRing::single(Zeroizing::new([7; 32]));

@@ -104,7 +104,8 @@ fn markdown(rows: &[Row], host: &Host, size: Size) -> String {
          `synchronous_commit = on`; the load generator shares the processors. {} clients, {} s of registrations.\n\n\
          A registration: API key and token checked, rate limit charged, limits of user and tenant under lock, key pair drawn and\n\
          its private half sealed (AES-256-GCM), address allocated, device and audit entry written, the server's revision and digest\n\
-         moved, one durable commit. After each run the devices are counted: as many as answers, no address and no key twice.\n\n\
+         moved, a durable commit, shared by those of a tenant that arrive together. After each run the devices are counted: as many\n\
+         as answers, no address and no key twice.\n\n\
          | measure | unit | ours | beside | ratio | must | met |\n|---|---|---|---|---|---|---|\n",
         host.commit,
         host.machine,
