@@ -220,7 +220,10 @@ async fn one_that_is_passed_over_for_its_key_uses_up_nothing_of_its_users_limit(
     let (world, _) = World::with_server().await;
     open_addresses(&world).await;
     let person = world.person().await;
-    sqlx::query("update cvault.tenants set max_devices_per_user = 2").execute(&mut world.superuser().await).await.unwrap();
+    sqlx::query("update cvault.tenants set max_devices_per_user = 2")
+        .execute(&mut world.superuser().await)
+        .await
+        .unwrap();
     let key = Some(PublicKey::from_bytes([1; 32]));
     let placed = place_all(&world, vec![(person, key), (person, key), (person, None), (person, None)]).await;
     let placed: Vec<bool> = placed.into_iter().map(|row| row.is_some()).collect();
