@@ -1,15 +1,12 @@
-//! Registrations that arrive together, made together: while one statement of a tenant is under way its next devices gather, and
-//! the next statement registers them all. What a registration costs alone is mostly what all of them share: the round trip, the
-//! context, the server's row, the commit.
+//! Registrations that arrive together, made together: one statement registers all that a tenant has waiting. What a registration
+//! costs alone is mostly what all of them share: the round trip, the context, the server's row, the commit.
 //!
 //! Each is judged as if it came alone: what the statement for many passes over, `register` looks at by itself.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use cvault_types::TenantId;
 use time::{Duration, OffsetDateTime};
-use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::name::Platform;
@@ -17,41 +14,24 @@ use super::placed::PlacedRow;
 use super::register::{RegisterError, Registered, Registration, refused, register};
 use crate::clock::Clock;
 use crate::db::DbError;
+use crate::http::problem::chain;
 use crate::servers::SILENT_AFTER_SECONDS;
-use crate::tenancy::Tenancy;
+use crate::tenancy::{Tenancy, TenantTx};
+use crate::together::{Serve, Together, Waiting};
 
-/// In one statement: some ten milliseconds, for which the server's row is locked.
-const MOST: usize = 48;
+/// One for the process.
+#[derive(Clone, Default)]
+pub struct Registrations(Together<Placing>);
 
-/// Longer than a connection and a statement may take: a connection that is dead in silence must not hold up the next ones.
-const PATIENCE: std::time::Duration = std::time::Duration::from_secs(9);
+struct Placing(Tenancy);
 
 /// Devices of one tenant for one region, or any.
 type Line = (TenantId, Option<String>);
-
-/// One for the process. Bounded by the requests that are served at once.
-#[derive(Clone, Default)]
-pub struct Registrations {
-    /// A line is there as long as somebody serves it.
-    lines: Arc<Mutex<HashMap<Line, Vec<Waiting>>>>,
-}
-
-struct Waiting {
-    device: Registration,
-    answer: oneshot::Sender<Answer>,
-}
 
 enum Answer {
     Known(Result<Registered, RegisterError>),
     /// It did not go with the others.
     Alone(Registration),
-}
-
-/// Whoever empties a line. When it is dropped half-way, those who wait learn that nothing is known of theirs.
-struct Serving {
-    registrations: Registrations,
-    tenancy: Tenancy,
-    line: Line,
 }
 
 impl Registrations {
@@ -65,80 +45,57 @@ impl Registrations {
         tenant: TenantId,
         device: Registration,
     ) -> Result<Registered, RegisterError> {
-        let (answer, answered) = oneshot::channel();
         let line = (tenant, device.region.clone());
-        let begin = {
-            let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-            let begin = !lines.contains_key(&line);
-            lines.entry(line.clone()).or_default().push(Waiting { device, answer });
-            begin
-        };
-        if begin {
-            let serving = Serving { registrations: self.clone(), tenancy: tenancy.clone(), line };
-            tokio::spawn(serving.run());
-        }
-        match answered.await {
-            Ok(Answer::Known(outcome)) => outcome,
-            Ok(Answer::Alone(device)) => alone(tenancy, tenant, device).await,
-            Err(_) => Err(unknown()),
+        match self.0.ask(line, device, || Placing(tenancy.clone())).await {
+            Some(Answer::Known(outcome)) => outcome,
+            Some(Answer::Alone(device)) => alone(tenancy, tenant, device).await,
+            None => Err(unknown()),
         }
     }
 }
 
-impl Serving {
-    async fn run(self) {
-        let tenant = self.line.0;
-        while let Some(mut batch) = self.next() {
-            if batch.len() > 1 {
-                self.together(batch).await;
-            } else if let Some(Waiting { device, answer }) = batch.pop() {
-                let outcome = tokio::time::timeout(PATIENCE, alone(&self.tenancy, tenant, device)).await;
-                // whoever asked may be gone
-                let _ = answer.send(Answer::Known(outcome.unwrap_or_else(|_| Err(unknown()))));
-            }
+impl Serve for Placing {
+    type Line = Line;
+    type Item = Registration;
+    type Answer = Answer;
+
+    /// In one statement: some ten milliseconds, for which the server's row is locked.
+    const MOST: usize = 48;
+
+    async fn serve(&self, (tenant, region): &Line, mut batch: Vec<Waiting<Self>>) {
+        if batch.len() > 1 {
+            return self.together(*tenant, region.as_deref(), batch).await;
+        }
+        if let Some(Waiting { item: device, answer }) = batch.pop() {
+            // whoever asked may be gone
+            let _ = answer.send(Answer::Known(alone(&self.0, *tenant, device).await));
         }
     }
+}
 
-    /// `None`: nobody waits, and the next one is to be served by another.
-    fn next(&self) -> Option<Vec<Waiting>> {
-        let mut lines = self.registrations.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        let waiting = lines.get_mut(&self.line)?;
-        if waiting.is_empty() {
-            lines.remove(&self.line);
-            return None;
-        }
-        let some = waiting.len().min(MOST);
-        Some(waiting.drain(..some).collect())
-    }
-
-    async fn together(&self, batch: Vec<Waiting>) {
-        let (tenant, region) = &self.line;
-        let devices: Vec<&Registration> = batch.iter().map(|waiting| &waiting.device).collect();
-        let placed = place(&self.tenancy, *tenant, region.as_deref(), &devices, Clock.now());
-        let mut placed = match tokio::time::timeout(PATIENCE, placed).await.unwrap_or_else(|_| Err(unknown())) {
-            Ok(placed) => placed,
-            Err(RegisterError::Db(DbError::Unavailable(sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed))) => {
+impl Placing {
+    async fn together(&self, tenant: TenantId, region: Option<&str>, batch: Vec<Waiting<Self>>) {
+        // alone each of them would only wait for a connection that is not to be had
+        let tx = match self.0.single(tenant).await {
+            Ok(tx) => tx,
+            Err(error) => {
+                tracing::debug!(error = chain(&error), "no connection for devices that are registered together");
                 return tell_all(batch, unavailable);
             }
+        };
+        let devices: Vec<&Registration> = batch.iter().map(|waiting| &waiting.item).collect();
+        let mut placed = match place(tx, region, &devices, Clock.now()).await {
+            Ok(placed) => placed,
             Err(RegisterError::Db(DbError::CommitUnknown(_))) => return tell_all(batch, unknown),
             // one of them is at fault, or the server has filled up: nothing was changed
             Err(_) => HashMap::new(),
         };
-        for Waiting { device, answer } in batch {
+        for Waiting { item: device, answer } in batch {
             let told = match placed.remove(&device.id.uuid()) {
                 Some(row) => Answer::Known(device.placed(row).map_err(RegisterError::from)),
                 None => Answer::Alone(device),
             };
             let _ = answer.send(told);
-        }
-    }
-}
-
-impl Drop for Serving {
-    fn drop(&mut self) {
-        // at the end of `run` the line is another's, if it is there
-        if std::thread::panicking() {
-            self.registrations.lines.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.line);
         }
     }
 }
@@ -151,8 +108,7 @@ async fn alone(tenancy: &Tenancy, tenant: TenantId, device: Registration) -> Res
 
 /// Registers those that nothing stands against; by their ids.
 async fn place(
-    tenancy: &Tenancy,
-    tenant: TenantId,
+    mut tx: TenantTx,
     region: Option<&str>,
     devices: &[&Registration],
     now: OffsetDateTime,
@@ -168,7 +124,7 @@ async fn place(
         devices.iter().map(|device| device.keys.preshared_sealed.as_deref()).collect();
     let preshared_hashes: Vec<&[u8]> = devices.iter().map(|device| device.keys.preshared_hash.as_slice()).collect();
 
-    let mut tx = tenancy.single(tenant).await?;
+    let tenant = tx.tenant();
     let (conn, context) = tx.entering();
     let rows = sqlx::query_as!(
         PlacedRow,
@@ -213,7 +169,7 @@ async fn place(
     Ok(rows.into_iter().map(|row| (row.device_id, row)).collect())
 }
 
-fn tell_all(batch: Vec<Waiting>, error: fn() -> RegisterError) {
+fn tell_all(batch: Vec<Waiting<Placing>>, error: fn() -> RegisterError) {
     for Waiting { answer, .. } in batch {
         let _ = answer.send(Answer::Known(Err(error())));
     }

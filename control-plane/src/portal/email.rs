@@ -140,8 +140,7 @@ impl From<AskError> for Problem {
 impl From<ConfirmError> for Problem {
     fn from(error: ConfirmError) -> Self {
         match error {
-            ConfirmError::Link => Self::new(ErrorCode::InvalidToken)
-                .detail("The link is used, replaced by a newer one, or expired. Ask for a new one."),
+            ConfirmError::Link => links::invalid(),
             ConfirmError::EmailTaken => {
                 Self::new(ErrorCode::EmailTaken).detail("Somebody has an account with this e-mail address.")
             }

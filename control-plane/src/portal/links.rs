@@ -2,7 +2,7 @@
 //!
 //! The token stands behind a `#`: browsers do not send it to servers, so that it is in no log on the way.
 
-use cvault_types::{Secret, TenantAdminId, TenantId};
+use cvault_types::{ErrorCode, Secret, TenantAdminId, TenantId};
 use rand::CryptoRng;
 use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
@@ -11,7 +11,7 @@ use crate::app::App;
 use crate::auth::email::Email;
 use crate::auth::opaque;
 use crate::db::DbError;
-use crate::http::Portal;
+use crate::http::{Portal, Problem};
 use crate::keys::PlatformSecrets;
 use crate::mail::{self, Data, EnqueueError, Kind, Mail};
 use crate::tenancy::TenantTx;
@@ -152,6 +152,13 @@ pub async fn use_up(
     .execute(tx.conn())
     .await?;
     Ok(())
+}
+
+/// What is answered to a link that is good for nothing.
+#[must_use]
+pub fn invalid() -> Problem {
+    Problem::new(ErrorCode::InvalidToken)
+        .detail("The link is used, replaced by a newer one, or expired. Ask for a new one.")
 }
 
 /// The tenant whose link this is, with role `cvault_sys`.

@@ -275,34 +275,74 @@ async fn mark(tx: &mut TenantTx, devices: &[Placing], suspended: bool) -> Result
 
 /// Locked; those that somebody else is at are left to the next run. Their users stay what they are meanwhile. Ordered by
 /// server, as everything that locks several.
+///
+/// Three statements, as different indexes serve them: `devices_suspended` those that were taken off.
 async fn devices(tx: &mut TenantTx, which: Which, after: Option<Placing>) -> Result<Vec<Placing>, DbError> {
     let tenant = tx.tenant().uuid();
-    let of_disabled = match which {
-        Which::Placed => None,
-        Which::PlacedOfDisabled => Some(true),
-        Which::SuspendedOfActive => Some(false),
-    };
     let (server, device) =
         after.map_or((Uuid::nil(), Uuid::nil()), |placing| (placing.server.uuid(), placing.device.uuid()));
-    let rows = sqlx::query!(
-        "select d.device_id, d.server_id
-         from cvault.devices d join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
-         where d.tenant_id = $1 and d.status = 'active' and d.suspended = $2
-           and ($4::boolean is null or (u.status = 'disabled') = $4) and (d.server_id, d.device_id) > ($5, $6)
-         order by d.server_id, d.device_id limit $3 for share of u for no key update of d skip locked",
-        tenant,
-        which == Which::SuspendedOfActive,
-        CHUNK,
-        of_disabled,
-        server,
-        device
-    )
-    .fetch_all(tx.conn())
-    .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| Placing { server: ServerId::from_uuid(row.server_id), device: DeviceId::from_uuid(row.device_id) })
-        .collect())
+    let rows = match which {
+        Which::Placed => {
+            sqlx::query_as!(
+                PlacingRow,
+                "select d.server_id, d.device_id
+                 from cvault.devices d join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
+                 where d.tenant_id = $1 and d.status = 'active' and not d.suspended
+                   and (d.server_id, d.device_id) > ($3, $4)
+                 order by d.server_id, d.device_id limit $2 for share of u for no key update of d skip locked",
+                tenant,
+                CHUNK,
+                server,
+                device
+            )
+            .fetch_all(tx.conn())
+            .await?
+        }
+        Which::PlacedOfDisabled => {
+            sqlx::query_as!(
+                PlacingRow,
+                "select d.server_id, d.device_id
+                 from cvault.devices d join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
+                 where d.tenant_id = $1 and d.status = 'active' and not d.suspended and u.status = 'disabled'
+                   and (d.server_id, d.device_id) > ($3, $4)
+                 order by d.server_id, d.device_id limit $2 for share of u for no key update of d skip locked",
+                tenant,
+                CHUNK,
+                server,
+                device
+            )
+            .fetch_all(tx.conn())
+            .await?
+        }
+        Which::SuspendedOfActive => {
+            sqlx::query_as!(
+                PlacingRow,
+                "select d.server_id, d.device_id
+                 from cvault.devices d join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
+                 where d.tenant_id = $1 and d.status = 'active' and d.suspended and u.status <> 'disabled'
+                   and (d.server_id, d.device_id) > ($3, $4)
+                 order by d.server_id, d.device_id limit $2 for share of u for no key update of d skip locked",
+                tenant,
+                CHUNK,
+                server,
+                device
+            )
+            .fetch_all(tx.conn())
+            .await?
+        }
+    };
+    Ok(rows.into_iter().map(Placing::from).collect())
+}
+
+struct PlacingRow {
+    server_id: Uuid,
+    device_id: Uuid,
+}
+
+impl From<PlacingRow> for Placing {
+    fn from(row: PlacingRow) -> Self {
+        Self { server: ServerId::from_uuid(row.server_id), device: DeviceId::from_uuid(row.device_id) }
+    }
 }
 
 #[cfg(test)]

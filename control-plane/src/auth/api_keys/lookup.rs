@@ -1,24 +1,17 @@
-//! Looking keys up, those of requests that arrive together in one statement: one is under way at a time, and who arrives
-//! meanwhile is answered by the next. So each request is judged by what was committed when it arrived, on every replica,
-//! and the statements do not grow with the requests.
+//! Looking keys up, those of requests that arrive together in one statement. Each request is judged by what was committed when
+//! it arrived, on every replica, and the statements do not grow with the requests.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
 
 use cvault_types::{ErrorCode, TenantId};
 use sqlx::PgPool;
 use time::OffsetDateTime;
-use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use crate::db::DbError;
 use crate::http::Problem;
-
-/// Longer than a connection and a statement may take.
-const PATIENCE: Duration = Duration::from_secs(9);
-/// In one statement; the rest waits for the next.
-const MOST: usize = 256;
+use crate::together::{Serve, Together, Waiting};
 
 /// A key that is not revoked, of a tenant that is not deleted.
 #[derive(Debug)]
@@ -39,66 +32,34 @@ pub(super) struct Row {
 
 type Answer = Result<Option<Arc<Row>>, Problem>;
 
-/// One for the process. Bounded by the requests that are served at once.
+/// One for the process.
 #[derive(Debug, Default, Clone)]
-pub struct Lookups(Arc<Mutex<Queue>>);
+pub struct Lookups(Together<Searching>);
 
-#[derive(Debug, Default)]
-struct Queue {
-    waiting: Vec<(String, oneshot::Sender<Answer>)>,
-    /// A task is at it.
-    served: bool,
-}
-
-/// Whoever empties the queue. When it is dropped half-way, those who wait learn it.
-struct Serving(Lookups);
+struct Searching(PgPool);
 
 impl Lookups {
     /// # Errors
     /// Those of the database.
     pub(super) async fn find(&self, sys: &PgPool, key: &str) -> Answer {
-        let (answer, answered) = oneshot::channel();
-        let begin = {
-            let mut queue = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            queue.waiting.push((key.to_owned(), answer));
-            !std::mem::replace(&mut queue.served, true)
-        };
-        if begin {
-            tokio::spawn(Serving(self.clone()).run(sys.clone()));
-        }
-        answered.await.unwrap_or_else(|_| Err(unavailable()))
+        let found = self.0.ask((), key.to_owned(), || Searching(sys.clone())).await;
+        found.unwrap_or_else(|| Err(unavailable()))
     }
 }
 
-impl Serving {
-    async fn run(self, sys: PgPool) {
-        while let Some(batch) = self.next() {
-            let keys: Vec<String> = batch.iter().map(|(key, _)| key.clone()).collect();
-            let found = match tokio::time::timeout(PATIENCE, load(&sys, &keys)).await {
-                Ok(found) => found.map_err(Problem::from),
-                Err(_) => Err(unavailable()),
-            };
-            for (key, answer) in batch {
-                // whoever asked may be gone
-                let _ = answer.send(found.as_ref().map(|rows| rows.get(&key).cloned()).map_err(Clone::clone));
-            }
-        }
-    }
+impl Serve for Searching {
+    type Line = ();
+    type Item = String;
+    type Answer = Answer;
 
-    fn next(&self) -> Option<Vec<(String, oneshot::Sender<Answer>)>> {
-        let mut queue = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let some = queue.waiting.len().min(MOST);
-        queue.served = some > 0;
-        (some > 0).then(|| queue.waiting.drain(..some).collect())
-    }
-}
+    const MOST: usize = 256;
 
-impl Drop for Serving {
-    fn drop(&mut self) {
-        let mut queue = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // the end of `run` has left the queue to the next; anything else leaves it unserved
-        if std::thread::panicking() {
-            *queue = Queue::default();
+    async fn serve(&self, (): &(), batch: Vec<Waiting<Self>>) {
+        let keys: Vec<String> = batch.iter().map(|waiting| waiting.item.clone()).collect();
+        let found = load(&self.0, &keys).await.map_err(Problem::from);
+        for Waiting { item: key, answer } in batch {
+            // whoever asked may be gone
+            let _ = answer.send(found.as_ref().map(|rows| rows.get(&key).cloned()).map_err(Clone::clone));
         }
     }
 }
@@ -142,34 +103,82 @@ fn unavailable() -> Problem {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+    use std::time::Duration;
+
+    use sqlx::PgConnection;
     use tokio::task::JoinSet;
 
     use super::*;
-    use crate::testing::World;
+    use crate::testing::{World, eventually};
 
-    #[tokio::test]
-    async fn everybody_is_answered_by_what_is_true_when_they_ask_also_when_the_database_is_gone() {
-        let world = World::new().await;
+    /// A tenant with the key `cvk_one`.
+    async fn keyed(world: &World, superuser: &mut PgConnection) -> TenantId {
         let tenant = world.person().await.tenant;
-        let mut superuser = world.superuser().await;
         sqlx::query(
             "insert into cvault.api_keys (tenant_id, api_key_id, key_text, secret_hash)
              values ($1, gen_random_uuid(), 'cvk_one', sha256('x'))",
         )
         .bind(tenant.uuid())
-        .execute(&mut superuser)
+        .execute(superuser)
         .await
         .unwrap();
-        let (lookups, sys) = (Lookups::default(), world.app.db.sys.clone());
+        tenant
+    }
+
+    /// More than one statement takes, by turns for a key that is there and for one that is not.
+    fn ask_all(lookups: &Lookups, sys: &PgPool) -> JoinSet<(bool, Answer)> {
         let mut asked = JoinSet::new();
-        // more than one statement takes
-        for number in 0..MOST * 2 + 3 {
+        for number in 0..Searching::MOST * 2 + 3 {
             let (lookups, sys) = (lookups.clone(), sys.clone());
             let key = if number % 2 == 0 { "cvk_one" } else { "cvk_none" };
-            asked.spawn(async move { (number % 2 == 0, lookups.find(&sys, key).await.unwrap()) });
+            asked.spawn(async move { (number % 2 == 0, lookups.find(&sys, key).await) });
         }
-        for (there, found) in asked.join_all().await {
-            assert_eq!(found.map(|row| row.tenant), there.then_some(tenant));
+        asked
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_a_backend_that_is_killed_is_told_and_the_next_ones_are_answered() {
+        let world = World::new().await;
+        let (mut superuser, mut holder) = (world.superuser().await, world.superuser().await);
+        let tenant = keyed(&world, &mut superuser).await;
+        let (lookups, sys) = (Lookups::default(), world.app.db.sys.clone());
+        sqlx::raw_sql("begin; lock table cvault.api_keys").execute(&mut holder).await.unwrap();
+        let asked = ask_all(&lookups, &sys);
+        let (all, told) = (asked.len(), tokio::spawn(asked.join_all()));
+        let mut killed = BTreeSet::new();
+        eventually("everybody is told", Duration::from_secs(30), async || {
+            let waiting: Vec<i32> = sqlx::query_scalar(
+                "with waiting as materialized (
+                     select distinct pid from pg_stat_activity a join pg_locks l using (pid)
+                     where a.datname = current_database() and a.usename = 'cvault_sys' and not l.granted)
+                 select pid from waiting where pg_terminate_backend(pid)",
+            )
+            .fetch_all(&mut superuser)
+            .await
+            .unwrap();
+            killed.extend(waiting);
+            told.is_finished()
+        })
+        .await;
+        for (_, outcome) in told.await.unwrap() {
+            assert_eq!(outcome.unwrap_err().code(), ErrorCode::DatabaseUnavailable);
+        }
+        assert!((1..all).contains(&killed.len()), "{killed:?}: none of them waited together");
+        sqlx::raw_sql("rollback").execute(&mut holder).await.unwrap();
+        for (there, found) in ask_all(&lookups, &sys).join_all().await {
+            assert_eq!(found.unwrap().map(|row| row.tenant), there.then_some(tenant));
+        }
+    }
+
+    #[tokio::test]
+    async fn everybody_is_answered_by_what_is_true_when_they_ask_also_when_the_database_is_gone() {
+        let world = World::new().await;
+        let mut superuser = world.superuser().await;
+        let tenant = keyed(&world, &mut superuser).await;
+        let (lookups, sys) = (Lookups::default(), world.app.db.sys.clone());
+        for (there, found) in ask_all(&lookups, &sys).join_all().await {
+            assert_eq!(found.unwrap().map(|row| row.tenant), there.then_some(tenant));
         }
         sqlx::query("update cvault.api_keys set revoked_at = now()").execute(&mut superuser).await.unwrap();
         assert!(lookups.find(&sys, "cvk_one").await.unwrap().is_none(), "revoked");
@@ -178,6 +187,5 @@ mod tests {
             let refused = lookups.find(&sys, "cvk_one").await.unwrap_err();
             assert_eq!(refused.code(), ErrorCode::DatabaseUnavailable);
         }
-        assert!(lookups.0.lock().unwrap().waiting.is_empty(), "somebody waits");
     }
 }

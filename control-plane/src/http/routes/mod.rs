@@ -11,6 +11,7 @@ pub mod portal;
 pub mod portal_account;
 mod portal_attempt;
 pub mod portal_email;
+mod portal_link;
 pub mod servers;
 pub mod tenant_api_keys;
 pub mod tenant_dashboard;

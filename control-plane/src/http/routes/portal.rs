@@ -30,9 +30,10 @@ use crate::auth::passwords;
 use crate::auth::tokens::PortalToken;
 use crate::db::DbError;
 use crate::http::idempotency::{self, Claim};
-use crate::http::{Json, Portal, Problem, browser};
+use crate::http::{Json, Portal, Problem, browser, context};
 use crate::portal::accounts::{self, Account, CreateError};
 use crate::portal::attempts::{self, AttemptKind};
+use crate::portal::recovery::Caller;
 use crate::portal::sessions::{self, COOKIE_LIFETIME, End, How, NewSession, Seen, Taken};
 use crate::portal::signup::{self, Form, SignedUp, SignupError};
 use crate::tenancy::TenantTx;
@@ -297,6 +298,10 @@ pub(super) struct Origin {
 }
 
 impl Origin {
+    pub(super) fn caller(&self) -> Caller {
+        Caller { ip: self.seen.ip, request_id: context::request_id() }
+    }
+
     fn how(&self) -> How {
         if browser::is_browser(&self.parts.headers) { How::Cookie } else { How::Tokens }
     }
@@ -338,7 +343,7 @@ fn with_cookie(mut response: Response, cookie: Option<HeaderValue>) -> Response 
 
 async fn note(tx: &mut TenantTx, admin: TenantAdminId, action: &'static str, session: Uuid) -> Result<(), DbError> {
     let (actor, target) = (admin.to_string(), PortalSessionId::from_uuid(session).to_string());
-    let request_id = Some(crate::http::context::request_id());
+    let request_id = Some(context::request_id());
     audit::record(tx, audit::Entry { actor: &actor, action, target: &target, details: json!({}), request_id }).await
 }
 

@@ -12,25 +12,22 @@ use cvault_types::{ChallengeId, ErrorCode, PortalSessionId};
 use http::StatusCode;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use tokio::time::{Duration, sleep_until};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::portal::Origin;
 use super::portal_attempt::Attempt;
+use super::portal_link::{self, Mailing};
 use crate::app::App;
 use crate::auth::email::Email;
 use crate::auth::events::Outcome;
 use crate::auth::passwords;
-use crate::http::{Json, Path, Portal, Problem, context, idempotency};
+use crate::http::{Json, Path, Portal, Problem, idempotency};
 use crate::portal::attempts::{self, AttemptKind};
 use crate::portal::links;
-use crate::portal::recovery::{self, Caller};
+use crate::portal::recovery;
 use crate::portal::sessions;
 use crate::step_up;
-
-/// Longer than the database takes to write a mail down: the answer comes no sooner when there is nobody to write to.
-pub(super) const MAILING_TAKES: Duration = Duration::from_millis(400);
 
 pub fn router() -> OpenApiRouter<App> {
     OpenApiRouter::new()
@@ -55,16 +52,11 @@ async fn verify_email(
     origin: Origin,
     Json(body): Json<VerifyEmailRequest>,
 ) -> Result<StatusCode, Problem> {
-    app.throttles.before_credentials(origin.seen.ip)?;
-    let Some(tenant) = links::tenant_of(&app, &body.token).await? else {
-        app.throttles.credentials_failed(origin.seen.ip);
-        return Err(invalid_link());
-    };
-    let caller = Caller { ip: origin.seen.ip, request_id: context::request_id() };
-    if recovery::verify_email(&app, tenant, &body.token, caller).await? {
+    let tenant = portal_link::tenant_of(&app, &origin, &body.token).await?;
+    if recovery::verify_email(&app, tenant, &body.token, origin.caller()).await? {
         return Ok(StatusCode::NO_CONTENT);
     }
-    Err(invalid_link())
+    Err(links::invalid())
 }
 
 /// Mail the link that verifies the caller's address once more; earlier ones stop working.
@@ -99,7 +91,7 @@ async fn request_reset(
     origin: Origin,
     Json(body): Json<PasswordResetRequest>,
 ) -> Result<StatusCode, Problem> {
-    let answer_at = context::arrived() + MAILING_TAKES;
+    let mailing = Mailing::of_this_request();
     let Some(email) = Email::parse(&body.email) else {
         return Err(Problem::validation().field("/email", "invalid_format", "must be an e-mail address"));
     };
@@ -108,13 +100,12 @@ async fn request_reset(
     attempt.admitted(admitted.and_then(|()| app.throttles.mail(attempts::account(&body.email))))?;
     app.throttles.portal_login_failed(origin.seen.ip);
     attempt.note(Outcome::Success).await?;
-    let caller = Caller { ip: origin.seen.ip, request_id: context::request_id() };
-    let sent = recovery::send_reset(&app, &email, caller, &mut StdRng::from_os_rng()).await;
+    let sent = recovery::send_reset(&app, &email, origin.caller(), &mut StdRng::from_os_rng()).await;
     if let Err(error) = sent {
         // said of an account that exists only: so it is for the log
         tracing::warn!(error = crate::http::problem::chain(&error), "a reset link could not be mailed");
     }
-    sleep_until(answer_at).await;
+    mailing.over().await;
     Ok(StatusCode::ACCEPTED)
 }
 
@@ -132,18 +123,12 @@ async fn confirm_reset(
     Json(body): Json<PasswordResetConfirm>,
 ) -> Result<StatusCode, Problem> {
     passwords::checked(Problem::validation(), "/password", &body.password).or_ok(())?;
-    app.throttles.before_credentials(origin.seen.ip)?;
-    let Some(tenant) = links::tenant_of(&app, &body.token).await? else {
-        app.throttles.credentials_failed(origin.seen.ip);
-        return Err(invalid_link());
-    };
+    let tenant = portal_link::tenant_of(&app, &origin, &body.token).await?;
     let hash = app.passwords.hash(body.password).await?;
-    let caller = Caller { ip: origin.seen.ip, request_id: context::request_id() };
-    if recovery::reset_password(&app, tenant, &body.token, &hash, caller).await? {
+    if recovery::reset_password(&app, tenant, &body.token, &hash, origin.caller()).await? {
         return Ok(StatusCode::NO_CONTENT);
     }
-    app.throttles.credentials_failed(origin.seen.ip);
-    Err(invalid_link())
+    Err(portal_link::failed(&app, &origin))
 }
 
 /// Change the caller's password. Needs a step-up challenge, which asks for the old one; ends every other session.
@@ -244,9 +229,4 @@ async fn verify_step_up(
     Json(body): Json<StepUpAnswer>,
 ) -> Result<Json<ChallengeToken>, Problem> {
     Ok(Json(step_up::verify(&app, &portal, challenge, body, &origin.seen).await?))
-}
-
-pub(super) fn invalid_link() -> Problem {
-    Problem::new(ErrorCode::InvalidToken)
-        .detail("The link is used, replaced by a newer one, or expired. Ask for a new one.")
 }

@@ -7,17 +7,15 @@ use cvault_types::problem::ProblemBody;
 use http::StatusCode;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use tokio::time::sleep_until;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::portal::Origin;
-use super::portal_account::{MAILING_TAKES, invalid_link};
+use super::portal_link::{self, Mailing};
 use crate::app::App;
 use crate::auth::email::Email;
-use crate::http::{Json, Portal, Problem, context, idempotency};
-use crate::portal::recovery::Caller;
-use crate::portal::{accounts, attempts, email, links};
+use crate::http::{Json, Portal, Problem, idempotency};
+use crate::portal::{accounts, attempts, email};
 use crate::step_up;
 
 pub fn router() -> OpenApiRouter<App> {
@@ -42,7 +40,7 @@ async fn change_email(
     portal: Portal,
     Json(body): Json<ChangeEmailRequest>,
 ) -> Result<Response, Problem> {
-    let answer_at = context::arrived() + MAILING_TAKES;
+    let mailing = Mailing::of_this_request();
     let Some(wanted) = Email::parse(&body.email) else {
         return Err(Problem::validation().field("/email", "invalid_format", "must be an e-mail address"));
     };
@@ -57,7 +55,7 @@ async fn change_email(
         Ok(email::ask(tx, &app, &portal, &wanted, somebodys, &mut StdRng::from_os_rng()).await?)
     })
     .await?;
-    sleep_until(answer_at).await;
+    mailing.over().await;
     Ok(answer)
 }
 
@@ -75,12 +73,7 @@ async fn confirm_email(
     origin: Origin,
     Json(body): Json<ChangeEmailConfirm>,
 ) -> Result<StatusCode, Problem> {
-    app.throttles.before_credentials(origin.seen.ip)?;
-    let Some(tenant) = links::tenant_of(&app, &body.token).await? else {
-        app.throttles.credentials_failed(origin.seen.ip);
-        return Err(invalid_link());
-    };
-    let caller = Caller { ip: origin.seen.ip, request_id: context::request_id() };
-    email::confirm(&app, tenant, &body.token, caller).await?;
+    let tenant = portal_link::tenant_of(&app, &origin, &body.token).await?;
+    email::confirm(&app, tenant, &body.token, origin.caller()).await?;
     Ok(StatusCode::NO_CONTENT)
 }
