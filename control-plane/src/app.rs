@@ -10,13 +10,15 @@ use crate::auth::verified::VerifiedTokens;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::db::Db;
-use crate::devices::Registrations;
+use crate::devices::{self, Registrations};
 use crate::http::health_cache::HealthCache;
 use crate::http::limit::Limiter;
 use crate::http::strangers::Strangers;
 use crate::keys::{DataKeys, KeyRing, PlatformSecrets};
 use crate::nodes::Hub;
 use crate::request_logs::RequestLog;
+use crate::servers;
+use crate::usage;
 use cvault_types::TenantId;
 
 /// Cheap to clone; one per process.
@@ -40,6 +42,9 @@ pub struct Inner {
     pub over_rate: OverRate,
     pub tokens: VerifiedTokens,
     pub registrations: Registrations,
+    pub server_list: servers::Listing,
+    pub device_lists: devices::Listing,
+    pub usage_reports: usage::Reports,
     pub health: HealthCache,
     pub strangers: Strangers,
     /// Set once, at the beginning of the shutdown: readiness fails from then on.
@@ -67,6 +72,9 @@ impl App {
             over_rate: OverRate::default(),
             tokens: VerifiedTokens::default(),
             registrations: Registrations::default(),
+            server_list: servers::Listing::default(),
+            device_lists: devices::Listing::default(),
+            usage_reports: usage::Reports::default(),
             health: HealthCache::default(),
             strangers: Strangers::default(),
             draining: tokio_util::sync::CancellationToken::new(),

@@ -1,9 +1,10 @@
 //! Every metric of the control plane. No label names a tenant, a user or a server.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use http::Method;
+use metrics::{SharedString, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 const REQUESTS: &str = "cvault_http_requests_total";
@@ -82,12 +83,20 @@ pub fn render() -> String {
     handle.render()
 }
 
-pub fn request(route: &str, method: &str, status: u16, took: Duration) {
+pub fn request(route: Arc<str>, method: Option<&Method>, status: u16, took: Duration) {
     // a client may invent methods; a label may not
-    let method = if matches!(method, "GET" | "HEAD" | "POST" | "PATCH" | "PUT" | "DELETE") { method } else { "other" };
-    let labels = [("route", route.to_owned()), ("method", method.to_owned()), ("status", status.to_string())];
-    counter!(REQUESTS, &labels).increment(1);
-    histogram!(REQUEST_SECONDS, "route" => route.to_owned()).record(took.as_secs_f64());
+    let method = match method {
+        Some(&Method::GET) => "GET",
+        Some(&Method::HEAD) => "HEAD",
+        Some(&Method::POST) => "POST",
+        Some(&Method::PATCH) => "PATCH",
+        Some(&Method::PUT) => "PUT",
+        Some(&Method::DELETE) => "DELETE",
+        _ => "other",
+    };
+    let route = SharedString::from_shared(route);
+    counter!(REQUESTS, "route" => route.clone(), "method" => method, "status" => status.to_string()).increment(1);
+    histogram!(REQUEST_SECONDS, "route" => route).record(took.as_secs_f64());
 }
 
 /// `verdict`: `allow`, `challenge`, `block`.

@@ -44,8 +44,9 @@ impl World {
         PgConnection::connect_with(&self.database.superuser()).await.unwrap()
     }
 
+    /// The only one of a tenant.
     pub(crate) async fn person(&self) -> Person {
-        let (tenant, user) = (TenantId::from_uuid(Uuid::now_v7()), UserId::from_uuid(Uuid::now_v7()));
+        let tenant = TenantId::from_uuid(Uuid::now_v7());
         let key = self.app.keys.new_data_key(tenant, &mut StdRng::from_os_rng());
         let mut tx = self.app.db.tenancy.begin(tenant).await.unwrap();
         sqlx::query!(
@@ -58,10 +59,19 @@ impl World {
         .execute(tx.conn())
         .await
         .unwrap();
+        tx.commit().await.unwrap();
+        self.user(tenant, "somebody@example.com").await
+    }
+
+    /// One more of a tenant.
+    pub(crate) async fn user(&self, tenant: TenantId, email: &str) -> Person {
+        let user = UserId::from_uuid(Uuid::now_v7());
+        let mut tx = self.app.db.tenancy.begin(tenant).await.unwrap();
         sqlx::query!(
-            "insert into cvault.users (tenant_id, user_id, email) values ($1, $2, 'somebody@example.com')",
+            "insert into cvault.users (tenant_id, user_id, email) values ($1, $2, $3)",
             tenant.uuid(),
-            user.uuid()
+            user.uuid(),
+            email
         )
         .execute(tx.conn())
         .await

@@ -36,6 +36,27 @@ pub struct Waiting<S: Serve + ?Sized> {
     pub answer: oneshot::Sender<S::Answer>,
 }
 
+/// Tells each its own answer, or all of them the same error.
+pub fn answer_each<S, T, E>(batch: Vec<Waiting<S>>, answers: Result<Vec<T>, E>)
+where
+    S: Serve<Answer = Result<T, E>>,
+    E: Clone,
+{
+    match answers {
+        Ok(answers) => {
+            for (Waiting { answer, .. }, own) in batch.into_iter().zip(answers) {
+                // whoever asked may be gone
+                let _ = answer.send(Ok(own));
+            }
+        }
+        Err(error) => {
+            for Waiting { answer, .. } in batch {
+                let _ = answer.send(Err(error.clone()));
+            }
+        }
+    }
+}
+
 /// Everybody who waits; one for the process. Bounded by the requests that are served at once.
 pub struct Together<S: Serve>(Arc<Mutex<Lines<S>>>);
 

@@ -100,55 +100,74 @@ impl ServedDevice {
     }
 }
 
-/// Up to `limit` active devices of the user, oldest first, after the one named. One statement: `tx` need not have begun.
+/// Up to `limit` active devices of `user`, oldest first, after the one named.
+#[derive(Clone, Copy, Debug)]
+pub struct Page {
+    pub user: UserId,
+    pub after: Option<DeviceId>,
+    pub limit: u32,
+}
+
+/// One page.
 ///
 /// # Errors
 /// Those of the database.
-pub async fn list(
-    tx: &mut TenantTx,
-    user: UserId,
-    after: Option<DeviceId>,
-    limit: u32,
-) -> Result<Vec<ServedDevice>, DbError> {
+pub async fn list(tx: &mut TenantTx, page: Page) -> Result<Vec<ServedDevice>, DbError> {
+    Ok(pages(tx, &[page]).await?.pop().unwrap_or_default())
+}
+
+/// The devices of each page, in the order of the pages. One statement: `tx` need not have begun.
+///
+/// # Errors
+/// Those of the database.
+pub(super) async fn pages(tx: &mut TenantTx, pages: &[Page]) -> Result<Vec<Vec<ServedDevice>>, DbError> {
+    let users: Vec<Uuid> = pages.iter().map(|page| page.user.uuid()).collect();
+    let after: Vec<Uuid> = pages.iter().map(|page| page.after.map_or(Uuid::nil(), DeviceId::uuid)).collect();
+    let limits: Vec<i64> = pages.iter().map(|page| i64::from(page.limit)).collect();
     let (conn, context) = tx.entering();
     let rows = sqlx::query!(
-        r#"select device_id, d.name, platform, d.public_key, ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet", d.server_id,
-                  reclaimed, placed_revision, last_handshake_at, last_connected_at, created_at,
+        r#"select place as "place!", device_id, d.name, platform, d.public_key, ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet",
+                  d.server_id, reclaimed, placed_revision, last_handshake_at, last_connected_at, created_at,
                   s.region as "region?", s.acked_revision as "acked_revision?"
            from cvault.enter($1) as tenant
            cross join lateral (
-               select * from cvault.devices
-               where tenant_id = tenant and user_id = $2 and status = 'active' and device_id > $3
-               order by device_id limit $4 offset 0) as d
+               select w.place, d.*
+               from unnest($2::uuid[], $3::uuid[], $4::bigint[]) with ordinality as w (user_id, after, most, place)
+               cross join lateral (
+                   select * from cvault.devices
+                   where tenant_id = tenant and user_id = w.user_id and status = 'active' and device_id > w.after
+                   order by device_id limit w.most) as d
+               offset 0) as d
            left join platform.list_servers() as s on s.server_id = d.server_id
-           order by device_id"#,
+           order by place, device_id"#,
         context,
-        user.uuid(),
-        after.map_or(Uuid::nil(), DeviceId::uuid),
-        i64::from(limit),
+        &users,
+        &after,
+        &limits,
     )
     .fetch_all(conn)
     .await?;
-    rows.into_iter()
-        .map(|row| {
-            let device = Device::try_from(Row {
-                device_id: row.device_id,
-                name: row.name,
-                platform: row.platform,
-                public_key: row.public_key,
-                ipv4: row.ipv4,
-                ipv6: row.ipv6,
-                server_id: row.server_id,
-                reclaimed: row.reclaimed,
-                placed_revision: row.placed_revision,
-                last_handshake_at: row.last_handshake_at,
-                last_connected_at: row.last_connected_at,
-                created_at: row.created_at,
-            })?;
-            let acked_revision = row.acked_revision.and_then(|revision| u64::try_from(revision).ok());
-            Ok(ServedDevice::of(device, row.region, acked_revision.unwrap_or_default()))
-        })
-        .collect()
+    let mut found: Vec<Vec<ServedDevice>> = pages.iter().map(|_| Vec::new()).collect();
+    for row in rows {
+        let device = Device::try_from(Row {
+            device_id: row.device_id,
+            name: row.name,
+            platform: row.platform,
+            public_key: row.public_key,
+            ipv4: row.ipv4,
+            ipv6: row.ipv6,
+            server_id: row.server_id,
+            reclaimed: row.reclaimed,
+            placed_revision: row.placed_revision,
+            last_handshake_at: row.last_handshake_at,
+            last_connected_at: row.last_connected_at,
+            created_at: row.created_at,
+        })?;
+        let acked_revision = row.acked_revision.and_then(|revision| u64::try_from(revision).ok());
+        let place = usize::try_from(row.place - 1).expect("ordinality");
+        found[place].push(ServedDevice::of(device, row.region, acked_revision.unwrap_or_default()));
+    }
+    Ok(found)
 }
 
 /// A device and whose it is.

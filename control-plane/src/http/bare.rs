@@ -76,7 +76,7 @@ fn malformed(only_tls: bool) -> Vec<u8> {
         write!(head, "{name}: {value}\r\n").expect("writing to a string succeeds");
     }
     head.push_str("\r\n");
-    metrics::request("malformed", "other", 400, Duration::ZERO);
+    metrics::request("malformed".into(), None, 400, Duration::ZERO);
     [head.into_bytes(), body].concat()
 }
 

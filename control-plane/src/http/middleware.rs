@@ -1,6 +1,7 @@
 //! What surrounds every route: its own task, a deadline, the request id, one line of log, metrics, headers.
 
 use std::any::Any;
+use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,6 +28,8 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(45);
 const NOTHING_TO_LOAD: &str = "default-src 'none'; frame-ancestors 'none'";
 /// A year. Not for subdomains: they are not ours to decide about.
 pub(super) const ONLY_TLS: HeaderValue = HeaderValue::from_static("max-age=31536000");
+/// Of an answer, those of cross-origin requests included.
+const MOST_HEADERS: usize = 14;
 /// The work goes on: nothing is known of its outcome.
 const TOO_LONG: &str = "This took too long. The change may or may not have been made.";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -48,7 +51,7 @@ struct Asked {
     context: Arc<RequestContext>,
     method: Method,
     /// The template, never the path: a path holds ids.
-    route: String,
+    route: Arc<str>,
     from: Peer,
     started: Instant,
     log: Arc<RequestLog>,
@@ -78,8 +81,7 @@ impl InFlight {
 pub async fn own_task(State(in_flight): State<InFlight>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let context = Arc::new(RequestContext::of(&request));
-    let route =
-        request.extensions().get::<MatchedPath>().map_or("unmatched".to_owned(), |path| path.as_str().to_owned());
+    let route: Arc<str> = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).into();
     let correlation = request.headers().get(&CORRELATION_ID).filter(|value| value.len() <= 128).cloned();
     let admitted = in_flight.admit(&route);
     let asked = Arc::new(Asked {
@@ -112,7 +114,7 @@ pub async fn own_task(State(in_flight): State<InFlight>, request: Request, next:
         Ok(Err(failure)) => {
             let text =
                 failure.try_into_panic().map_or_else(|_| "cancelled".to_owned(), |payload| panic_text(&*payload));
-            tracing::error!(request_id = %context.id, route = asked.route, panic = text, "a request panicked");
+            tracing::error!(request_id = %context.id, route = &*asked.route, panic = text, "a request panicked");
             let response = problem(&context, Problem::new(ErrorCode::InternalError)).await;
             asked.answered(&response);
             response
@@ -121,7 +123,7 @@ pub async fn own_task(State(in_flight): State<InFlight>, request: Request, next:
             tracing::warn!(
                 request_id = %context.id,
                 method = asked.method.as_str(),
-                route = asked.route,
+                route = &*asked.route,
                 "a request takes too long; it goes on without its caller"
             );
             problem(&context, Problem::new(ErrorCode::Overloaded).detail(TOO_LONG).retry_after(5)).await
@@ -193,12 +195,12 @@ fn as_problem(response: Response) -> Response {
 impl Asked {
     fn answered(&self, response: &Response) {
         let (took, status) = (self.started.elapsed(), response.status());
-        metrics::request(&self.route, self.method.as_str(), status.as_u16(), took);
+        metrics::request(Arc::clone(&self.route), Some(&self.method), status.as_u16(), took);
         let tenant = self.context.tenant.get().copied();
         tracing::info!(
             request_id = %self.context.id,
             method = self.method.as_str(),
-            route = self.route,
+            route = &*self.route,
             status = status.as_u16(),
             duration_ms = took.as_secs_f64() * 1e3,
             tenant = tenant.map(|tenant| tenant.to_string()),
@@ -209,7 +211,7 @@ impl Asked {
                 tenant,
                 id: self.context.id,
                 method: self.method.clone(),
-                route: self.route.clone(),
+                route: Arc::clone(&self.route),
                 status,
                 code: response.extensions().get().copied(),
                 took,
@@ -222,6 +224,8 @@ impl Asked {
 }
 
 pub(super) fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
+    // once, and not each time a few more are added
+    headers.reserve(MOST_HEADERS);
     let id = HeaderValue::from_str(&context.id.to_string()).expect("ids are ASCII");
     headers.insert(REQUEST_ID, id);
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
@@ -235,16 +239,15 @@ pub(super) fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
     let rates = context.rate.get().map(|rate| (rate.policy, rate.decision));
     let rates = rates.into_iter().chain(context.user_rate.get().map(|decision| ("user", *decision)));
     // draft-ietf-httpapi-ratelimit-headers
-    let (policies, states): (Vec<_>, Vec<_>) = rates
-        .map(|(name, rate)| {
-            let policy = format!("\"{name}\";q={};w=60", rate.quota);
-            (policy, format!("\"{name}\";r={};t={}", rate.remaining, rate.reset_seconds))
-        })
-        .unzip();
+    let (mut policies, mut states) = (String::new(), String::new());
+    for (name, rate) in rates {
+        let comma = if policies.is_empty() { "" } else { ", " };
+        let _ = write!(policies, "{comma}\"{name}\";q={};w=60", rate.quota);
+        let _ = write!(states, "{comma}\"{name}\";r={};t={}", rate.remaining, rate.reset_seconds);
+    }
     if !policies.is_empty() {
-        let policies = HeaderValue::from_str(&policies.join(", ")).expect("digits are ASCII");
-        headers.insert(RATE_LIMIT_POLICY, policies);
-        headers.insert(RATE_LIMIT, HeaderValue::from_str(&states.join(", ")).expect("digits are ASCII"));
+        headers.insert(RATE_LIMIT_POLICY, HeaderValue::try_from(policies).expect("digits are ASCII"));
+        headers.insert(RATE_LIMIT, HeaderValue::try_from(states).expect("digits are ASCII"));
     }
 }
 

@@ -365,7 +365,7 @@ async fn tenant_bytes(world: &World, person: Person) -> i64 {
     let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
     let now = world.app.clock.now();
     let period = crate::usage::Period { from: now - time::Duration::hours(1), to: now + time::Duration::hours(1) };
-    let totals = crate::usage::report(&mut tx, None, period).await.unwrap().totals;
+    let totals = crate::usage::report(&mut tx, period).await.unwrap().totals;
     tx.commit().await.unwrap();
     totals.rx_bytes + totals.tx_bytes
 }

@@ -9,7 +9,7 @@ mod read;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cvault_types::{ApiKeyId, ErrorCode, RequestId, TenantId, UserId};
@@ -38,7 +38,7 @@ pub struct Entry {
     pub id: RequestId,
     pub method: Method,
     /// The template.
-    pub route: String,
+    pub route: Arc<str>,
     pub status: StatusCode,
     pub code: Option<ErrorCode>,
     pub took: Duration,
@@ -121,7 +121,7 @@ async fn write(sys: &PgPool, entries: &[Entry]) -> Result<u64, DbError> {
     let ids: Vec<Uuid> = entries.iter().map(|entry| entry.id.uuid()).collect();
     let times: Vec<OffsetDateTime> = entries.iter().map(|entry| arrived(entry.id)).collect();
     let methods: Vec<&str> = entries.iter().map(|entry| entry.method.as_str()).collect();
-    let routes: Vec<&str> = entries.iter().map(|entry| entry.route.as_str()).collect();
+    let routes: Vec<&str> = entries.iter().map(|entry| &*entry.route).collect();
     let statuses: Vec<i16> =
         entries.iter().map(|entry| i16::try_from(entry.status.as_u16()).unwrap_or(i16::MAX)).collect();
     let codes: Vec<Option<&str>> = entries.iter().map(|entry| entry.code.map(ErrorCode::as_str)).collect();

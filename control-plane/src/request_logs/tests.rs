@@ -8,7 +8,7 @@ fn entry(tenant: TenantId, status: u16) -> Entry {
         tenant,
         id: RequestId::from_uuid(Uuid::now_v7()),
         method: Method::GET,
-        route: "/api/v1/devices/{device_id}".to_owned(),
+        route: "/api/v1/devices/{device_id}".into(),
         status: StatusCode::from_u16(status).unwrap(),
         code: (status == 429).then_some(ErrorCode::RateLimited),
         took: Duration::from_micros(1_500),

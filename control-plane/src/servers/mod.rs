@@ -5,11 +5,13 @@
 
 mod admin;
 mod enrol;
+mod listing;
 
 use std::net::IpAddr;
 
 use cvault_types::{PoolId, ServerId};
 use ipnet::IpNet;
+use sqlx::PgConnection;
 use time::OffsetDateTime;
 
 use crate::db::DbError;
@@ -20,6 +22,7 @@ pub use admin::{
     create_with_token, list_all, list_details, parse_status, remove_server, renew_token, set_status,
 };
 pub use enrol::{EnrolError, Enrolled, TOKEN_LIFETIME_SECONDS, consume_token, enrol_command, issue_token};
+pub use listing::Listing;
 
 /// An agent reports every few seconds; after this long without a word its server gets no new devices.
 pub const SILENT_AFTER_SECONDS: i64 = 90;
@@ -75,6 +78,10 @@ impl Server {
 /// # Errors
 /// Those of the database.
 pub async fn list(tx: &mut TenantTx) -> Result<Vec<Server>, DbError> {
+    read(tx.conn()).await
+}
+
+async fn read(conn: &mut PgConnection) -> Result<Vec<Server>, DbError> {
     let rows = sqlx::query!(
         r#"select server_id as "server_id!", name as "name!", region as "region!", public_ip as "public_ip!: IpNet",
                   endpoint_port as "endpoint_port!", public_key, pool_id as "pool_id!", capacity as "capacity!",
@@ -83,7 +90,7 @@ pub async fn list(tx: &mut TenantTx) -> Result<Vec<Server>, DbError> {
            from platform.list_servers()
            order by region, name"#
     )
-    .fetch_all(tx.conn())
+    .fetch_all(conn)
     .await?;
     Ok(rows
         .into_iter()

@@ -429,7 +429,10 @@ mod tests {
         assert_eq!(enforce(&world.app).await.unwrap(), count as u64);
         assert_eq!(peers(&world, server).await, count + 1);
         let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
-        let devices = crate::devices::list(&mut tx, person.user, None, 1000).await.unwrap();
+        let devices =
+            crate::devices::list(&mut tx, crate::devices::Page { user: person.user, after: None, limit: 1000 })
+                .await
+                .unwrap();
         assert_eq!(devices.iter().map(|served| served.device.addresses).collect::<Vec<_>>(), addresses);
     }
 

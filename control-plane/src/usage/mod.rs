@@ -13,7 +13,7 @@ mod report;
 pub use export::{DeviceDay, Place, page};
 pub use jobs::{Verified, ensure_partitions, refresh_daily, refresh_week, verify_ledger};
 pub use ledger::{Ingested, ingest};
-pub use report::{Day, Limits, Period, Report, Totals, report};
+pub use report::{Day, Limits, Period, Report, Reports, Totals, of_users, report};
 
 #[cfg(test)]
 mod tests;

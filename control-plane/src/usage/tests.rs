@@ -2,6 +2,7 @@
 
 use cvault_node_protocol::v1::{PeerUsage, UsageWindow};
 use cvault_types::{DeviceId, ServerId};
+use futures::future::join_all;
 use rand::seq::SliceRandom as _;
 use time::Duration;
 use uuid::Uuid;
@@ -42,7 +43,7 @@ async fn billed(world: &World, person: Person) -> Totals {
     let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
     let period =
         Period { from: world.app.clock.now() - Duration::hours(3), to: world.app.clock.now() + Duration::hours(1) };
-    let Report { totals, days, .. } = report(&mut tx, None, period).await.unwrap();
+    let Report { totals, days, .. } = report(&mut tx, period).await.unwrap();
     assert_eq!(days.iter().map(|day| day.rx_bytes).sum::<i64>(), totals.rx_bytes);
     assert_eq!(days.iter().map(|day| day.tx_bytes).sum::<i64>(), totals.tx_bytes);
     tx.commit().await.unwrap();
@@ -73,6 +74,38 @@ async fn windows_in_any_order_and_any_number_of_times_bill_the_greatest_value_on
     let mut superuser = world.superuser().await;
     sqlx::query("update cvault.usage_hourly set rx_bytes = rx_bytes + 1").execute(&mut superuser).await.unwrap();
     assert_eq!(verify_ledger(&world.app.db.sys).await.unwrap(), Verified { checked: 1, mismatches: 1 });
+}
+
+#[tokio::test]
+async fn users_who_ask_together_are_told_their_own_and_nobody_elses() {
+    let (world, server) = World::with_server().await;
+    let (first, stranger) = (world.person().await, world.person().await);
+    let mut people = vec![first];
+    for number in 1..5 {
+        people.push(world.user(first.tenant, &format!("{number}@example.com")).await);
+    }
+    // the last one has no device
+    for (number, person) in (1..).zip(&people[..4]) {
+        let device = world.register(*person, "d").await.unwrap();
+        enter(&world, server, &[window(number, device.id, device.revision, number * 1_000, number)]).await;
+    }
+    let now = world.app.clock.now();
+    let long = Period { from: now - Duration::hours(3), to: now + Duration::hours(1) };
+    let before = Period { from: now - Duration::hours(9), to: now - Duration::hours(8) };
+    let (reports, tenancy) = (Reports::default(), &world.app.db.tenancy);
+    let asked = people.iter().flat_map(|person| [(person, long), (person, before)]);
+    let asked = asked.map(|(person, period)| reports.of_user(tenancy, person.tenant, person.user, period));
+    let told: Vec<Report> = join_all(asked).await.into_iter().map(Result::unwrap).collect();
+    for (number, told) in told.chunks(2).enumerate() {
+        let rx = if number < 4 { (number as i64 + 1) * 1_000 } else { 0 };
+        assert_eq!((told[0].totals.rx_bytes, told[0].days.iter().map(|day| day.rx_bytes).sum()), (rx, rx));
+        assert_eq!(told[0].totals.active_devices, i64::from(rx > 0));
+        assert_eq!((told[1].totals, told[1].days.as_slice()), (Totals::default(), [].as_slice()));
+        assert_eq!(told[0].limits.devices_per_user, 1000);
+    }
+    assert_eq!(billed(&world, first).await.rx_bytes, 10_000, "all of the tenant's");
+    let foreign = reports.of_user(tenancy, stranger.tenant, first.user, long).await.unwrap();
+    assert_eq!(foreign.totals, Totals::default());
 }
 
 #[tokio::test]

@@ -345,9 +345,8 @@ async fn list(
         None => None,
     };
     let now = app.clock.now();
-    let mut tx = app.db.tenancy.single(caller.tenant).await?;
-    let found = devices::list(&mut tx, caller.user, after, limit + 1).await;
-    let mut found = tx.finish(found).await?;
+    let page = devices::Page { user: caller.user, after, limit: limit + 1 };
+    let mut found = app.device_lists.page(&app.db.tenancy, caller.tenant, page).await?;
     let has_more = found.len() > limit as usize;
     found.truncate(limit as usize);
     let last = found.last().filter(|_| has_more);

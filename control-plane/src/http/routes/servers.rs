@@ -8,7 +8,6 @@ use utoipa_axum::routes;
 
 use crate::app::App;
 use crate::http::{Caller, Json, Problem};
-use crate::servers;
 
 pub fn router() -> OpenApiRouter<App> {
     OpenApiRouter::new().routes(routes!(list))
@@ -18,19 +17,17 @@ pub fn router() -> OpenApiRouter<App> {
 #[utoipa::path(get, path = "/api/v1/servers", tag = "servers", security(("api_key" = [], "user_token" = [])),
     responses((status = 200, body = ServerList),
               (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
-async fn list(State(app): State<App>, caller: Caller) -> Result<Json<ServerList>, Problem> {
+async fn list(State(app): State<App>, _caller: Caller) -> Result<Json<ServerList>, Problem> {
     let now = app.clock.now();
-    let mut tx = app.db.tenancy.single(caller.tenant).await?;
-    let found = servers::list(&mut tx).await;
-    let servers = tx.finish(found).await?;
+    let servers = app.server_list.servers(&app.db.sys).await?;
     let servers = servers
-        .into_iter()
+        .iter()
         .map(|server| Server {
             id: server.id,
             load: server.load_percent(),
             available: server.takes_devices(now),
-            name: server.name,
-            region: server.region,
+            name: server.name.clone(),
+            region: server.region.clone(),
         })
         .collect();
     Ok(Json(ServerList { servers }))

@@ -60,7 +60,7 @@ async fn stats(
     let now = app.clock.now();
     let period = query.period(now)?;
     let mut tx = app.db.tenancy.begin(portal.tenant).await?;
-    let usage::Report { totals, limits: tenant_limits, .. } = usage::report(&mut tx, None, period).await?;
+    let usage::Report { totals, limits: tenant_limits, .. } = usage::report(&mut tx, period).await?;
     let settings = tenants::settings(&mut tx, app.config.rate_limit_per_minute).await?;
     let calls = dashboard::api_calls(&mut tx, period).await?;
     let present = dashboard::present(&mut tx).await?;
@@ -104,7 +104,7 @@ async fn show_usage(
 ) -> Result<Json<DashboardUsage>, Problem> {
     let period = query.period(app.clock.now())?;
     let mut tx = app.db.tenancy.begin(portal.tenant).await?;
-    let usage::Report { days, .. } = usage::report(&mut tx, None, period).await?;
+    let usage::Report { days, .. } = usage::report(&mut tx, period).await?;
     let calls = dashboard::api_calls(&mut tx, period).await?;
     let by_server = dashboard::by_server(&mut tx, period).await?;
     let hours = dashboard::by_hour(&mut tx, period).await?;

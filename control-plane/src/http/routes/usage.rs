@@ -78,9 +78,14 @@ async fn show(
     if csv::is_wanted(&headers) {
         return export(app, subject, period).await;
     }
-    let mut tx = app.db.tenancy.single(subject.tenant).await?;
-    let report = usage::report(&mut tx, subject.user, period).await;
-    let usage::Report { totals, days, limits } = tx.finish(report).await?;
+    let usage::Report { totals, days, limits } = match subject.user {
+        Some(user) => app.usage_reports.of_user(&app.db.tenancy, subject.tenant, user, period).await?,
+        None => {
+            let mut tx = app.db.tenancy.single(subject.tenant).await?;
+            let report = usage::report(&mut tx, period).await;
+            tx.finish(report).await?
+        }
+    };
     let answer = Usage {
         current_period: sums(period, totals),
         limits: self::limits(limits),

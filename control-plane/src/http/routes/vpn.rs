@@ -167,7 +167,8 @@ async fn disconnect(
 async fn status(State(app): State<App>, caller: Caller) -> Result<Json<VpnStatus>, Problem> {
     let now = app.clock.now();
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
-    let devices = devices::list(&mut tx, caller.user, None, MAX_DEVICES).await?;
+    let all = devices::Page { user: caller.user, after: None, limit: MAX_DEVICES };
+    let devices = devices::list(&mut tx, all).await?;
     let open = sessions::open_sessions(&mut tx, caller.user).await?;
     tx.commit().await?;
     let devices: Vec<_> = devices
