@@ -5,6 +5,7 @@ mod refusals;
 
 use std::sync::OnceLock;
 
+use cvault_types::problem::ProblemBody;
 use serde_json::Value;
 use utoipa::Modify;
 use utoipa::openapi::OpenApi as Document;
@@ -17,7 +18,7 @@ use super::router;
 #[openapi(
     info(title = "CVault API", version = "1", license(name = "Apache-2.0"),
         description = "B2B VPN platform. Errors are RFC 9457 problem details. Unknown request fields are refused; clients must ignore unknown response fields and enum values."),
-    modifiers(&Credentials),
+    modifiers(&Credentials), components(schemas(ProblemBody)),
     tags((name = "auth", description = "A tenant's users log in"), (name = "users", description = "A tenant's users, for its backend"), (name = "devices", description = "Devices and their WireGuard configurations"),
         (name = "vpn", description = "Connections"), (name = "servers", description = "Servers"), (name = "usage", description = "Metering"),
         (name = "portal", description = "The people of a tenant who manage it"),

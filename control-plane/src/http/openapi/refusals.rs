@@ -1,5 +1,6 @@
 //! Completes what operations say of their refusals: to the codes of their own, those of everything that stands in front of
-//! them, each with an example. The matrix test holds every answer it sees against this.
+//! them, each with an example. So an operation names only what is special to it, and its words for the rest. The matrix test
+//! holds every answer it sees against this.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -39,6 +40,7 @@ pub(super) fn complete(document: &mut Value) {
                 used.extend(codes.iter().map(|code| code.as_str()));
                 say(&mut operation["responses"][status.to_string()], &codes);
             }
+            operation["responses"]["4XX"] = json!({ "content": { PROBLEM: { "schema": schema() } } });
         }
     }
     let examples = ErrorCode::ALL.iter().filter(|code| used.contains(code.as_str()));
@@ -108,12 +110,16 @@ fn say(response: &mut Value, codes: &[ErrorCode]) {
     let own = Some(said.clone()).filter(|said| !said.is_empty());
     response["description"] = Value::String(own.into_iter().chain(missing).collect::<Vec<_>>().join(", "));
     let content = &mut response["content"][PROBLEM];
-    content["schema"] = json!({ "$ref": "#/components/schemas/ProblemBody" });
+    content["schema"] = schema();
     let example = |code: &ErrorCode| {
         let code = code.as_str();
         (code.to_owned(), json!({ "$ref": format!("#/components/examples/{code}") }))
     };
     content["examples"] = Value::Object(codes.iter().map(example).collect());
+}
+
+fn schema() -> Value {
+    json!({ "$ref": "#/components/schemas/ProblemBody" })
 }
 
 fn example(code: ErrorCode) -> Value {

@@ -2,7 +2,6 @@
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use cvault_types::problem::ProblemBody;
 use cvault_types::tenant::{CreateTenantRequest, CreatedTenant, Tenant, TenantList, TenantStatus, UpdateTenantRequest};
 use cvault_types::{ErrorCode, TenantId};
 use http::StatusCode;
@@ -67,7 +66,7 @@ impl PageSize {
 #[utoipa::path(post, path = "/admin/tenants", tag = "admin", security(("admin" = [])),
     params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = CreateTenantRequest,
-    responses((status = 201, body = CreatedTenant), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 201, body = CreatedTenant)))]
 async fn create(
     State(app): State<App>,
     admin: Admin,
@@ -101,7 +100,7 @@ async fn create(
 
 /// List tenants, oldest first.
 #[utoipa::path(get, path = "/admin/tenants", tag = "admin", security(("admin" = [])), params(Page),
-    responses((status = 200, body = TenantList), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = TenantList)))]
 async fn list(State(app): State<App>, _admin: Admin, Query(page): Query<Page>) -> Result<Json<TenantList>, Problem> {
     let limit = page_size(page.limit)?;
     let after = page.cursor.map(|text| cursor::decode(&app.secrets, "tenants", &text)).transpose()?;
@@ -114,7 +113,7 @@ async fn list(State(app): State<App>, _admin: Admin, Query(page): Query<Page>) -
 /// One tenant.
 #[utoipa::path(get, path = "/admin/tenants/{tenant_id}", tag = "admin", security(("admin" = [])),
     params(("tenant_id" = TenantId, Path)),
-    responses((status = 200, body = Tenant), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = Tenant)))]
 async fn get(State(app): State<App>, _admin: Admin, Path(id): Path<TenantId>) -> Result<Json<Tenant>, Problem> {
     Ok(Json(tenants::get(&app, id).await?))
 }
@@ -125,8 +124,7 @@ async fn get(State(app): State<App>, _admin: Admin, Path(id): Path<TenantId>) ->
            ("X-Challenge-Token" = Option<String>, Header, description = "From `admin approve`; asked for with 428."),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")), request_body = UpdateTenantRequest,
     responses((status = 200, body = Tenant),
-              (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED: it has to be approved with `admin approve`"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 428, description = "CHALLENGE_REQUIRED: it has to be approved with `admin approve`")))]
 async fn update(
     State(app): State<App>,
     admin: Admin,
@@ -142,8 +140,7 @@ async fn update(
            ("X-Challenge-Token" = Option<String>, Header, description = "From `admin approve`; asked for with 428."),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204),
-              (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED: it has to be approved with `admin approve`"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 428, description = "CHALLENGE_REQUIRED: it has to be approved with `admin approve`")))]
 async fn delete(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) -> Result<Response, Problem> {
     let actor = admin.actor();
     if let Some(replay) = staff::earlier(&app, &actor).await? {
@@ -160,8 +157,7 @@ async fn delete(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) 
            ("X-Challenge-Token" = Option<String>, Header, description = "From `admin approve`; asked for with 428."),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 200, body = Tenant),
-              (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED: it has to be approved with `admin approve`"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 428, description = "CHALLENGE_REQUIRED: it has to be approved with `admin approve`")))]
 async fn suspend(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) -> Result<Response, Problem> {
     set_status(&app, &admin, id, TenantStatus::Suspended).await
 }
@@ -170,7 +166,7 @@ async fn suspend(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>)
 #[utoipa::path(post, path = "/admin/tenants/{tenant_id}/resume", tag = "admin", security(("admin" = [])),
     params(("tenant_id" = TenantId, Path),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
-    responses((status = 200, body = Tenant), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = Tenant)))]
 async fn resume(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) -> Result<Response, Problem> {
     set_status(&app, &admin, id, TenantStatus::Active).await
 }

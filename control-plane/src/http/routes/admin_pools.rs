@@ -3,7 +3,6 @@
 use axum::extract::State;
 use axum::response::Response;
 use cvault_types::admin::{AddressPool, AddressPoolList, CreatePoolRequest, UpdatePoolRequest};
-use cvault_types::problem::ProblemBody;
 use cvault_types::{ErrorCode, PoolId};
 use http::StatusCode;
 use ipnet::{Ipv4Net, Ipv6Net};
@@ -40,9 +39,7 @@ struct Page {
     params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = CreatePoolRequest,
     responses((status = 201, body = AddressPool),
-              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "CONFLICT: the name is another pool's, or a prefix overlaps; IDEMPOTENCY_KEY_IN_USE"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED, IDEMPOTENCY_KEY_REUSED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 409, description = "CONFLICT: the name is another pool's, or a prefix overlaps; IDEMPOTENCY_KEY_IN_USE")))]
 async fn create_pool(
     State(app): State<App>,
     admin: Admin,
@@ -83,7 +80,7 @@ fn parse(app: &App, body: CreatePoolRequest) -> Result<NewPool, Problem> {
 
 /// List pools, oldest first.
 #[utoipa::path(get, path = "/admin/pools", tag = "admin", security(("admin" = [])), params(Page),
-    responses((status = 200, body = AddressPoolList), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = AddressPoolList)))]
 async fn list_pools(
     State(app): State<App>,
     _admin: Admin,
@@ -100,7 +97,7 @@ async fn list_pools(
 /// One pool, and how full it is.
 #[utoipa::path(get, path = "/admin/pools/{pool_id}", tag = "admin", security(("admin" = [])),
     params(("pool_id" = PoolId, Path)),
-    responses((status = 200, body = AddressPool), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = AddressPool)))]
 async fn get_pool(State(app): State<App>, _admin: Admin, Path(id): Path<PoolId>) -> Result<Json<AddressPool>, Problem> {
     Ok(Json(find(&app.db.sys, id).await?))
 }
@@ -111,8 +108,7 @@ async fn get_pool(State(app): State<App>, _admin: Admin, Path(id): Path<PoolId>)
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = UpdatePoolRequest,
     responses((status = 200, body = AddressPool),
-              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "CONFLICT: the name is another pool's; IDEMPOTENCY_KEY_IN_USE"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 409, description = "CONFLICT: the name is another pool's; IDEMPOTENCY_KEY_IN_USE")))]
 async fn update_pool(
     State(app): State<App>,
     admin: Admin,
@@ -137,8 +133,7 @@ async fn update_pool(
     params(("pool_id" = PoolId, Path),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204, description = "Deleted."),
-              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "CONFLICT: it is in use; IDEMPOTENCY_KEY_IN_USE"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 409, description = "CONFLICT: it is in use; IDEMPOTENCY_KEY_IN_USE")))]
 async fn delete_pool(State(app): State<App>, admin: Admin, Path(id): Path<PoolId>) -> Result<Response, Problem> {
     staff::once(&app, &admin, StatusCode::NO_CONTENT, move |tx, app, actor| {
         Box::pin(async move { Ok(ipam::delete_pool(tx, id, app.clock.now(), &actor).await?) })

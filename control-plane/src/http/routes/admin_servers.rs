@@ -6,7 +6,6 @@ use cvault_node_protocol::token::EnrolToken;
 use cvault_types::admin::{
     AdminServer, AdminServerList, CreateServerRequest, CreatedServer, EnrolmentToken, ServerStatus,
 };
-use cvault_types::problem::ProblemBody;
 use cvault_types::{ErrorCode, PoolId, Secret, ServerId};
 use http::StatusCode;
 use rand::SeedableRng;
@@ -68,9 +67,7 @@ struct RemoveQuery {
     params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = CreateServerRequest,
     responses((status = 201, body = CreatedServer),
-              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "CONFLICT: the name, or address and port, is another server's; IDEMPOTENCY_KEY_IN_USE"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED, IDEMPOTENCY_KEY_REUSED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 409, description = "CONFLICT: the name, or address and port, is another server's; IDEMPOTENCY_KEY_IN_USE")))]
 async fn create_server(
     State(app): State<App>,
     admin: Admin,
@@ -104,7 +101,7 @@ async fn create_server(
 
 /// List servers, oldest first.
 #[utoipa::path(get, path = "/admin/servers", tag = "admin", security(("admin" = [])), params(ServerQuery),
-    responses((status = 200, body = AdminServerList), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = AdminServerList)))]
 async fn list_servers(
     State(app): State<App>,
     _admin: Admin,
@@ -124,7 +121,7 @@ async fn list_servers(
 /// One server.
 #[utoipa::path(get, path = "/admin/servers/{server_id}", tag = "admin", security(("admin" = [])),
     params(("server_id" = ServerId, Path)),
-    responses((status = 200, body = AdminServer), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = AdminServer)))]
 async fn get_server(
     State(app): State<App>,
     _admin: Admin,
@@ -137,7 +134,7 @@ async fn get_server(
 #[utoipa::path(post, path = "/admin/servers/{server_id}/enrol-token", tag = "admin", security(("admin" = [])),
     params(("server_id" = ServerId, Path),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
-    responses((status = 201, body = EnrolmentToken), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 201, body = EnrolmentToken)))]
 async fn enrol_token(State(app): State<App>, admin: Admin, Path(id): Path<ServerId>) -> Result<Response, Problem> {
     staff::once(&app, &admin, StatusCode::CREATED, move |tx, app, actor| {
         Box::pin(async move {
@@ -153,7 +150,7 @@ async fn enrol_token(State(app): State<App>, admin: Admin, Path(id): Path<Server
 #[utoipa::path(post, path = "/admin/servers/{server_id}/drain", tag = "admin", security(("admin" = [])),
     params(("server_id" = ServerId, Path),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
-    responses((status = 200, body = AdminServer), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = AdminServer)))]
 async fn drain(State(app): State<App>, admin: Admin, Path(id): Path<ServerId>) -> Result<Response, Problem> {
     set_status(&app, &admin, id, ServerStatus::Draining).await
 }
@@ -162,7 +159,7 @@ async fn drain(State(app): State<App>, admin: Admin, Path(id): Path<ServerId>) -
 #[utoipa::path(post, path = "/admin/servers/{server_id}/maintenance", tag = "admin", security(("admin" = [])),
     params(("server_id" = ServerId, Path),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
-    responses((status = 200, body = AdminServer), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = AdminServer)))]
 async fn maintenance(State(app): State<App>, admin: Admin, Path(id): Path<ServerId>) -> Result<Response, Problem> {
     set_status(&app, &admin, id, ServerStatus::Maintenance).await
 }
@@ -171,7 +168,7 @@ async fn maintenance(State(app): State<App>, admin: Admin, Path(id): Path<Server
 #[utoipa::path(post, path = "/admin/servers/{server_id}/activate", tag = "admin", security(("admin" = [])),
     params(("server_id" = ServerId, Path),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
-    responses((status = 200, body = AdminServer), (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = AdminServer)))]
 async fn activate(State(app): State<App>, admin: Admin, Path(id): Path<ServerId>) -> Result<Response, Problem> {
     set_status(&app, &admin, id, ServerStatus::Active).await
 }
@@ -193,8 +190,7 @@ async fn set_status(app: &App, admin: &Admin, id: ServerId, status: ServerStatus
     params(("server_id" = ServerId, Path), RemoveQuery,
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204, description = "Removed."),
-              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "CONFLICT: it has devices, or bytes to tell; IDEMPOTENCY_KEY_IN_USE"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 409, description = "CONFLICT: it has devices, or bytes to tell; IDEMPOTENCY_KEY_IN_USE")))]
 async fn remove_server(
     State(app): State<App>,
     admin: Admin,

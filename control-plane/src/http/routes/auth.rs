@@ -6,7 +6,6 @@ use std::net::IpAddr;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use cvault_types::auth::{LoginRequest, RefreshRequest, RegisterRequest, TokenResponse};
-use cvault_types::problem::ProblemBody;
 use cvault_types::{ErrorCode, Secret, TenantId, UserId};
 use http::StatusCode;
 use rand::SeedableRng;
@@ -40,9 +39,8 @@ pub fn router() -> OpenApiRouter<App> {
 #[utoipa::path(post, path = "/api/v1/auth/register", tag = "auth", security(("api_key" = [], "api_secret" = []), ("api_key" = [])),
     params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = RegisterRequest,
-    responses((status = 201, body = TokenResponse), (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "USER_LIMIT_EXCEEDED"),
-              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "EMAIL_TAKEN"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 201, body = TokenResponse), (status = 403, description = "USER_LIMIT_EXCEEDED"),
+              (status = 409, description = "EMAIL_TAKEN")))]
 async fn register(
     State(app): State<App>,
     key: ClientKey,
@@ -115,8 +113,7 @@ async fn before_hashing(
 #[utoipa::path(post, path = "/api/v1/auth/login", tag = "auth", security(("api_key" = [], "api_secret" = []), ("api_key" = [])),
     params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = LoginRequest,
-    responses((status = 200, body = TokenResponse), (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_CREDENTIALS: unknown user or wrong password, one answer for both"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = TokenResponse), (status = 401, description = "INVALID_CREDENTIALS: unknown user or wrong password, one answer for both")))]
 async fn login(
     State(app): State<App>,
     key: ClientKey,
@@ -202,8 +199,7 @@ async fn check_password(app: &App, tenant: TenantId, body: LoginRequest) -> Resu
 #[utoipa::path(post, path = "/api/v1/auth/refresh", tag = "auth", security(("api_key" = [], "api_secret" = []), ("api_key" = [])),
     params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = RefreshRequest,
-    responses((status = 200, body = TokenResponse), (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, TOKEN_REUSED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = TokenResponse), (status = 401, description = "INVALID_TOKEN, TOKEN_EXPIRED, TOKEN_REUSED")))]
 async fn refresh_tokens(
     State(app): State<App>,
     key: ClientKey,
@@ -248,8 +244,7 @@ async fn refresh_tokens(
     params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = RefreshRequest,
     responses((status = 204),
-              (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 401, description = "INVALID_TOKEN")))]
 async fn logout(
     State(app): State<App>,
     key: ClientKey,

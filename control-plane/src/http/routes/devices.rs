@@ -9,7 +9,6 @@ use base64::engine::general_purpose::STANDARD;
 use cvault_types::device::{
     Device, DevicePage, DeviceServer, DeviceStatus, RegisterDevice, RegisteredDevice, RotateDeviceKey,
 };
-use cvault_types::problem::ProblemBody;
 use cvault_types::{DeviceId, ErrorCode, Secret, TenantId};
 use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
 use http::{HeaderMap, StatusCode};
@@ -90,11 +89,9 @@ struct ListQuery {
            ("Prefer" = Option<String>, Header, description = "`wait=SECONDS`, at most 30 (RFC 7240).")),
     request_body = RegisterDevice,
     responses((status = 201, body = RegisteredDevice),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "DEVICE_LIMIT_EXCEEDED, BANDWIDTH_LIMIT_EXCEEDED, TENANT_SUSPENDED"),
-              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "PUBLIC_KEY_IN_USE"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE, POOL_EXHAUSTED, DATABASE_UNAVAILABLE"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "DEVICE_LIMIT_EXCEEDED, BANDWIDTH_LIMIT_EXCEEDED, TENANT_SUSPENDED"),
+              (status = 409, description = "PUBLIC_KEY_IN_USE"),
+              (status = 503, description = "SERVER_UNAVAILABLE, POOL_EXHAUSTED, DATABASE_UNAVAILABLE")))]
 async fn register(
     State(app): State<App>,
     caller: Caller,
@@ -327,8 +324,7 @@ fn preferred_wait(headers: &HeaderMap) -> Option<Duration> {
 #[utoipa::path(get, path = "/api/v1/devices", tag = "devices", security(("api_key" = [], "user_token" = [])),
     params(("limit" = Option<u32>, Query, minimum = 1, maximum = 200, description = "Default 50."),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before.")),
-    responses((status = 200, body = DevicePage),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = DevicePage)))]
 async fn list(
     State(app): State<App>,
     caller: Caller,
@@ -377,9 +373,7 @@ fn shown(served: ServedDevice, now: OffsetDateTime) -> Device {
 /// One device.
 #[utoipa::path(get, path = "/api/v1/devices/{device_id}", tag = "devices", security(("api_key" = [], "user_token" = [])),
     params(("device_id" = DeviceId, Path)),
-    responses((status = 200, body = Device),
-              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = Device)))]
 async fn get(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -> Result<Json<Device>, Problem> {
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
     let device = devices::find(&mut tx, caller.user, id).await?;
@@ -395,10 +389,8 @@ async fn get(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -
     params(("device_id" = DeviceId, Path),
            ("format" = Option<String>, Query, description = "`qr`: an SVG picture instead of the text.")),
     responses((status = 200, content((String = "text/plain"), (String = "image/svg+xml"))),
-              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "CONFLICT: its pool took the address back when it disconnected"),
-              (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 409, description = "CONFLICT: its pool took the address back when it disconnected"),
+              (status = 503, description = "SERVER_UNAVAILABLE")))]
 async fn config(
     State(app): State<App>,
     caller: Caller,
@@ -445,12 +437,9 @@ async fn config(
            ("Prefer" = Option<String>, Header, description = "`wait=SECONDS`, at most 30 (RFC 7240).")),
     request_body = RotateDeviceKey,
     responses((status = 200, body = RegisteredDevice),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "TENANT_SUSPENDED, BANDWIDTH_LIMIT_EXCEEDED"),
-              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "PUBLIC_KEY_IN_USE"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE, DATABASE_UNAVAILABLE"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "TENANT_SUSPENDED, BANDWIDTH_LIMIT_EXCEEDED"),
+              (status = 409, description = "PUBLIC_KEY_IN_USE"),
+              (status = 503, description = "SERVER_UNAVAILABLE, DATABASE_UNAVAILABLE")))]
 async fn rotate_key(
     State(app): State<App>,
     caller: Caller,
@@ -499,9 +488,7 @@ async fn rotate_once(
 #[utoipa::path(delete, path = "/api/v1/devices/{device_id}", tag = "devices", security(("api_key" = [], "user_token" = [])),
     params(("device_id" = DeviceId, Path),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
-    responses((status = 204, description = "Deleted, now or before."),
-              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 204, description = "Deleted, now or before.")))]
 async fn delete(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -> Result<Response, Problem> {
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
     let work = delete_once(&app, &mut tx, caller, id).await;

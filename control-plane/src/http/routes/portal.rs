@@ -8,7 +8,6 @@ use axum::response::{IntoResponse, Response};
 use cvault_types::portal::{
     PortalLogin, PortalLoginRequest, PortalMe, PortalRefreshRequest, SignupRequest, SignupResponse,
 };
-use cvault_types::problem::ProblemBody;
 use cvault_types::tenant::TenantStatus;
 use cvault_types::{ErrorCode, PortalSessionId, Secret, TenantAdminId, TenantId, TenantRole};
 use http::header::SET_COOKIE;
@@ -52,12 +51,8 @@ pub fn router() -> OpenApiRouter<App> {
 /// ever holds the API secret. An `Idempotency-Key` is not looked at: a repetition answers EMAIL_TAKEN; log in instead.
 #[utoipa::path(post, path = "/api/v1/tenant/auth/signup", tag = "portal", request_body = SignupRequest,
     responses((status = 201, body = SignupResponse, headers(("Set-Cookie" = Option<String>, description = "For browsers: the session."))),
-        (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "ORIGIN_NOT_ALLOWED"),
-        (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "EMAIL_TAKEN"),
-        (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "OVERLOADED, DATABASE_UNAVAILABLE")))]
+        (status = 403, description = "ORIGIN_NOT_ALLOWED"),
+        (status = 409, description = "EMAIL_TAKEN")))]
 async fn sign_up(State(app): State<App>, origin: Origin, Json(body): Json<SignupRequest>) -> Result<Response, Problem> {
     let (settings, email) = checked(&body)?;
     let attempt = Attempt::at(&app, AttemptKind::Signup, &body.email, &origin.seen);
@@ -96,11 +91,8 @@ async fn make_account(
 /// Log in. A retry begins another session; an `Idempotency-Key` is not looked at.
 #[utoipa::path(post, path = "/api/v1/tenant/auth/login", tag = "portal", request_body = PortalLoginRequest,
     responses((status = 200, body = PortalLogin, headers(("Set-Cookie" = Option<String>, description = "For browsers: the session."))),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_CREDENTIALS: unknown address or wrong password, one answer for both"),
-        (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "ORIGIN_NOT_ALLOWED"),
-        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "OVERLOADED, DATABASE_UNAVAILABLE")))]
+        (status = 401, description = "INVALID_CREDENTIALS: unknown address or wrong password, one answer for both"),
+        (status = 403, description = "ORIGIN_NOT_ALLOWED")))]
 async fn login(
     State(app): State<App>,
     origin: Origin,
@@ -169,10 +161,8 @@ async fn check_password(app: &App, body: PortalLoginRequest) -> Result<Checked, 
     security((), ("portal_cookie" = [])),
     params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 200, body = PortalLogin),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, TOKEN_REUSED, SESSION_TERMINATED (with `X-Session-Terminated: true`)"),
-        (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "ORIGIN_NOT_ALLOWED"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
+        (status = 401, description = "INVALID_TOKEN, TOKEN_EXPIRED, TOKEN_REUSED, SESSION_TERMINATED (with `X-Session-Terminated: true`)"),
+        (status = 503, description = "DATABASE_UNAVAILABLE")))]
 async fn refresh(
     State(app): State<App>,
     origin: Origin,
@@ -247,10 +237,8 @@ async fn exchange(app: &App, tenant: TenantId, token: &Secret, origin: &Origin) 
 /// End the session. Also that of a suspended tenant.
 #[utoipa::path(post, path = "/api/v1/tenant/auth/logout", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     responses((status = 204),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
-        (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "ORIGIN_NOT_ALLOWED"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
+        (status = 401, description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = 503, description = "DATABASE_UNAVAILABLE")))]
 async fn logout(State(app): State<App>, origin: Origin) -> Result<Response, Problem> {
     let PortalToken { tenant, admin, session } = Portal::find(&origin.parts, &app).await?.token;
     let attempt = Attempt::at(&app, AttemptKind::Login, "", &origin.seen);
@@ -266,9 +254,8 @@ async fn logout(State(app): State<App>, origin: Origin) -> Result<Response, Prob
 /// Who is logged in, and to which tenant.
 #[utoipa::path(get, path = "/api/v1/tenant/me", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     responses((status = 200, body = PortalMe),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
+        (status = 401, description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = 503, description = "DATABASE_UNAVAILABLE")))]
 async fn me(State(app): State<App>, origin: Origin) -> Result<Json<PortalMe>, Problem> {
     let found = Portal::find(&origin.parts, &app).await?;
     let PortalToken { tenant, admin, session } = found.token;

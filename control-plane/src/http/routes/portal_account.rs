@@ -7,7 +7,6 @@ use cvault_types::portal::{
     ChallengeToken, ChangePasswordRequest, PasswordResetConfirm, PasswordResetRequest, PortalSessionList, StepUpAnswer,
     VerifyEmailRequest,
 };
-use cvault_types::problem::ProblemBody;
 use cvault_types::{ChallengeId, ErrorCode, PortalSessionId};
 use http::StatusCode;
 use rand::SeedableRng;
@@ -44,9 +43,8 @@ pub fn router() -> OpenApiRouter<App> {
 /// Verify an address with the token of a mailed link.
 #[utoipa::path(post, path = "/api/v1/tenant/auth/verify-email", tag = "portal", request_body = VerifyEmailRequest,
     responses((status = 204),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN: unknown, used, replaced or expired"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
+        (status = 401, description = "INVALID_TOKEN: unknown, used, replaced or expired"),
+        (status = 503, description = "DATABASE_UNAVAILABLE")))]
 async fn verify_email(
     State(app): State<App>,
     origin: Origin,
@@ -63,10 +61,8 @@ async fn verify_email(
 #[utoipa::path(post, path = "/api/v1/tenant/auth/verify-email/resend", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 202, description = "Nothing is mailed for an address that is verified."),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
-        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE, OVERLOADED")))]
+        (status = 401, description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = 503, description = "DATABASE_UNAVAILABLE, OVERLOADED")))]
 async fn resend_verification(State(app): State<App>, portal: Portal) -> Result<Response, Problem> {
     if let Some(replay) = idempotency::earlier(&app, portal.tenant, portal.actor()).await? {
         return Ok(replay);
@@ -81,11 +77,8 @@ async fn resend_verification(State(app): State<App>, portal: Portal) -> Result<R
 /// Mail a link to choose a new password. The answer is the same whether the address has an account or not.
 #[utoipa::path(post, path = "/api/v1/tenant/auth/password-reset", tag = "portal", request_body = PasswordResetRequest,
     responses((status = 202),
-        (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "ORIGIN_NOT_ALLOWED"),
-        (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
+        (status = 403, description = "ORIGIN_NOT_ALLOWED"),
+        (status = 503, description = "DATABASE_UNAVAILABLE")))]
 async fn request_reset(
     State(app): State<App>,
     origin: Origin,
@@ -112,11 +105,7 @@ async fn request_reset(
 /// Choose a new password with the token of a mailed link. Ends every session of the account.
 #[utoipa::path(post, path = "/api/v1/tenant/auth/password-reset/confirm", tag = "portal", request_body = PasswordResetConfirm,
     responses((status = 204),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN: unknown, used, replaced or expired"),
-        (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "OVERLOADED, DATABASE_UNAVAILABLE")))]
+        (status = 401, description = "INVALID_TOKEN: unknown, used, replaced or expired")))]
 async fn confirm_reset(
     State(app): State<App>,
     origin: Origin,
@@ -137,11 +126,8 @@ async fn confirm_reset(
         ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = ChangePasswordRequest,
     responses((status = 204),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
-        (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-        (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "OVERLOADED, DATABASE_UNAVAILABLE")))]
+        (status = 401, description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = 428, description = "CHALLENGE_REQUIRED")))]
 async fn change_password(
     State(app): State<App>,
     portal: Portal,
@@ -160,9 +146,8 @@ async fn change_password(
 /// The caller's own sessions, newest first.
 #[utoipa::path(get, path = "/api/v1/tenant/sessions", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     responses((status = 200, body = PortalSessionList),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
+        (status = 401, description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = 503, description = "DATABASE_UNAVAILABLE")))]
 async fn list_sessions(State(app): State<App>, portal: Portal) -> Result<Json<PortalSessionList>, Problem> {
     let mut tx = app.db.tenancy.begin(portal.tenant).await?;
     let data = sessions::list(&mut tx, portal.admin, portal.session, app.clock.now()).await?;
@@ -175,10 +160,9 @@ async fn list_sessions(State(app): State<App>, portal: Portal) -> Result<Json<Po
     params(("X-Challenge-Token" = Option<String>, Header, description = "Of an answered challenge, for exactly this request."),
         ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
-        (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED, when something looks odd: another network, program or pace"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
+        (status = 401, description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = 428, description = "CHALLENGE_REQUIRED, when something looks odd: another network, program or pace"),
+        (status = 503, description = "DATABASE_UNAVAILABLE")))]
 async fn revoke_other_sessions(State(app): State<App>, portal: Portal) -> Result<Response, Problem> {
     step_up::if_risky(&app, &portal, "portal_session.revoke_others").await?;
     idempotency::once(&app, portal.tenant, portal.actor(), StatusCode::NO_CONTENT, async |tx| {
@@ -193,11 +177,10 @@ async fn revoke_other_sessions(State(app): State<App>, portal: Portal) -> Result
         ("X-Challenge-Token" = Option<String>, Header, description = "Of an answered challenge, for exactly this request."),
         ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
-        (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND, also for another person's session"),
-        (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED, when something looks odd: another network, program or pace"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE")))]
+        (status = 401, description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = 404, description = "NOT_FOUND, also for another person's session"),
+        (status = 428, description = "CHALLENGE_REQUIRED, when something looks odd: another network, program or pace"),
+        (status = 503, description = "DATABASE_UNAVAILABLE")))]
 async fn revoke_session(
     State(app): State<App>,
     portal: Portal,
@@ -216,11 +199,8 @@ async fn revoke_session(
 #[utoipa::path(post, path = "/api/v1/tenant/step-up/{challenge_id}/verify", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     params(("challenge_id" = ChallengeId, Path)), request_body = StepUpAnswer,
     responses((status = 200, body = ChallengeToken),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_CREDENTIALS: the answer is wrong. INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED: the session is."),
-        (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND: no open challenge of this session"),
-        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "OVERLOADED, DATABASE_UNAVAILABLE")))]
+        (status = 401, description = "INVALID_CREDENTIALS: the answer is wrong. INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED: the session is."),
+        (status = 404, description = "NOT_FOUND: no open challenge of this session")))]
 async fn verify_step_up(
     State(app): State<App>,
     portal: Portal,

@@ -3,7 +3,6 @@
 use axum::extract::State;
 use axum::response::Response;
 use cvault_types::portal::{ChangeEmailConfirm, ChangeEmailRequest};
-use cvault_types::problem::ProblemBody;
 use http::StatusCode;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -29,12 +28,9 @@ pub fn router() -> OpenApiRouter<App> {
         ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = ChangeEmailRequest,
     responses((status = 202),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
-        (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-        (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
-        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "DATABASE_UNAVAILABLE, OVERLOADED")))]
+        (status = 401, description = "INVALID_TOKEN, TOKEN_EXPIRED, SESSION_TERMINATED"),
+        (status = 428, description = "CHALLENGE_REQUIRED"),
+        (status = 503, description = "DATABASE_UNAVAILABLE, OVERLOADED")))]
 async fn change_email(
     State(app): State<App>,
     portal: Portal,
@@ -62,12 +58,8 @@ async fn change_email(
 /// Change the address with the token of the mailed link. Ends every session but the one that asked.
 #[utoipa::path(post, path = "/api/v1/tenant/auth/email/confirm", tag = "portal", request_body = ChangeEmailConfirm,
     responses((status = 204),
-        (status = 401, body = ProblemBody, content_type = "application/problem+json", description = "INVALID_TOKEN: unknown, used, replaced or expired"),
-        (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "EMAIL_TAKEN: meanwhile"),
-        (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-        (status = 429, body = ProblemBody, content_type = "application/problem+json", description = "RATE_LIMITED"),
-        (status = "4XX", body = ProblemBody, content_type = "application/problem+json"),
-        (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "OVERLOADED, DATABASE_UNAVAILABLE")))]
+        (status = 401, description = "INVALID_TOKEN: unknown, used, replaced or expired"),
+        (status = 409, description = "EMAIL_TAKEN: meanwhile")))]
 async fn confirm_email(
     State(app): State<App>,
     origin: Origin,

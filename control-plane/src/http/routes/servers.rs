@@ -1,7 +1,6 @@
 //! `GET /api/v1/servers`: the servers a user may connect to.
 
 use axum::extract::State;
-use cvault_types::problem::ProblemBody;
 use cvault_types::server::{Server, ServerList};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -15,8 +14,7 @@ pub fn router() -> OpenApiRouter<App> {
 
 /// The servers, by region, with their load.
 #[utoipa::path(get, path = "/api/v1/servers", tag = "servers", security(("api_key" = [], "user_token" = [])),
-    responses((status = 200, body = ServerList),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = ServerList)))]
 async fn list(State(app): State<App>, _caller: Caller) -> Result<Json<ServerList>, Problem> {
     let now = app.clock.now();
     let servers = app.server_list.servers(&app.db.sys).await?;

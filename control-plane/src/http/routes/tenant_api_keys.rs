@@ -3,7 +3,6 @@
 use axum::extract::State;
 use axum::response::Response;
 use cvault_types::api_key::{ApiKey, ApiKeyList, CreateApiKey, CreatedApiKey, RegenerateApiKey, UpdateApiKey};
-use cvault_types::problem::ProblemBody;
 use cvault_types::{ApiKeyId, ErrorCode, Secret, TenantRole};
 use http::StatusCode;
 use rand::SeedableRng;
@@ -29,8 +28,7 @@ pub fn router() -> OpenApiRouter<App> {
 /// The tenant's keys that are not revoked, oldest first. Role developer.
 #[utoipa::path(get, path = "/api/v1/tenant/api-keys", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     responses((status = 200, body = ApiKeyList),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "INSUFFICIENT_SCOPE")))]
 async fn list_keys(State(app): State<App>, portal: Portal) -> Result<Json<ApiKeyList>, Problem> {
     portal.require(TenantRole::Developer)?;
     let mut tx = app.db.tenancy.begin(portal.tenant).await?;
@@ -45,10 +43,8 @@ async fn list_keys(State(app): State<App>, portal: Portal) -> Result<Json<ApiKey
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = CreateApiKey,
     responses((status = 201, body = CreatedApiKey),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
+              (status = 428, description = "CHALLENGE_REQUIRED")))]
 async fn create_key(
     State(app): State<App>,
     portal: Portal,
@@ -68,9 +64,7 @@ async fn create_key(
 #[utoipa::path(get, path = "/api/v1/tenant/api-keys/{api_key_id}", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     params(("api_key_id" = ApiKeyId, Path)),
     responses((status = 200, body = ApiKey),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE"),
-              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "INSUFFICIENT_SCOPE")))]
 async fn get_key(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>) -> Result<Json<ApiKey>, Problem> {
     portal.require(TenantRole::Developer)?;
     let mut tx = app.db.tenancy.begin(portal.tenant).await?;
@@ -85,11 +79,8 @@ async fn get_key(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = UpdateApiKey,
     responses((status = 200, body = ApiKey),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
-              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
+              (status = 428, description = "CHALLENGE_REQUIRED")))]
 async fn update_key(
     State(app): State<App>,
     portal: Portal,
@@ -112,10 +103,8 @@ async fn update_key(
     params(("api_key_id" = ApiKeyId, Path), ("X-Challenge-Token" = Option<String>, Header, description = "Of the answered challenge."),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204, description = "Revoked."),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
-              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
+              (status = 428, description = "CHALLENGE_REQUIRED")))]
 async fn revoke_key(State(app): State<App>, portal: Portal, Path(id): Path<ApiKeyId>) -> Result<Response, Problem> {
     portal.require(TenantRole::Admin)?;
     // nothing is in it, and the key that a challenge would be about is gone
@@ -137,11 +126,9 @@ async fn revoke_key(State(app): State<App>, portal: Portal, Path(id): Path<ApiKe
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = RegenerateApiKey,
     responses((status = 200, body = CreatedApiKey),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
-              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
+              (status = 404, description = "NOT_FOUND"),
+              (status = 428, description = "CHALLENGE_REQUIRED")))]
 async fn regenerate_key(
     State(app): State<App>,
     portal: Portal,

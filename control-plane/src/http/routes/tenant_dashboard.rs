@@ -8,7 +8,6 @@ use cvault_types::dashboard::{
     Activity, ActivityPage, DashboardDay, DashboardNow, DashboardStats, DashboardUsage, HourUsage, RegionUsage,
     ServerIndicator,
 };
-use cvault_types::problem::ProblemBody;
 use serde::Deserialize;
 use time::{Duration, OffsetDateTime};
 use utoipa_axum::router::OpenApiRouter;
@@ -49,9 +48,7 @@ impl DaysQuery {
 /// Sums over the last days, UTC, today included; and what there is now.
 #[utoipa::path(get, path = "/api/v1/tenant/dashboard/stats", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     params(("days" = Option<u16>, Query, minimum = 1, maximum = 400, description = "Default 30.")),
-    responses((status = 200, body = DashboardStats),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = DashboardStats)))]
 async fn stats(
     State(app): State<App>,
     portal: Portal,
@@ -94,9 +91,7 @@ fn indicator(server: &Server, now: OffsetDateTime) -> ServerIndicator {
 /// Bytes, connections and calls by day, region and hour of the day, UTC.
 #[utoipa::path(get, path = "/api/v1/tenant/dashboard/usage", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     params(("days" = Option<u16>, Query, minimum = 1, maximum = 400, description = "Default 30.")),
-    responses((status = 200, body = DashboardUsage),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = DashboardUsage)))]
 async fn show_usage(
     State(app): State<App>,
     portal: Portal,
@@ -158,9 +153,7 @@ fn regions(by_server: &[(ServerId, i64)], servers: &[Server]) -> Vec<RegionUsage
 #[utoipa::path(get, path = "/api/v1/tenant/dashboard/activity", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
     params(("limit" = Option<u32>, Query, minimum = 1, maximum = 200, description = "Default 50."),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before.")),
-    responses((status = 200, body = ActivityPage),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = ActivityPage)))]
 async fn activity(
     State(app): State<App>,
     portal: Portal,

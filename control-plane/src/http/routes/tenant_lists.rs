@@ -3,7 +3,6 @@
 use axum::extract::State;
 use cvault_types::audit::AuditPage;
 use cvault_types::dashboard::{TenantDevice, TenantDevicePage};
-use cvault_types::problem::ProblemBody;
 use cvault_types::user::UserPage;
 use cvault_types::{AuditId, DeviceId, TenantRole, UserId};
 use serde::Deserialize;
@@ -64,9 +63,7 @@ struct AuditQuery {
            ("actor" = Option<String>, Query, description = "Only by this one, as `adm_…`."),
            ("target" = Option<String>, Query, description = "Only to this one, as `dev_…`.")),
     responses((status = 200, body = AuditPage),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "INSUFFICIENT_SCOPE")))]
 async fn list_audit(
     State(app): State<App>,
     portal: Portal,
@@ -106,9 +103,7 @@ struct UsersQuery {
            ("email" = Option<String>, Query, description = "Only the user with this e-mail address."),
            ("external_id" = Option<String>, Query, description = "Only the user with this external id.")),
     responses((status = 200, body = UserPage),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "INSUFFICIENT_SCOPE")))]
 async fn list_users(
     State(app): State<App>,
     portal: Portal,
@@ -135,9 +130,7 @@ async fn list_users(
     params(("limit" = Option<u32>, Query, minimum = 1, maximum = 200, description = "Default 50."),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before.")),
     responses((status = 200, body = TenantDevicePage),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "INSUFFICIENT_SCOPE")))]
 async fn list_devices(
     State(app): State<App>,
     portal: Portal,

@@ -1,7 +1,6 @@
 //! `/api/v1/tenant/request-logs`: what was asked with the tenant's keys lately. Role developer.
 
 use axum::extract::State;
-use cvault_types::problem::ProblemBody;
 use cvault_types::request_log::RequestLogPage;
 use cvault_types::{ApiKeyId, ErrorCode, RequestId, TenantRole, UserId};
 use serde::Deserialize;
@@ -80,9 +79,7 @@ impl Verb {
            ("from" = Option<String>, Query, format = DateTime, description = "RFC 3339, such as `2026-11-21T09:00:00Z`."),
            ("to" = Option<String>, Query, format = DateTime, description = "Exclusive.")),
     responses((status = 200, body = RequestLogPage),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "INSUFFICIENT_SCOPE")))]
 async fn list(
     State(app): State<App>,
     portal: Portal,

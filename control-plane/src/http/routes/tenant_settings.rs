@@ -3,7 +3,6 @@
 use axum::extract::State;
 use axum::response::Response;
 use cvault_types::TenantRole;
-use cvault_types::problem::ProblemBody;
 use cvault_types::settings::{TenantSettings, UpdateSettings};
 use http::StatusCode;
 use utoipa_axum::router::OpenApiRouter;
@@ -21,8 +20,7 @@ pub fn router() -> OpenApiRouter<App> {
 
 /// The tenant's settings. Every role.
 #[utoipa::path(get, path = "/api/v1/tenant/settings", tag = "portal", security(("portal_cookie" = []), ("portal" = [])),
-    responses((status = 200, body = TenantSettings),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = TenantSettings)))]
 async fn show_settings(State(app): State<App>, portal: Portal) -> Result<Json<TenantSettings>, Problem> {
     let mut tx = app.db.tenancy.begin(portal.tenant).await?;
     let settings = tenants::settings(&mut tx, app.config.rate_limit_per_minute).await;
@@ -36,10 +34,8 @@ async fn show_settings(State(app): State<App>, portal: Portal) -> Result<Json<Te
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = UpdateSettings,
     responses((status = 200, body = TenantSettings),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = 428, body = ProblemBody, content_type = "application/problem+json", description = "CHALLENGE_REQUIRED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
+              (status = 428, description = "CHALLENGE_REQUIRED")))]
 async fn update_settings(
     State(app): State<App>,
     portal: Portal,

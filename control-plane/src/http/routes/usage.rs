@@ -3,7 +3,6 @@
 use axum::body::Body;
 use axum::extract::{FromRequestParts, State};
 use axum::response::{IntoResponse, Response};
-use cvault_types::problem::ProblemBody;
 use cvault_types::usage::{Usage, UsageDay, UsageLimits, UsagePeriod};
 use cvault_types::{TenantId, UserId};
 use futures::stream::{self, StreamExt as _};
@@ -65,9 +64,7 @@ struct PeriodQuery {
     params(("from" = Option<String>, Query, description = "RFC 3339 time, or date (UTC); included."),
            ("to" = Option<String>, Query, description = "RFC 3339 time, or date (UTC); excluded.")),
     responses((status = 200, description = "The sums; with `Accept: text/csv` a line for each day and device.",
-               content((Usage = "application/json"), (String = "text/csv"))),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+               content((Usage = "application/json"), (String = "text/csv")))))]
 async fn show(
     State(app): State<App>,
     subject: Subject,

@@ -3,7 +3,6 @@
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use cvault_types::auth::TokenResponse;
-use cvault_types::problem::ProblemBody;
 use cvault_types::user::{UpdateUser, User, UserPage};
 use cvault_types::{ErrorCode, UserId};
 use http::StatusCode;
@@ -43,9 +42,7 @@ struct ListQuery {
            ("email" = Option<String>, Query, description = "Only the user with this e-mail address."),
            ("external_id" = Option<String>, Query, description = "Only the user with this external id.")),
     responses((status = 200, body = UserPage),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED, SECRET_KEY_IN_BROWSER"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "INSUFFICIENT_SCOPE, TENANT_SUSPENDED, SECRET_KEY_IN_BROWSER")))]
 async fn list(
     State(app): State<App>,
     key: TenantKey,
@@ -87,9 +84,7 @@ pub(super) fn filter(email: Option<&str>, external_id: Option<&str>) -> Result<F
 /// One user.
 #[utoipa::path(get, path = "/api/v1/users/{user_id}", tag = "users", security(("api_key" = [], "api_secret" = [])),
     params(("user_id" = UserId, Path)),
-    responses((status = 200, body = User),
-              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = User)))]
 async fn get(State(app): State<App>, key: TenantKey, Path(id): Path<UserId>) -> Result<Json<User>, Problem> {
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
     let user = users::find(&mut tx, id).await?;
@@ -105,10 +100,7 @@ async fn get(State(app): State<App>, key: TenantKey, Path(id): Path<UserId>) -> 
     params(("user_id" = UserId, Path),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")), request_body = UpdateUser,
     responses((status = 200, body = User),
-              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = 409, body = ProblemBody, content_type = "application/problem+json", description = "EXTERNAL_ID_TAKEN"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 409, description = "EXTERNAL_ID_TAKEN")))]
 async fn update(
     State(app): State<App>,
     key: TenantKey,
@@ -129,9 +121,7 @@ async fn update(
 #[utoipa::path(delete, path = "/api/v1/users/{user_id}", tag = "users", security(("api_key" = [], "api_secret" = [])),
     params(("user_id" = UserId, Path),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
-    responses((status = 204, description = "Deleted, now or before."),
-              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 204, description = "Deleted, now or before.")))]
 async fn delete(State(app): State<App>, key: TenantKey, Path(id): Path<UserId>) -> Result<Response, Problem> {
     if let Some(replay) = idempotency::earlier(&app, key.tenant, key.api_key_id.to_string()).await? {
         return Ok(replay);
@@ -150,9 +140,7 @@ async fn delete(State(app): State<App>, key: TenantKey, Path(id): Path<UserId>) 
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 200, body = TokenResponse, description = "The user was known."),
               (status = 201, body = TokenResponse, description = "The user is new."),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "USER_LIMIT_EXCEEDED, USER_DISABLED, INSUFFICIENT_SCOPE, TENANT_SUSPENDED"),
-              (status = 422, body = ProblemBody, content_type = "application/problem+json", description = "VALIDATION_FAILED"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "USER_LIMIT_EXCEEDED, USER_DISABLED, INSUFFICIENT_SCOPE, TENANT_SUSPENDED")))]
 async fn login_token(
     State(app): State<App>,
     key: TenantKey,

@@ -2,7 +2,6 @@
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use cvault_types::problem::ProblemBody;
 use cvault_types::vpn::{
     ConnectRequest, Connected, ConnectionStatus, DeviceConnection, DisconnectRequest, Disconnected, Session, VpnStatus,
 };
@@ -39,10 +38,9 @@ pub fn router() -> OpenApiRouter<App> {
     params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = ConnectRequest,
     responses((status = 200, body = Connected),
-              (status = 403, body = ProblemBody, content_type = "application/problem+json", description = "BANDWIDTH_LIMIT_EXCEEDED, TENANT_SUSPENDED"),
-              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = 503, body = ProblemBody, content_type = "application/problem+json", description = "SERVER_UNAVAILABLE, POOL_EXHAUSTED, DATABASE_UNAVAILABLE"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 403, description = "BANDWIDTH_LIMIT_EXCEEDED, TENANT_SUSPENDED"),
+              (status = 404, description = "NOT_FOUND"),
+              (status = 503, description = "SERVER_UNAVAILABLE, POOL_EXHAUSTED, DATABASE_UNAVAILABLE")))]
 async fn connect(
     State(app): State<App>,
     caller: Caller,
@@ -118,8 +116,7 @@ async fn connected(app: &App, tx: &mut TenantTx, connection: &Connection) -> Res
     params(("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     request_body = DisconnectRequest,
     responses((status = 200, body = Disconnected),
-              (status = 404, body = ProblemBody, content_type = "application/problem+json", description = "NOT_FOUND"),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+              (status = 404, description = "NOT_FOUND")))]
 async fn disconnect(
     State(app): State<App>,
     caller: Caller,
@@ -162,8 +159,7 @@ async fn disconnect(
 
 /// Sessions and tunnels of the caller's devices.
 #[utoipa::path(get, path = "/api/v1/vpn/status", tag = "vpn", security(("api_key" = [], "user_token" = [])),
-    responses((status = 200, body = VpnStatus),
-              (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    responses((status = 200, body = VpnStatus)))]
 async fn status(State(app): State<App>, caller: Caller) -> Result<Json<VpnStatus>, Problem> {
     let now = app.clock.now();
     let mut tx = app.db.tenancy.begin(caller.tenant).await?;
