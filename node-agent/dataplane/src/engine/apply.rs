@@ -53,7 +53,7 @@ impl Engine {
             return;
         }
         self.identity = (!secret.is_zero()).then(|| Identity::new(secret, self.handshakes.load.seed.clone()));
-        self.peers.iter_mut().flatten().for_each(|peer| peer.static_shared = None);
+        self.share_anew();
         for slot in std::mem::take(&mut self.live) {
             if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
                 peer.live_at = None;
@@ -318,6 +318,7 @@ impl Engine {
             policy: PeerPolicy::default(),
         }));
         self.directory.get_mut().by_key.insert(id.0, slot);
+        self.ahead.add(slot);
         Ok(slot)
     }
 

@@ -5,6 +5,7 @@
 //! Invariants: nothing reaches `Out::tun` that was not authenticated by a peer and sent from that peer's addresses;
 //! endpoints change only after authentication; nothing is encrypted without a known session.
 
+mod ahead;
 mod apply;
 mod directory;
 #[cfg(test)]
@@ -45,6 +46,7 @@ use crate::out::{Datagram, NO_SLOT, Out};
 use crate::policy::{PeerPolicy, Policy};
 use crate::tunnel::{Identity, MIN_ROOM, Stamp, Timers, Tunnel};
 
+use ahead::Ahead;
 pub(crate) use apply::Notice;
 pub use apply::Settled;
 use directory::Hold;
@@ -159,6 +161,7 @@ pub struct Engine {
     next_second_ms: u64,
     next_slice_ms: u64,
     callbacks: Callbacks,
+    ahead: Ahead,
     queued: usize,
     policy: Policy,
     hairpin: police::Hairpin,
@@ -229,6 +232,7 @@ impl Engine {
             next_second_ms: 0,
             next_slice_ms: 0,
             callbacks: Callbacks::default(),
+            ahead: Ahead::default(),
             queued: 0,
             policy: Policy::default(),
             hairpin: police::Hairpin::default(),

@@ -31,6 +31,8 @@ const MAX_CHANGES: usize = 64;
 /// Removed peers journaled in one go, a few microseconds each.
 const MAX_SETTLED: usize = 256;
 const SECOND_MS: u64 = 1000;
+/// After so long without anything to do the worker does what is not asked for yet.
+const QUIET_MS: u64 = 1;
 /// The worker gives up when the TUN has brought nothing but errors for a second, and so many of them.
 const MAX_READ_ERRORS: u32 = 100;
 
@@ -98,6 +100,12 @@ struct Ready {
     sockets: [bool; 2],
 }
 
+impl Ready {
+    fn is_nothing(self) -> bool {
+        !self.mailbox && !self.tun && self.sockets == [false; 2]
+    }
+}
+
 /// The sockets and what was asked of them.
 #[derive(Default)]
 struct Net {
@@ -147,9 +155,10 @@ impl Worker {
         let mut worked = false;
         loop {
             let ready = self.wait(worked)?;
+            let is_quiet = !worked && ready.is_nothing();
             // A panic costs the packets of one pass, not the sessions of everybody (trap 16).
             self.engine.enter();
-            let done = catch_unwind(AssertUnwindSafe(|| self.pass(ready)));
+            let done = catch_unwind(AssertUnwindSafe(|| self.pass(ready, is_quiet)));
             self.engine.leave();
             self.pulse.beat();
             match done {
@@ -179,8 +188,10 @@ impl Worker {
     }
 
     fn wait(&self, worked: bool) -> io::Result<Ready> {
-        let until_tick = if worked { 0 } else { self.next_tick_ms.saturating_sub(self.now().mono_ms).min(SECOND_MS) };
-        let nanos = i64::try_from(until_tick * 1_000_000).expect("at most a second");
+        let patience_ms = if self.engine.has_work_ahead() { QUIET_MS } else { SECOND_MS };
+        let until_tick = self.next_tick_ms.saturating_sub(self.now().mono_ms);
+        let timeout_ms = if worked { 0 } else { until_tick.min(patience_ms) };
+        let nanos = i64::try_from(timeout_ms * 1_000_000).expect("at most a second");
         let timeout = Timespec { tv_sec: nanos / 1_000_000_000, tv_nsec: nanos % 1_000_000_000 };
         let (mailbox, tun) = (self.mailbox.fd(), self.tun.fd());
         let mut sockets = self.net.sockets.iter().flat_map(Sockets::fds);
@@ -197,8 +208,11 @@ impl Worker {
     }
 
     /// One round over everything that may be ready; says whether there was anything.
-    fn pass(&mut self, ready: Ready) -> io::Result<bool> {
+    fn pass(&mut self, ready: Ready, is_quiet: bool) -> io::Result<bool> {
         let now = self.now();
+        if is_quiet {
+            self.engine.work_ahead();
+        }
         if ready.mailbox {
             // First, so that what comes in later wakes again.
             self.mailbox.clear_wake();
