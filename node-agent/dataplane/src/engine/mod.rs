@@ -53,7 +53,7 @@ use directory::Hold;
 use handshakes::Handshakes;
 use load::Load;
 use replace::Replace;
-pub(crate) use shard::{Parcel, ParcelKind, Shard};
+pub(crate) use shard::{Astray, Parcel, ParcelKind, Shard};
 use tick::Callbacks;
 pub use view::{DeviceView, PeerView};
 

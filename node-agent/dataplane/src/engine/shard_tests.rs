@@ -311,10 +311,48 @@ fn a_parcel_for_somebody_else_is_not_handed_on_for_ever() {
     let mut server = Server::new(2, 512);
     server.peer(0, 2, "10.8.0.2/32");
     let bytes = packet("192.0.2.99", "10.8.0.2", 100);
-    let parcel = Parcel { to: 1, kind: ParcelKind::Packet, bytes };
+    let parcel = Parcel { to: 1, slot: 0, kind: ParcelKind::Packet, bytes };
     server.at(1, |engine, out| engine.on_parcel(START, &parcel, out));
     let drops = server.at(1, |engine, _| engine.device().drops);
     assert_eq!(drops.get(Drop::Forward).packets, 1);
+}
+
+#[test]
+fn what_goes_astray_between_workers_is_shown_at_the_peer_it_was_for() {
+    let mut server = Server::new(2, 512);
+    server.peer(0, 2, "10.8.0.2/32");
+    server.peer(1, 3, "10.8.0.3/32");
+    server.peer(1, 4, "10.8.0.4/32");
+    let mut astray = |at: usize, message: &[u8], from_tun: bool| {
+        let engine = &mut server.engines[at];
+        engine.enter();
+        match from_tun {
+            true => engine.on_tun(START, message, &mut server.outs[at]),
+            false => engine.on_udp(START, message, origin(CLIENT), &mut server.outs[at]),
+        }
+        engine.leave();
+        let lost: Vec<_> = engine.take_parcels().collect();
+        assert_eq!(lost.len(), 1);
+        let owner = &mut server.engines[usize::from(lost[0].to)];
+        Astray::of(&lost[0]).into_iter().for_each(|astray| owner.went_astray(lost[0].slot, astray));
+    };
+    let to_third = packet("192.0.2.99", "10.8.0.3", 100);
+    astray(0, &to_third, true);
+    astray(0, &to_third, true);
+    // Whoever guesses the index of a peer without a tunnel does not have it blamed, nor does a handshake.
+    for (kind, len) in [(4_u8, 100), (2, 92)] {
+        let index = server.engines[1].index_of(3) << 8;
+        let mut message = vec![0; len];
+        message[0] = kind;
+        let at = if kind == 4 { 4 } else { 8 };
+        message[at..at + 4].copy_from_slice(&index.to_le_bytes());
+        astray(0, &message, false);
+    }
+    let drops = |server: &mut Server, at, key| -> Vec<_> {
+        server.view(at, key).drops.iter().flat_map(|drops| drops.reasons().collect::<Vec<_>>()).collect()
+    };
+    assert_eq!(drops(&mut server, 1, 3), [(Drop::Forward, 2)]);
+    assert!(drops(&mut server, 1, 4).is_empty() && drops(&mut server, 0, 2).is_empty());
 }
 
 #[test]

@@ -244,6 +244,9 @@ impl Worker {
 
     /// What the kernel gave to other workers.
     fn receive_parcels(&mut self, now: Now) -> bool {
+        for (slot, astray) in self.neighbours.inbox.losses() {
+            self.engine.went_astray(slot, astray);
+        }
         for parcels in 0..MAX_PARCELS {
             let Some(parcel) = self.neighbours.inbox.next() else {
                 return parcels > 0;
