@@ -450,7 +450,7 @@ impl Engine {
     fn detach(&mut self, slot: u16) -> Option<Box<Peer>> {
         self.make_cold(slot);
         let mut peer = self.peers[usize::from(slot)].take()?;
-        self.queued -= peer.queue.len();
+        self.handshakes.load.release(peer.queue.len());
         for packet in peer.queue.drain(..) {
             self.drops.one(Drop::TxNoSession, packet.len());
         }

@@ -59,8 +59,6 @@ pub use view::{DeviceView, PeerView};
 
 /// Packets held for one peer while its handshake runs.
 const QUEUE_PER_PEER: usize = 16;
-/// Packets held for all peers together: 4 MB at full size.
-const QUEUE_TOTAL: usize = 2048;
 
 /// The time, read once a pass by the shell.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -162,7 +160,6 @@ pub struct Engine {
     next_slice_ms: u64,
     callbacks: Callbacks,
     ahead: Ahead,
-    queued: usize,
     policy: Policy,
     hairpin: police::Hairpin,
     /// Of the TUN; 0 is unknown, and nothing is padded.
@@ -233,7 +230,6 @@ impl Engine {
             next_slice_ms: 0,
             callbacks: Callbacks::default(),
             ahead: Ahead::default(),
-            queued: 0,
             policy: Policy::default(),
             hairpin: police::Hairpin::default(),
             mtu: 0,
@@ -360,7 +356,7 @@ impl Engine {
         if let Some(tunnel) = peer.tunnel.take() {
             peer.stamp = tunnel.stamp();
         }
-        self.queued -= peer.queue.len();
+        self.handshakes.load.release(peer.queue.len());
         for packet in peer.queue.drain(..) {
             self.drops.one(Drop::TxNoSession, packet.len());
             peer.policy.dropped(Drop::TxNoSession, 1);

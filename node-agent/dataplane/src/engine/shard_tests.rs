@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use super::handshake_tests::junk;
-use super::load::LOADED;
+use super::load::{LOADED, MAX_HELD};
 use super::tests::{START, TENANT, packet, public, secret};
 use super::*;
 use crate::change::PeerChange;
@@ -353,6 +353,37 @@ fn what_goes_astray_between_workers_is_shown_at_the_peer_it_was_for() {
     };
     assert_eq!(drops(&mut server, 1, 3), [(Drop::Forward, 2)]);
     assert!(drops(&mut server, 1, 4).is_empty() && drops(&mut server, 0, 2).is_empty());
+}
+
+#[test]
+fn packets_held_for_handshakes_are_limited_for_all_workers_together() {
+    let mut server = Server::new(2, 512);
+    let peers = MAX_HELD / QUEUE_PER_PEER;
+    let address = |number: usize| format!("10.8.{}.{}", number / 200, number % 200 + 1);
+    for number in 0..=peers {
+        let change = PeerChange {
+            public_key: public(u8::try_from(number + 2).unwrap()),
+            endpoint: Some(CLIENT.parse().unwrap()),
+            allowed_ips: vec![format!("{}/32", address(number)).parse().unwrap()],
+            ..PeerChange::default()
+        };
+        server.at(number % 2, |engine, out| engine.apply_peer(START, change, out)).unwrap();
+    }
+    let send = |server: &mut Server, number: usize| {
+        server.at(number % 2, |engine, out| {
+            engine.on_tun(START, &packet("192.0.2.99", &address(number), 100), out);
+            out.clear_net();
+            engine.device().drops.get(Drop::TxNoSession).packets
+        })
+    };
+    for number in 0..peers {
+        (0..QUEUE_PER_PEER).for_each(|_| assert_eq!(send(&mut server, number), 0));
+    }
+    assert_eq!((send(&mut server, peers), send(&mut server, 1)), (1, 1), "whoever has the peer");
+    let gone = PeerChange { public_key: public(3), remove: true, ..PeerChange::default() };
+    server.at(1, |engine, out| engine.apply_peer(START, gone, out)).unwrap();
+    assert_eq!(send(&mut server, peers), 1, "what one gives up another may hold");
+    assert_eq!(server.engines[0].handshakes.load.held(), MAX_HELD - QUEUE_PER_PEER + 1);
 }
 
 #[test]
