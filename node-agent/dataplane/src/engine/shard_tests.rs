@@ -323,7 +323,7 @@ fn what_goes_astray_between_workers_is_shown_at_the_peer_it_was_for() {
     server.peer(0, 2, "10.8.0.2/32");
     server.peer(1, 3, "10.8.0.3/32");
     server.peer(1, 4, "10.8.0.4/32");
-    let mut astray = |at: usize, message: &[u8], from_tun: bool| {
+    let astray = |server: &mut Server, at: usize, message: &[u8], from_tun: bool| {
         let engine = &mut server.engines[at];
         engine.enter();
         match from_tun {
@@ -337,8 +337,8 @@ fn what_goes_astray_between_workers_is_shown_at_the_peer_it_was_for() {
         Astray::of(&lost[0]).into_iter().for_each(|astray| owner.went_astray(lost[0].slot, astray));
     };
     let to_third = packet("192.0.2.99", "10.8.0.3", 100);
-    astray(0, &to_third, true);
-    astray(0, &to_third, true);
+    astray(&mut server, 0, &to_third, true);
+    astray(&mut server, 0, &to_third, true);
     // Whoever guesses the index of a peer without a tunnel does not have it blamed, nor does a handshake.
     for (kind, len) in [(4_u8, 100), (2, 92)] {
         let index = server.engines[1].index_of(3) << 8;
@@ -346,7 +346,7 @@ fn what_goes_astray_between_workers_is_shown_at_the_peer_it_was_for() {
         message[0] = kind;
         let at = if kind == 4 { 4 } else { 8 };
         message[at..at + 4].copy_from_slice(&index.to_le_bytes());
-        astray(0, &message, false);
+        astray(&mut server, 0, &message, false);
     }
     let drops = |server: &mut Server, at, key| -> Vec<_> {
         server.view(at, key).drops.iter().flat_map(|drops| drops.reasons().collect::<Vec<_>>()).collect()

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::mailbox::Mailbox;
 use crate::drops::Dropped;
@@ -89,12 +89,8 @@ pub(crate) fn rings(mailboxes: &[Mailbox]) -> Vec<Neighbours> {
             let (sender, receiver) = sync_channel(if mailboxes.len() > 1 { MAX_PARCELS } else { 0 });
             let bytes = Arc::new(AtomicUsize::new(0));
             let losses = Arc::default();
-            let outlet = Outlet {
-                queue: sender,
-                bytes: Arc::clone(&bytes),
-                losses: Arc::clone(&losses),
-                wake: mailbox.waker(),
-            };
+            let outlet =
+                Outlet { queue: sender, bytes: Arc::clone(&bytes), losses: Arc::clone(&losses), wake: mailbox.waker() };
             (Inbox { queue: receiver, bytes, losses }, outlet)
         })
         .unzip();
