@@ -53,6 +53,16 @@ pub struct DeviceChange {
     pub policy: PolicyChange,
 }
 
+impl DeviceChange {
+    /// Whether it leaves everything as it is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        let Self { private_key, listen_port, fwmark, replace_overlay, overlay, journal_ack, policy } = self;
+        let says_nothing = private_key.is_none() && listen_port.is_none() && fwmark.is_none() && journal_ack.is_none();
+        says_nothing && !replace_overlay && overlay.is_empty() && policy.is_empty()
+    }
+}
+
 /// Adds, changes or removes one peer. `None` leaves a field as it is (or at its default for a new peer).
 #[derive(Clone, Debug, Default)]
 pub struct PeerChange {

@@ -53,7 +53,7 @@ impl Engine {
             return;
         }
         self.identity = (!secret.is_zero()).then(|| Identity::new(secret, self.handshakes.load.seed.clone()));
-        self.peers.iter_mut().flatten().for_each(|peer| peer.static_shared = None);
+        self.share_anew();
         for slot in std::mem::take(&mut self.live) {
             if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
                 peer.live_at = None;
@@ -318,6 +318,7 @@ impl Engine {
             policy: PeerPolicy::default(),
         }));
         self.directory.get_mut().by_key.insert(id.0, slot);
+        self.ahead.add(slot);
         Ok(slot)
     }
 
@@ -449,7 +450,7 @@ impl Engine {
     fn detach(&mut self, slot: u16) -> Option<Box<Peer>> {
         self.make_cold(slot);
         let mut peer = self.peers[usize::from(slot)].take()?;
-        self.queued -= peer.queue.len();
+        self.handshakes.load.release(peer.queue.len());
         for packet in peer.queue.drain(..) {
             self.drops.one(Drop::TxNoSession, packet.len());
         }

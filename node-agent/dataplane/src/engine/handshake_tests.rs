@@ -170,6 +170,35 @@ fn another_private_key_of_ours_forgets_what_it_shared() {
     assert!(server.engine.peers.iter().flatten().all(|peer| peer.static_shared.is_none()));
 }
 
+#[test]
+fn what_is_shared_with_new_peers_is_worked_out_ahead_and_anew_for_another_key() {
+    let shared = |host: &Host| {
+        let peers = host.engine.peers.iter().flatten();
+        peers.map(|peer| peer.static_shared.as_deref().map(|shared| *shared.as_bytes())).collect::<Vec<_>>()
+    };
+    let work = |host: &mut Host| {
+        while host.engine.has_work_ahead() {
+            host.engine.work_ahead();
+        }
+    };
+    let (mut server, mut client) = pair();
+    work(&mut server);
+    let before = shared(&server);
+    assert!(!before.is_empty() && before.iter().all(Option::is_some));
+    server.udp(&initiation(&mut client), CLIENT);
+    assert_eq!((server.sent().len(), shared(&server)), (1, before.clone()));
+    server.engine.set_private_key(&secret(60));
+    assert!(shared(&server).iter().all(Option::is_none));
+    work(&mut server);
+    assert!(shared(&server).iter().zip(before).all(|(now, then)| now.is_some() && *now != then));
+    server.engine.set_private_key(&crate::change::Secret::new([0; 32]));
+    server.peer(9, |_| {}).unwrap();
+    assert!(!server.engine.has_work_ahead(), "without a key of ours nothing is shared");
+    server.engine.set_private_key(&secret(1));
+    work(&mut server);
+    assert!(shared(&server).iter().all(Option::is_some));
+}
+
 /// One pass of a server in a flood: some of it, then a packet of the live client.
 fn pass(server: &mut Host, client: &mut Host, flood: &[(Vec<u8>, SocketAddr)]) -> usize {
     for (message, from) in flood {

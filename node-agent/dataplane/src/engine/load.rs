@@ -1,5 +1,6 @@
 //! What the workers of one interface have together at the gate of handshakes, so that their number changes no limit: how
-//! many messages wait, whether that is much, what each source may send, and the seed of the cookies.
+//! many messages wait, whether that is much, what each source may send, the seed of the cookies, and how many packets are
+//! held until a handshake is done.
 //!
 //! The kernel gives initiations to workers by address and port, so one source reaches all of them. Only handshakes touch
 //! this, and the lock only those under load that have proved their address.
@@ -14,6 +15,8 @@ use crate::noise::Seed;
 
 /// Messages that may wait: a second of one worker's work, 1.3 MB.
 pub(super) const MAX_WAITING: usize = 4096;
+/// Packets held for all peers together: 4 MB at full size.
+pub(super) const MAX_HELD: usize = 2048;
 /// From so many on a cookie is demanded: what is left of 6,000 in a second when 4,000 are worked off.
 pub(super) const LOADED: usize = 2048;
 /// For how long after that, as in the kernel.
@@ -23,6 +26,7 @@ const REFILL_EVERY_MS: u64 = 1000;
 pub(super) struct Load {
     pub(super) seed: Seed,
     waiting: AtomicUsize,
+    held: AtomicUsize,
     loaded_until_ms: AtomicU64,
     sources: Mutex<Sources>,
 }
@@ -38,6 +42,7 @@ impl Default for Load {
         Self {
             seed: Seed::random(),
             waiting: AtomicUsize::default(),
+            held: AtomicUsize::default(),
             loaded_until_ms: AtomicU64::default(),
             sources: Mutex::default(),
         }
@@ -56,6 +61,20 @@ impl Load {
 
     pub(super) fn free_place(&self) {
         self.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// For one more packet that is held until a handshake is done; false when too many are.
+    pub(super) fn hold(&self) -> bool {
+        let has_room = self.held.fetch_add(1, Ordering::Relaxed) < MAX_HELD;
+        if !has_room {
+            self.release(1);
+        }
+        has_room
+    }
+
+    /// So many packets are not held any more.
+    pub(super) fn release(&self, packets: usize) {
+        self.held.fetch_sub(packets, Ordering::Relaxed);
     }
 
     pub(super) fn is_high(&self, now: Now) -> bool {
@@ -84,6 +103,11 @@ impl Load {
     fn sources(&self) -> MutexGuard<'_, Sources> {
         // Whatever panicked, a count of tokens is a count of tokens.
         self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
     }
 
     #[cfg(test)]

@@ -5,6 +5,7 @@
 //! Invariants: nothing reaches `Out::tun` that was not authenticated by a peer and sent from that peer's addresses;
 //! endpoints change only after authentication; nothing is encrypted without a known session.
 
+mod ahead;
 mod apply;
 mod directory;
 #[cfg(test)]
@@ -45,20 +46,19 @@ use crate::out::{Datagram, NO_SLOT, Out};
 use crate::policy::{PeerPolicy, Policy};
 use crate::tunnel::{Identity, MIN_ROOM, Stamp, Timers, Tunnel};
 
+use ahead::Ahead;
 pub(crate) use apply::Notice;
 pub use apply::Settled;
 use directory::Hold;
 use handshakes::Handshakes;
 use load::Load;
 use replace::Replace;
-pub(crate) use shard::{Parcel, ParcelKind, Shard};
+pub(crate) use shard::{Astray, Parcel, ParcelKind, Shard};
 use tick::Callbacks;
 pub use view::{DeviceView, PeerView};
 
 /// Packets held for one peer while its handshake runs.
 const QUEUE_PER_PEER: usize = 16;
-/// Packets held for all peers together: 4 MB at full size.
-const QUEUE_TOTAL: usize = 2048;
 
 /// The time, read once a pass by the shell.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -159,7 +159,7 @@ pub struct Engine {
     next_second_ms: u64,
     next_slice_ms: u64,
     callbacks: Callbacks,
-    queued: usize,
+    ahead: Ahead,
     policy: Policy,
     hairpin: police::Hairpin,
     /// Of the TUN; 0 is unknown, and nothing is padded.
@@ -229,7 +229,7 @@ impl Engine {
             next_second_ms: 0,
             next_slice_ms: 0,
             callbacks: Callbacks::default(),
-            queued: 0,
+            ahead: Ahead::default(),
             policy: Policy::default(),
             hairpin: police::Hairpin::default(),
             mtu: 0,
@@ -356,7 +356,7 @@ impl Engine {
         if let Some(tunnel) = peer.tunnel.take() {
             peer.stamp = tunnel.stamp();
         }
-        self.queued -= peer.queue.len();
+        self.handshakes.load.release(peer.queue.len());
         for packet in peer.queue.drain(..) {
             self.drops.one(Drop::TxNoSession, packet.len());
             peer.policy.dropped(Drop::TxNoSession, 1);

@@ -1,6 +1,6 @@
 //! Packets from the TUN, on their way to a peer.
 
-use super::{Engine, Now, ParcelKind, QUEUE_PER_PEER, QUEUE_TOTAL, push_marked};
+use super::{Engine, Now, ParcelKind, QUEUE_PER_PEER, push_marked};
 use crate::drops::Drop;
 use crate::ecn::Ecn;
 use crate::out::Out;
@@ -71,10 +71,9 @@ impl Engine {
         if self.identity.is_none() {
             return Err(Drop::TxNoSession);
         }
-        let full = peer.queue.len() >= QUEUE_PER_PEER || self.queued >= QUEUE_TOTAL;
+        let full = peer.queue.len() >= QUEUE_PER_PEER || !self.handshakes.load.hold();
         if !full {
             peer.queue.push(packet.to_vec());
-            self.queued += 1;
         }
         self.initiate(now, slot, out);
         if full { Err(Drop::TxNoSession) } else { Ok(()) }
@@ -86,7 +85,7 @@ impl Engine {
             return;
         };
         let queue = std::mem::take(&mut peer.queue);
-        self.queued -= queue.len();
+        self.handshakes.load.release(queue.len());
         for packet in queue {
             let reason = match self.encrypt(now, slot, &packet, out) {
                 Ok(true) => continue,

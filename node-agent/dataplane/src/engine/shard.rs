@@ -38,8 +38,34 @@ impl Shard {
 pub(crate) struct Parcel {
     /// The worker it belongs to.
     pub(crate) to: u16,
+    /// The peer it is for.
+    pub(crate) slot: u16,
     pub(crate) kind: ParcelKind,
     pub(crate) bytes: Vec<u8>,
+}
+
+/// What was for one peer and went astray between two workers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Astray {
+    packets: u64,
+    /// Data messages: anybody can guess the index that names the peer.
+    datagrams: u64,
+}
+
+impl Astray {
+    /// What it means to the peer that this one is lost: nothing if it is of a handshake, as with other losses.
+    pub(crate) fn of(parcel: &Parcel) -> Option<Self> {
+        match &parcel.kind {
+            ParcelKind::Packet | ParcelKind::Neighbour(_) => Some(Self { packets: 1, datagrams: 0 }),
+            ParcelKind::Datagram(_) if parcel.bytes.first() == Some(&4) => Some(Self { packets: 0, datagrams: 1 }),
+            ParcelKind::Datagram(_) | ParcelKind::Initiation(..) => None,
+        }
+    }
+
+    pub(crate) fn add(&mut self, other: Self) {
+        self.packets += other.packets;
+        self.datagrams += other.datagrams;
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,9 +123,20 @@ impl Engine {
         }
     }
 
+    /// Shows at one of our peers what others had for it and found no room for. They have counted it among all drops.
+    pub(crate) fn went_astray(&mut self, slot: u16, astray: Astray) {
+        // As with other messages that only name it, a peer without a tunnel is not blamed.
+        let peer = self.peers.get(usize::from(slot)).and_then(Option::as_deref);
+        let named = if peer.is_some_and(|peer| peer.tunnel.is_some()) { astray.datagrams } else { 0 };
+        let packets = astray.packets + named;
+        if packets > 0 {
+            self.blame_for(slot, Drop::Forward, packets);
+        }
+    }
+
     /// Hands the message to the owner of the slot.
     pub(super) fn hand_on(&mut self, slot: u16, kind: ParcelKind, bytes: &[u8]) {
-        self.parcels.push(Parcel { to: self.shard.owner(slot), kind, bytes: bytes.to_vec() });
+        self.parcels.push(Parcel { to: self.shard.owner(slot), slot, kind, bytes: bytes.to_vec() });
     }
 
     /// Hands on a datagram whose index belongs to another worker; says whether it did.

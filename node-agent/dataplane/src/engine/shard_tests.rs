@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use super::handshake_tests::junk;
-use super::load::LOADED;
+use super::load::{LOADED, MAX_HELD};
 use super::tests::{START, TENANT, packet, public, secret};
 use super::*;
 use crate::change::PeerChange;
@@ -311,10 +311,79 @@ fn a_parcel_for_somebody_else_is_not_handed_on_for_ever() {
     let mut server = Server::new(2, 512);
     server.peer(0, 2, "10.8.0.2/32");
     let bytes = packet("192.0.2.99", "10.8.0.2", 100);
-    let parcel = Parcel { to: 1, kind: ParcelKind::Packet, bytes };
+    let parcel = Parcel { to: 1, slot: 0, kind: ParcelKind::Packet, bytes };
     server.at(1, |engine, out| engine.on_parcel(START, &parcel, out));
     let drops = server.at(1, |engine, _| engine.device().drops);
     assert_eq!(drops.get(Drop::Forward).packets, 1);
+}
+
+#[test]
+fn what_goes_astray_between_workers_is_shown_at_the_peer_it_was_for() {
+    let mut server = Server::new(2, 512);
+    server.peer(0, 2, "10.8.0.2/32");
+    server.peer(1, 3, "10.8.0.3/32");
+    server.peer(1, 4, "10.8.0.4/32");
+    let astray = |server: &mut Server, at: usize, message: &[u8], from_tun: bool| {
+        let engine = &mut server.engines[at];
+        engine.enter();
+        match from_tun {
+            true => engine.on_tun(START, message, &mut server.outs[at]),
+            false => engine.on_udp(START, message, origin(CLIENT), &mut server.outs[at]),
+        }
+        engine.leave();
+        let lost: Vec<_> = engine.take_parcels().collect();
+        assert_eq!(lost.len(), 1);
+        let owner = &mut server.engines[usize::from(lost[0].to)];
+        Astray::of(&lost[0]).into_iter().for_each(|astray| owner.went_astray(lost[0].slot, astray));
+    };
+    let to_third = packet("192.0.2.99", "10.8.0.3", 100);
+    astray(&mut server, 0, &to_third, true);
+    astray(&mut server, 0, &to_third, true);
+    // Whoever guesses the index of a peer without a tunnel does not have it blamed, nor does a handshake.
+    for (kind, len) in [(4_u8, 100), (2, 92)] {
+        let index = server.engines[1].index_of(3) << 8;
+        let mut message = vec![0; len];
+        message[0] = kind;
+        let at = if kind == 4 { 4 } else { 8 };
+        message[at..at + 4].copy_from_slice(&index.to_le_bytes());
+        astray(&mut server, 0, &message, false);
+    }
+    let drops = |server: &mut Server, at, key| -> Vec<_> {
+        server.view(at, key).drops.iter().flat_map(|drops| drops.reasons().collect::<Vec<_>>()).collect()
+    };
+    assert_eq!(drops(&mut server, 1, 3), [(Drop::Forward, 2)]);
+    assert!(drops(&mut server, 1, 4).is_empty() && drops(&mut server, 0, 2).is_empty());
+}
+
+#[test]
+fn packets_held_for_handshakes_are_limited_for_all_workers_together() {
+    let mut server = Server::new(2, 512);
+    let peers = MAX_HELD / QUEUE_PER_PEER;
+    let address = |number: usize| format!("10.8.{}.{}", number / 200, number % 200 + 1);
+    for number in 0..=peers {
+        let change = PeerChange {
+            public_key: public(u8::try_from(number + 2).unwrap()),
+            endpoint: Some(CLIENT.parse().unwrap()),
+            allowed_ips: vec![format!("{}/32", address(number)).parse().unwrap()],
+            ..PeerChange::default()
+        };
+        server.at(number % 2, |engine, out| engine.apply_peer(START, change, out)).unwrap();
+    }
+    let send = |server: &mut Server, number: usize| {
+        server.at(number % 2, |engine, out| {
+            engine.on_tun(START, &packet("192.0.2.99", &address(number), 100), out);
+            out.clear_net();
+            engine.device().drops.get(Drop::TxNoSession).packets
+        })
+    };
+    for number in 0..peers {
+        (0..QUEUE_PER_PEER).for_each(|_| assert_eq!(send(&mut server, number), 0));
+    }
+    assert_eq!((send(&mut server, peers), send(&mut server, 1)), (1, 1), "whoever has the peer");
+    let gone = PeerChange { public_key: public(3), remove: true, ..PeerChange::default() };
+    server.at(1, |engine, out| engine.apply_peer(START, gone, out)).unwrap();
+    assert_eq!(send(&mut server, peers), 1, "what one gives up another may hold");
+    assert_eq!(server.engines[0].handshakes.load.held(), MAX_HELD - QUEUE_PER_PEER + 1);
 }
 
 #[test]

@@ -363,7 +363,7 @@ fn packets_wait_for_the_handshake_in_a_bounded_queue() {
     settle(&mut server, &mut client);
     assert_eq!(server.delivered().len(), QUEUE_PER_PEER);
     assert_eq!(client.drops(Drop::TxNoSession), 5);
-    assert_eq!(client.engine.queued, 0);
+    assert_eq!(client.engine.handshakes.load.held(), 0);
 }
 
 #[test]
@@ -954,7 +954,7 @@ fn consistent(engine: &Engine) -> Result<(), TestCaseError> {
         prop_assert!(!engine.free.contains(&slot));
     }
     prop_assert_eq!(engine.directory.get().by_key.len(), engine.peers.iter().flatten().count());
-    prop_assert_eq!(engine.queued, queued);
+    prop_assert_eq!(engine.handshakes.load.held(), queued);
     prop_assert!(engine.live.iter().all(|slot| engine.peers[usize::from(*slot)].is_some()));
     Ok(())
 }

@@ -3,8 +3,8 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -15,6 +15,8 @@ use crate::engine::{DeviceView, Notice, PeerView};
 const BOUND: usize = 16;
 /// Longer than any pass of the worker, however busy.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long an asker stays awake: a worker answers a small change within it, and to be put to sleep and woken takes longer.
+const ATTENTION: Duration = Duration::from_micros(20);
 
 pub(crate) enum Request {
     Device(DeviceChange),
@@ -180,6 +182,15 @@ pub(crate) struct Answer(Receiver<Reply>);
 
 impl Answer {
     pub(crate) fn wait(self) -> Result<Reply, WorkerGone> {
+        let asked = Instant::now();
+        while asked.elapsed() < ATTENTION {
+            match self.0.try_recv() {
+                Ok(reply) => return Ok(reply),
+                Err(TryRecvError::Disconnected) => return Err(WorkerGone),
+                // The worker may need this very core.
+                Err(TryRecvError::Empty) => std::thread::yield_now(),
+            }
+        }
         self.0.recv_timeout(PATIENCE).map_err(|_| WorkerGone)
     }
 }

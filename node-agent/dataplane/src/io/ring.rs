@@ -1,13 +1,14 @@
 //! The way from a worker to another one for what the kernel steered wrong: bounded in messages and in bytes.
 
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::mailbox::Mailbox;
 use crate::drops::Dropped;
-use crate::engine::Parcel;
+use crate::engine::{Astray, Parcel};
 
 /// What may wait for one worker: a few milliseconds of a full link.
 const MAX_PARCELS: usize = 4096;
@@ -17,6 +18,22 @@ const MAX_BYTES: usize = 4 * 1024 * 1024;
 pub(crate) struct Inbox {
     queue: Receiver<Parcel>,
     bytes: Arc<AtomicUsize>,
+    losses: Arc<Losses>,
+}
+
+/// What found no room in an inbox, by the peer it was for, whom only the inbox's owner can count it for.
+#[derive(Default)]
+struct Losses {
+    any: AtomicBool,
+    of: Mutex<HashMap<u16, Astray>>,
+}
+
+impl Losses {
+    #[cold]
+    fn add(&self, slot: u16, astray: Astray) {
+        self.of.lock().unwrap_or_else(PoisonError::into_inner).entry(slot).or_default().add(astray);
+        self.any.store(true, Ordering::Release);
+    }
 }
 
 impl Inbox {
@@ -25,6 +42,14 @@ impl Inbox {
         self.bytes.fetch_sub(parcel.bytes.len(), Ordering::Relaxed);
         Some(parcel)
     }
+
+    /// What others have lost since the last call, by slot.
+    pub(crate) fn losses(&self) -> HashMap<u16, Astray> {
+        if !self.losses.any.load(Ordering::Relaxed) || !self.losses.any.swap(false, Ordering::Acquire) {
+            return HashMap::new();
+        }
+        std::mem::take(&mut *self.losses.of.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// The way into one worker's inbox.
@@ -32,17 +57,19 @@ impl Inbox {
 struct Outlet {
     queue: SyncSender<Parcel>,
     bytes: Arc<AtomicUsize>,
+    losses: Arc<Losses>,
     wake: Arc<OwnedFd>,
 }
 
 impl Outlet {
     /// Says whether there was room.
     fn put(&self, parcel: Parcel) -> bool {
-        let len = parcel.bytes.len();
+        let (len, slot, astray) = (parcel.bytes.len(), parcel.slot, Astray::of(&parcel));
         if self.bytes.fetch_add(len, Ordering::Relaxed) + len <= MAX_BYTES && self.queue.try_send(parcel).is_ok() {
             return true;
         }
         self.bytes.fetch_sub(len, Ordering::Relaxed);
+        astray.into_iter().for_each(|astray| self.losses.add(slot, astray));
         false
     }
 }
@@ -61,8 +88,10 @@ pub(crate) fn rings(mailboxes: &[Mailbox]) -> Vec<Neighbours> {
         .map(|mailbox| {
             let (sender, receiver) = sync_channel(if mailboxes.len() > 1 { MAX_PARCELS } else { 0 });
             let bytes = Arc::new(AtomicUsize::new(0));
-            let outlet = Outlet { queue: sender, bytes: Arc::clone(&bytes), wake: mailbox.waker() };
-            (Inbox { queue: receiver, bytes }, outlet)
+            let losses = Arc::default();
+            let outlet =
+                Outlet { queue: sender, bytes: Arc::clone(&bytes), losses: Arc::clone(&losses), wake: mailbox.waker() };
+            (Inbox { queue: receiver, bytes, losses }, outlet)
         })
         .unzip();
     let neighbours = |inbox| Neighbours { inbox, outlets: outlets.clone(), touched: vec![false; outlets.len()] };
@@ -99,7 +128,7 @@ mod tests {
     use crate::engine::ParcelKind;
 
     fn parcel(len: usize, number: u8) -> Parcel {
-        Parcel { to: 1, kind: ParcelKind::Packet, bytes: vec![number; len] }
+        Parcel { to: 1, slot: u16::from(number) << 8 | 1, kind: ParcelKind::Packet, bytes: vec![number; len] }
     }
 
     #[test]
@@ -113,5 +142,20 @@ mod tests {
         assert_eq!(numbers, (0..u8::try_from(fit).unwrap()).collect::<Vec<_>>());
         let lost = ends[0].hand_on((0..5000).map(|_| parcel(1, 0)));
         assert_eq!(lost.packets, 5000 - MAX_PARCELS as u64, "bounded in number too");
+    }
+
+    #[test]
+    fn what_finds_no_room_is_told_to_the_owner_by_peer_and_once() {
+        let mailboxes: Vec<_> = (0..2).map(|_| mailbox().unwrap().1).collect();
+        let mut ends = rings(&mailboxes);
+        let fit = MAX_BYTES / 60_000;
+        ends[0].hand_on((0..fit).map(|_| parcel(60_000, 7)));
+        assert!(ends[1].inbox.losses().is_empty());
+        ends[0].hand_on([1, 2, 2].into_iter().map(|number| parcel(60_000, number)));
+        let mut two = Astray::of(&parcel(1, 2)).unwrap();
+        two.add(two);
+        let told = ends[1].inbox.losses();
+        assert_eq!(told, HashMap::from([(0x101, Astray::of(&parcel(1, 1)).unwrap()), (0x201, two)]));
+        assert!(ends[1].inbox.losses().is_empty() && ends[0].inbox.losses().is_empty());
     }
 }

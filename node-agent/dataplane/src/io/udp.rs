@@ -87,14 +87,19 @@ impl Sockets {
         shell.udp_gro = halves.all(|half| half.allowed.udp_gro && half.state.gro_segments() > 1);
     }
 
-    /// Receives from both sockets into `buffers` ([`BATCH`] × [`BUFFER_BYTES`]), handing each datagram to `each`.
-    pub(crate) fn receive(&self, buffers: &mut [u8], mut each: impl FnMut(&[u8], &RecvMeta)) -> usize {
+    /// Receives from the sockets that are `ready`, in the order of [`Self::fds`], into `buffers` ([`BATCH`] ×
+    /// [`BUFFER_BYTES`]), handing each datagram to `each`. What has nothing more is not ready any more.
+    pub(crate) fn receive(
+        &self,
+        ready: &mut [bool; 2],
+        buffers: &mut [u8],
+        mut each: impl FnMut(&[u8], &RecvMeta),
+    ) -> usize {
         let mut received = 0;
-        for half in self.v4.iter().chain(&self.v6) {
+        for (half, ready) in self.v4.iter().chain(&self.v6).zip(ready).filter(|(_, ready)| **ready) {
             let mut meta = [RecvMeta::default(); BATCH];
-            let Ok(count) = half.receive(buffers, &mut meta) else {
-                continue;
-            };
+            let count = half.receive(buffers, &mut meta).unwrap_or(0);
+            *ready = count > 0;
             received += count;
             for (buffer, meta) in buffers.chunks_exact(BUFFER_BYTES).zip(&meta).take(count) {
                 // A super-packet may end with a shorter message of another kind: every segment is looked at.

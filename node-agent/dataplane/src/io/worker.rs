@@ -31,6 +31,8 @@ const MAX_CHANGES: usize = 64;
 /// Removed peers journaled in one go, a few microseconds each.
 const MAX_SETTLED: usize = 256;
 const SECOND_MS: u64 = 1000;
+/// After so long without anything to do the worker does what is not asked for yet.
+const QUIET_MS: u64 = 1;
 /// The worker gives up when the TUN has brought nothing but errors for a second, and so many of them.
 const MAX_READ_ERRORS: u32 = 100;
 
@@ -90,6 +92,20 @@ pub(crate) fn boot_ms() -> u64 {
     boot.tv_sec.unsigned_abs() * 1_000 + boot.tv_nsec.unsigned_abs() / 1_000_000
 }
 
+/// What has something to read. What has not need not be asked: it will wake the worker.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ready {
+    mailbox: bool,
+    tun: bool,
+    sockets: [bool; 2],
+}
+
+impl Ready {
+    fn is_nothing(self) -> bool {
+        !self.mailbox && !self.tun && self.sockets == [false; 2]
+    }
+}
+
 /// The sockets and what was asked of them.
 #[derive(Default)]
 struct Net {
@@ -138,10 +154,11 @@ impl Worker {
     pub(crate) fn run(mut self) -> io::Result<End> {
         let mut worked = false;
         loop {
-            self.wait(worked)?;
+            let ready = self.wait(worked)?;
+            let is_quiet = !worked && ready.is_nothing();
             // A panic costs the packets of one pass, not the sessions of everybody (trap 16).
             self.engine.enter();
-            let done = catch_unwind(AssertUnwindSafe(|| self.pass()));
+            let done = catch_unwind(AssertUnwindSafe(|| self.pass(ready, is_quiet)));
             self.engine.leave();
             self.pulse.beat();
             match done {
@@ -170,28 +187,41 @@ impl Worker {
         }
     }
 
-    fn wait(&self, worked: bool) -> io::Result<()> {
-        let until_tick = if worked { 0 } else { self.next_tick_ms.saturating_sub(self.now().mono_ms).min(SECOND_MS) };
-        let nanos = i64::try_from(until_tick * 1_000_000).expect("at most a second");
+    fn wait(&self, worked: bool) -> io::Result<Ready> {
+        let patience_ms = if self.engine.has_work_ahead() { QUIET_MS } else { SECOND_MS };
+        let until_tick = self.next_tick_ms.saturating_sub(self.now().mono_ms);
+        let timeout_ms = if worked { 0 } else { until_tick.min(patience_ms) };
+        let nanos = i64::try_from(timeout_ms * 1_000_000).expect("at most a second");
         let timeout = Timespec { tv_sec: nanos / 1_000_000_000, tv_nsec: nanos % 1_000_000_000 };
         let (mailbox, tun) = (self.mailbox.fd(), self.tun.fd());
         let mut sockets = self.net.sockets.iter().flat_map(Sockets::fds);
         let mut fds = [mailbox, tun, sockets.next().unwrap_or(mailbox), sockets.next().unwrap_or(mailbox)]
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         match poll(&mut fds, Some(&timeout)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Ok(_) => {
+                let [mailbox, tun, first, second] = fds.map(|fd| !fd.revents().is_empty());
+                Ok(Ready { mailbox, tun, sockets: [first, second] })
+            }
+            Err(rustix::io::Errno::INTR) => Ok(Ready::default()),
             Err(error) => Err(error.into()),
         }
     }
 
     /// One round over everything that may be ready; says whether there was anything.
-    fn pass(&mut self) -> io::Result<bool> {
+    fn pass(&mut self, ready: Ready, is_quiet: bool) -> io::Result<bool> {
         let now = self.now();
-        // First, so that what comes in later wakes again.
-        self.mailbox.clear_wake();
+        if is_quiet {
+            self.engine.work_ahead();
+        }
+        if ready.mailbox {
+            // First, so that what comes in later wakes again.
+            self.mailbox.clear_wake();
+        }
         let mut worked = self.receive_parcels(now);
-        worked |= self.receive(now);
-        worked |= self.read_tun(now)?;
+        worked |= self.receive(now, ready.sockets);
+        if ready.tun {
+            worked |= self.read_tun(now)?;
+        }
         worked |= self.engine.on_handshakes(now, &mut self.out);
         if now.mono_ms >= self.next_mtu_ms {
             self.next_mtu_ms = now.mono_ms + SECOND_MS;
@@ -214,6 +244,9 @@ impl Worker {
 
     /// What the kernel gave to other workers.
     fn receive_parcels(&mut self, now: Now) -> bool {
+        for (slot, astray) in self.neighbours.inbox.losses() {
+            self.engine.went_astray(slot, astray);
+        }
         for parcels in 0..MAX_PARCELS {
             let Some(parcel) = self.neighbours.inbox.next() else {
                 return parcels > 0;
@@ -226,14 +259,14 @@ impl Worker {
         true
     }
 
-    fn receive(&mut self, now: Now) -> bool {
+    fn receive(&mut self, now: Now, mut ready: [bool; 2]) -> bool {
         let mut worked = false;
         for _ in 0..MAX_RECEIVES {
             let Some(sockets) = &self.net.sockets else {
                 break;
             };
             let (engine, out) = (&mut self.engine, &mut self.out);
-            let count = sockets.receive(&mut self.buffers, |segment, meta| {
+            let count = sockets.receive(&mut ready, &mut self.buffers, |segment, meta| {
                 let origin = Origin { from: canonical(meta.addr), to: meta.dst_ip, ecn: udp::ecn(meta) };
                 engine.on_udp(now, segment, origin, out);
             });

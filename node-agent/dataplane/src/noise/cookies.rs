@@ -102,14 +102,15 @@ impl Warden {
 /// The sender's side: what it signs its messages to one peer with.
 pub(crate) struct Jar {
     mac1_key: [u8; 32],
-    cookie_key: [u8; 32],
+    /// Whose cookies: their key is made when there is one.
+    peer: [u8; 32],
     last_mac1: Option<[u8; 16]>,
     cookie: Option<([u8; 16], u64)>,
 }
 
 impl Jar {
     pub(crate) fn new(peer: &[u8; 32]) -> Self {
-        Self { mac1_key: mac1_key(peer), cookie_key: cookie_key(peer), last_mac1: None, cookie: None }
+        Self { mac1_key: mac1_key(peer), peer: *peer, last_mac1: None, cookie: None }
     }
 
     /// Fills in the MACs of a message.
@@ -132,7 +133,7 @@ impl Jar {
         let nonce: [u8; 24] = reply[8..32].try_into().expect("24 bytes");
         let mut cookie: [u8; 16] = reply[32..48].try_into().expect("16 bytes");
         let tag: [u8; TAG_BYTES] = reply[48..].try_into().expect("16 bytes");
-        let cipher = XChaCha20Poly1305::new(&self.cookie_key.into());
+        let cipher = XChaCha20Poly1305::new(&cookie_key(&self.peer).into());
         if cipher.decrypt_in_place_detached(&nonce.into(), &mac1, &mut cookie, &tag.into()).is_err() {
             return false;
         }

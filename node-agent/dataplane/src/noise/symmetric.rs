@@ -1,32 +1,33 @@
 //! BLAKE2s, HMAC, the key derivation and the AEAD of handshake messages.
 
-use blake2::digest::consts::U16;
-use blake2::digest::{FixedOutput, Mac, Update};
-use blake2::{Blake2s256, Blake2sMac, Digest};
+use blake2s_simd::{BLOCKBYTES, Params, State};
 use chacha20poly1305::aead::AeadInPlace;
 use chacha20poly1305::{ChaCha20Poly1305, KeyInit};
-use hmac::SimpleHmac;
 use zeroize::Zeroizing;
 
 pub(super) const TAG_BYTES: usize = 16;
 
 pub(super) fn hash(data1: &[u8], data2: &[u8]) -> [u8; 32] {
-    Blake2s256::new().chain(data1).chain(data2).finalize_fixed().into()
+    *State::new().update(data1).update(data2).finalize().as_array()
 }
 
 /// Keyed BLAKE2s of 16 bytes: `MAC` of the paper.
 pub(super) fn keyed(key: &[u8], data: &[u8]) -> [u8; 16] {
-    let mut mac = <Blake2sMac<U16> as KeyInit>::new_from_slice(key).expect("BLAKE2s takes keys of up to 32 bytes");
-    Update::update(&mut mac, data);
-    mac.finalize_fixed().into()
+    let mac = Params::new().hash_length(16).key(key).hash(data);
+    mac.as_bytes().try_into().expect("sixteen bytes were asked for")
 }
 
-fn hmac(key: &[u8; 32], parts: [&[u8]; 2]) -> [u8; 32] {
-    let mut mac = <SimpleHmac<Blake2s256> as Mac>::new_from_slice(key).expect("HMAC takes keys of any length");
-    for part in parts {
-        Mac::update(&mut mac, part);
-    }
-    mac.finalize().into_bytes().into()
+/// RFC 2104, of a hash that hmac's crate does not know.
+fn hmac(key: &[u8; 32], [part1, part2]: [&[u8]; 2]) -> [u8; 32] {
+    let begun = |pad: u8| {
+        let mut block = Zeroizing::new([pad; BLOCKBYTES]);
+        block.iter_mut().zip(key).for_each(|(byte, key)| *byte ^= key);
+        let mut state = State::new();
+        state.update(&*block);
+        state
+    };
+    let inner = begun(0x36).update(part1).update(part2).finalize();
+    *begun(0x5c).update(inner.as_bytes()).finalize().as_array()
 }
 
 /// `KDF_N` of the paper.

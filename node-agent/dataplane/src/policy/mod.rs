@@ -47,6 +47,15 @@ pub struct PolicyChange {
     pub tenants: Vec<TenantChange>,
 }
 
+impl PolicyChange {
+    /// Whether it leaves everything as it is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        let Self { replace_hosts, hosts, tenants } = self;
+        !replace_hosts && hosts.is_empty() && tenants.is_empty()
+    }
+}
+
 /// What holds for the whole interface.
 #[derive(Debug, Default)]
 pub struct Policy {

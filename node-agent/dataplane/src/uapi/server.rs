@@ -30,6 +30,8 @@ const MAX_LINE: usize = 256;
 const MAX_REQUEST: usize = 64 * 1024 * 1024;
 /// What one `read` may bring: a large request takes hundreds of them instead of thousands.
 const READ_BYTES: usize = 64 * 1024;
+/// What the first may bring: most requests change a peer or two, and what holds them is zeroed before and after.
+const FIRST_READ_BYTES: usize = 4096;
 /// Peers handed to the worker, or asked of it, at a time: less than a millisecond of its attention.
 const CHUNK: usize = 256;
 /// Prefixes after which no other peer is handed to the worker in the same go; of one peer there are no more at a time.
@@ -109,7 +111,16 @@ pub(crate) struct Server {
     controller: Fleet,
     threads: Mutex<Threads>,
     /// One `set` at a time: a replacement of all peers spans several letters to the worker.
-    setting: Mutex<()>,
+    setting: Mutex<Device>,
+}
+
+/// Whether the workers have done all that changes of the device asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Device {
+    /// Another change is worth telling them even if it asks for nothing: a socket that could not be bound is tried again.
+    #[default]
+    Pending,
+    Done,
 }
 
 impl Server {
@@ -218,11 +229,16 @@ impl Server {
     }
 
     fn set(&self, request: SetRequest) -> Result<i32, WorkerGone> {
-        let _one_at_a_time = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut setting = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
         let SetRequest { device, replace_peers, end_replace, peers } = request;
-        let mut errno = self.done(Request::Device(device))?;
-        if errno != 0 {
-            return Ok(errno);
+        let mut errno = 0;
+        if *setting == Device::Pending || !device.is_empty() {
+            *setting = Device::Pending;
+            errno = self.done(Request::Device(device))?;
+            if errno != 0 {
+                return Ok(errno);
+            }
+            *setting = Device::Done;
         }
         if replace_peers {
             self.done(Request::BeginReplace)?;
@@ -349,7 +365,7 @@ struct Lines<R> {
 
 impl<R: Read> Lines<R> {
     fn new(reader: R) -> Self {
-        let buffer = Zeroizing::new(vec![0; READ_BYTES]);
+        let buffer = Zeroizing::new(vec![0; FIRST_READ_BYTES]);
         Self { reader, buffer, unread: 0..0, bytes_left: MAX_REQUEST, started: None }
     }
 
@@ -383,7 +399,14 @@ impl<R: Read> Lines<R> {
 
     /// Reads more behind the unread bytes, which are less than a line.
     fn fill(&mut self) -> io::Result<usize> {
-        self.buffer.copy_within(self.unread.clone(), 0);
+        if self.unread.end == self.buffer.len() && self.buffer.len() < READ_BYTES {
+            // There is more of it than was expected.
+            let mut larger = Zeroizing::new(vec![0; READ_BYTES]);
+            larger[..self.unread.len()].copy_from_slice(&self.buffer[self.unread.clone()]);
+            self.buffer = larger;
+        } else {
+            self.buffer.copy_within(self.unread.clone(), 0);
+        }
         self.unread = 0..self.unread.len();
         let read = loop {
             match self.reader.read(&mut self.buffer[self.unread.end..]) {
@@ -547,6 +570,72 @@ mod tests {
         assert_eq!(talk("hello\n"), "errno=-71\n\n");
         assert_eq!(talk(""), "");
         assert!(talk(&format!("set=1\n{}\n", peers(1..700))).starts_with("errno=-28"), "more peers than slots");
+    }
+
+    #[test]
+    fn the_workers_hear_of_the_device_only_when_something_is_asked_of_it_or_was_not_done() {
+        let (controller, mailbox) = mailbox().unwrap();
+        // The port is taken at first.
+        let worker = thread::spawn(move || {
+            let mut letters = Vec::new();
+            let mut binds = [libc::EADDRINUSE, libc::EADDRINUSE, 0, 0].into_iter();
+            loop {
+                poll(&mut [PollFd::from_borrowed_fd(mailbox.fd(), PollFlags::IN)], None).unwrap();
+                mailbox.clear_wake();
+                while let Some(mail) = mailbox.next() {
+                    let (letter, errno) = match mail.request {
+                        Request::Device(_) => ("device", binds.next().unwrap()),
+                        Request::Peers(_) => ("peers", 0),
+                        Request::Stop => return letters,
+                        _ => panic!("nothing else is asked"),
+                    };
+                    letters.push(letter);
+                    mail.reply.send(Reply::Done(errno)).unwrap();
+                }
+            }
+        });
+        let server = Server::new(Fleet::new(vec![controller.clone()], vec![Arc::default()], 600, &[]));
+        let set = |text: &str| server.set(requests(format!("set=1\n{text}\n").as_bytes()).remove(0)).unwrap();
+        let peer = format!("public_key={}\n", "07".repeat(32));
+        assert_eq!(set("listen_port=1\n"), libc::EADDRINUSE);
+        assert_eq!(set(&peer), libc::EADDRINUSE, "it is tried again, and the peers are not told before");
+        assert_eq!(set(&peer), 0);
+        assert_eq!(set(&peer), 0);
+        assert_eq!(set(&format!("fwmark=7\n{peer}")), 0);
+        assert!(controller.ask(Request::Stop).is_err(), "it stops without an answer");
+        let letters = worker.join().unwrap();
+        assert_eq!(letters, ["device", "device", "device", "peers", "peers", "device", "peers"]);
+    }
+
+    #[test]
+    fn lines_are_whole_however_much_comes_at_a_time() {
+        let text: String = (0..3000).map(|number| format!("a={number}\n")).collect();
+        for piece in [1, 7, FIRST_READ_BYTES - 1, FIRST_READ_BYTES, FIRST_READ_BYTES + 1, READ_BYTES] {
+            let pieces = text.as_bytes().chunks(piece).map(<[u8]>::to_vec).collect();
+            let mut lines = Lines::new(Pieces(pieces));
+            for number in 0..3000 {
+                assert_eq!(lines.next().unwrap(), Some(format!("a={number}").as_str()), "in pieces of {piece}");
+            }
+            assert_eq!(lines.next().unwrap(), None);
+        }
+    }
+
+    /// Each read brings what is left of one piece.
+    struct Pieces(std::collections::VecDeque<Vec<u8>>);
+
+    impl Read for Pieces {
+        fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+            let Some(piece) = self.0.front_mut() else {
+                return Ok(0);
+            };
+            let len = piece.len().min(room.len());
+            room[..len].copy_from_slice(&piece[..len]);
+            piece.drain(..len);
+            if piece.is_empty() {
+                self.0.pop_front();
+            }
+            Ok(len)
+        }
     }
 
     #[test]

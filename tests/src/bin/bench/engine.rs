@@ -13,6 +13,8 @@ pub(crate) struct Engine {
     pub(crate) name: String,
     pub(crate) program: Program,
     pub(crate) path: String,
+    /// Further arguments.
+    pub(crate) extra: &'static [&'static str],
 }
 
 /// Whose it is.
@@ -68,7 +70,12 @@ pub(crate) struct Engines {
 impl Engines {
     /// `crates` is the folder that `cargo install --root` was given.
     pub(crate) fn find(crates: &Path) -> Result<Self> {
-        let ours = Engine { name: "cvault".to_owned(), program: Program::CVault, path: binary("cvault-node-agent")? };
+        let ours = Engine {
+            name: "cvault".to_owned(),
+            program: Program::CVault,
+            path: binary("cvault-node-agent")?,
+            extra: &[],
+        };
         let mut found = Self { all: vec![ours], remarks: Vec::new() };
         for peer in &PEERS {
             let usual = match peer.place {
@@ -114,7 +121,7 @@ impl Engines {
             self.remarks.push(format!("{} is {name} once more and is left out", path.display()));
             return Ok(());
         }
-        self.all.push(Engine { name, program: peer.program, path: path.display().to_string() });
+        self.all.push(Engine { name, program: peer.program, path: path.display().to_string(), extra: &[] });
         Ok(())
     }
 }
@@ -122,12 +129,19 @@ impl Engines {
 impl Engine {
     /// Its arguments, for the interface `interface`, in the foreground.
     pub(crate) fn arguments<'a>(&self, interface: &'a str, state_dir: &'a str) -> Vec<&'a str> {
-        match self.program {
+        let mut arguments = match self.program {
             Program::CVault => vec!["tunnel", "--foreground", "--state-dir", state_dir, interface],
             Program::WireguardGo => vec!["-f", interface],
             Program::Boringtun => vec!["-f", "--disable-drop-privileges", "-t", "2", interface],
             Program::Gotatun => vec!["-f", "-v", "error", "--disable-drop-privileges", interface],
-        }
+        };
+        arguments.extend(self.extra);
+        arguments
+    }
+
+    /// Ours, with its peers shared by two workers.
+    pub(crate) fn with_two_workers(&self) -> Self {
+        Self { extra: &["--workers", "2"], ..self.clone() }
     }
 
     pub(crate) fn is_ours(&self) -> bool {
@@ -145,6 +159,13 @@ fn version(text: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_who_is_asked_to_has_two_workers() {
+        let ours = Engine { name: "cvault".into(), program: Program::CVault, path: String::new(), extra: &[] };
+        assert!(!ours.arguments("cv0", "/state").contains(&"--workers"));
+        assert!(ours.with_two_workers().arguments("cv0", "/state").ends_with(&["cv0", "--workers", "2"]));
+    }
 
     #[test]
     fn a_version_is_read_from_what_each_program_says() {

@@ -104,7 +104,7 @@ fn dataplane(options: &Options) -> Result<bool> {
     let (mut runs, mut disturbed) = (0, 0);
     for stage in STAGES.into_iter().filter(|stage| plan.wants_stage(*stage)) {
         for repetition in 1..=plan.repetitions {
-            for (place, engine) in engines.iter().enumerate() {
+            for (place, engine) in engines.iter().enumerate().filter(|(_, engine)| stage.concerns(engine)) {
                 eprintln!("bench: {stage:?} {repetition}/{}: {}", plan.repetitions, engine.name);
                 runs += 1;
                 disturbed += u32::from(!host::quiet(Duration::from_secs(options.quiet))?);

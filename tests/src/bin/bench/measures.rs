@@ -3,7 +3,7 @@
 
 use cvault_tests::bench::{Better, Must};
 
-use crate::engine::Program;
+use crate::engine::{Engine, Program};
 use crate::plan::{Plan, Size};
 
 pub(crate) struct Measure {
@@ -14,7 +14,8 @@ pub(crate) struct Measure {
     /// What a stage calls the figure: several measures may look at one.
     pub(crate) figure: &'static str,
     pub(crate) better: Better,
-    pub(crate) must: Must,
+    /// None: it is shown, and nothing is demanded.
+    pub(crate) must: Option<Must>,
     /// Only this program is compared with.
     pub(crate) against: Option<Program>,
     pub(crate) stage: Stage,
@@ -26,18 +27,33 @@ pub(crate) struct Measure {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
     Throughput,
+    /// What a second worker costs, or brings where there are more cores: ours beside itself.
+    Workers,
     Scale,
     Live,
     Handshakes,
     Restart,
 }
 
-pub(crate) const STAGES: [Stage; 5] = [Stage::Throughput, Stage::Scale, Stage::Live, Stage::Handshakes, Stage::Restart];
+pub(crate) const STAGES: [Stage; 6] =
+    [Stage::Throughput, Stage::Workers, Stage::Scale, Stage::Live, Stage::Handshakes, Stage::Restart];
 
-pub(crate) const MEASURES: [Measure; 23] = [
+impl Stage {
+    /// Whether there is anything to do with this engine.
+    pub(crate) fn concerns(self, engine: &Engine) -> bool {
+        match self {
+            Self::Throughput | Self::Scale | Self::Live | Self::Handshakes => true,
+            // Nobody else has workers to be counted. Without state of their own others wait for the other side's timers
+            // after a restart, a quarter of a minute.
+            Self::Workers | Self::Restart => engine.is_ours(),
+        }
+    }
+}
+
+pub(crate) const MEASURES: [Measure; 26] = [
     Measure {
         against: Some(Program::Boringtun),
-        must: Must::TimesAtLeast(6.0),
+        must: Some(Must::TimesAtLeast(6.0)),
         ..throughput("tcp_1_stream_boringtun", "TCP, 1 stream, beside boringtun-cli", "tcp_1_stream")
     },
     throughput("tcp_1_stream", "TCP, 1 stream", "tcp_1_stream"),
@@ -48,8 +64,18 @@ pub(crate) const MEASURES: [Measure; 23] = [
     Measure {
         unit: "us",
         better: Better::Less,
-        must: Must::TimesAtMost(1.0),
+        must: Some(Must::TimesAtMost(1.0)),
         ..throughput("udp_cpu_per_packet", "server's CPU per packet, UDP 1200 B at 500 Mbit/s", "udp_cpu_per_packet")
+    },
+    two_workers("tcp_1_stream_2_workers", "TCP, 1 stream, ours with 2 workers"),
+    two_workers("tcp_4_streams_2_workers", "TCP, 4 streams, ours with 2 workers"),
+    Measure {
+        unit: "us",
+        better: Better::Less,
+        ..two_workers(
+            "udp_cpu_per_packet_2_workers",
+            "server's CPU per packet, UDP 1200 B at 500 Mbit/s, ours with 2 workers",
+        )
     },
     scale("peers_set", "s", "all peers in one set", 0.5),
     scale("peers_set_again", "s", "the same set again", 0.115),
@@ -67,19 +93,22 @@ pub(crate) const MEASURES: [Measure; 23] = [
     Measure {
         stage: Stage::Live,
         better: Better::More,
-        must: Must::AtLeast(95.0),
+        must: Some(Must::AtLeast(95.0)),
         ..scale("live_peer_throughput", "% of at 1 peer", "a live peer's TCP among all idle peers", 95.0)
     },
     Measure {
-        must: Must::AtLeast(6000.0),
+        must: Some(Must::AtLeast(6000.0)),
         ..handshakes("handshakes_per_cpu", "per CPU-s", "handshakes, server's CPU")
     },
-    Measure { must: Must::TimesAtLeast(1.2), ..handshakes("handshakes_end_to_end", "per s", "handshakes, end to end") },
+    Measure {
+        must: Some(Must::TimesAtLeast(1.2)),
+        ..handshakes("handshakes_end_to_end", "per s", "handshakes, end to end")
+    },
     Measure { better: Better::Less, ..handshakes("handshakes_lost", "lost", "initiations that had to be repeated") },
     Measure { better: Better::Less, ..handshakes("handshakes_cookies", "cookies", "cookies asked for") },
     Measure {
         better: Better::Less,
-        must: Must::AtMost(13.0),
+        must: Some(Must::AtMost(13.0)),
         ..handshakes("live_peer_memory", "KB", "memory of a live peer")
     },
     Measure {
@@ -102,11 +131,16 @@ const fn throughput(name: &'static str, what: &'static str, figure: &'static str
         what,
         figure,
         better: Better::More,
-        must: Must::TimesAtLeast(1.3),
+        must: Some(Must::TimesAtLeast(1.3)),
         against: None,
         stage: Stage::Throughput,
         size: None,
     }
+}
+
+/// Of [`Stage::Workers`].
+const fn two_workers(name: &'static str, what: &'static str) -> Measure {
+    Measure { must: None, stage: Stage::Workers, ..throughput(name, what, name) }
 }
 
 /// Less is better, and there is a limit.
@@ -117,7 +151,7 @@ const fn scale(name: &'static str, unit: &'static str, what: &'static str, limit
         what,
         figure: name,
         better: Better::Less,
-        must: Must::AtMost(limit),
+        must: Some(Must::AtMost(limit)),
         against: None,
         stage: Stage::Scale,
         size: Some(Size::Peers),
@@ -132,7 +166,7 @@ const fn handshakes(name: &'static str, unit: &'static str, what: &'static str) 
         what,
         figure: name,
         better: Better::More,
-        must: Must::AtMost(0.0),
+        must: Some(Must::AtMost(0.0)),
         against: None,
         stage: Stage::Handshakes,
         size: Some(Size::Handshakes),
@@ -161,7 +195,7 @@ mod tests {
         let names: BTreeSet<&str> = MEASURES.iter().map(|measure| measure.name).collect();
         assert_eq!(names.len(), MEASURES.len());
         assert!(STAGES.iter().all(|stage| MEASURES.iter().any(|measure| measure.stage == *stage)));
-        assert_eq!(Measure::named("peers_set").unwrap().must, Must::AtMost(0.5));
+        assert_eq!(Measure::named("peers_set").unwrap().must, Some(Must::AtMost(0.5)));
         assert!(Measure::named("nothing").is_none());
     }
 }

@@ -63,6 +63,7 @@ impl Report<'_> {
             let met = match (row.met(), row.judged) {
                 (Some(true), _) => "yes",
                 (Some(false), _) => "NO",
+                (None, _) if row.must.is_none() => "-",
                 (None, true) => "?",
                 (None, false) => "other size",
             };
@@ -72,7 +73,7 @@ impl Report<'_> {
                 shown(row.ours),
                 peer,
                 row.ratio().map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
-                row.must.map_or_else(String::new, |must| must.to_string()),
+                row.must.map_or_else(|| "-".to_owned(), |must| must.to_string()),
                 met.to_owned(),
             ]);
         }

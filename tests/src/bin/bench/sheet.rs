@@ -60,7 +60,7 @@ impl Results {
             ours,
             peer,
             peer_figure,
-            must: Some(measure.must),
+            must: measure.must,
             judged: measure.is_judged(plan),
         }
     }
@@ -70,7 +70,7 @@ impl Results {
         if row.ours.is_none() {
             return Some(format!("{}: ours was not measured", measure.name));
         }
-        let needs_peer = matches!(measure.must, Must::TimesAtLeast(_) | Must::TimesAtMost(_));
+        let needs_peer = matches!(measure.must, Some(Must::TimesAtLeast(_) | Must::TimesAtMost(_)));
         let has_peer = engines.iter().any(|engine| is_compared(measure, engine));
         (needs_peer && has_peer && row.peer_figure.is_none())
             .then(|| format!("{}: no peer could be measured", measure.name))
@@ -102,7 +102,7 @@ mod tests {
     fn engines() -> Vec<Engine> {
         [("cvault", Program::CVault), ("wireguard-go 2", Program::WireguardGo), ("boringtun-cli 1", Program::Boringtun)]
             .into_iter()
-            .map(|(name, program)| Engine { name: name.to_owned(), program, path: String::new() })
+            .map(|(name, program)| Engine { name: name.to_owned(), program, path: String::new(), extra: &[] })
             .collect()
     }
 

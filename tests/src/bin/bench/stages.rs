@@ -26,6 +26,8 @@ const AGAIN: Duration = Duration::from_secs(20);
 const READS: u32 = 11;
 /// Handshakes under way at the same time.
 const WINDOW: &str = "32";
+/// Each run of traffic with two workers: nothing depends on its figures, and they are taken for ours alone.
+const SECONDS_OF_TWO: u32 = 2;
 /// Above this, the cost of a packet is that of an overload.
 const LOSS: f64 = 0.05;
 
@@ -34,12 +36,11 @@ impl Stage {
     pub(crate) fn run(self, engine: &Engine, plan: &Plan, sheet: &mut Sheet) -> Result<()> {
         match self {
             Self::Throughput => throughput(engine, plan, sheet),
+            Self::Workers => workers(engine, plan, sheet),
             Self::Scale => scale(engine, plan, sheet),
             Self::Live => live(engine, plan, sheet),
             Self::Handshakes => handshakes(engine, plan, sheet),
-            Self::Restart if engine.is_ours() => restart::restart(sheet),
-            // Without state they wait for the other side's timers, a quarter of a minute.
-            Self::Restart => Ok(()),
+            Self::Restart => restart::restart(sheet),
         }
     }
 }
@@ -63,15 +64,45 @@ fn throughput(engine: &Engine, plan: &Plan, sheet: &mut Sheet) -> Result<()> {
         sheet.put("tcp_1_stream_reverse", iperf.tcp(plan.seconds, &["-R"])?.mbit_per_second());
     }
     if plan.wants(&["udp_cpu_per_packet"]) {
-        let cpu = server.cpu_from_now()?;
-        let datagrams = iperf.udp(plan.seconds, "500M", "1200")?;
-        sheet.put("udp_cpu_per_packet", cpu()? * 1e6 / (datagrams.sent - datagrams.lost));
-        if datagrams.lost > datagrams.sent * LOSS {
-            let percent = datagrams.lost * 100.0 / datagrams.sent;
-            sheet.remark(format!("UDP at 500 Mbit/s: {percent:.0} % of the packets were lost"));
-        }
+        udp_cpu_per_packet("udp_cpu_per_packet", &server, &iperf, plan.seconds, sheet)?;
     }
     server.check_running()
+}
+
+/// The same engine at both ends, each with two workers.
+fn workers(engine: &Engine, plan: &Plan, sheet: &mut Sheet) -> Result<()> {
+    let pair = Pair::build()?;
+    let (server, _client) = tunnel(&engine.with_two_workers(), &pair)?;
+    let iperf = Iperf::start(&pair.server, &pair.client)?;
+    let seconds = plan.seconds.min(SECONDS_OF_TWO);
+    if plan.wants(&["tcp_1_stream_2_workers"]) {
+        sheet.put("tcp_1_stream_2_workers", iperf.tcp(seconds, &[])?.mbit_per_second());
+    }
+    if plan.wants(&["tcp_4_streams_2_workers"]) {
+        sheet.put("tcp_4_streams_2_workers", iperf.tcp(seconds, &["-P", "4"])?.mbit_per_second());
+    }
+    if plan.wants(&["udp_cpu_per_packet_2_workers"]) {
+        udp_cpu_per_packet("udp_cpu_per_packet_2_workers", &server, &iperf, seconds, sheet)?;
+    }
+    server.check_running()
+}
+
+/// The server's cost of a packet that arrives.
+fn udp_cpu_per_packet(
+    figure: &'static str,
+    server: &Daemon,
+    iperf: &Iperf,
+    seconds: u32,
+    sheet: &mut Sheet,
+) -> Result<()> {
+    let cpu = server.cpu_from_now()?;
+    let datagrams = iperf.udp(seconds, "500M", "1200")?;
+    sheet.put(figure, cpu()? * 1e6 / (datagrams.sent - datagrams.lost));
+    if datagrams.lost > datagrams.sent * LOSS {
+        let percent = datagrams.lost * 100.0 / datagrams.sent;
+        sheet.remark(format!("UDP at 500 Mbit/s: {percent:.0} % of the packets were lost"));
+    }
+    Ok(())
 }
 
 /// Many idle peers on one interface.
