@@ -131,7 +131,8 @@ async fn a_storm_of_everything_ends_in_agreement_and_without_a_deadlock() {
         while let Some(done) = tasks.join_next().await {
             let (person, kept) = done.unwrap();
             let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
-            let found = devices::list(&mut tx, person.user, None, 1_000).await.unwrap();
+            let found =
+                devices::list(&mut tx, devices::Page { user: person.user, after: None, limit: 1_000 }).await.unwrap();
             tx.commit().await.unwrap();
             assert_eq!(found.len(), kept.len());
             active += kept.len();

@@ -188,7 +188,7 @@ async fn another_tenants_and_another_users_devices_are_not_there() {
     for person in [stranger, same_tenant] {
         let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
         assert!(find(&mut tx, person.user, device.id).await.unwrap().is_none());
-        assert!(list(&mut tx, person.user, None, 10).await.unwrap().is_empty());
+        assert!(list(&mut tx, Page { user: person.user, after: None, limit: 10 }).await.unwrap().is_empty());
         let refused = revoke(&mut tx, person.user, device.id, world.app.clock.now(), request_id()).await;
         assert!(matches!(refused, Err(RevokeError::NotFound)));
         tx.rollback().await.unwrap();
