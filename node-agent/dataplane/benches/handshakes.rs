@@ -44,8 +44,12 @@ fn main() {
     let rounds = 2000;
     let least =
         |f: &dyn Fn()| (0..ATTEMPTS).map(|_| micros(rounds, || (0..rounds).for_each(|_| f()))).fold(f64::MAX, f64::min);
-    let agreement = least(&|| drop(black_box(black_box(&fast).diffie_hellman(black_box(&other)))));
-    let key = least(&|| drop(black_box(black_box(&fast).public_key())));
+    let agreement = least(&|| {
+        let _ = black_box(black_box(&fast).diffie_hellman(black_box(&other)));
+    });
+    let key = least(&|| {
+        let _ = black_box(black_box(&fast).public_key());
+    });
     println!("the gate (length, MAC1)                   {:7.2} us", first.gate);
     println!("the first answer to a peer                {:7.2} us", first.answer);
     println!("  of which four agreements and a key      {:7.2} us", 4.0 * agreement + key);
@@ -105,10 +109,10 @@ fn secret(number: u32) -> StaticSecret {
 fn initiation(secret: StaticSecret, server: PublicKey, index: u32) -> Vec<u8> {
     let mut room = vec![0; 256];
     let mut tunn = Tunn::new(secret, server, None, None, index, None);
-    match tunn.format_handshake_initiation(&mut room, true) {
-        TunnResult::WriteToNetwork(message) => message.to_vec(),
-        other => panic!("{other:?}"),
-    }
+    let TunnResult::WriteToNetwork(message) = tunn.format_handshake_initiation(&mut room, true) else {
+        panic!("there is nothing in the way of an initiation");
+    };
+    message.to_vec()
 }
 
 /// CPU time of one of `count`: what else runs on the computer does not matter.

@@ -587,7 +587,12 @@ mod tests {
                         Request::Device(_) => ("device", binds.next().unwrap()),
                         Request::Peers(_) => ("peers", 0),
                         Request::Stop => return letters,
-                        _ => panic!("nothing else is asked"),
+                        Request::BeginReplace
+                        | Request::EndReplace
+                        | Request::Settle
+                        | Request::Describe
+                        | Request::List { .. }
+                        | Request::Notices(_) => panic!("nothing else is asked"),
                     };
                     letters.push(letter);
                     mail.reply.send(Reply::Done(errno)).unwrap();
