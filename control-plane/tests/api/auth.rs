@@ -1,6 +1,6 @@
 //! Keys, secrets, tokens, passwords: the right ones work, and each wrong one has its exact answer.
 
-use cvault_control_plane::auth::passwords::{Passwords, Scheme};
+use cvault_control_plane::auth::passwords::{Party, Passwords, Scheme};
 use cvault_control_plane::auth::tokens::{self, ClientToken};
 use cvault_types::{Secret, TenantId, UserId};
 use serde_json::{Value, json};
@@ -51,7 +51,7 @@ async fn a_login_brings_an_old_hash_up_to_the_configured_scheme() {
     let platform = Platform::with(|config| config.passwords = scheme).await;
     let tenant = platform.tenant().await;
     platform.register(&tenant, "a@example.com").await;
-    let old = Passwords::new(Scheme::Bcrypt { cost: 10 }).hash(Secret::new(PASSWORD)).await.unwrap();
+    let old = Passwords::new(Scheme::Bcrypt { cost: 10 }).hash(Party::Portal, Secret::new(PASSWORD)).await.unwrap();
     let mut superuser = sqlx::PgConnection::connect_with(&platform.database.superuser()).await.unwrap();
     let mut stored = async || -> String {
         sqlx::query_scalar("select password_hash from cvault.users").fetch_one(&mut superuser).await.unwrap()

@@ -17,7 +17,7 @@ use crate::app::App;
 use crate::auth::api_keys::Proof;
 use crate::auth::email::Email;
 use crate::auth::events::{self, AuthEvent, AuthKind, Outcome};
-use crate::auth::passwords::{self, PasswordError};
+use crate::auth::passwords::{self, Party, PasswordError};
 use crate::auth::refresh::{self, Family, Taken};
 use crate::auth::throttle::Account;
 use crate::auth::tokens::{self, ClientToken};
@@ -61,7 +61,7 @@ async fn register(
     if let Some(replay) = before_hashing(&app, event, &principal, &email).await? {
         return Ok(replay);
     }
-    let hash = app.passwords.hash(password).await?;
+    let hash = app.passwords.hash(Party::Tenant(key.tenant), password).await?;
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
     let place = match idempotency::claim(&mut tx, &app, principal).await? {
         Claim::Proceed(place) => place,
@@ -192,7 +192,7 @@ async fn check_password(app: &App, tenant: TenantId, body: LoginRequest) -> Resu
     };
     let (user, hash) = found.map_or((None, None), |login| (login.active.then_some(login.user), login.password_hash));
     // no transaction is open while this takes its fifth of a second
-    let verified = app.passwords.verify_login(body.password, hash.clone()).await?;
+    let verified = app.passwords.verify_login(Party::Tenant(tenant), body.password, hash.clone()).await?;
     let rehashed = hash.zip(verified.rehashed).map(|(old, new)| Rehashed { old, new });
     Ok(Checked { user, right: verified.right, rehashed })
 }

@@ -21,7 +21,7 @@ use super::portal_attempt::Attempt;
 use crate::app::App;
 use crate::auth::email::Email;
 use crate::auth::events::Outcome;
-use crate::auth::passwords;
+use crate::auth::passwords::{self, Party};
 use crate::http::{Json, Path, Portal, Problem, context, idempotency};
 use crate::portal::attempts::{self, AttemptKind};
 use crate::portal::links;
@@ -137,7 +137,7 @@ async fn confirm_reset(
         app.throttles.credentials_failed(origin.seen.ip);
         return Err(invalid_link());
     };
-    let hash = app.passwords.hash(body.password).await?;
+    let hash = app.passwords.hash(Party::Tenant(tenant), body.password).await?;
     let caller = Caller { ip: origin.seen.ip, request_id: context::request_id() };
     if recovery::reset_password(&app, tenant, &body.token, &hash, caller).await? {
         return Ok(StatusCode::NO_CONTENT);
@@ -165,7 +165,7 @@ async fn change_password(
 ) -> Result<Response, Problem> {
     passwords::checked(Problem::validation(), "/password", &body.password).or_ok(())?;
     step_up::require(&app, &portal, "password.change").await?;
-    let hash = app.passwords.hash(body.password).await?;
+    let hash = app.passwords.hash(Party::Tenant(portal.tenant), body.password).await?;
     idempotency::once(&app, portal.tenant, portal.actor(), StatusCode::NO_CONTENT, async |tx| {
         Ok(recovery::change_password(tx, &app, &portal, &hash, origin.seen.ip).await?)
     })
