@@ -195,7 +195,8 @@ async fn wrong_admin_tokens_have_their_exact_answers() {
     let platform = Platform::start().await;
     let tenant = platform.tenant().await;
     let user = platform.register(&tenant, "a@example.com").await;
-    let key = &platform.app.secrets.token_key;
+    let keys = platform.app.token_keys.last();
+    let key = keys.signing(platform.app.clock.now());
     let issuer = &platform.app.config.public_url;
     let expired = tokens::mint_admin(key, issuer, "x", platform.app.clock.now() - Duration::hours(13));
     let foreign = tokens::mint_admin(key, "https://elsewhere", "x", platform.app.clock.now());
@@ -250,7 +251,7 @@ async fn a_user_token_works_only_with_its_own_tenants_key() {
     let who = ClientToken { tenant: tenant.id.parse::<TenantId>().unwrap(), user: UserId::from_uuid(Uuid::now_v7()) };
     let long_ago = platform.app.clock.now() - Duration::minutes(16);
     let expired = tokens::mint_client(
-        &platform.app.secrets.token_key,
+        platform.app.token_keys.last().signing(platform.app.clock.now()),
         &platform.app.config.public_url,
         who,
         Uuid::now_v7(),

@@ -315,9 +315,10 @@ pub(super) async fn open_session(app: &App, tx: &mut TenantTx, family: Family) -
     let now = app.clock.now();
     let refresh_token = refresh::issue(tx, &app.secrets, family, now, &mut rand::rngs::StdRng::from_os_rng()).await?;
     let who = ClientToken { tenant: tx.tenant(), user: family.user };
+    let keys = app.token_keys().await?;
     Ok(TokenResponse {
         user_id: family.user,
-        access_token: tokens::mint_client(&app.secrets.token_key, &app.config.public_url, who, family.id, now),
+        access_token: tokens::mint_client(keys.signing(now), &app.config.public_url, who, family.id, now),
         refresh_token,
         token_type: "Bearer".to_owned(),
         expires_in: tokens::ACCESS_SECONDS,
