@@ -35,24 +35,22 @@ fn asked<'a>(pool: &'a Pool, party: Party, done: &Arc<AtomicUsize>) -> Option<Ch
     }
 }
 
-/// Keeps every thread of a pool until it is dropped.
-struct Busy(Vec<mpsc::Sender<()>>);
+type Held<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
-impl Busy {
-    async fn all(pool: &Pool, threads: usize) -> (Self, Vec<Pin<Box<dyn Future<Output = ()> + '_>>>) {
-        let (mut senders, mut work) = (Vec::new(), Vec::new());
-        for _ in 0..threads {
-            let (release, released) = mpsc::channel::<()>();
-            let mut held: Pin<Box<dyn Future<Output = ()>>> = Box::pin(async move {
-                pool.run(Party::Portal, move || released.recv().is_err()).await.unwrap();
-            });
-            assert!(held.as_mut().now_or_never().is_none());
-            senders.push(release);
-            work.push(held);
-        }
-        eventually("every thread is busy", LONG, async || pool.shared.state().running == threads).await;
-        (Self(senders), work)
+/// Keeps every thread of a pool until the first that is given back is dropped.
+async fn all_busy(pool: &Pool, threads: usize) -> (Vec<mpsc::Sender<()>>, Vec<Held<'_>>) {
+    let (mut busy, mut work) = (Vec::new(), Vec::new());
+    for _ in 0..threads {
+        let (release, released) = mpsc::channel::<()>();
+        let mut held: Held<'_> = Box::pin(async move {
+            pool.run(Party::Portal, move || released.recv().is_err()).await.unwrap();
+        });
+        assert!(held.as_mut().now_or_never().is_none());
+        busy.push(release);
+        work.push(held);
     }
+    eventually("every thread is busy", LONG, async || pool.shared.state().running == threads).await;
+    (busy, work)
 }
 
 #[tokio::test]
@@ -71,7 +69,7 @@ async fn the_threads_give_way_to_everybody_and_survive_a_panic() {
 #[tokio::test]
 async fn work_that_nobody_waits_for_is_left_out_and_its_place_is_free_at_once() {
     let pool = Pool::start(1, 1);
-    let (busy, work) = Busy::all(&pool, 1).await;
+    let (busy, work) = all_busy(&pool, 1).await;
     let done = Arc::default();
     let left = asked(&pool, tenant(1), &done).unwrap();
     assert!(asked(&pool, tenant(2), &done).is_none(), "full, and nobody holds more than one place");
@@ -86,7 +84,7 @@ async fn work_that_nobody_waits_for_is_left_out_and_its_place_is_free_at_once() 
 #[tokio::test]
 async fn one_that_floods_keeps_nobody_else_out_or_waiting() {
     let pool = Pool::start(1, 6);
-    let (busy, work) = Busy::all(&pool, 1).await;
+    let (busy, work) = all_busy(&pool, 1).await;
     let done = Arc::default();
     let mut flood: Vec<_> = std::iter::from_fn(|| asked(&pool, tenant(1), &done)).collect();
     assert_eq!(flood.len(), 6);
@@ -123,7 +121,7 @@ async fn a_login_at_one_tenant_is_admitted_while_another_tenant_fills_the_queue(
     };
     let pool = &world.app.passwords.pool;
     let cores = std::thread::available_parallelism().unwrap().get();
-    let (busy, work) = Busy::all(pool, cores).await;
+    let (busy, work) = all_busy(pool, cores).await;
     let done = Arc::default();
     let mut flood: Vec<_> = std::iter::from_fn(|| asked(pool, Party::Tenant(made[0].0.id), &done)).collect();
     assert_eq!(login(0).await.unwrap().status(), StatusCode::SERVICE_UNAVAILABLE);
