@@ -1335,7 +1335,9 @@ CREATE TABLE platform.secrets (
     name text NOT NULL,
     kek_version smallint NOT NULL,
     sealed bytea NOT NULL,
-    created_at timestamp with time zone DEFAULT now() NOT NULL
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    signs_from timestamp with time zone,
+    CONSTRAINT secrets_signs_from CHECK (((signs_from IS NOT NULL) = (name ~ '^token_key(:[0-9a-f]{16})?$'::text)))
 );
 ALTER TABLE platform.secrets OWNER TO cvault_owner;
 CREATE TABLE platform.servers (
@@ -1960,7 +1962,7 @@ GRANT SELECT,INSERT,DELETE ON TABLE platform.admin_approvals TO cvault_sys;
 GRANT UPDATE(used_at) ON TABLE platform.admin_approvals TO cvault_sys;
 GRANT UPDATE(used_by) ON TABLE platform.admin_approvals TO cvault_sys;
 GRANT SELECT ON TABLE platform.context_keys TO cvault_fn;
-GRANT SELECT ON TABLE platform.context_keys TO cvault_sys;
+GRANT SELECT,INSERT,DELETE ON TABLE platform.context_keys TO cvault_sys;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.device_drops TO cvault_sys;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.enrol_tokens TO cvault_sys;
 GRANT SELECT,INSERT,DELETE ON TABLE platform.idempotency_keys TO cvault_sys;
@@ -1978,7 +1980,7 @@ GRANT SELECT,INSERT,DELETE ON TABLE platform.portal_attempts TO cvault_sys;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.quota_leases TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.quota_months TO cvault_sys;
 GRANT SELECT,INSERT,DELETE ON TABLE platform.revoked_admin_tokens TO cvault_sys;
-GRANT SELECT,INSERT,UPDATE ON TABLE platform.secrets TO cvault_sys;
+GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.secrets TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_sys;
 GRANT SELECT,INSERT,UPDATE ON TABLE platform.servers TO cvault_fn;
 GRANT SELECT,INSERT,DELETE,UPDATE ON TABLE platform.usage_counters TO cvault_sys;

@@ -6,15 +6,17 @@ use std::sync::Arc;
 use crate::auth::api_keys::{Lookups, OverRate, Uses};
 use crate::auth::passwords::Passwords;
 use crate::auth::throttle::Throttles;
+use crate::auth::tokens;
 use crate::auth::verified::VerifiedTokens;
 use crate::clock::Clock;
 use crate::config::Config;
-use crate::db::Db;
+use crate::db::{Db, DbError};
 use crate::devices::{self, Registrations};
+use crate::http::Problem;
 use crate::http::health_cache::HealthCache;
 use crate::http::limit::Limiter;
 use crate::http::strangers::Strangers;
-use crate::keys::{DataKeys, KeyRing, PlatformSecrets};
+use crate::keys::{DataKeys, KeyRing, PlatformSecrets, TokenKeyring, TokenKeys};
 use crate::nodes::Hub;
 use crate::request_logs::RequestLog;
 use crate::servers;
@@ -31,6 +33,7 @@ pub struct Inner {
     pub keys: KeyRing,
     pub data_keys: DataKeys,
     pub secrets: PlatformSecrets,
+    pub token_keys: TokenKeyring,
     pub clock: Clock,
     pub nodes: Hub,
     pub passwords: Passwords,
@@ -53,7 +56,7 @@ pub struct Inner {
 
 impl App {
     #[must_use]
-    pub fn new(config: Config, db: Db, keys: KeyRing, secrets: PlatformSecrets) -> Self {
+    pub fn new(config: Config, db: Db, keys: KeyRing, secrets: PlatformSecrets, token_keys: TokenKeyring) -> Self {
         let passwords = Passwords::new(config.passwords);
         Self(Arc::new(Inner {
             config,
@@ -61,6 +64,7 @@ impl App {
             keys,
             data_keys: DataKeys::default(),
             secrets,
+            token_keys,
             clock: Clock,
             nodes: Hub::default(),
             passwords,
@@ -79,6 +83,37 @@ impl App {
             strangers: Strangers::default(),
             draining: tokio_util::sync::CancellationToken::new(),
         }))
+    }
+}
+
+impl App {
+    /// The keys that sign and verify tokens now.
+    ///
+    /// # Errors
+    /// When they have to be read anew and the database does not answer.
+    pub async fn token_keys(&self) -> Result<Arc<TokenKeys>, DbError> {
+        self.token_keys.now(&self.db.sys, &self.keys).await
+    }
+
+    /// What `verify` says of a token: once more when its key is one that this replica has not heard of yet.
+    ///
+    /// # Errors
+    /// That of `verify`, or the database's.
+    pub async fn verified<T>(
+        &self,
+        token: &str,
+        verify: impl Fn(&TokenKeys) -> Result<T, Problem>,
+    ) -> Result<T, Problem> {
+        let keys = self.token_keys().await?;
+        match verify(&keys) {
+            Err(problem) if tokens::names_a_key_besides(&keys, token) => {
+                match self.token_keys.reload_for_unknown(&self.db.sys, &self.keys).await? {
+                    Some(keys) => verify(&keys),
+                    None => Err(problem),
+                }
+            }
+            outcome => outcome,
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Postgres, SqlSafeStr};
 
 use crate::clock::Clock;
+use crate::keys::leased::Leased;
 use crate::tenancy::{ContextKey, Tenancy};
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../migrations");
@@ -156,9 +157,10 @@ impl Db {
             .map_err(unreachable("CVAULT_DATABASE_SYS_URL"))?;
         check_schema(&sys).await?;
         check_clock(&sys).await?;
-        let key = ContextKey::load(&sys).await.map_err(ConnectError::Refused)?;
+        let key = Leased::first(async || ContextKey::load(&sys).await).await.map_err(ConnectError::Refused)?;
         let app = options(&config.app, "cvault-app").options(PLANNED_ONCE);
-        let tenancy = Tenancy::connect(app, config.app_connections, key).await.map_err(unreachable("DATABASE_URL"))?;
+        let tenancy = Tenancy::connect(app, config.app_connections, key, sys.clone());
+        let tenancy = tenancy.await.map_err(unreachable("DATABASE_URL"))?;
         Ok(Self { tenancy, sys })
     }
 

@@ -140,7 +140,8 @@ async fn prepare(app: &App) -> Result<(), DevError> {
     let actor = Actor { name: "system".to_owned(), request_id: None };
     let mut rng = StdRng::from_os_rng();
     let (tenant, key) = tenants::create(app, Settings::named(DEMO_TENANT), &actor, &mut rng).await?;
-    let token = tokens::mint_admin(&app.secrets.token_key, &app.config.public_url, "dev", app.clock.now());
+    let now = app.clock.now();
+    let token = tokens::mint_admin(app.token_keys().await?.signing(now), &app.config.public_url, "dev", now);
     print_credentials(&[
         ("url", &app.config.public_url),
         ("tenant_id", &tenant.id.to_string()),

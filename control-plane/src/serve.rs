@@ -17,7 +17,7 @@ use crate::db::{ConnectError, Db, DbConfig};
 use crate::http::serve::Limits;
 use crate::http::tls::{self, Tls, TlsError};
 use crate::http::{router, serve};
-use crate::keys::{self, KeyRing, PlatformSecrets, RingError, SecretsError};
+use crate::keys::{self, KeyRing, PlatformSecrets, RingError, SecretsError, TokenKeyring};
 use crate::mail::Sink;
 use crate::{metrics, nodes, tasks};
 
@@ -78,8 +78,9 @@ pub async fn open(config: Config, database: &DbConfig, keys: KeyRing) -> Result<
     catalogue::check(&db).await?;
     let mut rng = rand::rngs::StdRng::from_os_rng();
     let secrets = PlatformSecrets::load(&db.sys, &keys, &mut rng).await?;
+    let token_keys = TokenKeyring::load(&db.sys, &keys, &mut rng).await?;
     keys::check(&db.sys, &keys).await?;
-    Ok(App::new(config, db, keys, secrets))
+    Ok(App::new(config, db, keys, secrets, token_keys))
 }
 
 /// `serve` from the environment's configuration, until SIGTERM or SIGINT.

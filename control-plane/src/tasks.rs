@@ -1,4 +1,4 @@
-//! Periodic work: quarantine, suspensions, sessions, audit chain, usage, mails, trimming. Each task runs by itself, is started again after a
+//! Periodic work: quarantine, suspensions, sessions, audit chain, usage, mails, signing keys, trimming. Each task runs by itself, is started again after a
 //! fault, and stops cleanly. Any number of replicas may run them at once: every task is one or more statements that
 //! change nothing the second time.
 
@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::app::App;
 use crate::db::DbError;
-use crate::{audit, ipam, mail, metrics, sessions, tenants, trim, usage};
+use crate::{audit, ipam, keys, mail, metrics, sessions, tenants, trim, usage};
 
 /// One kind of periodic work; `run` returns how many rows it has dealt with.
 struct Task {
@@ -90,6 +90,16 @@ const TASKS: &[Task] = &[
         name: "watch_outbox",
         every: Duration::from_secs(15),
         run: |app| Box::pin(async move { watch_outbox(&app).await }),
+    },
+    Task {
+        name: "reload_signing_keys",
+        every: Duration::from_secs(2),
+        run: |app| Box::pin(async move { keys::reload(&app).await.map(|()| 0) }),
+    },
+    Task {
+        name: "retire_signing_keys",
+        every: Duration::from_secs(60),
+        run: |app| Box::pin(async move { keys::retire(&app).await }),
     },
     Task { name: "trim", every: Duration::from_secs(600), run: |app| Box::pin(async move { trim::trim(&app).await }) },
 ];

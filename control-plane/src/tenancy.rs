@@ -8,6 +8,8 @@
 mod pool;
 
 use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
 
 use cvault_types::TenantId;
 use deadpool::managed::Pool;
@@ -18,6 +20,7 @@ use zeroize::Zeroizing;
 
 use crate::clock::Clock;
 use crate::db::{ACQUIRE_TIMEOUT, DbError, Tx};
+use crate::keys::leased::Leased;
 use pool::{Opener, Session};
 
 /// The key that signs tenant contexts; role `cvault_app` cannot read it.
@@ -28,7 +31,9 @@ pub struct ContextKey(Zeroizing<Vec<u8>>);
 #[derive(Clone)]
 pub struct Tenancy {
     pool: Pool<Opener>,
-    key: ContextKey,
+    key: Arc<Leased<ContextKey>>,
+    /// Of the role that may read the key.
+    sys: PgPool,
 }
 
 /// A transaction that sees and changes one tenant's rows.
@@ -94,9 +99,19 @@ impl Tenancy {
     pub(crate) async fn connect(
         options: PgConnectOptions,
         connections: u32,
-        key: ContextKey,
+        key: Leased<ContextKey>,
+        sys: PgPool,
     ) -> Result<Self, sqlx::Error> {
-        Ok(Self { pool: pool::open(options, connections).await?, key })
+        Ok(Self { pool: pool::open(options, connections).await?, key: Arc::new(key), sys })
+    }
+
+    /// Reads the key again that signs contexts.
+    ///
+    /// # Errors
+    /// When the database does not answer; then the one that is known counts until its lease is over.
+    pub(crate) async fn reload_key(&self) -> Result<(), DbError> {
+        self.key.read(async || ContextKey::load(&self.sys).await).await?;
+        Ok(())
     }
 
     /// Begins a transaction in which only `tenant`'s rows exist. Cancelling this call, at any point, closes the
@@ -117,8 +132,9 @@ impl Tenancy {
     /// # Errors
     /// As [`Tenancy::begin`].
     pub async fn single(&self, tenant: TenantId) -> Result<TenantTx, DbError> {
+        let key = self.key.at(Instant::now(), async || ContextKey::load(&self.sys).await).await?;
         let session = pool::session(&self.pool).await?;
-        let context = self.key.sign(tenant, Binding::now(session.backend_pid));
+        let context = key.sign(tenant, Binding::now(session.backend_pid));
         Ok(TenantTx { tx: Tx::of(session), tenant, context, begun: false })
     }
 

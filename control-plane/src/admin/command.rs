@@ -48,7 +48,7 @@ pub enum AdminCommand {
     /// The log of what was changed, by whom
     #[command(subcommand)]
     Audit(AuditCommand),
-    /// Key-encryption keys
+    /// Key-encryption keys, and the keys that sign tokens and tenant contexts
     #[command(subcommand)]
     Keys(KeysCommand),
     /// Mails that wait or were given up
@@ -325,8 +325,19 @@ pub enum MailCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum KeysCommand {
-    /// Which key-encryption keys this environment has, and what is wrapped with each
+    /// Which key-encryption keys this environment has, what is wrapped with each, and which keys sign
     Status,
     /// Wrap every data key and secret with the newest key-encryption key; may be interrupted and repeated
     Rotate,
+    /// Begin to sign tokens with a new key; nobody is logged out
+    RotateTokens(SigningArgs),
+    /// Begin to sign tenant contexts with a new key; no request is refused
+    RotateContexts(SigningArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct SigningArgs {
+    /// End all earlier keys at once, because somebody may have seen one: what they have signed is worthless from then on
+    #[arg(long)]
+    pub now: bool,
 }

@@ -14,6 +14,6 @@ mod token;
 
 pub use command::{
     AdminArgs, AdminCommand, ApiKeyCommand, ApproveArgs, AuditCommand, KeysCommand, Limit, MailCommand, PolicyChange,
-    PoolCommand, PortalCommand, ServerCommand, TenantCommand, TenantUpdate, TokenArgs, TokenCommand,
+    PoolCommand, PortalCommand, ServerCommand, SigningArgs, TenantCommand, TenantUpdate, TokenArgs, TokenCommand,
 };
 pub use run::{AdminError, run};

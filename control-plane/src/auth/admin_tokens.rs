@@ -44,7 +44,8 @@ pub struct NewToken {
 pub async fn issue(app: &App, name: &StaffName, by: &str) -> Result<NewToken, DbError> {
     let id = Uuid::now_v7();
     let now = app.clock.now();
-    let token = tokens::mint_admin_as(&app.secrets.token_key, &app.config.public_url, name.as_str(), id, now);
+    let keys = app.token_keys().await?;
+    let token = tokens::mint_admin_as(keys.signing(now), &app.config.public_url, name.as_str(), id, now);
     note(&app.db.sys, by, "admin_token.create", id, json!({"name": name.as_str()})).await?;
     Ok(NewToken { token, id })
 }

@@ -1,7 +1,8 @@
 //! Passwords: bcrypt at cost 12 or Argon2id, on threads of their own.
 //!
 //! One check takes about 0.2 s of a core (bcrypt) or some megabytes (Argon2id), so as many run as there are cores, a few
-//! wait, and the rest is answered OVERLOADED at once. The threads are neither tokio's nor its blocking pool's and yield to
+//! wait, and the rest is answered OVERLOADED at once. Tenants take turns, so that one that has many checks waiting keeps no other
+//! one waiting longer, or out. The threads are neither tokio's nor its blocking pool's and yield to
 //! everything else (nice 19): nothing else in the process waits for them. What they hold at most is the number of threads
 //! times the memory of one Argon2id hash.
 //!
@@ -10,8 +11,10 @@
 //! hashed with SHA-256 first, never cut.
 
 mod pool;
+mod queue;
 mod scheme;
 
+pub use pool::Party;
 pub use scheme::{HashError, MAX_MEMORY_KIB, MAX_PASSES, Scheme};
 
 use cvault_types::Secret;
@@ -82,31 +85,36 @@ impl Passwords {
     /// The text to store: `$2b$12$…` or `$argon2id$…`.
     ///
     /// # Errors
-    /// [`PasswordError::Overloaded`] when the queue is full.
-    pub async fn hash(&self, password: Secret) -> Result<String, PasswordError> {
+    /// [`PasswordError::Overloaded`] when the queue is full, and `party` holds its share of it.
+    pub async fn hash(&self, party: Party, password: Secret) -> Result<String, PasswordError> {
         let scheme = self.scheme;
-        self.run(move || scheme.hash(&password)).await
+        self.run(party, move || scheme.hash(&password)).await
     }
 
     /// Whether `password` is the one of `hash`; without a hash the same work is done and the answer is no.
     ///
     /// # Errors
-    /// [`PasswordError::Overloaded`] when the queue is full.
-    pub async fn verify(&self, password: Secret, hash: Option<String>) -> Result<bool, PasswordError> {
+    /// [`PasswordError::Overloaded`] when the queue is full, and `party` holds its share of it.
+    pub async fn verify(&self, party: Party, password: Secret, hash: Option<String>) -> Result<bool, PasswordError> {
         let against = hash.clone().unwrap_or_else(|| self.nobody.clone());
-        Ok(self.run(move || scheme::verify(&password, &against)).await? && hash.is_some())
+        Ok(self.run(party, move || scheme::verify(&password, &against)).await? && hash.is_some())
     }
 
     /// As [`Passwords::verify`], and makes a right password's hash anew where the configuration wants another than is
     /// stored. A queue that is full by then leaves the old one for the next login.
     ///
     /// # Errors
-    /// [`PasswordError::Overloaded`] when the queue is full.
-    pub async fn verify_login(&self, password: Secret, hash: Option<String>) -> Result<Verified, PasswordError> {
+    /// [`PasswordError::Overloaded`] when the queue is full, and `party` holds its share of it.
+    pub async fn verify_login(
+        &self,
+        party: Party,
+        password: Secret,
+        hash: Option<String>,
+    ) -> Result<Verified, PasswordError> {
         let wanted = hash.as_deref().is_some_and(|hash| !self.scheme.made(hash));
-        let right = self.verify(password.clone(), hash).await?;
+        let right = self.verify(party, password.clone(), hash).await?;
         let rehashed = match right && wanted {
-            true => match self.hash(password).await {
+            true => match self.hash(party, password).await {
                 Ok(rehashed) => Some(rehashed),
                 Err(PasswordError::Overloaded) => None,
                 Err(error) => return Err(error),
@@ -118,9 +126,10 @@ impl Passwords {
 
     async fn run<T: Send + 'static>(
         &self,
+        party: Party,
         work: impl FnOnce() -> Result<T, HashError> + Send + 'static,
     ) -> Result<T, PasswordError> {
-        self.pool.run(work).await?.map_err(PasswordError::Hash)
+        self.pool.run(party, work).await?.map_err(PasswordError::Hash)
     }
 }
 
@@ -140,11 +149,13 @@ mod tests {
     async fn long_passwords_differ_in_their_last_byte_and_after_a_nul() {
         for scheme in [Scheme::default(), SMALL] {
             let pool = Passwords::new(scheme);
-            let hash = pool.hash(secret(format!("{}x", "a".repeat(100)))).await.unwrap();
-            assert!(!pool.verify(secret(format!("{}y", "a".repeat(100))), Some(hash.clone())).await.unwrap());
-            assert!(pool.verify(secret(format!("{}x", "a".repeat(100))), Some(hash)).await.unwrap());
-            let hash = pool.hash(secret("abcdefgh\0one")).await.unwrap();
-            assert!(!pool.verify(secret("abcdefgh\0two"), Some(hash)).await.unwrap());
+            let hash = pool.hash(Party::Portal, secret(format!("{}x", "a".repeat(100)))).await.unwrap();
+            assert!(
+                !pool.verify(Party::Portal, secret(format!("{}y", "a".repeat(100))), Some(hash.clone())).await.unwrap()
+            );
+            assert!(pool.verify(Party::Portal, secret(format!("{}x", "a".repeat(100))), Some(hash)).await.unwrap());
+            let hash = pool.hash(Party::Portal, secret("abcdefgh\0one")).await.unwrap();
+            assert!(!pool.verify(Party::Portal, secret("abcdefgh\0two"), Some(hash)).await.unwrap());
         }
     }
 
@@ -152,7 +163,7 @@ mod tests {
     async fn an_unknown_user_costs_the_same_work_and_is_refused() {
         for scheme in [Scheme::default(), SMALL] {
             let pool = Passwords::new(scheme);
-            assert!(!pool.verify(secret("whatever it is"), None).await.unwrap());
+            assert!(!pool.verify(Party::Portal, secret("whatever it is"), None).await.unwrap());
             assert!(scheme.made(&pool.nobody), "{}", pool.nobody);
         }
     }
@@ -161,18 +172,21 @@ mod tests {
     async fn a_login_replaces_a_hash_of_another_scheme_or_cost_and_no_other() {
         let old = Passwords::new(Scheme::Bcrypt { cost: 10 });
         let new = Passwords::new(SMALL);
-        let stored = old.hash(secret("correct horse")).await.unwrap();
-        let wrong = new.verify_login(secret("wrong horse"), Some(stored.clone())).await.unwrap();
+        let stored = old.hash(Party::Portal, secret("correct horse")).await.unwrap();
+        let wrong = new.verify_login(Party::Portal, secret("wrong horse"), Some(stored.clone())).await.unwrap();
         assert_eq!(wrong, Verified { right: false, rehashed: None });
-        let right = new.verify_login(secret("correct horse"), Some(stored)).await.unwrap();
+        let right = new.verify_login(Party::Portal, secret("correct horse"), Some(stored)).await.unwrap();
         let fresh = right.rehashed.unwrap();
         assert!(fresh.starts_with("$argon2id$v=19$m=8192,t=1,p=1$"), "{fresh}");
-        let again = new.verify_login(secret("correct horse"), Some(fresh.clone())).await.unwrap();
+        let again = new.verify_login(Party::Portal, secret("correct horse"), Some(fresh.clone())).await.unwrap();
         assert_eq!(again, Verified { right: true, rehashed: None });
         // and back, when somebody changes their mind
-        let back = old.verify_login(secret("correct horse"), Some(fresh)).await.unwrap();
+        let back = old.verify_login(Party::Portal, secret("correct horse"), Some(fresh)).await.unwrap();
         assert!(back.rehashed.unwrap().starts_with("$2b$10$"));
-        assert_eq!(new.verify_login(secret("x"), None).await.unwrap(), Verified { right: false, rehashed: None });
+        assert_eq!(
+            new.verify_login(Party::Portal, secret("x"), None).await.unwrap(),
+            Verified { right: false, rehashed: None }
+        );
     }
 
     #[tokio::test]
@@ -185,7 +199,7 @@ mod tests {
             "$argon2id$v=19$m=1",
             "$argon2id$v=19$m=4194304,t=2,p=1$c29tZXNhbHQ$CTFhFdXPJO1aFaMaO6Mm5c8y7cJHAph8ArZWb2GRPPc",
         ] {
-            let outcome = pool.verify(secret("x"), Some(hash.to_owned())).await;
+            let outcome = pool.verify(Party::Portal, secret("x"), Some(hash.to_owned())).await;
             assert!(matches!(outcome, Err(PasswordError::Hash(_))), "{hash}: {outcome:?}");
         }
     }
@@ -198,8 +212,8 @@ mod tests {
             ("password", "$argon2id$v=19$m=65536,t=2,p=1$c29tZXNhbHQ$CTFhFdXPJO1aFaMaO6Mm5c8y7cJHAph8ArZWb2GRPPc"),
             ("U*U", "$2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW"),
         ] {
-            assert!(pool.verify(secret(password), Some(hash.to_owned())).await.unwrap(), "{hash}");
-            assert!(!pool.verify(secret("another"), Some(hash.to_owned())).await.unwrap(), "{hash}");
+            assert!(pool.verify(Party::Portal, secret(password), Some(hash.to_owned())).await.unwrap(), "{hash}");
+            assert!(!pool.verify(Party::Portal, secret("another"), Some(hash.to_owned())).await.unwrap(), "{hash}");
         }
     }
 
@@ -209,7 +223,7 @@ mod tests {
         let busy: Vec<_> = (0..3)
             .map(|_| {
                 let pool = Arc::clone(&pool);
-                tokio::spawn(async move { pool.hash(secret("correct horse")).await })
+                tokio::spawn(async move { pool.hash(Party::Portal, secret("correct horse")).await })
             })
             .collect();
         let mut overloaded = 0;
@@ -217,6 +231,6 @@ mod tests {
             overloaded += usize::from(matches!(task.await.unwrap(), Err(PasswordError::Overloaded)));
         }
         assert_eq!(overloaded, 1);
-        assert!(pool.hash(secret("correct horse")).await.is_ok(), "places are given back");
+        assert!(pool.hash(Party::Portal, secret("correct horse")).await.is_ok(), "places are given back");
     }
 }

@@ -1,5 +1,6 @@
 //! Access tokens: JWTs signed with Ed25519 (RFC 8037), so that a tenant can verify one with `/.well-known/jwks.json` and
-//! cannot make one. Algorithm and key are pinned: a token's header chooses nothing.
+//! cannot make one. The algorithm is pinned, and a token's header
+//! chooses among our keys only.
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -11,7 +12,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::http::Problem;
-use crate::keys::TokenKey;
+use crate::keys::{TokenKey, TokenKeys};
 
 /// Seconds a user's access token lives.
 pub const ACCESS_SECONDS: u64 = 15 * 60;
@@ -67,10 +68,12 @@ pub struct ClientToken {
     pub user: UserId,
 }
 
-/// A verified access token until its time is over.
+/// A verified access token until its time, or that of its key, is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TimedClientToken {
     pub token: ClientToken,
+    /// The key that has signed it.
+    pub key: [u8; 8],
     /// Seconds since 1970.
     exp: i64,
 }
@@ -154,14 +157,14 @@ pub fn mint_admin_as(key: &TokenKey, issuer: &str, subject: &str, id: Uuid, now:
 /// # Errors
 /// `INVALID_TOKEN`, or `TOKEN_EXPIRED` for one that was valid once.
 pub fn verify_client(
-    key: &TokenKey,
+    keys: &TokenKeys,
     issuer: &str,
     token: &str,
     now: OffsetDateTime,
 ) -> Result<TimedClientToken, Problem> {
-    let claims: ClientClaims = verify(key, issuer, CLIENT, token)?;
+    let (claims, key): (ClientClaims, _) = verify(keys, issuer, CLIENT, token)?;
     let token = ClientToken { tenant: claims.tid, user: claims.sub };
-    TimedClientToken { token, exp: claims.exp }.at(now)
+    TimedClientToken { token, key, exp: claims.exp }.at(now)
 }
 
 impl TimedClientToken {
@@ -177,8 +180,8 @@ impl TimedClientToken {
 ///
 /// # Errors
 /// As [`verify_client`].
-pub fn verify_portal(key: &TokenKey, issuer: &str, token: &str, now: OffsetDateTime) -> Result<PortalToken, Problem> {
-    let claims: PortalClaims = verify(key, issuer, PORTAL, token)?;
+pub fn verify_portal(keys: &TokenKeys, issuer: &str, token: &str, now: OffsetDateTime) -> Result<PortalToken, Problem> {
+    let (claims, _): (PortalClaims, _) = verify(keys, issuer, PORTAL, token)?;
     not_expired(claims.exp, now)?;
     Ok(PortalToken { tenant: claims.tid, admin: claims.sub, session: claims.sid })
 }
@@ -187,8 +190,8 @@ pub fn verify_portal(key: &TokenKey, issuer: &str, token: &str, now: OffsetDateT
 ///
 /// # Errors
 /// As [`verify_client`].
-pub fn verify_admin(key: &TokenKey, issuer: &str, token: &str, now: OffsetDateTime) -> Result<AdminToken, Problem> {
-    let claims: AdminClaims = verify(key, issuer, ADMIN, token)?;
+pub fn verify_admin(keys: &TokenKeys, issuer: &str, token: &str, now: OffsetDateTime) -> Result<AdminToken, Problem> {
+    let (claims, _): (AdminClaims, _) = verify(keys, issuer, ADMIN, token)?;
     not_expired(claims.exp, now)?;
     Ok(AdminToken { subject: claims.sub, id: claims.jti })
 }
@@ -199,32 +202,52 @@ fn sign(key: &TokenKey, claims: &impl Serialize) -> Secret {
     Secret::new(jsonwebtoken::encode(&header, claims, key.encoding()).expect("an Ed25519 key signs plain claims"))
 }
 
-fn verify<T: DeserializeOwned>(key: &TokenKey, issuer: &str, audience: &str, token: &str) -> Result<T, Problem> {
+fn verify<T: DeserializeOwned>(
+    keys: &TokenKeys,
+    issuer: &str,
+    audience: &str,
+    token: &str,
+) -> Result<(T, [u8; 8]), Problem> {
     let invalid = || Problem::new(ErrorCode::InvalidToken);
-    let header = jsonwebtoken::decode_header(token).map_err(|_| invalid())?;
-    if header.alg != Algorithm::EdDSA || header.kid.as_deref() != Some(key.kid()) {
-        return Err(invalid());
-    }
+    let kid = named_key(token).ok_or_else(invalid)?;
+    let key = keys.named(&kid).ok_or_else(invalid)?;
     let mut validation = Validation::new(Algorithm::EdDSA);
     validation.set_issuer(&[issuer]);
     validation.set_audience(&[audience]);
     validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
     // compared below, with the caller's clock and no leeway
     validation.validate_exp = false;
-    jsonwebtoken::decode(token, key.decoding(), &validation).map(|data| data.claims).map_err(|_| invalid())
+    let data = jsonwebtoken::decode(token, key.decoding(), &validation).map_err(|_| invalid())?;
+    Ok((data.claims, key.id()))
+}
+
+/// Which key a token says it was signed with. Its header chooses among ours, and nothing else.
+fn named_key(token: &str) -> Option<String> {
+    let header = jsonwebtoken::decode_header(token).ok()?;
+    header.kid.filter(|_| header.alg == Algorithm::EdDSA)
+}
+
+/// Whether a token names a key that looks like one of ours and is not among `keys`.
+#[must_use]
+pub fn names_a_key_besides(keys: &TokenKeys, token: &str) -> bool {
+    let ours = |kid: &String| kid.len() == 16 && kid.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    named_key(token).filter(ours).is_some_and(|kid| keys.named(&kid).is_none())
 }
 
 fn not_expired(exp: i64, now: OffsetDateTime) -> Result<(), Problem> {
     if now.unix_timestamp() < exp { Ok(()) } else { Err(Problem::new(ErrorCode::TokenExpired)) }
 }
 
-/// The public key as a JSON Web Key Set (RFC 7517).
+/// The public keys as a JSON Web Key Set (RFC 7517).
 #[must_use]
-pub fn jwks(key: &TokenKey) -> serde_json::Value {
-    serde_json::json!({"keys": [{
-        "kty": "OKP", "crv": "Ed25519", "use": "sig", "alg": "EdDSA",
-        "kid": key.kid(), "x": URL_SAFE_NO_PAD.encode(key.public()),
-    }]})
+pub fn jwks(keys: &TokenKeys) -> serde_json::Value {
+    let keys = keys.iter().map(|key| {
+        serde_json::json!({
+            "kty": "OKP", "crv": "Ed25519", "use": "sig", "alg": "EdDSA",
+            "kid": key.kid(), "x": URL_SAFE_NO_PAD.encode(key.public()),
+        })
+    });
+    serde_json::json!({"keys": keys.collect::<Vec<_>>()})
 }
 
 #[cfg(test)]
@@ -247,34 +270,37 @@ mod tests {
 
     #[test]
     fn a_token_is_valid_for_exactly_its_lifetime() {
-        let key = TokenKey::from_seed(&[1; 32]);
-        let token = mint_client(&key, ISSUER, who(), Uuid::nil(), at(1_000));
-        assert_eq!(verify_client(&key, ISSUER, token.expose(), at(1_899)).unwrap().token, who());
-        assert_eq!(code(verify_client(&key, ISSUER, token.expose(), at(1_900))), ErrorCode::TokenExpired);
+        let keys = TokenKeys::from(TokenKey::from_seed(&[1; 32]));
+        let key = keys.signing(at(0));
+        let token = mint_client(key, ISSUER, who(), Uuid::nil(), at(1_000));
+        assert_eq!(verify_client(&keys, ISSUER, token.expose(), at(1_899)).unwrap().token, who());
+        assert_eq!(code(verify_client(&keys, ISSUER, token.expose(), at(1_900))), ErrorCode::TokenExpired);
     }
 
     #[test]
     fn another_key_issuer_or_audience_is_refused() {
-        let key = TokenKey::from_seed(&[1; 32]);
-        let token = mint_client(&key, ISSUER, who(), Uuid::nil(), at(1_000));
-        let other = TokenKey::from_seed(&[2; 32]);
+        let keys = TokenKeys::from(TokenKey::from_seed(&[1; 32]));
+        let key = keys.signing(at(0));
+        let token = mint_client(key, ISSUER, who(), Uuid::nil(), at(1_000));
+        let other = TokenKeys::from(TokenKey::from_seed(&[2; 32]));
         assert_eq!(code(verify_client(&other, ISSUER, token.expose(), at(1_001))), ErrorCode::InvalidToken);
-        assert_eq!(code(verify_client(&key, "https://evil", token.expose(), at(1_001))), ErrorCode::InvalidToken);
-        assert_eq!(code(verify_admin(&key, ISSUER, token.expose(), at(1_001))), ErrorCode::InvalidToken);
-        let admin = mint_admin(&key, ISSUER, "ops", at(1_000));
-        assert_eq!(code(verify_client(&key, ISSUER, admin.expose(), at(1_001))), ErrorCode::InvalidToken);
-        assert_eq!(verify_admin(&key, ISSUER, admin.expose(), at(1_001)).unwrap().subject, "ops");
+        assert_eq!(code(verify_client(&keys, "https://evil", token.expose(), at(1_001))), ErrorCode::InvalidToken);
+        assert_eq!(code(verify_admin(&keys, ISSUER, token.expose(), at(1_001))), ErrorCode::InvalidToken);
+        let admin = mint_admin(key, ISSUER, "ops", at(1_000));
+        assert_eq!(code(verify_client(&keys, ISSUER, admin.expose(), at(1_001))), ErrorCode::InvalidToken);
+        assert_eq!(verify_admin(&keys, ISSUER, admin.expose(), at(1_001)).unwrap().subject, "ops");
     }
 
     #[test]
     fn a_token_that_chooses_its_own_algorithm_is_refused() {
-        let key = TokenKey::from_seed(&[1; 32]);
-        let token = mint_client(&key, ISSUER, who(), Uuid::nil(), at(1_000));
+        let keys = TokenKeys::from(TokenKey::from_seed(&[1; 32]));
+        let key = keys.signing(at(0));
+        let token = mint_client(key, ISSUER, who(), Uuid::nil(), at(1_000));
         let (_, rest) = token.expose().split_once('.').unwrap();
         for alg in ["none", "HS256", "EdDSA"] {
             let header = URL_SAFE_NO_PAD.encode(format!(r#"{{"alg":"{alg}","kid":"{}"}}"#, key.kid()));
             let forged = format!("{header}.{rest}");
-            assert_eq!(code(verify_client(&key, ISSUER, &forged, at(1_001))), ErrorCode::InvalidToken, "{alg}");
+            assert_eq!(code(verify_client(&keys, ISSUER, &forged, at(1_001))), ErrorCode::InvalidToken, "{alg}");
         }
         // the public key as an HMAC secret
         let mut header = Header::new(Algorithm::HS256);
@@ -282,15 +308,16 @@ mod tests {
         let claims = serde_json::json!({"iss": ISSUER, "aud": "admin", "sub": "x", "iat": 1, "exp": 9_999_999_999_i64, "jti": Uuid::nil()});
         let forged =
             jsonwebtoken::encode(&header, &claims, &jsonwebtoken::EncodingKey::from_secret(key.public())).unwrap();
-        assert_eq!(code(verify_admin(&key, ISSUER, &forged, at(1_001))), ErrorCode::InvalidToken);
+        assert_eq!(code(verify_admin(&keys, ISSUER, &forged, at(1_001))), ErrorCode::InvalidToken);
     }
 
     #[test]
     fn damaged_tokens_are_refused() {
-        let key = TokenKey::from_seed(&[1; 32]);
-        let token = mint_client(&key, ISSUER, who(), Uuid::nil(), at(1_000));
+        let keys = TokenKeys::from(TokenKey::from_seed(&[1; 32]));
+        let key = keys.signing(at(0));
+        let token = mint_client(key, ISSUER, who(), Uuid::nil(), at(1_000));
         for text in ["", ".", "..", "a.b.c", "ey", &token.expose()[1..], &token.expose()[..token.expose().len() - 1]] {
-            assert_eq!(code(verify_client(&key, ISSUER, text, at(1_001))), ErrorCode::InvalidToken, "{text}");
+            assert_eq!(code(verify_client(&keys, ISSUER, text, at(1_001))), ErrorCode::InvalidToken, "{text}");
         }
     }
 }

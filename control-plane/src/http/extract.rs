@@ -97,8 +97,11 @@ impl FromRequestParts<App> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
-        let (key, issuer) = (&app.secrets.token_key, &app.config.public_url);
-        let claims = bearer(&parts.headers).and_then(|token| app.tokens.client(key, issuer, token, app.clock.now()));
+        let (issuer, now) = (&app.config.public_url, app.clock.now());
+        let claims = match bearer(&parts.headers) {
+            Ok(token) => app.verified(token, |keys| app.tokens.client(keys, issuer, token, now)).await,
+            Err(problem) => Err(problem),
+        };
         let claims = api_keys::authenticate_user(app, parts, claims).await?;
         Ok(Self { tenant: claims.tenant, user: claims.user, request_id: context::request_id() })
     }
@@ -149,8 +152,9 @@ impl FromRequestParts<App> for Admin {
 
 /// The subject of an admin token that nobody has revoked.
 async fn staff_token(app: &App, parts: &Parts) -> Result<String, Problem> {
-    let (key, issuer) = (&app.secrets.token_key, &app.config.public_url);
-    let token = tokens::verify_admin(key, issuer, bearer(&parts.headers)?, app.clock.now())?;
+    let (issuer, now) = (&app.config.public_url, app.clock.now());
+    let token = bearer(&parts.headers)?;
+    let token = app.verified(token, |keys| tokens::verify_admin(keys, issuer, token, now)).await?;
     if admin_tokens::is_revoked(&app.db.sys, token.id).await? {
         return Err(Problem::new(ErrorCode::InvalidToken).detail("This token was revoked."));
     }

@@ -1,16 +1,14 @@
-//! Secrets that every replica shares, in `platform.secrets`, sealed with the KEK: the Ed25519 key that signs tokens, the
-//! TLS identity of the node gateway, and the pepper of API secrets and refresh tokens.
+//! Secrets that every replica shares, in `platform.secrets`, sealed with the KEK: the TLS identity of the node gateway, and
+//! the pepper of API secrets and refresh tokens. The keys of tokens lie there too; see `token_keys`.
 //!
 //! Whichever replica starts first draws them: insert, on conflict do nothing, then read what is there.
 
 use std::fmt;
 
 use cvault_node_protocol::tls::{Identity, IdentityError};
-use ed25519_dalek::SigningKey;
-use ed25519_dalek::pkcs8::EncodePrivateKey;
 use hmac::{Hmac, Mac};
 use rand::CryptoRng;
-use sha2::{Digest, Sha256};
+use sha2::Sha256;
 use sqlx::PgPool;
 use zeroize::Zeroizing;
 
@@ -19,7 +17,6 @@ use super::{KeyError, KeyRing};
 /// The installation's own secrets, in clear, in memory only.
 pub struct PlatformSecrets {
     pub node_identity: Identity,
-    pub token_key: TokenKey,
     pub pepper: Zeroizing<[u8; 32]>,
 }
 
@@ -31,9 +28,9 @@ pub enum SecretsError {
         "the key-encryption key does not open the secrets of this database ({name}): give the key this database was \
          set up with, in CVAULT_KEK_FILE or API_ENCRYPTION_KEY"
     )]
-    WrongKek { name: &'static str, source: KeyError },
+    WrongKek { name: String, source: KeyError },
     #[error("the stored secret {name} is damaged")]
-    Damaged { name: &'static str },
+    Damaged { name: String },
     #[error("no TLS identity can be made")]
     Identity(#[from] IdentityError),
 }
@@ -44,19 +41,12 @@ impl PlatformSecrets {
     /// # Errors
     /// When the database does not answer, or the KEK is not the one they were sealed with.
     pub async fn load(sys: &PgPool, keys: &KeyRing, rng: &mut impl CryptoRng) -> Result<Self, SecretsError> {
-        let mut token_key = Zeroizing::new([0; 32]);
-        rng.fill_bytes(token_key.as_mut());
         let mut pepper = Zeroizing::new([0; 32]);
         rng.fill_bytes(pepper.as_mut());
         let identity = Identity::generate()?;
-        let token_key = drawn_once(sys, keys, "token_key", token_key.as_ref()).await?;
         let pepper = drawn_once(sys, keys, "pepper", pepper.as_ref()).await?;
         let identity = drawn_once(sys, keys, "node_identity", identity.private_key()).await?;
-        Ok(Self {
-            node_identity: Identity::from_pkcs8(&identity)?,
-            token_key: TokenKey::from_seed(&*bytes32(&token_key, "token_key")?),
-            pepper: bytes32(&pepper, "pepper")?,
-        })
+        Ok(Self { node_identity: Identity::from_pkcs8(&identity)?, pepper: bytes32(&pepper, "pepper")? })
     }
 
     /// HMAC-SHA-256 of `text` under the pepper: how API secrets and refresh tokens are stored, and what a
@@ -95,7 +85,7 @@ async fn drawn_once(
     .await?;
     let sealed =
         sqlx::query_scalar!("select sealed from platform.secrets where name = $1", name).fetch_one(sys).await?;
-    keys.unwrap(&aad, &sealed).map_err(|source| SecretsError::WrongKek { name, source })
+    keys.unwrap(&aad, &sealed).map_err(|source| SecretsError::WrongKek { name: name.to_owned(), source })
 }
 
 pub(super) fn secret_aad(name: &str) -> Vec<u8> {
@@ -107,54 +97,6 @@ pub(crate) fn kept_answer_aad(principal: &str, key: &str) -> Vec<u8> {
     format!("platform.idempotency_keys.response_sealed:{principal}\0{key}").into_bytes()
 }
 
-fn bytes32(bytes: &[u8], name: &'static str) -> Result<Zeroizing<[u8; 32]>, SecretsError> {
-    <[u8; 32]>::try_from(bytes).map(Zeroizing::new).map_err(|_| SecretsError::Damaged { name })
-}
-
-/// The Ed25519 key that signs user and admin tokens. `Debug` shows the key id only.
-pub struct TokenKey {
-    kid: String,
-    public: [u8; 32],
-    encoding: jsonwebtoken::EncodingKey,
-    decoding: jsonwebtoken::DecodingKey,
-}
-
-impl TokenKey {
-    #[must_use]
-    pub fn from_seed(seed: &[u8; 32]) -> Self {
-        let key = SigningKey::from_bytes(seed);
-        let public = key.verifying_key().to_bytes();
-        let der = key.to_pkcs8_der().expect("an Ed25519 key has a PKCS#8 form");
-        Self {
-            kid: hex::encode(&Sha256::digest(public)[..8]),
-            public,
-            encoding: jsonwebtoken::EncodingKey::from_ed_der(der.as_bytes()),
-            decoding: jsonwebtoken::DecodingKey::from_ed_der(&public),
-        }
-    }
-
-    /// Names this key in token headers and in the JWKS.
-    #[must_use]
-    pub fn kid(&self) -> &str {
-        &self.kid
-    }
-
-    #[must_use]
-    pub fn public(&self) -> &[u8; 32] {
-        &self.public
-    }
-
-    pub(crate) fn encoding(&self) -> &jsonwebtoken::EncodingKey {
-        &self.encoding
-    }
-
-    pub(crate) fn decoding(&self) -> &jsonwebtoken::DecodingKey {
-        &self.decoding
-    }
-}
-
-impl fmt::Debug for TokenKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TokenKey").field("kid", &self.kid).finish_non_exhaustive()
-    }
+pub(super) fn bytes32(bytes: &[u8], name: &str) -> Result<Zeroizing<[u8; 32]>, SecretsError> {
+    <[u8; 32]>::try_from(bytes).map(Zeroizing::new).map_err(|_| SecretsError::Damaged { name: name.to_owned() })
 }

@@ -326,8 +326,9 @@ pub async fn issue(
     )
     .execute(tx.conn())
     .await?;
+    let keys = app.token_keys().await?;
     Ok(PortalTokens {
-        access_token: tokens::mint_portal(&app.secrets.token_key, &app.config.public_url, who, now),
+        access_token: tokens::mint_portal(keys.signing(now), &app.config.public_url, who, now),
         refresh_token,
         token_type: "Bearer".to_owned(),
         expires_in: tokens::ACCESS_SECONDS,

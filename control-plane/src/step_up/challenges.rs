@@ -12,7 +12,7 @@ use crate::app::App;
 use crate::audit;
 use crate::auth::events::{self, AdminEvent, AuthKind, Outcome};
 use crate::auth::opaque;
-use crate::auth::passwords::PasswordError;
+use crate::auth::passwords::{Party, PasswordError};
 use crate::db::DbError;
 use crate::http::{Portal, Problem};
 use crate::portal::sessions::{self, End, Seen};
@@ -123,7 +123,7 @@ pub async fn verify(
     let guessed = attempts::account(&account.email);
     app.throttles.guess(guessed).map_err(VerifyError::Limited)?;
     // no transaction is open while this takes its fifth of a second
-    let right = app.passwords.verify(password, account.password_hash).await;
+    let right = app.passwords.verify(Party::Tenant(portal.tenant), password, account.password_hash).await;
     if !matches!(right, Ok(false)) {
         app.throttles.no_guess(guessed);
     }

@@ -1,6 +1,6 @@
 //! Keys, secrets, tokens, passwords: the right ones work, and each wrong one has its exact answer.
 
-use cvault_control_plane::auth::passwords::{Passwords, Scheme};
+use cvault_control_plane::auth::passwords::{Party, Passwords, Scheme};
 use cvault_control_plane::auth::tokens::{self, ClientToken};
 use cvault_types::{Secret, TenantId, UserId};
 use serde_json::{Value, json};
@@ -51,7 +51,7 @@ async fn a_login_brings_an_old_hash_up_to_the_configured_scheme() {
     let platform = Platform::with(|config| config.passwords = scheme).await;
     let tenant = platform.tenant().await;
     platform.register(&tenant, "a@example.com").await;
-    let old = Passwords::new(Scheme::Bcrypt { cost: 10 }).hash(Secret::new(PASSWORD)).await.unwrap();
+    let old = Passwords::new(Scheme::Bcrypt { cost: 10 }).hash(Party::Portal, Secret::new(PASSWORD)).await.unwrap();
     let mut superuser = sqlx::PgConnection::connect_with(&platform.database.superuser()).await.unwrap();
     let mut stored = async || -> String {
         sqlx::query_scalar("select password_hash from cvault.users").fetch_one(&mut superuser).await.unwrap()
@@ -195,7 +195,8 @@ async fn wrong_admin_tokens_have_their_exact_answers() {
     let platform = Platform::start().await;
     let tenant = platform.tenant().await;
     let user = platform.register(&tenant, "a@example.com").await;
-    let key = &platform.app.secrets.token_key;
+    let keys = platform.app.token_keys.last();
+    let key = keys.signing(platform.app.clock.now());
     let issuer = &platform.app.config.public_url;
     let expired = tokens::mint_admin(key, issuer, "x", platform.app.clock.now() - Duration::hours(13));
     let foreign = tokens::mint_admin(key, "https://elsewhere", "x", platform.app.clock.now());
@@ -250,7 +251,7 @@ async fn a_user_token_works_only_with_its_own_tenants_key() {
     let who = ClientToken { tenant: tenant.id.parse::<TenantId>().unwrap(), user: UserId::from_uuid(Uuid::now_v7()) };
     let long_ago = platform.app.clock.now() - Duration::minutes(16);
     let expired = tokens::mint_client(
-        &platform.app.secrets.token_key,
+        platform.app.token_keys.last().signing(platform.app.clock.now()),
         &platform.app.config.public_url,
         who,
         Uuid::now_v7(),

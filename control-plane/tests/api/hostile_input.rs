@@ -26,8 +26,8 @@ fn part(json: &Value) -> String {
 
 /// Forty tokens that a server might take if it were careless; the first part of each pair says what is wrong.
 fn forgeries(platform: &Platform, genuine: &str) -> Vec<(String, String)> {
-    let (key, issuer) = (&platform.app.secrets.token_key, platform.app.config.public_url.as_str());
-    let now = platform.app.clock.now();
+    let (keys, now) = (platform.app.token_keys.last(), platform.app.clock.now());
+    let (key, issuer) = (keys.signing(now), platform.app.config.public_url.as_str());
     let parts: Vec<&str> = genuine.split('.').collect();
     let claims: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(parts[1]).unwrap()).unwrap();
     let mut made: Vec<(String, String)> = Vec::new();

@@ -3,7 +3,7 @@
 use std::pin::Pin;
 use std::time::Duration;
 
-use cvault_control_plane::auth::passwords::PasswordError;
+use cvault_control_plane::auth::passwords::{Party, PasswordError};
 use cvault_types::Secret;
 use futures::FutureExt;
 use serde_json::json;
@@ -64,6 +64,7 @@ async fn who_is_over_the_rate_is_refused_without_a_look_at_the_database_and_nobo
 async fn more_logins_than_the_cores_can_check_are_answered_at_once() {
     let platform = Platform::start().await;
     let tenant = platform.tenant().await;
+    let party = Party::Tenant(tenant.id.parse().unwrap());
     let login = |number: usize| {
         let body = json!({"email": format!("a{number}@example.com"), "password": PASSWORD});
         platform.post("/api/v1/auth/login", &body).backend(&tenant)
@@ -73,7 +74,7 @@ async fn more_logins_than_the_cores_can_check_are_answered_at_once() {
     for number in 0.. {
         assert!(Instant::now() < deadline, "never overloaded");
         // every place there is, and those that have become free meanwhile
-        while let Some(check) = admitted(&platform) {
+        while let Some(check) = admitted(&platform, party) {
             waiting.push(check);
         }
         let answer = login(number).send().await;
@@ -96,8 +97,8 @@ async fn more_logins_than_the_cores_can_check_are_answered_at_once() {
 type Check<'a> = Pin<Box<dyn Future<Output = Result<String, PasswordError>> + 'a>>;
 
 /// Takes a place in the queue of password checks, if there is one.
-fn admitted(platform: &Platform) -> Option<Check<'_>> {
-    let mut check: Check<'_> = Box::pin(platform.app.passwords.hash(Secret::new(PASSWORD)));
+fn admitted(platform: &Platform, party: Party) -> Option<Check<'_>> {
+    let mut check: Check<'_> = Box::pin(platform.app.passwords.hash(party, Secret::new(PASSWORD)));
     match check.as_mut().now_or_never() {
         Some(Err(PasswordError::Overloaded)) => None,
         Some(other) => panic!("{other:?}"),

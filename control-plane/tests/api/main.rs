@@ -21,6 +21,7 @@ mod portal_email;
 mod reclaim;
 mod request_logs;
 mod scene;
+mod signing_keys;
 mod staff;
 mod telemetry;
 mod throttle;

@@ -89,7 +89,8 @@ impl Platform {
 
     pub(crate) fn admin_token(&self) -> String {
         let now = self.app.clock.now();
-        tokens::mint_admin(&self.app.secrets.token_key, &self.app.config.public_url, "test", now).expose().to_owned()
+        let keys = self.app.token_keys.last();
+        tokens::mint_admin(keys.signing(now), &self.app.config.public_url, "test", now).expose().to_owned()
     }
 
     pub(crate) fn call(&self, method: &str, path: &str) -> Call<'_> {

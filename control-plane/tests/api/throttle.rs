@@ -104,7 +104,8 @@ async fn a_token_that_has_expired_is_nobodys_guess() {
     let tenant = platform.tenant().await;
     let session = platform.register(&tenant, "a@example.com").await;
     let who = ClientToken { tenant: tenant.id.parse().unwrap(), user: session.text("user_id").parse().unwrap() };
-    let (key, issuer) = (&platform.app.secrets.token_key, &platform.app.config.public_url);
+    let (keys, issuer) = (platform.app.token_keys.last(), &platform.app.config.public_url);
+    let key = keys.signing(platform.app.clock.now());
     let long_ago = platform.app.clock.now() - time::Duration::hours(1);
     let token = tokens::mint_client(key, issuer, who, uuid::Uuid::now_v7(), long_ago);
     for _ in 0..110 {

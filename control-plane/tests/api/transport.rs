@@ -228,7 +228,16 @@ async fn the_key_encryption_key_is_replaced_by_one_command_while_both_are_known(
     assert_eq!(admin(&both, &["rotate"]).0, json!({"version": 2, "data_keys": 0, "secrets": 0, "answers": 0}));
     let (after, _) = admin(&both, &["status"]);
     assert_eq!((&after["keys"][0]["version"], &after["keys"][0]["removable"]), (&json!(1), &json!(true)));
+    let (begun, _) = admin(&both, &["rotate-tokens"]);
+    assert_eq!((&begun["status"], &begun["token_keys"][1]["stage"]), (&json!("begun"), &json!("next")));
+    assert_eq!(admin(&both, &["rotate-tokens"]).0["status"], "under_way");
+    let (ended, _) = admin(&both, &["rotate-tokens", "--now"]);
+    assert_eq!((&ended["status"], ended["token_keys"].as_array().unwrap().len()), (&json!("replaced"), 1));
+    let (begun, _) = admin(&both, &["rotate-contexts"]);
+    assert_eq!((&begun["status"], &begun["context_keys"][0]["stage"]), (&json!("begun"), &json!("verifies")));
     let (alone, _) = admin(&format!("2:{NEW_KEK}"), &["status"]);
+    assert_eq!(alone["token_keys"][0]["stage"], "signs");
+    assert_eq!(alone["context_keys"][1]["stage"], "signs");
     assert_eq!(alone["keys"][0]["data_keys"], 3);
     let (nothing, fault) = admin(OLD_KEK, &["status"]);
     assert!(nothing.is_null() && fault.contains("key-encryption key"), "{fault}");

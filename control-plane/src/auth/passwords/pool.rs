@@ -1,138 +1,186 @@
-//! Threads that do nothing else, behind a bounded queue.
+//! Threads that do nothing else, behind a bounded queue in which parties take turns.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use cvault_types::TenantId;
 use tokio::sync::oneshot;
 
 use super::PasswordError;
+use super::queue::{Pushed, Queue, Ticket};
 use crate::metrics;
 
 /// The lowest priority there is: whoever else wants the core gets it (and 70 times as much of it).
 const NICE: i32 = 19;
 
-type Job = Box<dyn FnOnce() + Send>;
+/// Who shares the threads with the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Party {
+    Tenant(TenantId),
+    /// Everybody who knocks at the portal: whose account it is, is not known before the password was right.
+    Portal,
+}
+
+/// Tells what the job is to do. Never under the lock: a caller may be woken by it.
+type Job = Box<dyn FnOnce(Turn) + Send>;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Work,
+    GiveUp,
+}
 
 /// Ends its threads when it is dropped and its queue is empty.
 #[derive(Debug)]
 pub(super) struct Pool {
-    queue: SyncSender<Job>,
-    admitted: Arc<AtomicUsize>,
-    max_admitted: usize,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// One more job waits, or the pool is closed.
+    changed: Condvar,
+    /// Running and waiting, so that a thread that is between two jobs is no place more.
+    places: usize,
+}
+
+#[derive(Default)]
+struct State {
+    queue: Queue<Party, Job>,
+    running: usize,
+    closed: bool,
 }
 
 impl Pool {
     /// # Panics
     /// When the system has no thread to give.
     pub(super) fn start(running: usize, waiting: usize) -> Self {
-        let max_admitted = running + waiting;
-        // places are counted apart, so that a thread that is between two jobs is no place more
-        let (queue, jobs) = mpsc::sync_channel(max_admitted);
-        let jobs = Arc::new(Mutex::new(jobs));
+        let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), places: running + waiting });
         for index in 0..running {
-            let jobs = Arc::clone(&jobs);
+            let shared = Arc::clone(&shared);
             std::thread::Builder::new()
                 .name(format!("cvault-hash-{index}"))
-                .spawn(move || work(&jobs))
+                .spawn(move || work(&shared))
                 .expect("a thread can be started");
         }
-        Self { queue, admitted: Arc::new(AtomicUsize::new(0)), max_admitted }
+        Self { shared }
     }
 
-    /// Runs `work` on one of the threads. When nobody waits for it any more, it is left out if it has not begun.
+    /// Runs `work` on one of the threads, when it is the turn of `party`. When this is cancelled before, it is left out.
     pub(super) async fn run<T: Send + 'static>(
         &self,
+        party: Party,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, PasswordError> {
-        let place = Place::take(&self.admitted, self.max_admitted).ok_or(PasswordError::Overloaded)?;
         let (answer, answered) = oneshot::channel();
-        let job = Box::new(move || {
-            let _held = place;
-            if !answer.is_closed() {
-                // who does not wait any more does not want it
-                let _ = answer.send(work());
-            }
+        let job: Job = Box::new(move |turn| {
+            let outcome = match turn {
+                Turn::Work => Ok(work()),
+                Turn::GiveUp => Err(PasswordError::Overloaded),
+            };
+            // who does not wait any more does not want it
+            let _ = answer.send(outcome);
         });
-        self.queue.try_send(job).map_err(|error| match error {
-            TrySendError::Full(_) => PasswordError::Overloaded,
-            TrySendError::Disconnected(_) => PasswordError::Interrupted,
-        })?;
-        answered.await.map_err(|_| PasswordError::Interrupted)
+        let _waits = self.push(party, job)?;
+        answered.await.map_err(|_| PasswordError::Interrupted)?
+    }
+
+    fn push(&self, party: Party, job: Job) -> Result<Waits<'_>, PasswordError> {
+        let (pushed, ticket) = {
+            let mut state = self.shared.state();
+            let places = self.shared.places - state.running;
+            let (pushed, ticket) = match state.queue.push(party, job, places) {
+                Pushed::Waits(ticket) => (None, ticket),
+                Pushed::InPlaceOf(ticket, out) => (Some(out), ticket),
+                Pushed::Refused(_) => return Err(PasswordError::Overloaded),
+            };
+            state.measured();
+            (pushed, ticket)
+        };
+        self.shared.changed.notify_one();
+        if let Some(out) = pushed {
+            out(Turn::GiveUp);
+        }
+        Ok(Waits { shared: &self.shared, party, ticket })
     }
 }
 
-fn work(jobs: &Mutex<Receiver<Job>>) {
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.state().closed = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+/// Gives the place back when nobody waits any more.
+struct Waits<'a> {
+    shared: &'a Shared,
+    party: Party,
+    ticket: Ticket,
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        let mut state = self.shared.state();
+        let given_back = state.queue.remove(self.party, self.ticket);
+        if given_back.is_some() {
+            state.measured();
+        }
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next job, which runs from now on; `None` when there will be none.
+    fn next(&self) -> Option<Job> {
+        let mut state = self.state();
+        loop {
+            if let Some(job) = state.queue.pop() {
+                state.running += 1;
+                return Some(job);
+            }
+            if state.closed {
+                return None;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn done(&self) {
+        let mut state = self.state();
+        state.running -= 1;
+        state.measured();
+    }
+}
+
+impl State {
+    /// Under the lock, so that the last figure told is the last one there was.
+    fn measured(&self) {
+        metrics::password_queue(self.running + self.queue.len());
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("places", &self.places).finish_non_exhaustive()
+    }
+}
+
+fn work(shared: &Shared) {
     if let Err(error) = rustix::process::setpriority_process(None, NICE) {
         tracing::debug!(%error, "password threads keep the usual priority");
     }
-    loop {
-        let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(job) = job else { return };
+    while let Some(job) = shared.next() {
         // a panic ends this job: its caller is told by the answer that never comes
-        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err() {
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(Turn::Work))).is_err() {
             tracing::error!("a password check has panicked");
         }
-    }
-}
-
-/// One place in the pool, running or waiting.
-struct Place(Arc<AtomicUsize>);
-
-impl Place {
-    fn take(admitted: &Arc<AtomicUsize>, max: usize) -> Option<Self> {
-        let taken = admitted
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| (count < max).then_some(count + 1))
-            .ok()?;
-        metrics::password_queue(taken + 1);
-        Some(Self(Arc::clone(admitted)))
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        metrics::password_queue(self.0.fetch_sub(1, Ordering::Relaxed) - 1);
+        shared.done();
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn the_threads_give_way_to_everybody_and_survive_a_panic() {
-        let pool = Pool::start(1, 2);
-        let own = rustix::process::getpriority_process(None).unwrap();
-        let theirs = pool.run(|| rustix::process::getpriority_process(None).unwrap()).await.unwrap();
-        assert_eq!((own, theirs), (rustix::process::getpriority_process(None).unwrap(), NICE));
-        assert!(own < NICE);
-        let panicked = pool.run(|| panic!("a fault of ours")).await;
-        assert!(matches!(panicked, Err::<(), _>(PasswordError::Interrupted)));
-        assert_eq!(pool.run(|| 7).await.unwrap(), 7);
-    }
-
-    #[tokio::test]
-    async fn work_that_nobody_waits_for_is_left_out() {
-        let pool = Arc::new(Pool::start(1, 4));
-        let (go, wait) = mpsc::channel::<()>();
-        let busy = tokio::spawn({
-            let pool = Arc::clone(&pool);
-            async move { pool.run(move || wait.recv().is_ok()).await }
-        });
-        let done = Arc::new(AtomicUsize::new(0));
-        let left = {
-            let done = Arc::clone(&done);
-            let pool = Arc::clone(&pool);
-            tokio::spawn(async move { pool.run(move || done.fetch_add(1, Ordering::Relaxed)).await })
-        };
-        while pool.admitted.load(Ordering::Relaxed) < 2 {
-            tokio::task::yield_now().await;
-        }
-        left.abort();
-        assert!(left.await.unwrap_err().is_cancelled());
-        go.send(()).unwrap();
-        assert!(busy.await.unwrap().unwrap());
-        pool.run(|| ()).await.unwrap();
-        assert_eq!(done.load(Ordering::Relaxed), 0);
-    }
-}
+mod tests;

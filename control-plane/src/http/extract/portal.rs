@@ -52,7 +52,7 @@ impl Portal {
     pub(crate) async fn find(parts: &Parts, app: &App) -> Result<Found, Problem> {
         let ip = Peer::of(parts).ip();
         // a token that is right is nobody's guess, whoever fails from the same network; a cookie is known when it was right
-        let credential = credential(parts, app);
+        let credential = credential(parts, app).await;
         let known = match &credential {
             Ok(Credential::Token(_)) => None,
             Ok(Credential::Cookie(hash)) => {
@@ -91,12 +91,13 @@ impl Portal {
     }
 }
 
-fn credential(parts: &Parts, app: &App) -> Result<Credential, Problem> {
+async fn credential(parts: &Parts, app: &App) -> Result<Credential, Problem> {
     let headers = &parts.headers;
     if headers.contains_key(AUTHORIZATION) {
         let token = bearer(headers)?;
-        let (key, issuer) = (&app.secrets.token_key, &app.config.public_url);
-        return Ok(Credential::Token(tokens::verify_portal(key, issuer, token, app.clock.now())?));
+        let (issuer, now) = (&app.config.public_url, app.clock.now());
+        let token = app.verified(token, |keys| tokens::verify_portal(keys, issuer, token, now)).await?;
+        return Ok(Credential::Token(token));
     }
     let cookie = browser::session_cookie(headers).filter(|text| opaque::SESSION_COOKIE.is_well_formed(text));
     let cookie = cookie.ok_or_else(|| {

@@ -16,7 +16,7 @@ use crate::app::App;
 use crate::auth::api_keys::Proof;
 use crate::auth::email::Email;
 use crate::auth::events::{self, AuthEvent, AuthKind, Outcome};
-use crate::auth::passwords::{self, PasswordError};
+use crate::auth::passwords::{self, Party, PasswordError};
 use crate::auth::refresh::{self, Family, Taken};
 use crate::auth::throttle::Account;
 use crate::auth::tokens::{self, ClientToken};
@@ -59,7 +59,7 @@ async fn register(
     if let Some(replay) = before_hashing(&app, event, &principal, &email).await? {
         return Ok(replay);
     }
-    let hash = app.passwords.hash(password).await?;
+    let hash = app.passwords.hash(Party::Tenant(key.tenant), password).await?;
     let mut tx = app.db.tenancy.begin(key.tenant).await?;
     let place = match idempotency::claim(&mut tx, &app, principal).await? {
         Claim::Proceed(place) => place,
@@ -189,7 +189,7 @@ async fn check_password(app: &App, tenant: TenantId, body: LoginRequest) -> Resu
     };
     let (user, hash) = found.map_or((None, None), |login| (login.active.then_some(login.user), login.password_hash));
     // no transaction is open while this takes its fifth of a second
-    let verified = app.passwords.verify_login(body.password, hash.clone()).await?;
+    let verified = app.passwords.verify_login(Party::Tenant(tenant), body.password, hash.clone()).await?;
     let rehashed = hash.zip(verified.rehashed).map(|(old, new)| Rehashed { old, new });
     Ok(Checked { user, right: verified.right, rehashed })
 }
@@ -310,9 +310,10 @@ pub(super) async fn open_session(app: &App, tx: &mut TenantTx, family: Family) -
     let now = app.clock.now();
     let refresh_token = refresh::issue(tx, &app.secrets, family, now, &mut rand::rngs::StdRng::from_os_rng()).await?;
     let who = ClientToken { tenant: tx.tenant(), user: family.user };
+    let keys = app.token_keys().await?;
     Ok(TokenResponse {
         user_id: family.user,
-        access_token: tokens::mint_client(&app.secrets.token_key, &app.config.public_url, who, family.id, now),
+        access_token: tokens::mint_client(keys.signing(now), &app.config.public_url, who, family.id, now),
         refresh_token,
         token_type: "Bearer".to_owned(),
         expires_in: tokens::ACCESS_SECONDS,

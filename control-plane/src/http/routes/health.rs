@@ -57,12 +57,12 @@ async fn metrics_text(State(app): State<App>) -> impl IntoResponse {
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics::render())
 }
 
-/// The public key that verifies access tokens (JSON Web Key Set).
+/// The public keys that verify access tokens (JSON Web Key Set): the one that signs, the next one, and earlier ones.
 #[utoipa::path(get, path = "/.well-known/jwks.json", tag = "platform", security(()),
     responses((status = 200, body = serde_json::Value,
         example = json!({"keys": [{"kty": "OKP", "crv": "Ed25519", "alg": "EdDSA", "use": "sig", "kid": "…", "x": "…"}]}))))]
 async fn jwks(State(app): State<App>) -> impl IntoResponse {
-    (PUBLIC, Json(tokens::jwks(&app.secrets.token_key)))
+    (PUBLIC, Json(tokens::jwks(&app.token_keys.last())))
 }
 
 /// This document.

@@ -25,7 +25,7 @@ use crate::app::App;
 use crate::audit;
 use crate::auth::email::Email;
 use crate::auth::events::{AuthKind, Outcome};
-use crate::auth::passwords;
+use crate::auth::passwords::{self, Party};
 use crate::auth::tokens::PortalToken;
 use crate::db::DbError;
 use crate::http::idempotency::{self, Claim};
@@ -83,7 +83,7 @@ async fn make_account(
     if accounts::find(&app.db.sys, &email).await?.is_some() {
         return Err(email_taken());
     }
-    let password_hash = app.passwords.hash(password).await?;
+    let password_hash = app.passwords.hash(Party::Portal, password).await?;
     let form = Form { settings, email, password_hash };
     Ok(signup::sign_up(app, form, origin.how(), &origin.seen, &mut StdRng::from_os_rng()).await?)
 }
@@ -150,7 +150,7 @@ async fn check_password(app: &App, body: PortalLoginRequest) -> Result<Checked, 
     tx.commit().await?;
     let hash = account.as_ref().and_then(|account| account.password_hash.clone());
     // no transaction is open while this takes its fifth of a second
-    let verified = app.passwords.verify_login(body.password, hash).await?;
+    let verified = app.passwords.verify_login(Party::Portal, body.password, hash).await?;
     Ok(Checked { tenant, account, right: verified.right, rehashed: verified.rehashed })
 }
 

@@ -20,7 +20,7 @@ use super::portal_link::{self, Mailing};
 use crate::app::App;
 use crate::auth::email::Email;
 use crate::auth::events::Outcome;
-use crate::auth::passwords;
+use crate::auth::passwords::{self, Party};
 use crate::http::{Json, Path, Portal, Problem, idempotency};
 use crate::portal::attempts::{self, AttemptKind};
 use crate::portal::links;
@@ -113,7 +113,7 @@ async fn confirm_reset(
 ) -> Result<StatusCode, Problem> {
     passwords::checked(Problem::validation(), "/password", &body.password).or_ok(())?;
     let tenant = portal_link::tenant_of(&app, &origin, &body.token).await?;
-    let hash = app.passwords.hash(body.password).await?;
+    let hash = app.passwords.hash(Party::Tenant(tenant), body.password).await?;
     if recovery::reset_password(&app, tenant, &body.token, &hash, origin.caller()).await? {
         return Ok(StatusCode::NO_CONTENT);
     }
@@ -136,7 +136,7 @@ async fn change_password(
 ) -> Result<Response, Problem> {
     passwords::checked(Problem::validation(), "/password", &body.password).or_ok(())?;
     step_up::require(&app, &portal, "password.change").await?;
-    let hash = app.passwords.hash(body.password).await?;
+    let hash = app.passwords.hash(Party::Tenant(portal.tenant), body.password).await?;
     idempotency::once(&app, portal.tenant, portal.actor(), StatusCode::NO_CONTENT, async |tx| {
         Ok(recovery::change_password(tx, &app, &portal, &hash, origin.seen.ip).await?)
     })
