@@ -130,17 +130,16 @@ begin
 end
 $$;
 ALTER FUNCTION platform.id_text(p_prefix text, p_id uuid) OWNER TO cvault_owner;
-CREATE FUNCTION platform.list_servers() RETURNS TABLE(server_id uuid, name text, region text, public_ip inet, endpoint_port integer, public_key bytea, pool_id uuid, pool_ipv4 cidr, capacity integer, peer_count bigint, status text, enrolled boolean, last_seen_at timestamp with time zone, revision bigint, acked_revision bigint)
+CREATE FUNCTION platform.list_servers() RETURNS TABLE(server_id uuid, name text, region text, public_ip inet, endpoint_port integer, public_key bytea, pool_id uuid, capacity integer, peer_count bigint, status text, enrolled boolean, last_seen_at timestamp with time zone, acked_revision bigint)
     LANGUAGE plpgsql STABLE SECURITY DEFINER ROWS 20
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
 begin
     return query
-        select s.server_id, s.name, s.region, s.public_ip, s.endpoint_port, s.public_key, s.pool_id, p.ipv4, s.capacity,
-               s.peer_count, s.status, s.identity_pin is not null, s.last_seen_at, s.revision, s.acked_revision
-        from platform.servers s join platform.address_pools p using (pool_id)
-        where s.status <> 'removed'
-        order by s.region, s.name;
+        select s.server_id, s.name, s.region, s.public_ip, s.endpoint_port, s.public_key, s.pool_id, s.capacity, s.peer_count,
+               s.status, s.identity_pin is not null, s.last_seen_at, s.acked_revision
+        from platform.servers s
+        where s.status <> 'removed';
 end
 $$;
 ALTER FUNCTION platform.list_servers() OWNER TO cvault_fn;
@@ -1548,10 +1547,11 @@ CREATE INDEX refresh_tokens_expires ON cvault.refresh_tokens USING btree (expire
 CREATE INDEX refresh_tokens_family ON cvault.refresh_tokens USING btree (tenant_id, family_id);
 CREATE INDEX refresh_tokens_user ON cvault.refresh_tokens USING btree (tenant_id, user_id);
 CREATE INDEX sessions_closed_at ON cvault.sessions USING btree (disconnected_at) WHERE (status = 'disconnected'::text);
-CREATE INDEX sessions_connected ON cvault.sessions USING btree (tenant_id, connected_at);
 CREATE INDEX sessions_device ON cvault.sessions USING btree (tenant_id, device_id, connected_at);
+CREATE INDEX sessions_ended ON cvault.sessions USING btree (tenant_id, COALESCE(disconnected_at, 'infinity'::timestamp with time zone));
 CREATE UNIQUE INDEX sessions_one_active ON cvault.sessions USING btree (tenant_id, device_id) WHERE (status = 'active'::text);
 CREATE INDEX sessions_open ON cvault.sessions USING btree (connected_at) WHERE (status = 'active'::text);
+CREATE INDEX sessions_user ON cvault.sessions USING btree (tenant_id, user_id, COALESCE(disconnected_at, 'infinity'::timestamp with time zone));
 CREATE INDEX step_up_challenges_session ON cvault.step_up_challenges USING btree (tenant_id, session_id);
 CREATE UNIQUE INDEX tenant_admins_email ON cvault.tenant_admins USING btree (email);
 CREATE INDEX tenants_closed ON cvault.tenants USING btree (tenant_id) WHERE ((status = 'suspended'::text) OR (over_limit_since IS NOT NULL));
@@ -1559,10 +1559,16 @@ CREATE INDEX tenants_deleting ON cvault.tenants USING btree (deleting_since) WHE
 CREATE INDEX tenants_limited ON cvault.tenants USING btree (tenant_id) WHERE ((bandwidth_limit_bytes IS NOT NULL) OR (over_limit_since IS NOT NULL));
 CREATE INDEX usage_hourly_hour ON ONLY cvault.usage_hourly USING btree (hour);
 CREATE INDEX usage_hourly_2026_11_hour_idx ON cvault.usage_hourly_2026_11 USING btree (hour);
+CREATE INDEX usage_hourly_user ON ONLY cvault.usage_hourly USING btree (tenant_id, user_id, hour);
+CREATE INDEX usage_hourly_2026_11_tenant_id_user_id_hour_idx ON cvault.usage_hourly_2026_11 USING btree (tenant_id, user_id, hour);
 CREATE INDEX usage_hourly_2026_12_hour_idx ON cvault.usage_hourly_2026_12 USING btree (hour);
+CREATE INDEX usage_hourly_2026_12_tenant_id_user_id_hour_idx ON cvault.usage_hourly_2026_12 USING btree (tenant_id, user_id, hour);
 CREATE INDEX usage_hourly_2027_01_hour_idx ON cvault.usage_hourly_2027_01 USING btree (hour);
+CREATE INDEX usage_hourly_2027_01_tenant_id_user_id_hour_idx ON cvault.usage_hourly_2027_01 USING btree (tenant_id, user_id, hour);
 CREATE INDEX usage_hourly_2027_02_hour_idx ON cvault.usage_hourly_2027_02 USING btree (hour);
+CREATE INDEX usage_hourly_2027_02_tenant_id_user_id_hour_idx ON cvault.usage_hourly_2027_02 USING btree (tenant_id, user_id, hour);
 CREATE INDEX usage_hourly_default_hour_idx ON cvault.usage_hourly_default USING btree (hour);
+CREATE INDEX usage_hourly_default_tenant_id_user_id_hour_idx ON cvault.usage_hourly_default USING btree (tenant_id, user_id, hour);
 CREATE INDEX users_disabled ON cvault.users USING btree (tenant_id, user_id) WHERE (status = 'disabled'::text);
 CREATE INDEX users_present ON cvault.users USING btree (tenant_id, user_id) WHERE (status <> 'deleted'::text);
 CREATE UNIQUE INDEX address_pools_name_unique ON platform.address_pools USING btree (name) WHERE (deleted_at IS NULL);
@@ -1590,14 +1596,19 @@ CREATE INDEX usage_orphans_hour ON platform.usage_orphans USING btree (hour);
 CREATE INDEX usage_settled_nothing ON platform.usage_settled USING btree (device_id) WHERE ((rx_bytes = (0)::numeric) AND (tx_bytes = (0)::numeric));
 ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_2026_11_hour_idx;
 ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2026_11_pkey;
+ALTER INDEX cvault.usage_hourly_user ATTACH PARTITION cvault.usage_hourly_2026_11_tenant_id_user_id_hour_idx;
 ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_2026_12_hour_idx;
 ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2026_12_pkey;
+ALTER INDEX cvault.usage_hourly_user ATTACH PARTITION cvault.usage_hourly_2026_12_tenant_id_user_id_hour_idx;
 ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_2027_01_hour_idx;
 ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2027_01_pkey;
+ALTER INDEX cvault.usage_hourly_user ATTACH PARTITION cvault.usage_hourly_2027_01_tenant_id_user_id_hour_idx;
 ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_2027_02_hour_idx;
 ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_2027_02_pkey;
+ALTER INDEX cvault.usage_hourly_user ATTACH PARTITION cvault.usage_hourly_2027_02_tenant_id_user_id_hour_idx;
 ALTER INDEX cvault.usage_hourly_hour ATTACH PARTITION cvault.usage_hourly_default_hour_idx;
 ALTER INDEX cvault.usage_hourly_pkey ATTACH PARTITION cvault.usage_hourly_default_pkey;
+ALTER INDEX cvault.usage_hourly_user ATTACH PARTITION cvault.usage_hourly_default_tenant_id_user_id_hour_idx;
 ALTER TABLE ONLY cvault.api_keys
     ADD CONSTRAINT api_keys_tenant_fkey FOREIGN KEY (tenant_id) REFERENCES cvault.tenants(tenant_id);
 ALTER TABLE ONLY cvault.auth_events
