@@ -52,7 +52,7 @@ impl Engine {
     /// Our key is another one: all that was shared is forgotten.
     pub(super) fn share_anew(&mut self) {
         self.ahead = Ahead::default();
-        for (slot, peer) in (0..).zip(&mut self.peers) {
+        for (slot, peer) in (0..=u16::MAX).zip(&mut self.peers) {
             if let Some(peer) = peer {
                 peer.static_shared = None;
                 self.ahead.add(slot);
