@@ -81,9 +81,14 @@ impl<K: Eq + Hash + Copy> Limiter<K> {
     /// Counts one request of `key` at `now`, if it is allowed.
     pub fn charge(&self, key: K, allowance: Allowance, now: Instant) -> Decision {
         let mut table = self.empty_at.lock().unwrap_or_else(PoisonError::into_inner);
-        let decision = decide(level(&table, key, now), allowance);
+        let level = level(&table, key, now);
+        let decision = decide(level, allowance);
+        if level > allowance.depth() {
+            // it was filled when it was a deeper one
+            table.insert(key, now + allowance.depth());
+        }
         if decision.allowed {
-            let level = level(&table, key, now) + allowance.interval();
+            let level = level + allowance.interval();
             if table.len() >= self.max_keys && !table.contains_key(&key) {
                 make_room(&mut table, now);
             }
@@ -114,6 +119,7 @@ fn level<K: Eq + Hash>(table: &HashMap<K, Instant>, key: K, now: Instant) -> Dur
 /// What a bucket filled up to `level` says to one more request.
 fn decide(level: Duration, allowance: Allowance) -> Decision {
     let (interval, depth) = (allowance.interval(), allowance.depth());
+    let level = level.min(depth);
     let allowed = level + interval <= depth;
     let level = if allowed { level + interval } else { level };
     Decision {
@@ -187,6 +193,15 @@ mod tests {
             let interval = Duration::from_secs(60) / per_minute;
             assert_eq!(admitted(start + interval * 3), at_once.min(3), "{per_minute}");
         }
+    }
+
+    #[test]
+    fn a_rate_that_is_raised_counts_from_then_on() {
+        let (limiter, start) = (Limiter::default(), Instant::now());
+        while limiter.charge(1, Allowance::paced(5), start).allowed {}
+        let raised = Allowance::paced(1_000);
+        assert_eq!(limiter.charge(1, raised, start).retry_after_seconds, 1);
+        assert!(limiter.charge(1, raised, start + Duration::from_millis(60)).allowed);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A control plane with a PostgreSQL of its own (`dev`), and the superuser's door to its database.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -55,12 +55,12 @@ impl Platform {
         let program = Path::new(&bin).join("cvault-control-plane");
         let folder = std::env::temp_dir().join(format!("cvault-bench-api-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&folder)?;
-        let address = free_port()?;
+        let [address, nodes] = free_ports()?;
         let log = std::fs::File::create(folder.join("log"))?;
         let process = Command::new(&program)
             .args(["dev", "--data-dir"])
             .arg(folder.join("data"))
-            .args(["--listen", &address.to_string(), "--node-listen", &free_port()?.to_string()])
+            .args(["--listen", &address.to_string(), "--node-listen", &nodes.to_string()])
             .envs(settings.iter().copied())
             .env("CVAULT_LOG", "warn")
             .stdin(Stdio::null())
@@ -257,8 +257,10 @@ impl Drop for Platform {
     }
 }
 
-fn free_port() -> Result<SocketAddr> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+/// Held at the same time, so that they are two.
+fn free_ports() -> Result<[SocketAddr; 2]> {
+    let [one, other] = [TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?];
+    Ok([one.local_addr()?, other.local_addr()?])
 }
 
 /// The UUID in an id: Crockford base32 after the prefix.
