@@ -231,7 +231,12 @@ impl<C: Lent> Tx<C> {
     /// # Errors
     /// [`DbError::CommitUnknown`] when the answer was lost; then nothing may be acknowledged.
     pub async fn commit(mut self) -> Result<(), DbError> {
-        self.end("select 1; commit").await.map_err(DbError::of_commit)
+        self.commit_after("select 1; commit").await
+    }
+
+    /// Commits with `statements`, of which the last is COMMIT: when one before fails, nothing is.
+    pub(crate) async fn commit_after(&mut self, statements: &'static str) -> Result<(), DbError> {
+        self.end(statements).await.map_err(DbError::of_commit)
     }
 
     /// Ends the transaction without effect and keeps the connection. Dropping has the same effect on the rows.

@@ -110,7 +110,7 @@ impl Tenancy {
     /// # Errors
     /// When the database does not answer; then the one that is known counts until its lease is over.
     pub(crate) async fn reload_key(&self) -> Result<(), DbError> {
-        self.key.read(async || ContextKey::load(&self.sys).await).await?;
+        self.key.read(async || Ok(ContextKey::load(&self.sys).await?)).await?;
         Ok(())
     }
 
@@ -132,7 +132,7 @@ impl Tenancy {
     /// # Errors
     /// As [`Tenancy::begin`].
     pub async fn single(&self, tenant: TenantId) -> Result<TenantTx, DbError> {
-        let key = self.key.at(Instant::now(), async || ContextKey::load(&self.sys).await).await?;
+        let key = self.key.at(Instant::now(), async || Ok(ContextKey::load(&self.sys).await?)).await?;
         let session = pool::session(&self.pool).await?;
         let context = key.sign(tenant, Binding::now(session.backend_pid));
         Ok(TenantTx { tx: Tx::of(session), tenant, context, begun: false })
@@ -200,7 +200,10 @@ impl TenantTx {
     /// [`DbError::CommitUnknown`] when the answer was lost; then nothing may be acknowledged.
     pub async fn commit(mut self) -> Result<(), DbError> {
         if self.begun {
-            return self.tx.commit().await;
+            // A context whose key has ended meanwhile made statements find nothing: half of the work would be kept. Keys
+            // only end, so one that is valid now has been so all the time.
+            let checked = "select cvault.enter(current_setting('app.ctx', true)); commit";
+            return self.tx.commit_after(checked).await;
         }
         self.tx.release();
         Ok(())

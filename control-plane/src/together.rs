@@ -22,8 +22,9 @@ pub trait Serve: Send + Sync + 'static {
     /// Served at once. The rest waits for the next time.
     const MOST: usize;
 
-    /// Longer than a connection and a statement may take: a connection that is dead in silence must not hold up the next ones.
-    const PATIENCE: Duration = Duration::from_secs(9);
+    /// Longer than a signing key, a connection and a statement may take: a connection that is dead in silence must not hold up
+    /// the next ones.
+    const PATIENCE: Duration = Duration::from_secs(13);
 
     /// Answers those of `batch`, who are one at least. Whoever is dropped without an answer learns that there is none: all of
     /// them when this panics, or takes longer than it has patience for.

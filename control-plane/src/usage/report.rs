@@ -1,7 +1,7 @@
 //! What a tenant, or one of its users, has used.
 
 use cvault_types::{ErrorCode, TenantId, UserId};
-use time::{Date, OffsetDateTime};
+use time::{Date, Duration, OffsetDateTime};
 use uuid::Uuid;
 
 use crate::db::DbError;
@@ -190,6 +190,9 @@ impl Row {
     }
 }
 
+/// A month.
+const SHORT: Duration = Duration::days(31);
+
 /// Users of a tenant who ask at the same time are answered by one statement. One for the process.
 #[derive(Debug, Default, Clone)]
 pub struct Reports(Together<Reading>);
@@ -197,11 +200,15 @@ pub struct Reports(Together<Reading>);
 struct Reading(Tenancy);
 
 impl Reports {
-    /// As [`of_users`], for one.
+    /// As [`of_users`], for one. A long period is not read together with others: they would wait for it.
     ///
     /// # Errors
     /// Those of the database.
     pub async fn of_user(&self, tenancy: &Tenancy, tenant: TenantId, user: UserId, period: Period) -> Answer {
+        if period.to - period.from > SHORT {
+            let mut report = Reading(tenancy.clone()).read(tenant, &[(user, period)]).await?;
+            return report.pop().ok_or_else(|| DbError::Other(sqlx::Error::RowNotFound).into());
+        }
         let answer = self.0.ask(tenant, (user, period), || Reading(tenancy.clone())).await;
         answer.unwrap_or_else(|| Err(Problem::new(ErrorCode::DatabaseUnavailable).retry_after(1)))
     }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use cvault_control_plane::db::DbError;
 use cvault_control_plane::keys::{self, Replaced, Replacement, Stage};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -194,6 +195,8 @@ async fn a_key_for_contexts_that_was_seen_ends_at_once() {
     two.contexts(Replacement::AtOnce).await;
     let users = sqlx::query_scalar::<_, i64>("select count(*) from cvault.users").fetch_one(long.conn()).await.unwrap();
     assert_eq!(users, 0, "a context of an ended key shows nothing");
+    let refused = long.commit().await.unwrap_err();
+    assert!(matches!(refused, DbError::Unavailable(_)), "what may be half of the work is not kept: {refused}");
     assert_eq!(devices(&two.one, &two.tenant, &token).send().await.status, 200);
     devices(&two.other, &two.tenant, &token).refused(503, "DATABASE_UNAVAILABLE").await;
     keys::reload(&two.other.app).await.unwrap();

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use super::lookup::Row;
 
-/// Below 1 kB each. When there are more, all are forgotten.
-const MAX_KEYS: usize = 4_096;
+/// A kilobyte each, or, with very many allowed origins, some twenty. When there are more, all are forgotten.
+const MAX_KEYS: usize = 1_024;
 /// So soon does a rate that was raised count.
 const REMEMBERED: Duration = Duration::from_secs(1);
 
@@ -21,7 +21,10 @@ impl OverRate {
     pub(super) fn note(&self, key: &str, row: &Arc<Row>, now: Instant) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= MAX_KEYS && !known.contains_key(key) {
-            known.clear();
+            known.retain(|_, (until, _)| *until > now);
+            if known.len() >= MAX_KEYS {
+                known.clear();
+            }
         }
         known.insert(key.to_owned(), (now + REMEMBERED, Arc::clone(row)));
     }
