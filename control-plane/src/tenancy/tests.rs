@@ -78,7 +78,7 @@ async fn a_storm_of_cancelled_panicking_and_killed_transactions_leaves_no_connec
         let (tenancy, tenant) = (db.tenancy.clone(), tenants[number % tenants.len()]);
         let fate = match number % 100 {
             7 => Fate::Panics,
-            ten if ten % 10 == 0 => Fate::Cancelled(rand::rng().random_range(1..12)),
+            ten if ten % 10 == 0 => Fate::Cancelled(rand::rng().random_range(1..8)),
             _ => Fate::Run { writes: number % 4 == 0 },
         };
         tasks.spawn(async move {
@@ -99,7 +99,7 @@ async fn a_storm_of_cancelled_panicking_and_killed_transactions_leaves_no_connec
         outcomes.count(done);
     }
     let Outcomes { done, cancelled, panicked, failed } = outcomes;
-    assert!((500..=2_000).contains(&cancelled), "{cancelled} cancelled of 20000");
+    assert!((300..=2_000).contains(&cancelled), "{cancelled} cancelled of 20000");
     assert!((150..=200).contains(&panicked), "{panicked} panicked");
     assert!(killed > 40, "{killed} backends killed");
     assert!(done > 17_000, "{done} done, {failed} failed");
