@@ -1,7 +1,11 @@
 //! Threads that do nothing else, behind a bounded queue in which parties take turns.
+//!
+//! They never hold what others wait for: one of the lowest priority that is put aside with a lock in its hands would keep
+//! everybody waiting until its next turn. The queue belongs to those who ask; a thread knows of the job it was handed, and no more.
 
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cvault_types::TenantId;
 use tokio::sync::oneshot;
@@ -30,7 +34,10 @@ enum Turn {
     GiveUp,
 }
 
-/// Ends its threads when it is dropped and its queue is empty.
+/// What a thread is handed: the job, and how it tells that it is free again.
+type Handed = (Job, oneshot::Sender<()>);
+
+/// Ends its threads when it is dropped and nothing runs any more.
 #[derive(Debug)]
 pub(super) struct Pool {
     shared: Arc<Shared>,
@@ -38,32 +45,32 @@ pub(super) struct Pool {
 
 struct Shared {
     state: Mutex<State>,
-    /// One more job waits, or the pool is closed.
-    changed: Condvar,
-    /// Running and waiting, so that a thread that is between two jobs is no place more.
+    /// Running and waiting.
     places: usize,
 }
 
 #[derive(Default)]
 struct State {
     queue: Queue<Party, Job>,
+    /// Threads without a job: while there are any, nobody waits.
+    idle: Vec<SyncSender<Handed>>,
     running: usize,
-    closed: bool,
 }
 
 impl Pool {
     /// # Panics
     /// When the system has no thread to give.
     pub(super) fn start(running: usize, waiting: usize) -> Self {
-        let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), places: running + waiting });
-        for index in 0..running {
-            let shared = Arc::clone(&shared);
+        let threads = (0..running).map(|index| {
+            let (thread, jobs) = sync_channel(1);
             std::thread::Builder::new()
                 .name(format!("cvault-hash-{index}"))
-                .spawn(move || work(&shared))
+                .spawn(move || work(&jobs))
                 .expect("a thread can be started");
-        }
-        Self { shared }
+            thread
+        });
+        let state = State { idle: threads.collect(), ..State::default() };
+        Self { shared: Arc::new(Shared { state: Mutex::new(state), places: running + waiting }) }
     }
 
     /// Runs `work` on one of the threads, when it is the turn of `party`. When this is cancelled before, it is left out.
@@ -85,30 +92,30 @@ impl Pool {
         answered.await.map_err(|_| PasswordError::Interrupted)?
     }
 
-    fn push(&self, party: Party, job: Job) -> Result<Waits<'_>, PasswordError> {
-        let (pushed, ticket) = {
+    /// `None`: it has begun.
+    fn push(&self, party: Party, job: Job) -> Result<Option<Waits<'_>>, PasswordError> {
+        let (out, ticket) = {
             let mut state = self.shared.state();
+            if let Some(thread) = state.idle.pop() {
+                state.running += 1;
+                state.measured();
+                drop(state);
+                Shared::hand(&self.shared, thread, job);
+                return Ok(None);
+            }
             let places = self.shared.places - state.running;
-            let (pushed, ticket) = match state.queue.push(party, job, places) {
+            let (out, ticket) = match state.queue.push(party, job, places) {
                 Pushed::Waits(ticket) => (None, ticket),
                 Pushed::InPlaceOf(ticket, out) => (Some(out), ticket),
                 Pushed::Refused(_) => return Err(PasswordError::Overloaded),
             };
             state.measured();
-            (pushed, ticket)
+            (out, ticket)
         };
-        self.shared.changed.notify_one();
-        if let Some(out) = pushed {
+        if let Some(out) = out {
             out(Turn::GiveUp);
         }
-        Ok(Waits { shared: &self.shared, party, ticket })
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        self.shared.state().closed = true;
-        self.shared.changed.notify_all();
+        Ok(Some(Waits { shared: &self.shared, party, ticket }))
     }
 }
 
@@ -134,25 +141,33 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next job, which runs from now on; `None` when there will be none.
-    fn next(&self) -> Option<Job> {
-        let mut state = self.state();
-        loop {
-            if let Some(job) = state.queue.pop() {
-                state.running += 1;
-                return Some(job);
-            }
-            if state.closed {
-                return None;
-            }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+    fn hand(shared: &Arc<Self>, thread: SyncSender<Handed>, job: Job) {
+        let (free, freed) = oneshot::channel();
+        if thread.send((job, free)).is_err() {
+            tracing::error!("a thread for passwords has ended");
         }
+        let shared = Arc::clone(shared);
+        tokio::spawn(async move {
+            // also when it panicked
+            let _ = freed.await;
+            Self::freed(&shared, thread);
+        });
     }
 
-    fn done(&self) {
-        let mut state = self.state();
-        state.running -= 1;
-        state.measured();
+    fn freed(shared: &Arc<Self>, thread: SyncSender<Handed>) {
+        let next = {
+            let mut state = shared.state();
+            let next = state.queue.pop();
+            if next.is_none() {
+                state.running -= 1;
+                state.idle.push(thread.clone());
+            }
+            state.measured();
+            next
+        };
+        if let Some(job) = next {
+            Self::hand(shared, thread, job);
+        }
     }
 }
 
@@ -169,16 +184,16 @@ impl fmt::Debug for Shared {
     }
 }
 
-fn work(shared: &Shared) {
+fn work(jobs: &Receiver<Handed>) {
     if let Err(error) = rustix::process::setpriority_process(None, NICE) {
         tracing::debug!(%error, "password threads keep the usual priority");
     }
-    while let Some(job) = shared.next() {
+    while let Ok((job, free)) = jobs.recv() {
         // a panic ends this job: its caller is told by the answer that never comes
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(Turn::Work))).is_err() {
             tracing::error!("a password check has panicked");
         }
-        shared.done();
+        let _ = free.send(());
     }
 }
 
