@@ -11,9 +11,6 @@ use cvault_control_plane::config::{self, Config, LogConfig, LogFormat, Overrides
 use cvault_control_plane::http::{openapi, problem};
 use cvault_control_plane::{admin, db, dev, serve, telemetry};
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// CVault's control plane: tenants, users, devices and servers of a VPN platform
 #[derive(Debug, Parser)]
 #[command(version, propagate_version = true)]
@@ -66,17 +63,9 @@ fn main() -> ExitCode {
 /// What went wrong, a sentence each.
 type Sentences = Vec<String>;
 
-/// So many tasks run at most before a thread looks for what has arrived. Most tasks here wait for the database, several times:
-/// its answers must not lie there behind a queue of beginnings.
-const LOOK_AFTER_TASKS: u32 = 8;
-
 fn run(command: Command) -> Result<(), Sentences> {
     let mut log = LogConfig::from_env(&environment).map_err(|faults| faults.0)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .event_interval(LOOK_AFTER_TASKS)
-        .enable_all()
-        .build()
-        .map_err(|error| one(&error))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| one(&error))?;
     match command {
         Command::Serve => {
             let config = ServeConfig::from_env(&environment).map_err(|faults| faults.0)?;
