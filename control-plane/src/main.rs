@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use cvault_control_plane::auth::passwords;
 use cvault_control_plane::config::{self, Config, LogConfig, LogFormat, Overrides, ServeConfig, environment};
 use cvault_control_plane::http::{openapi, problem};
 use cvault_control_plane::{admin, db, dev, serve, telemetry};
@@ -42,6 +43,9 @@ enum Command {
     Migrate,
     /// Tenants, pools, servers, tokens, the ledger
     Admin(admin::AdminArgs),
+    /// What `serve` and `dev` start for themselves
+    #[command(hide = true, name = passwords::COMMAND)]
+    PasswordChecks,
     /// Print the OpenAPI document (docs/openapi/v1.json)
     Openapi,
     /// Print every environment variable and its meaning (docs/operations/configuration.md)
@@ -94,6 +98,7 @@ fn run(command: Command) -> Result<(), Sentences> {
                 .block_on(admin::run(args, &environment))
                 .map_err(|error| if let admin::AdminError::Config(faults) = error { faults.0 } else { one(&error) })
         }
+        Command::PasswordChecks => runtime.block_on(passwords::answer_all()).map_err(|error| one(&error)),
         Command::Openapi => print(openapi::document_text()),
         Command::Config => print(&config::markdown()),
     }

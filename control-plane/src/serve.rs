@@ -105,6 +105,8 @@ pub async fn run(config: ServeConfig) -> Result<(), StartError> {
 /// [`StartError::Gateway`] when the gateway has failed, which ends everything else too.
 pub async fn until(app: App, listeners: Listeners, shutdown: CancellationToken) -> Result<(), StartError> {
     metrics::install();
+    // also when another version has been put in the place of this one
+    app.passwords.compute_apart("/proc/self/exe".into());
     let tls = match app.config.tls.clone() {
         Some(files) => Some((Tls::new(tls::load(&files)?), files)),
         None => None,

@@ -1,5 +1,7 @@
 //! A platform of its own for each test: migrated database, tenants with users, servers that have enrolled.
 
+use std::collections::BTreeSet;
+
 use cvault_types::{RequestId, ServerId, TenantId, UserId};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -180,6 +182,27 @@ impl World {
 
 pub(crate) fn request_id() -> RequestId {
     RequestId::from_uuid(Uuid::now_v7())
+}
+
+/// Kills the backends of `role` that wait for a lock, again and again until `done`; tells which ones.
+pub(crate) async fn kill_waiting(superuser: &mut PgConnection, role: &str, done: impl Fn() -> bool) -> BTreeSet<i32> {
+    let mut killed = BTreeSet::new();
+    eventually("everybody is told", std::time::Duration::from_secs(30), async || {
+        let waiting: Vec<i32> = sqlx::query_scalar(
+            "with waiting as materialized (
+                 select distinct pid from pg_stat_activity a join pg_locks l using (pid)
+                 where a.datname = current_database() and a.usename = $1 and not l.granted)
+             select pid from waiting where pg_terminate_backend(pid)",
+        )
+        .bind(role)
+        .fetch_all(&mut *superuser)
+        .await
+        .unwrap();
+        killed.extend(waiting);
+        done()
+    })
+    .await;
+    killed
 }
 
 /// Asks until the answer is yes; fails at the deadline.

@@ -1,24 +1,29 @@
-//! Passwords: bcrypt at cost 12 or Argon2id, on threads of their own.
+//! Passwords: bcrypt at cost 12 or Argon2id, in processes of their own.
 //!
 //! One check takes about 0.2 s of a core (bcrypt) or some megabytes (Argon2id), so as many run as there are cores, a few
 //! wait, and the rest is answered OVERLOADED at once. Tenants take turns, so that one that has many checks waiting keeps no other
-//! one waiting longer, or out. The threads are neither tokio's nor its blocking pool's and yield to
-//! everything else (nice 19): nothing else in the process waits for them. What they hold at most is the number of threads
-//! times the memory of one Argon2id hash.
+//! one waiting longer, or out. They yield to everything else, PostgreSQL included: nothing waits for them but logins. What
+//! they hold at most is the memory of one Argon2id hash for each core.
 //!
 //! A stored hash tells its scheme by its prefix; one of another scheme or cost than the configured is made anew by the next
 //! login that brings the password. bcrypt reads 72 bytes and stops at a NUL: longer passwords and those with a NUL are
 //! hashed with SHA-256 first, never cut.
 
+mod apart;
 mod pool;
 mod queue;
 mod scheme;
 
+pub use apart::{COMMAND, answer_all};
 pub use pool::Party;
 pub use scheme::{HashError, MAX_MEMORY_KIB, MAX_PASSES, Scheme};
 
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
 use cvault_types::Secret;
 
+use self::apart::{Answer, Question};
 use self::pool::Pool;
 use crate::http::Problem;
 
@@ -42,6 +47,8 @@ pub struct Passwords {
     scheme: Scheme,
     /// Checked in the place of an unknown user's, so that both take the same time.
     nobody: String,
+    /// Whose children compute; the threads themselves, as long as none is named.
+    program: OnceLock<PathBuf>,
 }
 
 /// How a check ended.
@@ -79,7 +86,12 @@ impl Passwords {
     /// When the system has no thread to give at the start.
     #[must_use]
     pub fn with_bounds(scheme: Scheme, running: usize, waiting: usize) -> Self {
-        Self { pool: Pool::start(running, waiting), scheme, nobody: scheme.nobody() }
+        Self { pool: Pool::start(running, waiting), scheme, nobody: scheme.nobody(), program: OnceLock::new() }
+    }
+
+    /// From now on children of `program` compute, which [`answer_all`] when they are called with [`COMMAND`].
+    pub fn compute_apart(&self, program: PathBuf) {
+        let _ = self.program.set(program);
     }
 
     /// The text to store: `$2b$12$…` or `$argon2id$…`.
@@ -87,8 +99,10 @@ impl Passwords {
     /// # Errors
     /// [`PasswordError::Overloaded`] when the queue is full, and `party` holds its share of it.
     pub async fn hash(&self, party: Party, password: Secret) -> Result<String, PasswordError> {
-        let scheme = self.scheme;
-        self.run(party, move || scheme.hash(&password)).await
+        match self.run(party, Question::Hash { scheme: self.scheme, password }).await? {
+            Answer::Hash(hash) => Ok(hash),
+            Answer::Right(_) => Err(PasswordError::Hash(HashError::OtherAnswer)),
+        }
     }
 
     /// Whether `password` is the one of `hash`; without a hash the same work is done and the answer is no.
@@ -96,8 +110,12 @@ impl Passwords {
     /// # Errors
     /// [`PasswordError::Overloaded`] when the queue is full, and `party` holds its share of it.
     pub async fn verify(&self, party: Party, password: Secret, hash: Option<String>) -> Result<bool, PasswordError> {
-        let against = hash.clone().unwrap_or_else(|| self.nobody.clone());
-        Ok(self.run(party, move || scheme::verify(&password, &against)).await? && hash.is_some())
+        let known = hash.is_some();
+        let hash = hash.unwrap_or_else(|| self.nobody.clone());
+        match self.run(party, Question::Verify { password, hash }).await? {
+            Answer::Right(right) => Ok(right && known),
+            Answer::Hash(_) => Err(PasswordError::Hash(HashError::OtherAnswer)),
+        }
     }
 
     /// As [`Passwords::verify`], and makes a right password's hash anew where the configuration wants another than is
@@ -124,11 +142,12 @@ impl Passwords {
         Ok(Verified { right, rehashed })
     }
 
-    async fn run<T: Send + 'static>(
-        &self,
-        party: Party,
-        work: impl FnOnce() -> Result<T, HashError> + Send + 'static,
-    ) -> Result<T, PasswordError> {
+    async fn run(&self, party: Party, question: Question) -> Result<Answer, PasswordError> {
+        let program = self.program.get().cloned();
+        let work = move || match program {
+            Some(program) => apart::ask(&program, &question),
+            None => question.answer(),
+        };
         self.pool.run(party, work).await?.map_err(PasswordError::Hash)
     }
 }
@@ -207,9 +226,12 @@ mod tests {
     #[tokio::test]
     async fn hashes_of_the_reference_implementations_are_understood() {
         let pool = Passwords::new(SMALL);
-        // the tests of phc-winner-argon2, and crypt(3)
+        // `argon2 -id` of phc-winner-argon2, and crypt(3)
         for (password, hash) in [
-            ("password", "$argon2id$v=19$m=65536,t=2,p=1$c29tZXNhbHQ$CTFhFdXPJO1aFaMaO6Mm5c8y7cJHAph8ArZWb2GRPPc"),
+            (
+                "password",
+                "$argon2id$v=19$m=65536,t=2,p=1$c29tZXNhbHRzb21lc2FsdA$/DO3gTkjHTS3Fia9YkXB1y76GQrWBcPYFmpyrc7fosI",
+            ),
             ("U*U", "$2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW"),
         ] {
             assert!(pool.verify(Party::Portal, secret(password), Some(hash.to_owned())).await.unwrap(), "{hash}");

@@ -57,6 +57,26 @@ struct Row {
     created_at: OffsetDateTime,
 }
 
+/// What a statement with more columns found of a device.
+macro_rules! device {
+    ($row:ident) => {
+        Device::try_from(Row {
+            device_id: $row.device_id,
+            name: $row.name,
+            platform: $row.platform,
+            public_key: $row.public_key,
+            ipv4: $row.ipv4,
+            ipv6: $row.ipv6,
+            server_id: $row.server_id,
+            reclaimed: $row.reclaimed,
+            placed_revision: $row.placed_revision,
+            last_handshake_at: $row.last_handshake_at,
+            last_connected_at: $row.last_connected_at,
+            created_at: $row.created_at,
+        })
+    };
+}
+
 impl TryFrom<Row> for Device {
     type Error = DbError;
 
@@ -149,20 +169,7 @@ pub(super) async fn pages(tx: &mut TenantTx, pages: &[Page]) -> Result<Vec<Vec<S
     .await?;
     let mut found: Vec<Vec<ServedDevice>> = pages.iter().map(|_| Vec::new()).collect();
     for row in rows {
-        let device = Device::try_from(Row {
-            device_id: row.device_id,
-            name: row.name,
-            platform: row.platform,
-            public_key: row.public_key,
-            ipv4: row.ipv4,
-            ipv6: row.ipv6,
-            server_id: row.server_id,
-            reclaimed: row.reclaimed,
-            placed_revision: row.placed_revision,
-            last_handshake_at: row.last_handshake_at,
-            last_connected_at: row.last_connected_at,
-            created_at: row.created_at,
-        })?;
+        let device = device!(row)?;
         let acked_revision = row.acked_revision.and_then(|revision| u64::try_from(revision).ok());
         let place = usize::try_from(row.place - 1).expect("ordinality");
         found[place].push(ServedDevice::of(device, row.region, acked_revision.unwrap_or_default()));
@@ -199,20 +206,7 @@ pub async fn list_all(tx: &mut TenantTx, after: Option<DeviceId>, limit: u32) ->
     .await?;
     rows.into_iter()
         .map(|row| {
-            let device = Device::try_from(Row {
-                device_id: row.device_id,
-                name: row.name,
-                platform: row.platform,
-                public_key: row.public_key,
-                ipv4: row.ipv4,
-                ipv6: row.ipv6,
-                server_id: row.server_id,
-                reclaimed: row.reclaimed,
-                placed_revision: row.placed_revision,
-                last_handshake_at: row.last_handshake_at,
-                last_connected_at: row.last_connected_at,
-                created_at: row.created_at,
-            })?;
+            let device = device!(row)?;
             Ok(OwnedDevice { user: UserId::from_uuid(row.user_id), device, suspended: row.suspended })
         })
         .collect()

@@ -14,6 +14,7 @@ mod idempotency;
 mod keys;
 mod limits;
 mod matrix;
+mod passwords;
 mod people;
 mod platform;
 mod portal;

@@ -28,6 +28,15 @@ fn another_port_under_traffic_costs_no_session_and_a_taken_one_changes_nothing()
     assert_eq!(seen().unwrap(), format!("{}:51821", both.server.at.v4));
     download.finish().unwrap();
     assert_eq!(server.last_handshake(machine, &both.client.keys).unwrap(), shaken, "the session is still the same");
+
+    // One that has had no port yet goes on asking for the same one.
+    let late = Tunnel::start(machine, Program::Engine, "wg2").unwrap();
+    let (own, peer) = (Keys::random().unwrap(), format!("public_key={}\n", Keys::random().unwrap().public_hex));
+    late.set(machine, &format!("private_key={}\nlisten_port=51999\n", own.private_hex)).unwrap_err();
+    late.set(machine, &peer).unwrap_err();
+    machine.sh("ip link del wg1").unwrap();
+    eventually("the port is free", 20, || late.set(machine, &peer)).unwrap();
+    assert_eq!(machine.run("wg", ["show", "wg2", "listen-port"]).unwrap().trim(), "51999");
 }
 
 #[test]

@@ -103,14 +103,11 @@ fn unavailable() -> Problem {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-    use std::time::Duration;
-
     use sqlx::PgConnection;
     use tokio::task::JoinSet;
 
     use super::*;
-    use crate::testing::{World, eventually};
+    use crate::testing::{World, kill_waiting};
 
     /// A tenant with the key `cvk_one`.
     async fn keyed(world: &World, superuser: &mut PgConnection) -> TenantId {
@@ -146,21 +143,7 @@ mod tests {
         sqlx::raw_sql("begin; lock table cvault.api_keys").execute(&mut holder).await.unwrap();
         let asked = ask_all(&lookups, &sys);
         let (all, told) = (asked.len(), tokio::spawn(asked.join_all()));
-        let mut killed = BTreeSet::new();
-        eventually("everybody is told", Duration::from_secs(30), async || {
-            let waiting: Vec<i32> = sqlx::query_scalar(
-                "with waiting as materialized (
-                     select distinct pid from pg_stat_activity a join pg_locks l using (pid)
-                     where a.datname = current_database() and a.usename = 'cvault_sys' and not l.granted)
-                 select pid from waiting where pg_terminate_backend(pid)",
-            )
-            .fetch_all(&mut superuser)
-            .await
-            .unwrap();
-            killed.extend(waiting);
-            told.is_finished()
-        })
-        .await;
+        let killed = kill_waiting(&mut superuser, "cvault_sys", || told.is_finished()).await;
         for (_, outcome) in told.await.unwrap() {
             assert_eq!(outcome.unwrap_err().code(), ErrorCode::DatabaseUnavailable);
         }

@@ -15,7 +15,7 @@ use super::queue::{Pushed, Queue, Ticket};
 use crate::metrics;
 
 /// The lowest priority there is: whoever else wants the core gets it (and 70 times as much of it).
-const NICE: i32 = 19;
+pub(super) const NICE: i32 = 19;
 
 /// Who shares the threads with the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -1,17 +1,17 @@
 //! The two schemes, and the texts they are stored as.
 
-use std::cell::RefCell;
-
-use argon2::password_hash::{self, Output, ParamsString, PasswordHash, SaltString};
-use argon2::{ARGON2ID_IDENT, Algorithm, Argon2, Block, Params, Version};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 use cvault_types::Secret;
+use libsodium_rs::SodiumError;
+use libsodium_rs::crypto_pwhash::{self, ALG_ARGON2ID13, SALTBYTES};
+use password_hash::{Output, PasswordHash, Salt};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 /// How new hashes are made. Passwords of either scheme are checked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Scheme {
     Bcrypt {
         cost: u32,
@@ -27,6 +27,9 @@ pub enum Scheme {
 pub const MAX_MEMORY_KIB: u32 = 262_144;
 pub const MAX_PASSES: u32 = 10;
 
+/// RFC 9106 §3.1.
+const OUTPUT_LEN: usize = 32;
+
 /// The bcrypt hash of 32 random bytes nobody kept.
 const NOBODY: &str = "49o4uvkpZ3rDrQbwWLaxxuI5LRxY2ooe8uC87Tg400ajLdXM0.Y.K";
 
@@ -34,17 +37,25 @@ const NOBODY: &str = "49o4uvkpZ3rDrQbwWLaxxuI5LRxY2ooe8uC87Tg400ajLdXM0.Y.K";
 pub enum HashError {
     #[error("bcrypt failed")]
     Bcrypt(#[from] bcrypt::BcryptError),
-    #[error("Argon2id failed: {0}")]
-    Argon2(password_hash::Error),
+    #[error("Argon2id failed")]
+    Argon2(#[from] SodiumError),
+    #[error("the stored hash cannot be read: {0}")]
+    Unreadable(password_hash::Error),
     #[error("the stored hash is of no scheme we know")]
     Unknown,
     #[error("the stored hash asks for more than may be configured")]
     TooCostly,
+    #[error("{0}")]
+    Child(String),
+    #[error("the process that checks passwords does not answer")]
+    NoChild(#[source] std::io::Error),
+    #[error("the process that checks passwords has answered something else")]
+    OtherAnswer,
 }
 
 impl From<password_hash::Error> for HashError {
     fn from(error: password_hash::Error) -> Self {
-        Self::Argon2(error)
+        Self::Unreadable(error)
     }
 }
 
@@ -60,17 +71,9 @@ impl Scheme {
         match self {
             Self::Bcrypt { cost } => Ok(bcrypt::non_truncating_hash(&*material(password), cost)?),
             Self::Argon2id { memory_kib, passes } => {
-                let params = Params::new(memory_kib, passes, 1, None).map_err(password_hash::Error::from)?;
-                let salt = SaltString::encode_b64(&rand::random::<[u8; 16]>())?;
-                let output = argon2id(password, &salt, &params)?;
-                let text = PasswordHash {
-                    algorithm: ARGON2ID_IDENT,
-                    version: Some(Version::V0x13.into()),
-                    params: ParamsString::try_from(&params)?,
-                    salt: Some(salt.as_salt()),
-                    hash: Some(output),
-                };
-                Ok(text.to_string())
+                let salt = rand::random();
+                let output = argon2id(password, &salt, memory_kib, passes)?;
+                Ok(text(memory_kib, passes, &salt, output.as_bytes()))
             }
         }
     }
@@ -90,40 +93,24 @@ impl Scheme {
         match self {
             Self::Bcrypt { cost } => format!("$2b${cost:02}${NOBODY}"),
             // 32 bytes that are the outcome of nothing
-            Self::Argon2id { memory_kib, passes } => format!(
-                "$argon2id$v=19$m={memory_kib},t={passes},p=1${}${}",
-                STANDARD_NO_PAD.encode(rand::random::<[u8; 16]>()),
-                STANDARD_NO_PAD.encode(rand::random::<[u8; 32]>())
-            ),
+            Self::Argon2id { memory_kib, passes } => {
+                text(memory_kib, passes, &rand::random(), &rand::random::<[u8; OUTPUT_LEN]>())
+            }
         }
     }
 }
 
-thread_local! {
-    /// The threads of the pool last as long as the process: each keeps its memory, as much as its largest hash needed, and the
-    /// allocator has no part in it.
-    static MEMORY: RefCell<Vec<Block>> = const { RefCell::new(Vec::new()) };
+/// One lane, as the PHC string format has it.
+fn text(memory_kib: u32, passes: u32, salt: &[u8; SALTBYTES], output: &[u8]) -> String {
+    let (salt, output) = (STANDARD_NO_PAD.encode(salt), STANDARD_NO_PAD.encode(output));
+    format!("$argon2id$v=19$m={memory_kib},t={passes},p=1${salt}${output}")
 }
 
-/// Always of 32 bytes (RFC 9106 §3.1).
-fn argon2id(password: &Secret, salt: &SaltString, params: &Params) -> Result<Output, password_hash::Error> {
-    let mut bytes = [0; Params::DEFAULT_OUTPUT_LEN];
-    let mut salt_bytes = [0; 64];
-    let salt_bytes = salt.decode_b64(&mut salt_bytes)?;
-    let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params.clone());
-    MEMORY.with_borrow_mut(|memory| {
-        let blocks = params.block_count();
-        if memory.len() < blocks {
-            *memory = vec![Block::default(); blocks];
-        }
-        argon2.hash_password_into_with_memory(
-            password.expose().as_bytes(),
-            salt_bytes,
-            &mut bytes,
-            &mut memory[..blocks],
-        )
-    })?;
-    Output::new(&bytes)
+fn argon2id(password: &Secret, salt: &[u8; SALTBYTES], memory_kib: u32, passes: u32) -> Result<Output, HashError> {
+    let password = password.expose().as_bytes();
+    let memory = usize::try_from(memory_kib).unwrap_or(usize::MAX).saturating_mul(1024);
+    let bytes = crypto_pwhash::pwhash(OUTPUT_LEN, password, salt, passes.into(), memory, ALG_ARGON2ID13)?;
+    Ok(Output::new(&bytes)?)
 }
 
 /// Checks against a hash of either scheme, told by its prefix.
@@ -135,16 +122,24 @@ pub(super) fn verify(password: &Secret, hash: &str) -> Result<bool, HashError> {
         return Err(HashError::Unknown);
     }
     let parsed = PasswordHash::new(hash)?;
-    let params = Params::try_from(&parsed)?;
-    if params.m_cost() > MAX_MEMORY_KIB || params.t_cost() > MAX_PASSES || params.p_cost() != 1 {
-        return Err(HashError::TooCostly);
-    }
-    let (Some(salt), Some(expected), Some(19)) = (parsed.salt, parsed.hash, parsed.version) else {
+    let number = |name| parsed.params.get_decimal(name);
+    let (Some(memory_kib), Some(passes), Some(1), Some(19), Some(salt), Some(expected)) =
+        (number("m"), number("t"), number("p"), parsed.version, parsed.salt, parsed.hash)
+    else {
         return Err(HashError::Unknown);
     };
-    let salt = SaltString::from_b64(salt.as_str())?;
+    if memory_kib > MAX_MEMORY_KIB || passes > MAX_PASSES {
+        return Err(HashError::TooCostly);
+    }
     // outputs are compared in constant time
-    Ok(argon2id(password, &salt, &params)? == expected)
+    Ok(argon2id(password, &salt_bytes(salt)?, memory_kib, passes)? == expected)
+}
+
+/// As many as libsodium takes, and as we make.
+fn salt_bytes(salt: Salt<'_>) -> Result<[u8; SALTBYTES], HashError> {
+    let mut bytes = [0; Salt::MAX_LENGTH];
+    let salt = salt.decode_b64(&mut bytes)?;
+    salt.try_into().map_err(|_| HashError::Unknown)
 }
 
 /// What bcrypt gets: 71 bytes and its own NUL at most.

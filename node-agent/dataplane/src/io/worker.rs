@@ -111,6 +111,8 @@ impl Ready {
 struct Net {
     sockets: Option<Sockets>,
     fwmark: u32,
+    /// The port that was asked for last, taken or not; 0 is any.
+    port: u16,
 }
 
 impl Worker {
@@ -168,6 +170,8 @@ impl Worker {
                     tracing::error!(panics = self.shell.panics, "a pass of the worker panicked; its packets are lost");
                     self.out.clear_net();
                     self.out.clear_tun();
+                    // what it left waits for nothing
+                    worked = true;
                     if self.panics.one(self.now().mono_ms) == Verdict::GiveUp {
                         return Err(io::Error::other("the worker panicked again and again"));
                     }
@@ -417,11 +421,12 @@ impl Worker {
             self.engine.set_private_key(secret);
         }
         let bound = self.net.sockets.as_ref().map(Sockets::port);
+        self.net.port = change.listen_port.unwrap_or(self.net.port);
         let wanted = match (change.listen_port, bound) {
             (Some(port), Some(bound)) if port == bound => None,
             (Some(port), _) => Some(port),
             // Without a port of its own an interface with a key gets any.
-            (None, None) => self.engine.device().private_key.map(|_| 0),
+            (None, None) => self.engine.device().private_key.map(|_| self.net.port),
             (None, Some(_)) => None,
         };
         if let Some(port) = wanted {

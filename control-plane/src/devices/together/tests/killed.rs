@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::http::Problem;
-use crate::testing::eventually;
+use crate::testing::{eventually, kill_waiting};
 
 async fn register_each(world: &Arc<World>, people: &[Person], devices: usize) -> JoinHandle<Vec<Outcome>> {
     let devices = people.iter().flat_map(|person| vec![(*person, None); devices]).collect();
@@ -62,21 +62,7 @@ async fn who_waits_for_a_backend_that_is_killed_is_told_and_nothing_of_theirs_st
     // the last lock of all, before which addresses are taken
     sqlx::raw_sql("begin; select from platform.servers for update").execute(&mut holder).await.unwrap();
     let registering = register_each(&world, &people, 1).await;
-    let mut killed = BTreeSet::new();
-    eventually("everybody is told", Duration::from_secs(30), async || {
-        let waiting: Vec<i32> = sqlx::query_scalar(
-            "with waiting as materialized (
-                 select distinct pid from pg_stat_activity a join pg_locks l using (pid)
-                 where a.datname = current_database() and a.usename = 'cvault_app' and not l.granted)
-             select pid from waiting where pg_terminate_backend(pid)",
-        )
-        .fetch_all(&mut superuser)
-        .await
-        .unwrap();
-        killed.extend(waiting);
-        registering.is_finished()
-    })
-    .await;
+    let killed = kill_waiting(&mut superuser, "cvault_app", || registering.is_finished()).await;
     assert_eq!(told_of(registering.await.unwrap()).len(), 0, "registered without the server's row");
     assert!((2..people.len()).contains(&killed.len()), "{killed:?}: none of them waited together");
     sqlx::raw_sql("rollback").execute(&mut holder).await.unwrap();
