@@ -69,24 +69,24 @@ type Sentences = Vec<String>;
 
 fn run(command: Command) -> Result<(), Sentences> {
     let mut log = LogConfig::from_env(&environment).map_err(|faults| faults.0)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| one(&error))?;
+    let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| one(&error));
     match command {
         Command::Serve => {
             let config = ServeConfig::from_env(&environment).map_err(|faults| faults.0)?;
             telemetry::start(log);
-            runtime.block_on(serve::run(config)).map_err(|error| one(&error))
+            runtime()?.block_on(serve::run(config)).map_err(|error| one(&error))
         }
         Command::Dev { data_dir, listen, node_listen, node_endpoint } => {
             let overrides = Overrides { listen, node_listen, node_endpoint };
             let config = Config::from_env(&environment, &overrides).map_err(|faults| faults.0)?;
             telemetry::start(log);
             let pg_bin = environment("CVAULT_PG_BIN").map(PathBuf::from);
-            runtime.block_on(dev::run(config, &data_dir, pg_bin)).map_err(|error| one(&error))
+            runtime()?.block_on(dev::run(config, &data_dir, pg_bin)).map_err(|error| one(&error))
         }
         Command::Migrate => {
             let owner = config::owner_database(&environment).map_err(|faults| faults.0)?;
             telemetry::start(log);
-            runtime.block_on(db::migrate(&owner)).map_err(|error| one(&error))
+            runtime()?.block_on(db::migrate(&owner)).map_err(|error| one(&error))
         }
         Command::Admin(args) => {
             // a person reads the answer on the same terminal
@@ -94,11 +94,15 @@ fn run(command: Command) -> Result<(), Sentences> {
                 log.format = LogFormat::Text;
             }
             telemetry::start(log);
-            runtime
+            runtime()?
                 .block_on(admin::run(args, &environment))
                 .map_err(|error| if let admin::AdminError::Config(faults) = error { faults.0 } else { one(&error) })
         }
-        Command::PasswordChecks => runtime.block_on(passwords::answer_all()).map_err(|error| one(&error)),
+        Command::PasswordChecks => {
+            let single =
+                tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(|error| one(&error))?;
+            single.block_on(passwords::answer_all()).map_err(|error| one(&error))
+        }
         Command::Openapi => print(openapi::document_text()),
         Command::Config => print(&config::markdown()),
     }

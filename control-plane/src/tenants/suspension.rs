@@ -282,19 +282,34 @@ async fn devices(tx: &mut TenantTx, which: Which, after: Option<Placing>) -> Res
     let (server, device) =
         after.map_or((Uuid::nil(), Uuid::nil()), |placing| (placing.server.uuid(), placing.device.uuid()));
     let rows = match which {
-        Which::Placed | Which::PlacedOfDisabled => {
+        Which::Placed => {
             sqlx::query_as!(
                 PlacingRow,
                 "select d.server_id, d.device_id
                  from cvault.devices d join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
-                 where d.tenant_id = $1 and d.status = 'active' and not d.suspended and ($5 or u.status = 'disabled')
+                 where d.tenant_id = $1 and d.status = 'active' and not d.suspended
                    and (d.server_id, d.device_id) > ($3, $4)
                  order by d.server_id, d.device_id limit $2 for share of u for no key update of d skip locked",
                 tenant,
                 CHUNK,
                 server,
-                device,
-                which == Which::Placed
+                device
+            )
+            .fetch_all(tx.conn())
+            .await?
+        }
+        Which::PlacedOfDisabled => {
+            sqlx::query_as!(
+                PlacingRow,
+                "select d.server_id, d.device_id
+                 from cvault.devices d join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
+                 where d.tenant_id = $1 and d.status = 'active' and not d.suspended and u.status = 'disabled'
+                   and (d.server_id, d.device_id) > ($3, $4)
+                 order by d.server_id, d.device_id limit $2 for share of u for no key update of d skip locked",
+                tenant,
+                CHUNK,
+                server,
+                device
             )
             .fetch_all(tx.conn())
             .await?

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
@@ -106,14 +106,20 @@ async fn slow_bodies_of_one_network_without_credentials_leave_places_to_everybod
     assert_eq!(answer.await.unwrap().unwrap().status(), 408);
 }
 
-/// A `serve` with TLS; killed when dropped.
-struct Serving {
-    child: Child,
+/// A `serve`; killed when dropped.
+pub(crate) struct Serving {
+    pub(crate) child: Child,
     log: PathBuf,
 }
 
 impl Serving {
-    fn address(&self) -> String {
+    pub(crate) fn start(mut command: Command, directory: &Path) -> Self {
+        let log = directory.join("log");
+        let child = command.stdout(Stdio::null()).stderr(fs::File::create(&log).unwrap()).spawn().unwrap();
+        Self { child, log }
+    }
+
+    pub(crate) fn address(&self) -> String {
         let mut found = None;
         eventually("the API serves", || {
             let log = fs::read_to_string(&self.log).unwrap();
@@ -168,11 +174,9 @@ async fn the_api_speaks_tls_and_takes_a_renewed_certificate_without_a_restart() 
     let (platform, directory) = (Platform::start().await, tempfile::tempdir().unwrap());
     let dir = directory.path();
     let first = write_certificate(dir);
-    let log = dir.join("log");
     let mut command = serve(&platform.database, OLD_KEK);
     command.env("CVAULT_TLS_CERT_FILE", dir.join("cert.pem")).env("CVAULT_TLS_KEY_FILE", dir.join("key.pem"));
-    let child = command.stdout(Stdio::null()).stderr(fs::File::create(&log).unwrap()).spawn().unwrap();
-    let serving = Serving { child, log };
+    let serving = Serving::start(command, dir);
     let address = serving.address();
 
     let answer = get(&address, &first, "/health").await.unwrap();

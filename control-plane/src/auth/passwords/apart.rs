@@ -14,7 +14,6 @@ use cvault_types::Secret;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use tokio::signal::unix::{SignalKind, signal};
-use zeroize::Zeroizing;
 
 use super::pool::NICE;
 use super::scheme::{self, HashError, Scheme};
@@ -22,7 +21,7 @@ use super::scheme::{self, HashError, Scheme};
 /// The subcommand that a child is.
 pub const COMMAND: &str = "password-checks";
 
-/// Many times what the costliest scheme takes on a busy machine; the caller has gone by then.
+/// Longer than any caller waits. A child that takes as long is stopped, or its machine is busy with what is more urgent.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A line of JSON.
@@ -54,22 +53,26 @@ thread_local! {
     static CHECKER: RefCell<Option<Checker>> = const { RefCell::new(None) };
 }
 
-/// Lets this thread's child compute. One that has ended is started anew.
+/// A child that ends is replaced, and what it was asked is asked again.
+const ATTEMPTS: usize = 2;
+
+/// Lets this thread's child compute; the thread itself, where there can be none.
 pub(super) fn ask(program: &Path, question: &Question) -> Result<Answer, HashError> {
     CHECKER.with_borrow_mut(|checker| {
-        if let Some(mut running) = checker.take() {
-            match running.ask(question) {
-                Ok(answer) => {
+        for _ in 0..ATTEMPTS {
+            let started = checker.take().map_or_else(|| Checker::start(program), Ok);
+            let asked = started.and_then(|mut running| Ok((running.ask(question)?, running)));
+            match asked {
+                Ok((answer, running)) => {
                     *checker = Some(running);
                     return answer.map_err(HashError::Child);
                 }
-                Err(error) => tracing::warn!(%error, "a process that checks passwords has ended; it is started anew"),
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => return Err(HashError::Silent),
+                Err(error) => tracing::warn!(%error, "a process that checks passwords is missing"),
             }
         }
-        let mut fresh = Checker::start(program).map_err(HashError::NoChild)?;
-        let answer = fresh.ask(question).map_err(HashError::NoChild)?;
-        *checker = Some(fresh);
-        answer.map_err(HashError::Child)
+        // others may have to wait for it; without it nobody could log in
+        question.answer()
     })
 }
 
@@ -95,57 +98,79 @@ impl Checker {
     }
 
     fn ask(&mut self, question: &Question) -> io::Result<Result<Answer, String>> {
+        self.exchange(question).map_err(|error| match error.kind() == io::ErrorKind::TimedOut {
+            true => error,
+            false => io::Error::new(error.kind(), format!("{error}; {}", self.end())),
+        })
+    }
+
+    /// A line each way. Both fit into a pipe, so they come and go as a whole.
+    fn exchange(&mut self, question: &Question) -> io::Result<Result<Answer, String>> {
         self.questions.write_all(&line(question)?)?;
+        let patience = Timespec::try_from(PATIENCE).map_err(io::Error::other)?;
         let mut answer = [PollFd::new(self.answers.get_ref(), PollFlags::IN)];
-        if poll(&mut answer, Some(&Timespec::try_from(PATIENCE).map_err(io::Error::other)?))? == 0 {
+        if rustix::io::retry_on_intr(|| poll(&mut answer, Some(&patience)))? == 0 {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        // a line this short comes as a whole
         let mut text = String::new();
         match self.answers.read_line(&mut text)? {
             0 => Err(io::ErrorKind::UnexpectedEof.into()),
             _ => Ok(serde_json::from_str(&text)?),
         }
     }
+
+    /// Ends it, and tells how it has ended if it did so by itself.
+    fn end(&mut self) -> String {
+        let _ = self.child.kill();
+        self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string())
+    }
 }
 
 impl Drop for Checker {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end();
     }
 }
 
 /// What a child does: answers what its standard input asks until that ends, as it does with the parent.
 ///
 /// # Errors
-/// When its parent cannot be spoken with.
+/// When it cannot be spoken with.
 pub async fn answer_all() -> io::Result<()> {
-    give_way();
     // the parent decides when it ends: a service manager tells all processes, and logins under way are still to be answered
     let _ignored = signal(SignalKind::terminate())?;
+    let mut is_apart = give_way();
     let (mut questions, mut answers) = (io::stdin().lock(), io::stdout().lock());
-    loop {
-        let mut text = Zeroizing::new(String::new());
-        if questions.read_line(&mut text)? == 0 {
-            return Ok(());
-        }
+    let mut text = String::new();
+    while questions.read_line(&mut text)? > 0 {
+        is_apart = is_apart || last_in_turn();
         let question: Question = serde_json::from_str(&text)?;
         let answer = question.answer().map_err(|error| crate::http::problem::chain(&error));
-        answers.write_all(&line(&answer)?)?;
-        answers.flush()?;
+        match answers.write_all(&line(&answer)?).and_then(|()| answers.flush()) {
+            // nobody waits for it any more
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+            written => written?,
+        }
+        text.clear();
     }
+    Ok(())
 }
 
-/// Where a step is refused, or there are no such groups, it does without.
-fn give_way() {
+/// Where a step is refused, or there are no such groups, it does without. Says whether the last one is done with.
+fn give_way() -> bool {
     let _ = rustix::process::setsid();
     let _ = rustix::process::setpriority_process(None, NICE);
-    let _ = std::fs::write("/proc/self/autogroup", NICE.to_string());
+    last_in_turn()
 }
 
-fn line(message: &impl Serialize) -> io::Result<Zeroizing<Vec<u8>>> {
-    let mut text = Zeroizing::new(serde_json::to_vec(message)?);
+/// Of those without privileges the kernel hears one in 100 ms: a refusal for that is no answer.
+fn last_in_turn() -> bool {
+    let outcome = std::fs::write("/proc/self/autogroup", NICE.to_string());
+    outcome.err().is_none_or(|error| error.kind() != io::ErrorKind::WouldBlock)
+}
+
+fn line(message: &impl Serialize) -> io::Result<Vec<u8>> {
+    let mut text = serde_json::to_vec(message)?;
     text.push(b'\n');
     Ok(text)
 }

@@ -1,5 +1,6 @@
 //! Threads that do nothing else, behind a bounded queue in which parties take turns.
 //!
+//! Most of the time they wait for the processes that compute ([`super::apart`]), and compute where there are none.
 //! They never hold what others wait for: one of the lowest priority that is put aside with a lock in its hands would keep
 //! everybody waiting until its next turn. The queue belongs to those who ask; a thread knows of the job it was handed, and no more.
 

@@ -48,7 +48,7 @@ pub enum HashError {
     #[error("{0}")]
     Child(String),
     #[error("the process that checks passwords does not answer")]
-    NoChild(#[source] std::io::Error),
+    Silent,
     #[error("the process that checks passwords has answered something else")]
     OtherAnswer,
 }
@@ -128,6 +128,9 @@ pub(super) fn verify(password: &Secret, hash: &str) -> Result<bool, HashError> {
     else {
         return Err(HashError::Unknown);
     };
+    if parsed.params.iter().count() != 3 {
+        return Err(HashError::Unknown);
+    }
     if memory_kib > MAX_MEMORY_KIB || passes > MAX_PASSES {
         return Err(HashError::TooCostly);
     }
