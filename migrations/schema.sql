@@ -1526,7 +1526,7 @@ ALTER TABLE ONLY platform.usage_windows
 CREATE UNIQUE INDEX api_keys_key_text ON cvault.api_keys USING btree (key_text);
 CREATE INDEX api_keys_revoked ON cvault.api_keys USING btree (revoked_at) WHERE (revoked_at IS NOT NULL);
 CREATE INDEX audit_log_id ON cvault.audit_log USING btree (audit_id);
-CREATE INDEX audit_log_unchained ON cvault.audit_log USING btree (tenant_id, audit_id) WHERE (chain_sequence IS NULL);
+CREATE INDEX audit_log_unchained ON cvault.audit_log USING btree (tenant_id, at, audit_id) WHERE (chain_sequence IS NULL);
 CREATE INDEX auth_events_at ON cvault.auth_events USING btree (at);
 CREATE INDEX devices_revoked ON cvault.devices USING btree (revoked_at) WHERE (status = 'revoked'::text);
 CREATE INDEX devices_suspended ON cvault.devices USING btree (tenant_id) WHERE (suspended AND (status = 'active'::text));

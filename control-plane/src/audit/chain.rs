@@ -11,6 +11,8 @@ use crate::db::{DbError, Tx};
 
 /// Rows chained for one tenant in one transaction.
 const BATCH: i64 = 1_000;
+/// Batches of one tenant in one run, so that those of others who write meanwhile are not kept waiting.
+const ROUNDS: usize = 50;
 /// Tenants looked at in one run; the next run takes the next ones.
 const TENANTS: i64 = 1_000;
 /// A row younger than this may have an older one beside it that is not committed yet.
@@ -32,12 +34,12 @@ pub struct Broken {
     pub sequence: i64,
 }
 
-/// Chains the rows of every tenant that has new ones; returns how many.
+/// Chains the rows of every tenant that has new ones, in turns while any has more; returns how many.
 ///
 /// # Errors
 /// Those of the database.
 pub async fn chain_new(sys: &PgPool) -> Result<u64, DbError> {
-    let tenants = sqlx::query_scalar!(
+    let mut tenants = sqlx::query_scalar!(
         "select distinct tenant_id from cvault.audit_log
          where chain_sequence is null and at < now() - make_interval(secs => $1) limit $2",
         SETTLED_SECONDS,
@@ -46,10 +48,18 @@ pub async fn chain_new(sys: &PgPool) -> Result<u64, DbError> {
     .fetch_all(sys)
     .await?;
     let mut chained = 0;
-    for tenant in tenants {
-        let mut tx = Tx::begin(sys).await?;
-        let work = chain_tenant(&mut tx, tenant).await;
-        chained += tx.finish(work).await?;
+    for _ in 0..ROUNDS {
+        let mut more = Vec::new();
+        for tenant in tenants {
+            let mut tx = Tx::begin(sys).await?;
+            let work = chain_tenant(&mut tx, tenant).await;
+            let rows = tx.finish(work).await?;
+            chained += rows;
+            if i64::try_from(rows).is_ok_and(|rows| rows >= BATCH) {
+                more.push(tenant);
+            }
+        }
+        tenants = more;
     }
     Ok(chained)
 }

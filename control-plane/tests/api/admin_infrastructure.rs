@@ -317,6 +317,36 @@ async fn the_platforms_own_entries_are_chained_too() {
 }
 
 #[tokio::test]
+async fn a_backlog_of_entries_is_chained_in_one_run_and_in_its_order() {
+    const ENTRIES: i64 = 2_500;
+    let platform = Platform::start().await;
+    let (sys, mut superuser) = (&platform.app.db.sys, platform.superuser().await);
+    let tenants: Vec<uuid::Uuid> = (1..=2_u128).map(uuid::Uuid::from_u128).collect();
+    sqlx::query(
+        "insert into cvault.audit_log (tenant_id, audit_id, at, actor, action, target)
+         select t, gen_random_uuid(), now() - interval '1 hour' + n * interval '1 s', 'test', 'test.backlog', n::text
+         from unnest($1::uuid[]) t, generate_series(1, $2) n",
+    )
+    .bind(&tenants)
+    .bind(ENTRIES)
+    .execute(&mut superuser)
+    .await
+    .unwrap();
+    assert!(cvault_control_plane::audit::chain_new(sys).await.unwrap() >= u64::try_from(2 * ENTRIES).unwrap());
+    for tenant in tenants {
+        assert_eq!(cvault_control_plane::audit::verify_chain(sys, tenant).await.unwrap(), None);
+        let in_order: i64 = sqlx::query_scalar(
+            "select count(*) from cvault.audit_log where tenant_id = $1 and chain_sequence::text = target",
+        )
+        .bind(tenant)
+        .fetch_one(&mut superuser)
+        .await
+        .unwrap();
+        assert_eq!(in_order, ENTRIES);
+    }
+}
+
+#[tokio::test]
 async fn a_retried_write_of_staff_happens_once() {
     let platform = Platform::start().await;
     fn key<'a>(call: Call<'a>, key: &str) -> Call<'a> {

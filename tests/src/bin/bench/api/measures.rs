@@ -152,10 +152,10 @@ impl Bench {
         let tenant = decode_id(&self.tenant.id)?;
         self.platform
             .sql(&format!(
-                "insert into platform.addresses (pool_id, host, state, tenant_id, device_id)
+                "update platform.address_pools set next_host = {present} + 2 where name = 'crowded';
+                 insert into platform.addresses (pool_id, host, state, tenant_id, device_id)
                      select pool_id, h, 'allocated', '{tenant}', gen_random_uuid()
                      from platform.address_pools, generate_series(2, {present} + 1) h where name = 'crowded';
-                 update platform.address_pools set next_host = {present} + 2 where name = 'crowded';
                  insert into platform.peers (server_id, device_id, tenant_id, user_id, public_key, preshared_key_hash, ipv4, ipv6, generation)
                      select s.server_id, a.device_id, a.tenant_id, gen_random_uuid(), sha256(uuid_send(a.device_id)),
                             decode(repeat('00', 32), 'hex'), host(p.ipv4::inet + a.host)::inet, host(p.ipv6::inet + a.host)::inet, 1
