@@ -153,6 +153,7 @@ impl Bench {
         self.platform
             .sql(&format!(
                 "update platform.address_pools set next_host = {present} + 2 where name = 'crowded';
+                 delete from platform.addresses a using platform.address_pools p where a.pool_id = p.pool_id and p.name = 'crowded';
                  insert into platform.addresses (pool_id, host, state, tenant_id, device_id)
                      select pool_id, h, 'allocated', '{tenant}', gen_random_uuid()
                      from platform.address_pools, generate_series(2, {present} + 1) h where name = 'crowded';
