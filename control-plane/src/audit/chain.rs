@@ -13,7 +13,7 @@ use crate::db::{DbError, Tx};
 const BATCH: i64 = 1_000;
 /// Batches of one tenant in one run, so that those of others who write meanwhile are not kept waiting.
 const ROUNDS: usize = 50;
-/// Tenants looked at in one run; the next run takes the next ones.
+/// Tenants whose batches take turns.
 const TENANTS: i64 = 1_000;
 /// A row younger than this may have an older one beside it that is not committed yet.
 const SETTLED_SECONDS: f64 = 1.0;
@@ -34,25 +34,41 @@ pub struct Broken {
     pub sequence: i64,
 }
 
-/// Chains the rows of every tenant that has new ones, in turns while any has more; returns how many.
+/// Chains the rows of every tenant that has new ones; returns how many.
 ///
 /// # Errors
 /// Those of the database.
 pub async fn chain_new(sys: &PgPool) -> Result<u64, DbError> {
+    let (mut chained, mut after) = (0, None);
+    loop {
+        let tenants = tenants_with_new(sys, after, TENANTS).await?;
+        let Some(last) = tenants.last() else { return Ok(chained) };
+        after = Some(*last);
+        chained += chain_in_turns(sys, tenants).await?;
+    }
+}
+
+/// Up to `limit` tenants that have new rows, by id, those after the one named.
+async fn tenants_with_new(sys: &PgPool, after: Option<Uuid>, limit: i64) -> Result<Vec<Uuid>, DbError> {
     // from one tenant to the next in the index of what is unchained: right after many writes the statistics say that this is
     // most of the table, and the table would be read instead
-    let mut tenants = sqlx::query_scalar!(
+    let found = sqlx::query_scalar!(
         r#"with recursive next (tenant_id) as (
-               (select tenant_id from cvault.audit_log where chain_sequence is null order by tenant_id, at limit 1)
+               (select tenant_id from cvault.audit_log
+                where chain_sequence is null and ($1::uuid is null or tenant_id > $1) order by tenant_id, at limit 1)
                union all
                select (select tenant_id from cvault.audit_log a
                        where chain_sequence is null and a.tenant_id > next.tenant_id order by a.tenant_id, a.at limit 1)
                from next where next.tenant_id is not null)
-           select tenant_id as "tenant_id!" from next where tenant_id is not null limit $1"#,
-        TENANTS
-    )
-    .fetch_all(sys)
-    .await?;
+           select tenant_id as "tenant_id!" from next where tenant_id is not null limit $2"#,
+        after,
+        limit
+    );
+    Ok(found.fetch_all(sys).await?)
+}
+
+/// A batch of each tenant, and again of those that had more.
+async fn chain_in_turns(sys: &PgPool, mut tenants: Vec<Uuid>) -> Result<u64, DbError> {
     let mut chained = 0;
     for _ in 0..ROUNDS {
         let mut more = Vec::new();

@@ -347,6 +347,24 @@ async fn a_backlog_of_entries_is_chained_in_one_run_and_in_its_order() {
 }
 
 #[tokio::test]
+async fn more_tenants_than_take_turns_at_once_are_chained_in_one_run() {
+    const TENANTS: i64 = 1_100;
+    let platform = Platform::start().await;
+    let mut superuser = platform.superuser().await;
+    sqlx::query(
+        "insert into cvault.audit_log (tenant_id, audit_id, at, actor, action, target)
+         select gen_random_uuid(), gen_random_uuid(), now() - interval '1 hour', 'test', 'test.backlog', 'nothing'
+         from generate_series(1, $1)",
+    )
+    .bind(TENANTS)
+    .execute(&mut superuser)
+    .await
+    .unwrap();
+    let chained = cvault_control_plane::audit::chain_new(&platform.app.db.sys).await.unwrap();
+    assert!(chained >= u64::try_from(TENANTS).unwrap(), "{chained}");
+}
+
+#[tokio::test]
 async fn a_retried_write_of_staff_happens_once() {
     let platform = Platform::start().await;
     fn key<'a>(call: Call<'a>, key: &str) -> Call<'a> {

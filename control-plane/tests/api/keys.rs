@@ -222,6 +222,28 @@ async fn a_revoked_or_expired_key_is_refused_at_the_next_request() {
     assert_eq!(actions, ["api_key.create", "api_key.update", "api_key.update", "api_key.update", "api_key.revoke"]);
 }
 
+#[tokio::test]
+async fn a_key_that_is_revoked_while_it_is_over_the_rate_is_only_ever_refused_and_soon_as_unknown() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant_with(json!({"name": "Backend", "rate_limit_per_minute": 1})).await;
+    let (made, caller) = key(&platform, &tenant, &Scope::ALL).await;
+    let status = async || platform.call("GET", "/api/v1/users").backend(&caller).send().await.status.as_u16();
+    assert_eq!((status().await, status().await), (200, 429));
+    let mut tx = begin(&platform, &tenant).await;
+    api_keys::revoke(&mut tx, made.id, &actor(), platform.app.clock.now()).await.unwrap();
+    tx.commit().await.unwrap();
+    let unknown = async {
+        loop {
+            match status().await {
+                401 => break,
+                429 => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+                other => panic!("{other}"),
+            }
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(30), unknown).await.unwrap();
+}
+
 #[test]
 fn a_key_of_no_name_no_scope_or_the_past_is_refused_with_all_its_faults() {
     let now = OffsetDateTime::from_unix_timestamp(1_000).unwrap();

@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
@@ -86,6 +87,8 @@ struct Checker {
 impl Checker {
     fn start(program: &Path) -> io::Result<Self> {
         let mut child = Command::new(program)
+            // `program` may be the name of whatever this process is
+            .arg0("cvault-control-plane")
             .arg(COMMAND)
             // what it need not know
             .env_clear()

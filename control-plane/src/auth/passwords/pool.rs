@@ -15,7 +15,7 @@ use super::PasswordError;
 use super::queue::{Pushed, Queue, Ticket};
 use crate::metrics;
 
-/// The lowest priority there is: whoever else wants the core gets it (and 70 times as much of it).
+/// The lowest priority there is: beside another thread of its session it gets one part in seventy of a core.
 pub(super) const NICE: i32 = 19;
 
 /// Who shares the threads with the others.
