@@ -57,7 +57,7 @@ pub async fn rotate(
 ) -> Result<Rotated, RotateError> {
     let (tenant, id) = (tx.tenant().uuid(), new.device);
     let row = sqlx::query!(
-        r#"select d.preshared_key_sealed is not null as "has_preshared!", d.suspended, t.data_key_sealed,
+        r#"select d.preshared_key_sealed is not null as "has_preshared!", d.suspended, d.pool_id, t.data_key_sealed,
                   t.status in ('active', 'trial') as "open!", t.over_limit_since is not null as "over_limit!",
                   t.client_dns as "dns: Vec<IpNet>", t.client_allowed_ips as "allowed_ips: Vec<IpNet>", t.client_mtu
            from cvault.devices d join cvault.tenants t on t.tenant_id = d.tenant_id
@@ -81,15 +81,16 @@ pub async fn rotate(
     }
     let device = read::find(tx, user, id).await.map_err(RegisterError::from)?.ok_or(RotateError::NotFound)?;
     let server = servers::find(tx, device.server).await.map_err(RegisterError::from)?;
-    let server = server.ok_or(RegisterError::ServerUnavailable)?;
-    // one that is off since a suspension needs a place
-    let target = if server.active && (!row.suspended || server.peers < server.capacity) {
-        server
-    } else {
-        // the device keeps its address, so it can only move within the pool
-        let candidates = servers::candidates(tx, None, now).await.map_err(RegisterError::from)?;
-        let pool = server.pool;
-        candidates.into_iter().find(|candidate| candidate.pool == pool).ok_or(RegisterError::ServerUnavailable)?
+    // one that is off since a suspension needs a place, and its server may have been removed
+    let stays = |server: &servers::Server| server.active && (!row.suspended || server.has_room());
+    let target = match server.filter(stays) {
+        Some(server) => server,
+        None => {
+            // the device keeps its address, so it can only move within the pool
+            let mut candidates = servers::candidates(tx, None, now).await.map_err(RegisterError::from)?.into_iter();
+            let other = candidates.find(|candidate| candidate.pool.uuid() == row.pool_id);
+            other.ok_or(RegisterError::ServerUnavailable)?
+        }
     };
     let data_key = row.data_key_sealed.ok_or(RegisterError::Key(KeyError::DoesNotOpen))?;
     let request = KeyRequest { public_key: new.public_key, preshared: new.preshared.unwrap_or(row.has_preshared) };

@@ -69,7 +69,13 @@ impl Server {
     /// Whether a new device may be placed here.
     #[must_use]
     pub fn takes_devices(&self, now: OffsetDateTime) -> bool {
-        self.active && self.works(now) && self.peers < self.capacity
+        self.has_room() && self.works(now)
+    }
+
+    /// Whether it may have one more device, working or not.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.active && self.peers < self.capacity
     }
 }
 

@@ -1,6 +1,6 @@
 //! `connect`: opens a session, and moves the device when another region is asked for or its server does not work.
 
-use cvault_types::{DeviceId, RequestId, ServerId, SessionId, UserId};
+use cvault_types::{DeviceId, PoolId, RequestId, ServerId, SessionId, UserId};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -52,7 +52,7 @@ pub async fn connect(
     now: OffsetDateTime,
     request_id: RequestId,
 ) -> Result<Connection, ConnectError> {
-    let Locked { used_up, suspended } = lock_device(tx, user, id).await?;
+    let Locked { used_up, suspended, pool } = lock_device(tx, user, id).await?;
     if used_up {
         let devices::Carried { max, used } = devices::carried(tx).await?;
         return Err(ConnectError::BandwidthLimit { max, used });
@@ -62,7 +62,7 @@ pub async fn connect(
     let target = if readdressed {
         readdress(tx, &mut device, region, now).await?
     } else {
-        target(tx, &device, suspended, region, now).await?
+        target(tx, &device, pool, suspended, region, now).await?
     };
     let session = open(tx, &device, target.id, now).await?;
     let entry = audit::Entry {
@@ -116,19 +116,24 @@ async fn readdress(
 async fn target(
     tx: &mut TenantTx,
     device: &Device,
+    pool: PoolId,
     suspended: bool,
     region: Option<&str>,
     now: OffsetDateTime,
 ) -> Result<Server, ConnectError> {
-    let home = servers::find(tx, device.server).await?.ok_or(ConnectError::ServerUnavailable)?;
-    let serves = if suspended { home.takes_devices(now) } else { home.works(now) };
-    if serves && region.is_none_or(|region| home.region == region) {
-        return Ok(home);
-    }
+    // of a device that is suspended it may have been removed
+    let home = servers::find(tx, device.server).await?;
+    let serves = |home: &Server| if suspended { home.takes_devices(now) } else { home.works(now) };
+    let stays = |home: &Server| serves(home) && region.is_none_or(|region| home.region == region);
+    let home = match home {
+        Some(home) if stays(&home) => return Ok(home),
+        other => other,
+    };
     let mut others = servers::candidates(tx, region, now).await?;
-    others.retain(|other| other.pool == home.pool);
+    others.retain(|other| other.pool == pool);
     // of the same region rather
-    let near = others.iter().position(|other| other.region == home.region).unwrap_or(0);
+    let is_near = |other: &Server| home.as_ref().is_some_and(|home| other.region == home.region);
+    let near = others.iter().position(is_near).unwrap_or(0);
     if near < others.len() { Ok(others.swap_remove(near)) } else { Err(ConnectError::ServerUnavailable) }
 }
 
@@ -137,12 +142,13 @@ struct Locked {
     used_up: bool,
     /// The device is on no server since a suspension.
     suspended: bool,
+    pool: PoolId,
 }
 
 async fn lock_device(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<Locked, ConnectError> {
     let tenant = tx.tenant().uuid();
     let row = sqlx::query!(
-        r#"select t.over_limit_since is not null as "over_limit!", d.suspended
+        r#"select t.over_limit_since is not null as "over_limit!", d.suspended, d.pool_id
            from cvault.devices d join cvault.tenants t on t.tenant_id = d.tenant_id
            join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
            where d.tenant_id = $1 and d.user_id = $2 and d.device_id = $3 and d.status = 'active' and u.status = 'active'
@@ -155,7 +161,7 @@ async fn lock_device(tx: &mut TenantTx, user: UserId, id: DeviceId) -> Result<Lo
     .await
     .map_err(DbError::from)?
     .ok_or(ConnectError::NotFound)?;
-    Ok(Locked { used_up: row.over_limit, suspended: row.suspended })
+    Ok(Locked { used_up: row.over_limit, suspended: row.suspended, pool: PoolId::from_uuid(row.pool_id) })
 }
 
 async fn put_back(tx: &mut TenantTx, id: DeviceId) -> Result<(), DbError> {

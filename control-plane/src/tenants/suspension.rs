@@ -4,7 +4,7 @@
 //! The tenant's status and limit are what counts; this work follows it, a chunk at a time, so that neither a large tenant nor a
 //! fault in between holds anything up: what is left is found by the next run, on whatever replica.
 
-use cvault_types::{DeviceId, ServerId, TenantId};
+use cvault_types::{DeviceId, PoolId, ServerId, TenantId};
 use sqlx::PgPool;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -178,6 +178,8 @@ struct Chunk {
 struct Placing {
     server: ServerId,
     device: DeviceId,
+    /// Of its address.
+    pool: PoolId,
 }
 
 async fn move_chunk(
@@ -233,25 +235,27 @@ async fn take_off(
     Ok(found.into_iter().map(|placing| placing.server).collect())
 }
 
-/// Each to the server it was on, or, when that takes no devices, to the least loaded one of its pool.
+/// Each to the server it was on, or, when that takes no devices or is gone, to the least loaded one of its pool. Where none
+/// answers now, its own has it back when it answers again.
 async fn put_back(tx: &mut TenantTx, found: Vec<Placing>, now: OffsetDateTime) -> Result<Vec<ServerId>, DbError> {
     let mut servers = servers::list(tx).await?;
     let mut targets = Vec::new();
-    for Placing { device, server } in found {
-        let Some(home) = servers.iter().position(|candidate| candidate.id == server) else { continue };
-        let (stays, pool) = (servers[home].active && servers[home].peers < servers[home].capacity, servers[home].pool);
+    for placing in found {
+        let home = servers.iter().position(|candidate| candidate.id == placing.server);
         let others = || {
-            let takes = |server: &servers::Server| server.pool == pool && server.takes_devices(now);
+            let takes = |server: &servers::Server| server.pool == placing.pool && server.takes_devices(now);
             (0..servers.len()).filter(|at| takes(&servers[*at])).min_by_key(|at| servers[*at].load())
         };
-        let Some(target) = stays.then_some(home).or_else(others) else { continue };
+        let target = home.filter(|home| servers[*home].takes_devices(now)).or_else(others);
+        let target = target.or_else(|| home.filter(|home| servers[*home].has_room()));
+        let Some(target) = target else { continue };
         servers[target].peers += 1;
-        targets.push(Placing { server: servers[target].id, device });
+        targets.push(Placing { server: servers[target].id, ..placing });
     }
     mark(tx, &targets, false).await?;
     // last: from here to COMMIT the servers' rows are locked, in the order of their ids
     targets.sort_by_key(|placing| placing.server);
-    for Placing { device, server } in &targets {
+    for Placing { device, server, .. } in &targets {
         sqlx::query_scalar!("select platform.move_peer($1, $2)", device.uuid(), server.uuid())
             .fetch_one(tx.conn())
             .await?;
@@ -285,7 +289,7 @@ async fn devices(tx: &mut TenantTx, which: Which, after: Option<Placing>) -> Res
         Which::Placed => {
             sqlx::query_as!(
                 PlacingRow,
-                "select d.server_id, d.device_id
+                "select d.server_id, d.device_id, d.pool_id
                  from cvault.devices d join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
                  where d.tenant_id = $1 and d.status = 'active' and not d.suspended
                    and (d.server_id, d.device_id) > ($3, $4)
@@ -301,7 +305,7 @@ async fn devices(tx: &mut TenantTx, which: Which, after: Option<Placing>) -> Res
         Which::PlacedOfDisabled => {
             sqlx::query_as!(
                 PlacingRow,
-                "select d.server_id, d.device_id
+                "select d.server_id, d.device_id, d.pool_id
                  from cvault.devices d join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
                  where d.tenant_id = $1 and d.status = 'active' and not d.suspended and u.status = 'disabled'
                    and (d.server_id, d.device_id) > ($3, $4)
@@ -317,7 +321,7 @@ async fn devices(tx: &mut TenantTx, which: Which, after: Option<Placing>) -> Res
         Which::SuspendedOfActive => {
             sqlx::query_as!(
                 PlacingRow,
-                "select d.server_id, d.device_id
+                "select d.server_id, d.device_id, d.pool_id
                  from cvault.devices d join cvault.users u on u.tenant_id = d.tenant_id and u.user_id = d.user_id
                  where d.tenant_id = $1 and d.status = 'active' and d.suspended and u.status <> 'disabled'
                    and (d.server_id, d.device_id) > ($3, $4)
@@ -337,16 +341,22 @@ async fn devices(tx: &mut TenantTx, which: Which, after: Option<Placing>) -> Res
 struct PlacingRow {
     server_id: Uuid,
     device_id: Uuid,
+    pool_id: Uuid,
 }
 
 impl From<PlacingRow> for Placing {
     fn from(row: PlacingRow) -> Self {
-        Self { server: ServerId::from_uuid(row.server_id), device: DeviceId::from_uuid(row.device_id) }
+        Self {
+            server: ServerId::from_uuid(row.server_id),
+            device: DeviceId::from_uuid(row.device_id),
+            pool: PoolId::from_uuid(row.pool_id),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use cvault_types::RequestId;
     use cvault_types::tenant::{TenantStatus, UpdateTenantRequest};
 
     use super::*;
@@ -470,6 +480,62 @@ mod tests {
         let second = world.server("s2", "default", "lab-2").await;
         assert_eq!(enforce(&world.app).await.unwrap(), 1);
         assert_eq!((peers(&world, first).await, peers(&world, second).await), (0, 1));
+    }
+
+    #[tokio::test]
+    async fn a_device_comes_back_to_another_server_when_its_own_was_removed_meanwhile() {
+        let (world, first) = World::with_server().await;
+        let person = world.person().await;
+        let (one, two, three) = (
+            world.register(person, "one").await.unwrap(),
+            world.register(person, "two").await.unwrap(),
+            world.register(person, "three").await.unwrap(),
+        );
+        set_status(&world, person, TenantStatus::Suspended).await;
+        assert_eq!(enforce(&world.app).await.unwrap(), 3);
+        sqlx::query("update platform.servers set status = 'removed', identity_pin = null")
+            .execute(&world.app.db.sys)
+            .await
+            .unwrap();
+        set_status(&world, person, TenantStatus::Active).await;
+        assert_eq!(enforce(&world.app).await.unwrap(), 0, "there is no server");
+        let second = world.server("s2", "default", "lab-2").await;
+        let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
+        let (now, request) = (world.app.clock.now(), RequestId::from_uuid(Uuid::nil()));
+        let connected = sessions::connect(&mut tx, person.user, one.id, None, now, request).await.unwrap();
+        tx.commit().await.unwrap();
+        assert_eq!((connected.server.id, connected.device.addresses), (second, one.addresses));
+        let rotated = world.rotate(person, two.id, None).await.unwrap().device;
+        assert_eq!((rotated.server.id, rotated.addresses), (second, two.addresses));
+        assert_eq!(enforce(&world.app).await.unwrap(), 1, "whoever waits is put back by itself");
+        let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
+        let device = crate::devices::find(&mut tx, person.user, three.id).await.unwrap().unwrap();
+        assert_eq!((device.server, device.addresses), (second, three.addresses));
+        assert_eq!((peers(&world, first).await, peers(&world, second).await), (0, 3));
+    }
+
+    #[tokio::test]
+    async fn a_device_comes_back_to_a_server_that_answers_and_to_its_own_when_none_does() {
+        let (world, first) = World::with_server().await;
+        let person = world.person().await;
+        world.register(person, "d").await.unwrap();
+        let second = world.server("s2", "default", "lab-2").await;
+        let silent = |server: ServerId| {
+            sqlx::query("update platform.servers set last_seen_at = now() - interval '1 day' where server_id = $1")
+                .bind(server.uuid())
+                .execute(&world.app.db.sys)
+        };
+        let round = async || {
+            set_status(&world, person, TenantStatus::Suspended).await;
+            assert_eq!(enforce(&world.app).await.unwrap(), 1);
+            set_status(&world, person, TenantStatus::Active).await;
+            assert_eq!(enforce(&world.app).await.unwrap(), 1);
+            (peers(&world, first).await, peers(&world, second).await)
+        };
+        silent(first).await.unwrap();
+        assert_eq!(round().await, (0, 1));
+        silent(second).await.unwrap();
+        assert_eq!(round().await, (0, 1));
     }
 
     #[tokio::test]
