@@ -27,9 +27,6 @@ use self::apart::{Answer, Question};
 use self::pool::Pool;
 use crate::http::Problem;
 
-/// Checks that may wait for each core: about 4 s at 0.2 s each.
-const WAITING_PER_CORE: usize = 20;
-
 /// Of a password that can be chosen: 128 characters of four bytes.
 const LONGEST_BYTES: usize = 512;
 
@@ -82,7 +79,7 @@ impl Passwords {
     #[must_use]
     pub fn new(scheme: Scheme) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self::with_bounds(scheme, cores, cores * WAITING_PER_CORE)
+        Self::with_bounds(scheme, cores, cores * scheme.waiting_per_core())
     }
 
     /// # Panics

@@ -49,9 +49,9 @@ async fn checks_give_way_to_other_sessions_too_and_a_process_of_theirs_may_die_a
     let first = children(std::process::id());
     assert_eq!(first.len(), 2, "one for each thread");
     for child in &first {
-        assert_eq!((getsid(Some(*child)), getpriority_process(Some(*child))), (Ok(*child), Ok(19)));
+        assert_eq!((getsid(Some(*child)), getpriority_process(Some(*child))), (Ok(*child), Ok(10)));
         if let Ok(group) = fs::read_to_string(format!("/proc/{}/autogroup", child.as_raw_nonzero())) {
-            assert!(group.trim_end().ends_with("nice 19"), "{group}");
+            assert!(group.trim_end().ends_with("nice 10"), "{group}");
         }
         kill_process(*child, Signal::TERM).unwrap();
     }

@@ -2,7 +2,7 @@
 //!
 //! The lowest priority makes a thread give way to the others of its process only, where the kernel divides the processors among
 //! sessions first (`sched_autogroup_enabled`, as distributions have it). There, threads that compute all the time weigh as much as
-//! a PostgreSQL session does that they keep waiting (ADR 13). A child is a session by itself, and the session has the lowest weight.
+//! a PostgreSQL session does that they keep waiting (ADR 13). A child is a session by itself, of little weight.
 
 use std::cell::RefCell;
 use std::io::{self, BufRead, BufReader, Write};
@@ -16,11 +16,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::pool::NICE;
 use super::scheme::{self, HashError, Scheme};
 
 /// The subcommand that a child is.
 pub const COMMAND: &str = "password-checks";
+
+/// A ninth of what another session weighs: nobody notices it, and beside processes that compute all the time a login still takes
+/// seconds, which at the least weight there is (a seventieth) took more than a minute.
+const NICE: i32 = 10;
 
 /// Longer than any caller waits. A child that takes as long is stopped, or its machine is busy with what is more urgent.
 const PATIENCE: Duration = Duration::from_secs(60);

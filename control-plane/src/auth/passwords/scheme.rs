@@ -78,6 +78,15 @@ impl Scheme {
         }
     }
 
+    /// Checks that may wait for each core: some seconds of bcrypt at 0.2 s each, or one or two of Argon2id, so that a hundred
+    /// who log in at the same moment are all served by two cores.
+    pub(super) fn waiting_per_core(self) -> usize {
+        match self {
+            Self::Bcrypt { .. } => 20,
+            Self::Argon2id { .. } => 100,
+        }
+    }
+
     /// Whether `hash` is what this scheme makes.
     pub(super) fn made(self, hash: &str) -> bool {
         match self {

@@ -83,6 +83,22 @@ impl Load {
         f64::from(u32::try_from(self.latencies.len()).unwrap_or(u32::MAX)) / self.seconds
     }
 
+    /// Answered one way or the other.
+    pub(crate) fn asked_a_second(&self) -> f64 {
+        f64::from(u32::try_from(self.latencies.len() + self.refused.len()).unwrap_or(u32::MAX)) / self.seconds
+    }
+
+    /// Several runs as if they were one.
+    pub(crate) fn all(loads: &[Self]) -> Self {
+        let mut whole = Self::default();
+        for load in loads {
+            whole.seconds += load.seconds;
+            whole.latencies.extend(&load.latencies);
+            whole.refused.extend(&load.refused);
+        }
+        whole
+    }
+
     pub(crate) fn p50(&self) -> Option<f64> {
         quantile(&self.latencies, 50)
     }
@@ -107,6 +123,8 @@ pub(crate) enum Pace {
     Closed,
     /// One each interval, whatever the answers do; latency counts from when it was due.
     Every(Duration),
+    /// So long after the last answer, beginning all at once.
+    After(Duration),
 }
 
 impl Pace {
@@ -114,6 +132,8 @@ impl Pace {
     fn due(self, began: Instant, client: usize, clients: usize, count: u64) -> Instant {
         match self {
             Self::Closed => Instant::now(),
+            Self::After(_) if count == 0 => Instant::now(),
+            Self::After(pause) => Instant::now() + pause,
             Self::Every(interval) => {
                 let interval = interval.as_secs_f64();
                 // the clients are spread over the interval
@@ -151,11 +171,6 @@ pub(crate) async fn run(
         Ok::<_, anyhow::Error>(load)
     };
     let loads = futures::future::join_all((0..clients).map(client)).await;
-    let mut whole = Load { seconds: began.elapsed().as_secs_f64(), ..Load::default() };
-    for load in loads {
-        let load = load?;
-        whole.latencies.extend(load.latencies);
-        whole.refused.extend(load.refused);
-    }
-    Ok(whole)
+    let loads = loads.into_iter().collect::<Result<Vec<_>>>()?;
+    Ok(Load { seconds: began.elapsed().as_secs_f64(), ..Load::all(&loads) })
 }

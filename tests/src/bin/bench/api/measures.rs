@@ -1,6 +1,6 @@
 //! What is measured, in order: each measure leaves what the next one needs.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use cvault_tests::bench::{Must, Row, median};
@@ -16,6 +16,12 @@ const UNLIMITED: u32 = 1_000_000;
 const QUIET_CLIENTS: usize = 8;
 const QUIET_INTERVAL: Duration = Duration::from_millis(40);
 const NOISY_LIMIT: u32 = 6_000;
+/// So many that none meets the limit of a user, which is half of the tenant's.
+const NOISY_CLIENTS: usize = 64;
+/// For work in the background to end.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// Runs that are compared, of each kind in turn.
+const ROUNDS: usize = 3;
 /// A second, of all clients together.
 const READS: f64 = 5_000.0;
 /// Of the region in which the first run registers.
@@ -109,16 +115,28 @@ impl Bench {
         Ok(load)
     }
 
+    /// Addresses that were taken before are somebody else's too: a device's is the one that is written down as its own, and no
+    /// other peer has it.
     fn count(&self) -> Result<()> {
         let counts = self.platform.sql(
-            "select count(*), count(distinct ipv4), count(distinct ipv6), count(distinct public_key),
+            "with d as (select * from cvault.devices where status = 'active' and name <> 'present')
+             select count(*), count(distinct ipv4), count(distinct ipv6), count(distinct public_key),
+                    (select count(*) from d join platform.address_pools p using (pool_id)
+                         join platform.addresses a on a.pool_id = d.pool_id and a.host = d.ipv4 - host(p.ipv4)::inet
+                     where a.state = 'allocated' and a.device_id = d.device_id
+                       and d.ipv6 = host(p.ipv6::inet + a.host)::inet),
+                    (select count(*) from d join platform.peers o using (ipv4) where o.removed_revision is null),
                     (select sum(peer_count) from platform.servers),
                     (select count(*) from cvault.audit_log where action = 'device.register')
-             from cvault.devices where status = 'active'",
+             from d",
         )?;
-        let wanted = vec![self.promised.to_string(); 6].join("|");
+        let wanted = vec![self.promised.to_string(); 8].join("|");
         if counts != wanted {
-            bail!("{} devices were promised; devices, IPv4, IPv6, keys, peers, audit entries: {counts}", self.promised);
+            bail!(
+                "{} devices were promised; devices, IPv4, IPv6, keys, addresses of their own, peers with such an address, \
+                 peers by server, audit entries: {counts}",
+                self.promised
+            );
         }
         Ok(())
     }
@@ -130,72 +148,140 @@ impl Bench {
         self.figure("registrations_p50", "ms", first.p50().context("nothing registered")?, None);
         self.figure("registrations_p99", "ms", first.p99().context("nothing registered")?, Some(Must::AtMost(100.0)));
         if self.size.present > 0 {
-            // neither past the end of its server
-            let time = Duration::from_secs_f64(50_000.0 / first.rate() / 1.5).min(self.size.short);
             self.platform.server("few", "wide", "203.0.113.6")?;
-            let few = self.register(time, "few").await?;
-            refuse(&few)?;
-            self.fill_server()?;
-            let full = self.register(time, "two").await?;
-            refuse(&full)?;
-            let beside = ("with few devices", few.rate());
-            self.beside("registrations_65000_present", "1/s", full.rate(), beside, Must::TimesAtLeast(0.9));
+            self.fill_server().await?;
+            // neither past the end of its server
+            let whole = Duration::from_secs_f64(50_000.0 / first.rate() / 1.5).min(self.size.short);
+            let (few, full) = self.in_turn(whole / u32::try_from(ROUNDS)?, "few", "two").await?;
+            self.compare("registrations_65000_present", &full, ("with few devices", &few))?;
         }
         Ok(())
     }
 
-    /// Peers and addresses of devices that nobody registered: what the next registration meets is the same. The server's
-    /// own count stays what it runs, so that there is room for those that are measured.
-    fn fill_server(&self) -> Result<()> {
+    /// Registrations in two regions in turn, so that both meet the same machine; the second one's are what is measured.
+    async fn in_turn(&mut self, time: Duration, beside: &str, region: &str) -> Result<(Vec<Load>, Vec<Load>)> {
+        let (mut base, mut ours) = (Vec::new(), Vec::new());
+        for round in 0..ROUNDS {
+            for second in [round % 2 == 1, round % 2 == 0] {
+                let load = self.register(time, if second { region } else { beside }).await?;
+                refuse(&load)?;
+                if second { ours.push(load) } else { base.push(load) }
+            }
+        }
+        Ok((base, ours))
+    }
+
+    fn compare(&mut self, measure: &str, ours: &[Load], beside: (&str, &[Load])) -> Result<()> {
+        let rate =
+            |loads: &[Load]| median(&loads.iter().map(Load::rate).collect::<Vec<_>>()).context("nothing registered");
+        let (name, base) = beside;
+        self.beside(measure, "1/s", rate(ours)?, (name, rate(base)?), Must::TimesAtLeast(0.9));
+        let p99 = p99(&Load::all(ours))?;
+        self.figure(&format!("{measure}_p99"), "ms", p99, Some(Must::AtMost(100.0)));
+        Ok(())
+    }
+
+    /// Devices that nobody registered, with their peers and addresses: what the next registration meets is the same. The
+    /// server's own count stays what it runs, as it may not have more, so that there is room for those that are measured.
+    async fn fill_server(&self) -> Result<()> {
         self.platform.pool("crowded", "10.32.0.0/13", "fd32::/64")?;
         self.platform.server("two", "crowded", "203.0.113.2")?;
         let tenant = decode_id(&self.tenant.id)?;
-        self.platform
-            .sql(&format!(
-                "update platform.address_pools set next_host = {present} + 2 where name = 'crowded';
-                 delete from platform.addresses a using platform.address_pools p where a.pool_id = p.pool_id and p.name = 'crowded';
-                 insert into platform.addresses (pool_id, host, state, tenant_id, device_id)
-                     select pool_id, h, 'allocated', '{tenant}', gen_random_uuid()
-                     from platform.address_pools, generate_series(2, {present} + 1) h where name = 'crowded';
-                 insert into platform.peers (server_id, device_id, tenant_id, user_id, public_key, preshared_key_hash, ipv4, ipv6, generation)
-                     select s.server_id, a.device_id, a.tenant_id, gen_random_uuid(), sha256(uuid_send(a.device_id)),
-                            decode(repeat('00', 32), 'hex'), host(p.ipv4::inet + a.host)::inet, host(p.ipv6::inet + a.host)::inet, 1
-                     from platform.addresses a join platform.address_pools p using (pool_id) join platform.servers s using (pool_id)
-                     where p.name = 'crowded';
-                 analyze platform.peers; analyze platform.addresses; analyze cvault.devices",
-                present = self.size.present
-            ))
-            .map(drop)
+        self.platform.sql(&format!(
+            "update platform.address_pools set next_host = {present} + 2 where name = 'crowded';
+             delete from platform.addresses a using platform.address_pools p where a.pool_id = p.pool_id and p.name = 'crowded';
+             insert into platform.addresses (pool_id, host, state, tenant_id, device_id)
+                 select pool_id, h, 'allocated', '{tenant}', gen_random_uuid()
+                 from platform.address_pools, generate_series(2, {present} + 1) h where name = 'crowded';
+             create temporary table people as
+                 select user_id, row_number() over () - 1 as n from cvault.users where tenant_id = '{tenant}';
+             insert into cvault.devices (tenant_id, device_id, user_id, name, public_key, pool_id, ipv4, ipv6, server_id)
+                 select a.tenant_id, a.device_id, u.user_id, 'present', sha256(uuid_send(a.device_id)), a.pool_id,
+                        host(p.ipv4::inet + a.host)::inet, host(p.ipv6::inet + a.host)::inet, s.server_id
+                 from platform.addresses a join platform.address_pools p using (pool_id) join platform.servers s using (pool_id)
+                     join people u on u.n = a.host % (select count(*) from people)
+                 where p.name = 'crowded' and a.state = 'allocated';
+             insert into platform.peers (server_id, device_id, tenant_id, user_id, public_key, preshared_key_hash, ipv4, ipv6, generation)
+                 select server_id, device_id, tenant_id, user_id, public_key, preshared_key_hash, ipv4, ipv6, 1
+                 from cvault.devices where name = 'present'",
+            present = self.size.present
+        ))?;
+        self.settle("platform.peers, platform.addresses, cvault.devices")?;
+        self.addresses_open("crowded").await
     }
 
     /// A pool of which one address in a hundred is left.
     async fn nearly_full_pool(&mut self) -> Result<()> {
         self.platform.server("room", "wide", "203.0.113.4")?;
-        let base = self.register(self.size.short, "room").await?;
-        refuse(&base)?;
-        self.platform.pool("full", "10.16.0.0/13", "fd16::/64")?;
+        // how quick it is today
+        let probe = self.register(self.size.short.min(Duration::from_secs(3)), "room").await?;
+        refuse(&probe)?;
+        self.platform.pool("full", "10.128.0.0/10", "fd16::/64")?;
         self.platform.server("full", "full", "203.0.113.3")?;
-        let last = (1_u32 << 19) - 2;
+        let last = (1_u32 << 22) - 2;
         let taken = last - last / 100;
         let tenant = decode_id(&self.tenant.id)?;
         self.platform.sql(&format!(
             "select from platform.address_pools where name = 'full' for no key update;
+             delete from platform.addresses a using platform.address_pools p where a.pool_id = p.pool_id and p.name = 'full';
              insert into platform.addresses (pool_id, host, state, tenant_id, device_id)
                  select pool_id, h, 'allocated', '{tenant}', gen_random_uuid()
                  from platform.address_pools, generate_series(2, {taken}) h where name = 'full';
-             update platform.address_pools set next_host = {taken} + 1 where name = 'full';
-             analyze platform.addresses; checkpoint"
+             update platform.address_pools set next_host = {taken} + 1 where name = 'full'"
         ))?;
+        self.settle("platform.addresses")?;
+        self.addresses_open("full").await?;
         // not to the last one: what is answered then is no registration
-        let time = Duration::from_secs_f64(f64::from(last - taken) * 0.7 / base.rate()).min(self.size.short);
-        let load = self.register(time, "full").await?;
-        refuse(&load)?;
-        let beside = ("a pool with room", base.rate());
-        self.beside("registrations_pool_99_percent", "1/s", load.rate(), beside, Must::TimesAtLeast(0.9));
+        let whole = Duration::from_secs_f64(f64::from(last - taken) * 0.6 / probe.rate()).min(self.size.short);
+        let (room, full) = self.in_turn(whole / u32::try_from(ROUNDS)?, "room", "full").await?;
+        self.compare("registrations_pool_99_percent", &full, ("a pool with room", &room))
+    }
+
+    /// As tables are that were not filled a moment ago.
+    fn settle(&self, tables: &str) -> Result<()> {
+        self.platform.sql(&format!("vacuum analyze {tables}"))?;
+        self.platform.sql("checkpoint").map(drop)
+    }
+
+    /// Waits until the platform has opened addresses of the pool ahead, as it always has in one that is in use.
+    async fn addresses_open(&self, pool: &str) -> Result<()> {
+        let free = format!(
+            "select count(*) > 1000 from platform.addresses a join platform.address_pools p using (pool_id)
+             where p.name = '{pool}' and a.state = 'free'"
+        );
+        self.until(&free, "addresses of a pool to be opened").await
+    }
+
+    /// Waits until what earlier measures have left to be done in the background is done.
+    async fn calm(&self) -> Result<()> {
+        self.until(
+            "select not exists (select from cvault.audit_log where chain_sequence is null)",
+            "the audit log to be chained",
+        )
+        .await?;
+        self.platform.sql("checkpoint")?;
+        let idle = "select not exists (select from pg_stat_activity where backend_type = 'autovacuum worker')";
+        self.until(idle, "autovacuum to end").await
+    }
+
+    async fn until(&self, condition: &str, what: &str) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.platform.sql(condition)? != "t" {
+            if Instant::now() > deadline {
+                bail!("waited {} s for {what}", PATIENCE.as_secs());
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
         Ok(())
     }
 
     async fn reads(&mut self) -> Result<()> {
+        if self.promised == 0 {
+            // lists are not to be empty
+            let some = self.register(self.size.short, "one").await?;
+            refuse(&some)?;
+        }
+        self.calm().await?;
         let load = self.read(Pace::Closed).await?;
         self.figure("reads", "1/s", load.rate(), Some(Must::AtLeast(READS)));
         self.figure("reads_p99", "ms", p99(&load)?, Some(Must::AtMost(20.0)));
@@ -216,7 +302,7 @@ impl Bench {
         Ok(load)
     }
 
-    /// The same path with the policies of the tenant tables off and the context believed as it stands, interleaved.
+    /// The same path with the policies of the tenant tables off and the context neither checked nor asked for, interleaved.
     async fn isolation(&mut self) -> Result<()> {
         for number in 0..SERVERS {
             let (name, ip) = (format!("isolation-{number}"), format!("203.0.113.{}", 120 + number));
@@ -225,23 +311,30 @@ impl Bench {
         let tables = "select format('alter table cvault.%I %s row level security', c.relname, '{}')
                       from pg_class c join pg_namespace n on n.oid = c.relnamespace
                       where n.nspname = 'cvault' and c.relkind in ('r', 'p')";
-        let signed = self.platform.sql("select pg_get_functiondef('cvault.tenant_id'::regproc)")?;
+        let signed = self.platform.sql(
+            "select string_agg(pg_get_functiondef(f), ';') from unnest(array['cvault.tenant_id'::regproc, 'cvault.enter']) f",
+        )?;
+        // the context is where statements find the tenant, so it is still written down
         let believed = "create or replace function cvault.tenant_id() returns uuid language sql stable security definer
              set search_path = pg_catalog, pg_temp
-             as $$ select nullif(split_part(current_setting('app.ctx', true), '.', 1), '')::uuid $$";
+             as $$ select nullif(split_part(current_setting('app.ctx', true), '.', 1), '')::uuid $$;
+             create or replace function cvault.enter(p_context text) returns uuid language sql
+             as $$ select split_part(pg_catalog.set_config('app.ctx', p_context, true), '.', 1)::uuid $$";
         let switch = |platform: &Platform, on: bool| -> Result<()> {
             let statements = platform.sql(&tables.replace("{}", if on { "enable" } else { "disable" }))?;
             let statements: Vec<&str> = statements.lines().collect();
             let function = if on { signed.as_str() } else { believed };
             platform.sql(&format!("{}; {function}", statements.join("; "))).map(drop)
         };
+        self.calm().await?;
         let (mut with, mut without) = (Vec::new(), Vec::new());
-        for _ in 0..3 {
-            switch(&self.platform, false)?;
-            let run = self.register_for_isolation().await;
-            switch(&self.platform, true)?;
-            without.push(run?);
-            with.push(self.register_for_isolation().await?);
+        for round in 0..ROUNDS {
+            for on in [round % 2 == 1, round % 2 == 0] {
+                switch(&self.platform, on)?;
+                let run = self.register_for_isolation().await;
+                switch(&self.platform, true)?;
+                if on { with.push(run?) } else { without.push(run?) }
+            }
         }
         let milliseconds = |rates: &[f64]| median(rates).map(|rate| 1e3 / rate).context("nothing registered");
         let (ours, bare) = (milliseconds(&with)?, milliseconds(&without)?);
@@ -249,13 +342,15 @@ impl Bench {
             "registration_with_isolation",
             "ms each",
             ours,
-            ("without policies and signature", bare),
+            ("without policies and checked context", bare),
             Must::TimesAtMost(1.15),
         );
         Ok(())
     }
 
     async fn register_for_isolation(&mut self) -> Result<f64> {
+        // statements are planned anew after a switch, and that is not what is measured
+        refuse(&self.register(Duration::from_secs(1), "isolation").await?)?;
         let load = self.register(self.size.short.min(Duration::from_secs(5)), "isolation").await?;
         refuse(&load)?;
         Ok(load.rate())
@@ -264,40 +359,86 @@ impl Bench {
     /// A steady trickle of reads of one tenant, alone and beside one that asks ten times what it may.
     async fn noise(&mut self) -> Result<()> {
         let noisy = self.platform.tenant("Noisy", NOISY_LIMIT).await?;
-        let noisy = self.platform.users(&noisy, 1).await?;
-        let alone = self.trickle().await?;
-        let interval = Duration::from_secs_f64(64.0 / (f64::from(NOISY_LIMIT) / 60.0 * 10.0));
-        let noise = run(self.platform.address, 64, self.size.short, Pace::Every(interval), |_, number| {
-            reading(&noisy[0], number)
-        });
-        let (noise, beside) = tokio::join!(noise, self.trickle());
-        if noise?.refused.iter().any(|status| *status != 429) {
-            bail!("the noisy tenant was refused with something else than 429");
+        let noisy = &self.platform.vouched(&noisy, NOISY_CLIENTS).await?;
+        self.calm().await?;
+        let a_second = f64::from(NOISY_LIMIT) / 60.0;
+        let interval = Duration::from_secs_f64(noisy.len() as f64 / (a_second * 10.0));
+        let (mut alone, mut beside) = (Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            alone.push(self.trickle(self.portion()).await?);
+            let noise =
+                run(self.platform.address, noisy.len(), self.portion(), Pace::Every(interval), |client, number| {
+                    reading(&noisy[client], number)
+                });
+            let (noise, quiet) = tokio::join!(noise, self.trickle(self.portion()));
+            let (noise, quiet) = (noise?, quiet?);
+            if noise.refused.iter().any(|status| *status != 429) {
+                bail!("the noisy tenant was refused with something else than 429");
+            }
+            // what a tenant may send at once comes on top of its rate
+            let (asked, let_in) = (noise.asked_a_second(), noise.rate());
+            let as_meant =
+                asked >= a_second * 9.0 && (a_second * 0.8..a_second * 1.2 + 100.0 / noise.seconds).contains(&let_in);
+            if self.size.judged && !as_meant {
+                bail!(
+                    "the noisy tenant asked {asked:.0} times a second and was let in {let_in:.0} times, of {a_second:.0}"
+                );
+            }
+            beside.push(quiet);
         }
-        let (alone, beside) = (p99(&alone)?, p99(&beside?)?);
+        let (alone, beside) = (p99(&Load::all(&alone))?, p99(&Load::all(&beside))?);
         self.beside("reads_p99_beside_noisy_tenant", "ms", beside, ("alone", alone), Must::TimesAtMost(1.3));
         Ok(())
     }
 
-    /// Passwords checked as fast as they can be, and what everybody else feels of it.
+    /// Of one run of those that are repeated.
+    fn portion(&self) -> Duration {
+        self.size.short / 2
+    }
+
+    /// Passwords checked as fast as they can be, and what everybody else feels of it: who reads, and who registers devices.
     async fn logins(&mut self) -> Result<()> {
-        let alone = self.trickle().await?;
-        let tenant = &self.tenant;
-        let users = self.size.users;
+        self.platform.server("quiet", "wide", "203.0.113.140")?;
+        self.calm().await?;
+        let (mut reads, mut writes) = ((Vec::new(), Vec::new()), (Vec::new(), Vec::new()));
+        let mut rates = Vec::new();
+        for _ in 0..ROUNDS {
+            reads.0.push(self.trickle(self.portion()).await?);
+            self.runs += 2;
+            writes.0.push(self.registering_quietly(self.runs - 1).await?);
+            let (flood, read) = self.beside_logins(self.trickle(self.portion())).await?;
+            let (again, written) = self.beside_logins(self.registering_quietly(self.runs)).await?;
+            reads.1.push(read);
+            writes.1.push(written);
+            rates.extend([flood.rate(), again.rate()]);
+        }
+        for load in writes.0.iter().chain(&writes.1) {
+            self.promised += u64::try_from(load.latencies.len())?;
+        }
+        self.count()?;
+        self.figure("logins_bcrypt", "1/s", median(&rates).context("nobody logged in")?, None);
+        for (what, (alone, beside)) in [("reads", reads), ("registrations", writes)] {
+            let (alone, beside) = (p99(&Load::all(&alone))?, p99(&Load::all(&beside))?);
+            let measure = format!("{what}_p99_beside_bcrypt_logins");
+            self.beside(&measure, "ms", beside, ("alone", alone), Must::TimesAtMost(2.0));
+        }
+        self.guides_load_test().await
+    }
+
+    /// `others` while bcrypt runs at full rate.
+    async fn beside_logins(&self, others: impl Future<Output = Result<Load>>) -> Result<(Load, Load)> {
+        let (tenant, users) = (&self.tenant, self.size.users);
         let flood =
-            run(self.platform.address, 32, self.size.short, Pace::Closed, |client, _| login(tenant, client % users));
-        let (flood, beside) = tokio::join!(flood, self.trickle());
+            run(self.platform.address, 32, self.portion(), Pace::Closed, |client, _| login(tenant, client % users));
+        let (flood, others) = tokio::join!(flood, others);
         let flood = flood?;
         if flood.refused.iter().any(|status| *status != 503) {
             bail!("logins were refused with something else than 503: {:?}", flood.refused);
         }
-        let (alone, beside) = (p99(&alone)?, p99(&beside?)?);
-        self.figure("logins_bcrypt", "1/s", flood.rate(), None);
-        self.beside("reads_p99_beside_bcrypt_logins", "ms", beside, ("alone", alone), Must::TimesAtMost(2.0));
-        self.guides_load_test().await
+        Ok((flood, others?))
     }
 
-    /// The guide's: a hundred users log in once a second.
+    /// The guide's: a hundred users, all at once in the beginning, log in a second after they were answered.
     async fn guides_load_test(&mut self) -> Result<()> {
         const USERS: usize = 100;
         let platform = Platform::second(&[("CVAULT_PASSWORD_HASH", "argon2id")]).await?;
@@ -307,26 +448,33 @@ impl Bench {
         if hashed != "$argon2id" {
             bail!("CVAULT_PASSWORD_HASH=argon2id made hashes of another kind");
         }
-        let load = run(platform.address, USERS, self.size.short, Pace::Every(Duration::from_secs(1)), |client, _| {
-            login(&tenant, client)
-        })
-        .await?;
+        let pause = Pace::After(Duration::from_secs(1));
+        let load =
+            run(platform.address, USERS, self.size.registering, pause, |client, _| login(&tenant, client)).await?;
         self.figure("logins_100_users_argon2id_p99", "ms", p99(&load)?, Some(Must::AtMost(500.0)));
         let failed = f64::from(u32::try_from(load.refused.len())?);
         self.figure("logins_100_users_argon2id_failed", "answers", failed, Some(Must::AtMost(0.0)));
         Ok(())
     }
 
-    async fn trickle(&self) -> Result<Load> {
+    async fn trickle(&self, time: Duration) -> Result<Load> {
         let people = &self.people;
-        let load = run(
-            self.platform.address,
-            QUIET_CLIENTS,
-            self.size.short,
-            Pace::Every(QUIET_INTERVAL),
-            |client, number| reading(&people[client], number),
-        )
-        .await?;
+        self.quietly(time, |client, number| reading(&people[client], number)).await
+    }
+
+    /// Devices, which the caller counts.
+    async fn registering_quietly(&self, prefix: u64) -> Result<Load> {
+        let people = &self.people;
+        self.quietly(self.portion(), |client, number| {
+            let user = &people[(client + usize::try_from(number).unwrap_or(0) * QUIET_CLIENTS) % people.len()];
+            let body = json!({"device_name": format!("{prefix}-{client}-{number}"), "server_region": "quiet"});
+            request("POST", "/api/v1/devices", &user.headers(), Some(&body.to_string()))
+        })
+        .await
+    }
+
+    async fn quietly(&self, time: Duration, make: impl Fn(usize, u64) -> Vec<u8>) -> Result<Load> {
+        let load = run(self.platform.address, QUIET_CLIENTS, time, Pace::Every(QUIET_INTERVAL), make).await?;
         refuse(&load)?;
         Ok(load)
     }

@@ -48,7 +48,7 @@ impl Size {
         }
         let registering = options.seconds.map_or(seconds(60), |s| seconds(s.into()));
         let short = registering.min(seconds(20));
-        let judged = registering >= seconds(20);
+        let judged = registering >= seconds(60);
         Self { registering, short, clients: 64, users: 64, people: 8192, present: 65_000, judged }
     }
 }
