@@ -216,9 +216,10 @@ impl Bench {
         // how quick it is today
         let probe = self.register(self.size.short.min(Duration::from_secs(3)), "room").await?;
         refuse(&probe)?;
-        self.platform.pool("full", "10.128.0.0/10", "fd16::/64")?;
+        let prefix = self.size.full_prefix;
+        self.platform.pool("full", &format!("10.128.0.0/{prefix}"), "fd16::/64")?;
         self.platform.server("full", "full", "203.0.113.3")?;
-        let last = (1_u32 << 22) - 2;
+        let last = (1_u32 << (32 - prefix)) - 2;
         let taken = last - last / 100;
         let tenant = decode_id(&self.tenant.id)?;
         self.platform.sql(&format!(
@@ -246,7 +247,7 @@ impl Bench {
     /// Waits until the platform has opened addresses of the pool ahead, as it always has in one that is in use.
     async fn addresses_open(&self, pool: &str) -> Result<()> {
         let free = format!(
-            "select count(*) > 1000 from platform.addresses a join platform.address_pools p using (pool_id)
+            "select count(*) > 500 from platform.addresses a join platform.address_pools p using (pool_id)
              where p.name = '{pool}' and a.state = 'free'"
         );
         self.until(&free, "addresses of a pool to be opened").await

@@ -28,6 +28,8 @@ pub(crate) struct Size {
     people: usize,
     /// Devices that the server has before the second run.
     present: u64,
+    /// Length of the prefix of the pool that is nearly full.
+    full_prefix: u8,
     /// Whether demands are made of a run of this size.
     judged: bool,
 }
@@ -43,13 +45,14 @@ impl Size {
                 users: 16,
                 people: 64,
                 present: 0,
+                full_prefix: 16,
                 judged: false,
             };
         }
         let registering = options.seconds.map_or(seconds(60), |s| seconds(s.into()));
         let short = registering.min(seconds(20));
         let judged = registering >= seconds(60);
-        Self { registering, short, clients: 64, users: 64, people: 8192, present: 65_000, judged }
+        Self { registering, short, clients: 64, users: 64, people: 8192, present: 65_000, full_prefix: 10, judged }
     }
 }
 
