@@ -4,12 +4,13 @@ use cvault_control_plane::auth::api_keys::{self, KeySettings};
 use cvault_control_plane::auth::passwords::Scheme;
 use cvault_control_plane::mail::Sink;
 use cvault_control_plane::tenants::Actor;
-use cvault_types::TenantId;
 use cvault_types::api_key::Scope;
+use cvault_types::{ApiKeyId, RequestId, TenantId, UserId};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use serde_json::{Value, json};
 use sqlx::Connection;
+use uuid::Uuid;
 
 use super::rows::Caller;
 use crate::platform::{Answer, Call, PASSWORD, Platform, Tenant};
@@ -18,6 +19,15 @@ use crate::scene::{Person, with_server};
 pub(super) const LOGIN: &str = "/api/v1/tenant/auth/login";
 pub(super) const CHANGE_PASSWORD: &str = "/api/v1/tenant/auth/password";
 pub(super) const EXTERNAL_ID: &str = "the-victims-own-name";
+
+/// One in the audit log or among the logins.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// Nil: the platform's own.
+    pub(super) tenant: Uuid,
+    pub(super) actor: String,
+    pub(super) action: String,
+}
 
 pub(super) struct Scene {
     pub(super) platform: Platform,
@@ -147,6 +157,37 @@ impl Scene {
             .fetch_one(&mut connection)
             .await
             .unwrap()
+    }
+
+    /// What the request left, in the audit log and among the logins of users.
+    pub(super) async fn entries_of(&self, request: RequestId) -> Vec<Entry> {
+        let mut connection = self.platform.superuser().await;
+        let rows: Vec<(Uuid, String, String)> = sqlx::query_as(
+            "select tenant_id, actor, action from cvault.audit_log where request_id = $1
+             union all
+             select tenant_id, coalesce('usr:' || user_id, ''), kind from cvault.auth_events where request_id = $1",
+        )
+        .bind(request.uuid())
+        .fetch_all(&mut connection)
+        .await
+        .unwrap();
+        let entry = |(tenant, actor, action): (Uuid, String, String)| {
+            let user = actor.strip_prefix("usr:").map(|id| UserId::from_uuid(id.parse().unwrap()).to_string());
+            Entry { tenant, action, actor: user.unwrap_or(actor) }
+        };
+        rows.into_iter().map(entry).collect()
+    }
+
+    /// `key_…` of a key.
+    pub(super) async fn id_of(&self, tenant: &Tenant) -> String {
+        let sql = "select api_key_id from cvault.api_keys where key_text = $1";
+        let id = sqlx::query_scalar(sql).bind(&tenant.key).fetch_one(&mut self.platform.superuser().await).await;
+        ApiKeyId::from_uuid(id.unwrap()).to_string()
+    }
+
+    /// The tenant under attack, and `usr_…` of its user whom a write is made by.
+    pub(super) fn victim_is(&self) -> (&str, &str) {
+        (&self.narrow.id, &self.user)
     }
 }
 
