@@ -5,7 +5,7 @@ use cvault_control_plane::auth::passwords::Scheme;
 use cvault_control_plane::mail::Sink;
 use cvault_control_plane::tenants::Actor;
 use cvault_types::api_key::Scope;
-use cvault_types::{ApiKeyId, RequestId, TenantId, UserId};
+use cvault_types::{ApiKeyId, RequestId, TenantAdminId, TenantId, UserId};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use serde_json::{Value, json};
@@ -162,20 +162,22 @@ impl Scene {
     /// What the request left, in the audit log and among the logins of users.
     pub(super) async fn entries_of(&self, request: RequestId) -> Vec<Entry> {
         let mut connection = self.platform.superuser().await;
-        let rows: Vec<(Uuid, String, String)> = sqlx::query_as(
-            "select tenant_id, actor, action from cvault.audit_log where request_id = $1
-             union all
-             select tenant_id, coalesce('usr:' || user_id, ''), kind from cvault.auth_events where request_id = $1",
-        )
-        .bind(request.uuid())
-        .fetch_all(&mut connection)
-        .await
-        .unwrap();
-        let entry = |(tenant, actor, action): (Uuid, String, String)| {
-            let user = actor.strip_prefix("usr:").map(|id| UserId::from_uuid(id.parse().unwrap()).to_string());
-            Entry { tenant, action, actor: user.unwrap_or(actor) }
-        };
-        rows.into_iter().map(entry).collect()
+        let audited: Vec<(Uuid, String, String)> =
+            sqlx::query_as("select tenant_id, actor, action from cvault.audit_log where request_id = $1")
+                .bind(request.uuid())
+                .fetch_all(&mut connection)
+                .await
+                .unwrap();
+        let sql = "select tenant_id, user_id, admin_id, kind from cvault.auth_events where request_id = $1";
+        let logins: Vec<(Uuid, Option<Uuid>, Option<Uuid>, String)> =
+            sqlx::query_as(sql).bind(request.uuid()).fetch_all(&mut connection).await.unwrap();
+        let of_people = logins.into_iter().map(|(tenant, user, admin, action)| {
+            let user = user.map(|id| UserId::from_uuid(id).to_string());
+            let actor = user.or(admin.map(|id| TenantAdminId::from_uuid(id).to_string())).unwrap_or_default();
+            Entry { tenant, actor, action }
+        });
+        let audited = audited.into_iter().map(|(tenant, actor, action)| Entry { tenant, actor, action });
+        audited.chain(of_people).collect()
     }
 
     /// `key_…` of a key.
