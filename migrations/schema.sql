@@ -1164,12 +1164,14 @@ CREATE TABLE cvault.users (
     status text DEFAULT 'active'::text NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     deleted_at timestamp with time zone,
+    deleting_since timestamp with time zone,
     CONSTRAINT users_deleted CHECK (((status = 'deleted'::text) = (deleted_at IS NOT NULL))),
+    CONSTRAINT users_deleting CHECK (((deleting_since IS NULL) OR (status = ANY (ARRAY['disabled'::text, 'deleted'::text])))),
     CONSTRAINT users_email_lower CHECK (((email = lower(email)) AND (char_length(email) <= 255))),
     CONSTRAINT users_external_id_length CHECK (((char_length(external_user_id) >= 1) AND (char_length(external_user_id) <= 255))),
     CONSTRAINT users_identified CHECK (
-CASE status
-    WHEN 'deleted'::text THEN ((email IS NULL) AND (external_user_id IS NULL) AND (password_hash IS NULL))
+CASE
+    WHEN ((status = 'deleted'::text) OR (deleting_since IS NOT NULL)) THEN ((email IS NULL) AND (external_user_id IS NULL) AND (password_hash IS NULL))
     ELSE ((email IS NOT NULL) OR (external_user_id IS NOT NULL))
 END),
     CONSTRAINT users_status CHECK ((status = ANY (ARRAY['active'::text, 'disabled'::text, 'deleted'::text])))
@@ -1569,6 +1571,7 @@ CREATE INDEX usage_hourly_2027_02_hour_idx ON cvault.usage_hourly_2027_02 USING 
 CREATE INDEX usage_hourly_2027_02_tenant_id_user_id_hour_idx ON cvault.usage_hourly_2027_02 USING btree (tenant_id, user_id, hour);
 CREATE INDEX usage_hourly_default_hour_idx ON cvault.usage_hourly_default USING btree (hour);
 CREATE INDEX usage_hourly_default_tenant_id_user_id_hour_idx ON cvault.usage_hourly_default USING btree (tenant_id, user_id, hour);
+CREATE INDEX users_deleting ON cvault.users USING btree (deleting_since) WHERE ((deleting_since IS NOT NULL) AND (status <> 'deleted'::text));
 CREATE INDEX users_disabled ON cvault.users USING btree (tenant_id, user_id) WHERE (status = 'disabled'::text);
 CREATE INDEX users_present ON cvault.users USING btree (tenant_id, user_id) WHERE (status <> 'deleted'::text);
 CREATE UNIQUE INDEX address_pools_name_unique ON platform.address_pools USING btree (name) WHERE (deleted_at IS NULL);
@@ -1955,6 +1958,7 @@ GRANT SELECT(user_id) ON TABLE cvault.users TO cvault_fn;
 GRANT SELECT(status) ON TABLE cvault.users TO cvault_sys;
 GRANT SELECT(status) ON TABLE cvault.users TO cvault_fn;
 GRANT UPDATE(deleted_at) ON TABLE cvault.users TO cvault_fn;
+GRANT SELECT(deleting_since) ON TABLE cvault.users TO cvault_sys;
 GRANT SELECT,INSERT ON TABLE platform.address_pools TO cvault_sys;
 GRANT SELECT ON TABLE platform.address_pools TO cvault_fn;
 GRANT UPDATE(name) ON TABLE platform.address_pools TO cvault_sys;

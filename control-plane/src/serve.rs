@@ -1,6 +1,7 @@
 //! `serve`: everything is checked before the first request is taken, and what is started is stopped again.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use futures::FutureExt;
 use rand::SeedableRng;
@@ -20,6 +21,9 @@ use crate::http::{router, serve};
 use crate::keys::{self, KeyRing, PlatformSecrets, RingError, SecretsError, TokenKeyring};
 use crate::mail::Sink;
 use crate::{metrics, nodes, tasks};
+
+/// The database is told goodbye within this time.
+const CLOSE: Duration = Duration::from_secs(2);
 
 /// Why nothing was started, or why what was started has ended.
 #[derive(Debug, thiserror::Error)]
@@ -138,7 +142,10 @@ pub async fn until(app: App, listeners: Listeners, shutdown: CancellationToken) 
     if let Err(error) = app.request_log.flush(&app.db.sys).await {
         tracing::warn!(error = crate::http::problem::chain(&error), "the last requests are not written");
     }
-    app.db.close().await;
+    // a request that was not waited for may hold a connection
+    if tokio::time::timeout(CLOSE, app.db.close()).await.is_err() {
+        tracing::warn!("connections to the database were still in use");
+    }
     tracing::info!("stopped");
     outcome(gateway)
 }

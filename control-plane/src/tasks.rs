@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::app::App;
 use crate::db::DbError;
-use crate::{audit, ipam, keys, mail, metrics, sessions, tenants, trim, usage};
+use crate::{audit, ipam, keys, mail, metrics, sessions, tenants, trim, usage, users};
 
 /// One kind of periodic work; `run` returns how many rows it has dealt with.
 struct Task {
@@ -45,6 +45,11 @@ const TASKS: &[Task] = &[
         name: "finish_deletions",
         every: Duration::from_secs(30),
         run: |app| Box::pin(async move { tenants::finish_deletions(&app).await }),
+    },
+    Task {
+        name: "finish_user_deletions",
+        every: Duration::from_secs(30),
+        run: |app| Box::pin(async move { users::finish_deletions(&app).await }),
     },
     Task {
         name: "close_silent_sessions",

@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::extract::single;
 use super::limit::Decision;
+use super::trace::TraceId;
 use crate::portal::sessions::Seen;
 
 tokio::task_local! {
@@ -23,6 +24,8 @@ tokio::task_local! {
 #[derive(Debug)]
 pub struct RequestContext {
     pub id: RequestId,
+    /// As the caller has named it.
+    pub trace_id: Option<TraceId>,
     pub tenant: OnceLock<TenantId>,
     pub called_by: OnceLock<CalledBy>,
     pub rate: OnceLock<Rate>,
@@ -92,6 +95,7 @@ impl RequestContext {
             .then(|| (single(request.headers(), "x-challenge-token").map(str::to_owned), Seen::of(request)));
         Self {
             id: RequestId::from_uuid(Uuid::now_v7()),
+            trace_id: TraceId::of(request.headers()),
             tenant: OnceLock::new(),
             called_by: OnceLock::new(),
             rate: OnceLock::new(),

@@ -18,6 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
 
 use super::context::RequestContext;
 use super::serve::{Peer, Unprotected};
+use super::trace::TraceId;
 use super::{Problem, cors};
 use crate::metrics;
 use crate::request_logs::{Entry, RequestLog};
@@ -204,6 +205,7 @@ impl Asked {
             status = status.as_u16(),
             duration_ms = took.as_secs_f64() * 1e3,
             tenant = tenant.map(|tenant| tenant.to_string()),
+            trace_id = self.context.trace_id.as_ref().map(TraceId::as_str),
             "request"
         );
         if let (Some(tenant), Some(caller)) = (tenant, self.context.called_by.get()) {

@@ -21,6 +21,7 @@ pub mod serve;
 pub mod staff;
 pub mod strangers;
 pub mod tls;
+pub mod trace;
 
 pub use extract::{Admin, Caller, ClientKey, Json, Path, Portal, Query, TenantKey};
 pub use problem::Problem;

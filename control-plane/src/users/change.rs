@@ -79,7 +79,7 @@ pub async fn update(
     let changed = sqlx::query!(
         "update cvault.users
          set status = coalesce($3, status), external_user_id = case when $4 then $5 else external_user_id end
-         where tenant_id = $1 and user_id = $2 and status <> 'deleted'",
+         where tenant_id = $1 and user_id = $2 and status <> 'deleted' and deleting_since is null",
         tenant,
         id.uuid(),
         status,

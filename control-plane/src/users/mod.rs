@@ -15,7 +15,7 @@ use crate::devices::{DeviceName, Fault};
 use crate::tenancy::TenantTx;
 
 pub use change::{UpdateError, UserChange, update};
-pub use delete::{DeleteError, delete};
+pub use delete::{DeleteError, delete, finish_deletions};
 pub use read::{Filter, find, list};
 pub use vouch::{VouchError, Vouched, vouch};
 

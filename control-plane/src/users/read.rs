@@ -1,4 +1,4 @@
-//! Reading a tenant's users. Deleted ones are not there.
+//! Reading a tenant's users. Those that are deleted, or being so, are not there.
 
 use cvault_types::UserId;
 use cvault_types::user::{User, UserStatus};
@@ -55,7 +55,7 @@ pub async fn list(tx: &mut TenantTx, filter: &Filter, after: Option<UserId>, lim
                   (select count(*) from cvault.devices d
                    where d.tenant_id = u.tenant_id and d.user_id = u.user_id and d.status = 'active') as "devices!"
            from cvault.users u
-           where u.tenant_id = $1 and u.status <> 'deleted' and u.user_id > $2
+           where u.tenant_id = $1 and u.status <> 'deleted' and u.deleting_since is null and u.user_id > $2
            order by u.user_id limit $3"#,
         tenant,
         after,
@@ -75,7 +75,7 @@ async fn named(tx: &mut TenantTx, filter: &Filter, after: Uuid) -> Result<Vec<Us
                   (select count(*) from cvault.devices d
                    where d.tenant_id = u.tenant_id and d.user_id = u.user_id and d.status = 'active') as "devices!"
            from cvault.users u
-           where u.tenant_id = $1 and (u.email = $3 or u.external_user_id = $4) and u.status <> 'deleted' and u.user_id > $2
+           where u.tenant_id = $1 and (u.email = $3 or u.external_user_id = $4) and u.status <> 'deleted' and u.deleting_since is null and u.user_id > $2
              and ($3::text is null or u.email = $3) and ($4::text is null or u.external_user_id = $4)"#,
         tenant,
         after,
@@ -97,7 +97,7 @@ pub async fn find(tx: &mut TenantTx, id: UserId) -> Result<Option<User>, DbError
                   (select count(*) from cvault.devices d
                    where d.tenant_id = u.tenant_id and d.user_id = u.user_id and d.status = 'active') as "devices!"
            from cvault.users u
-           where u.tenant_id = $1 and u.user_id = $2 and u.status <> 'deleted'"#,
+           where u.tenant_id = $1 and u.user_id = $2 and u.status <> 'deleted' and u.deleting_since is null"#,
         tenant,
         id.uuid()
     )

@@ -4,6 +4,7 @@ use cvault_types::ServerId;
 use serde_json::{Value, json};
 
 use crate::platform::{Answer, Call, Platform};
+use crate::scene::Person;
 
 const NOBODY: &str = "srv_00000000000000000000000001";
 
@@ -215,6 +216,43 @@ async fn pools_of_any_size_are_created_counted_and_deleted_when_nobody_uses_them
     assert_ne!(again["id"], big["id"], "name and prefix are free again");
     let list = platform.admin("GET", "/admin/pools").send().await;
     assert_eq!(list.body["data"].as_array().unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn addresses_of_a_10_are_given_beyond_its_first_16_and_to_its_last() {
+    let platform = Platform::start().await;
+    let body = json!({"name": "default", "ipv4": "10.64.0.0/10", "ipv6": "fd00:cafe::/64"});
+    let made = platform.admin("POST", "/admin/pools").json(&body).send().await;
+    assert_eq!(made.status, 201, "{}", made.text);
+    let made = server(&platform, "a", "eu", "203.0.113.7").await;
+    enrolled(&platform, made.body["server"]["id"].as_str().unwrap()).await;
+    let tenant = platform.tenant_with(json!({"name": "Acme", "max_devices_per_user": 20})).await;
+    let person = Person::of(&platform, &tenant, "a@example.com").await;
+    let from = async |next_host: i64| {
+        let mut superuser = platform.superuser().await;
+        sqlx::query("delete from platform.addresses where state = 'free'").execute(&mut superuser).await.unwrap();
+        let sql = "update platform.address_pools set next_host = $1";
+        sqlx::query(sql).bind(next_host).execute(&mut superuser).await.unwrap();
+    };
+    let given = async |ipv4: &str, ipv6: &str| {
+        let device = person.device(&platform, ipv4).await;
+        assert_eq!((&device["assigned_ip"], &device["assigned_ipv6"]), (&json!(ipv4), &json!(ipv6)));
+        let address = format!("\nAddress = {ipv4}/32, {ipv6}/128\n");
+        assert!(device["config"].as_str().unwrap().contains(&address), "{device}");
+    };
+    from(65_534).await;
+    given("10.64.255.254", "fd00:cafe::fffe").await;
+    given("10.64.255.255", "fd00:cafe::ffff").await;
+    given("10.65.0.0", "fd00:cafe::1:0").await;
+    given("10.65.0.1", "fd00:cafe::1:1").await;
+    from((1 << 22) - 3).await;
+    given("10.127.255.253", "fd00:cafe::3f:fffd").await;
+    given("10.127.255.254", "fd00:cafe::3f:fffe").await;
+    for _ in 0..2 {
+        let call = person.call(&platform, "POST", "/api/v1/devices").json(&json!({"device_name": "one too many"}));
+        let refused = call.refused(503, "POOL_EXHAUSTED").await;
+        assert!(refused.headers.contains_key("retry-after"));
+    }
 }
 
 #[tokio::test]

@@ -1,8 +1,8 @@
 //! The binary as an operator runs it: what it refuses to start with, and what it survives.
 
 use std::fs;
-use std::io::Write;
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -13,6 +13,7 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use sqlx::{ConnectOptions, Connection};
 
 use crate::platform::Platform;
+use crate::transport::Serving;
 
 pub(crate) const KEK: &str = "0707070707070707070707070707070707070707070707070707070707070707";
 const OTHER_KEK: &str = "0808080808080808080808080808080808080808080808080808080808080808";
@@ -99,6 +100,43 @@ async fn a_database_that_is_away_or_empty_or_reached_as_the_wrong_role_is_refuse
     connection.close().await.unwrap();
     let faults = refused(serve(&database, KEK));
     assert!(faults[0].contains("cvault-control-plane migrate"), "{faults:?}");
+}
+
+#[tokio::test]
+async fn a_tenant_table_that_is_open_is_named_and_nobody_is_served_until_it_is_closed_again() {
+    let (database, directory) = (ScratchDatabase::create().await.unwrap(), tempfile::tempdir().unwrap());
+    let mut serving = Serving::start(serve(&database, KEK), directory.path());
+    let address = serving.address();
+    assert!(answered(&address), "it serves");
+    signal(i32::try_from(serving.child.id()).unwrap(), Signal::TERM);
+    assert!(serving.child.wait().unwrap().success());
+
+    let mut superuser = database.superuser().connect().await.unwrap();
+    sqlx::raw_sql("alter table cvault.devices disable row level security").execute(&mut superuser).await.unwrap();
+    let mut command = serve(&database, KEK);
+    command.env("CVAULT_LISTEN", &address);
+    let client = std::thread::spawn({
+        let address = address.clone();
+        // its port is taken before the database is asked, and let go without a word
+        move || (0..200).any(|_| answered(&address))
+    });
+    let faults = refused(command);
+    assert!(!client.join().unwrap(), "somebody was answered");
+    assert!(faults.concat().contains("table cvault.devices has no row-level security"), "{faults:?}");
+    assert!(TcpStream::connect(&address).is_err(), "nobody listens");
+
+    sqlx::raw_sql("alter table cvault.devices enable row level security").execute(&mut superuser).await.unwrap();
+    let serving = Serving::start(serve(&database, KEK), directory.path());
+    assert!(answered(&serving.address()));
+}
+
+/// Whether a request gets as much as a byte.
+fn answered(address: &str) -> bool {
+    std::thread::park_timeout(Duration::from_millis(5));
+    let Ok(mut stream) = TcpStream::connect(address) else { return false };
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    let sent = stream.write_all(b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
+    sent.is_ok() && stream.read(&mut [0]).is_ok_and(|read| read > 0)
 }
 
 #[tokio::test]

@@ -412,17 +412,54 @@ async fn a_preshared_key_comes_on_request_and_keys_are_renewed() {
     assert_eq!((foreign.status.as_u16(), &foreign.body["code"]), (404, &json!("NOT_FOUND")));
 }
 
+/// What a camera reads off the picture, which is a path of dark rectangles, each drawn as `M{x} {y}h{w}v{h}H{x}V{y}`.
+fn read_off(svg: &str) -> String {
+    let between = |from: &str, to: &str| {
+        let rest = svg.split_once(from).unwrap_or_else(|| panic!("no {from} in {svg}")).1;
+        rest.split_once(to).unwrap().0
+    };
+    let (width, height): (usize, usize) =
+        (between(" width=\"", "\"").parse().unwrap(), between(" height=\"", "\"").parse().unwrap());
+    assert!(svg.contains(&format!("viewBox=\"0 0 {width} {height}\"")) && width >= 320, "{svg}");
+    let mut pixels = vec![u8::MAX; width * height];
+    for rectangle in between(" d=\"M", "\"").split('M') {
+        let numbers: Vec<usize> =
+            rectangle.split([' ', 'h', 'v', 'H', 'V']).map(|number| number.parse().unwrap()).collect();
+        let [x, y, w, h, back, up] = numbers[..] else { panic!("{rectangle}") };
+        assert_eq!((back, up), (x, y));
+        for row in y..y + h {
+            pixels[row * width + x..row * width + x + w].fill(0);
+        }
+    }
+    let mut picture = rqrr::PreparedImage::prepare_from_greyscale(width, height, |x, y| pixels[y * width + x]);
+    let codes = picture.detect_grids();
+    assert_eq!(codes.len(), 1);
+    codes[0].decode().unwrap().1
+}
+
 #[tokio::test]
 async fn a_configuration_is_also_a_picture() {
     let (platform, _) = platform().await;
     let tenant = platform.tenant().await;
     let user = User::new(&platform, &tenant, "a@example.com").await;
-    let device = user.device(json!({"device_name": "phone"})).await;
-    let path = format!("/api/v1/devices/{}/config", device["device_id"].as_str().unwrap());
-    let picture = user.call("GET", &format!("{path}?format=qr")).send().await;
-    assert_eq!((picture.status.as_u16(), &picture.headers["content-type"]), (200, &"image/svg+xml".parse().unwrap()));
-    assert_eq!(picture.headers["cache-control"], "no-store");
-    assert!(picture.text.contains("<svg") && picture.text.len() > 1000);
-    let unknown = user.call("GET", &format!("{path}?format=png")).send().await;
-    assert_eq!(unknown.status.as_u16(), 422, "{}", unknown.text);
+    let devices = [
+        json!({"device_name": "phone"}),
+        json!({"device_name": "with a key of its own", "public_key": CLIENTS_KEY}),
+        json!({"device_name": "with a preshared key", "preshared_key": true}),
+    ];
+    for (body, line) in
+        devices.iter().zip(["PrivateKey = ", "PrivateKey = REPLACE_WITH_YOUR_PRIVATE_KEY\n", "PresharedKey = "])
+    {
+        let device = user.device(body.clone()).await;
+        let path = format!("/api/v1/devices/{}/config", device["device_id"].as_str().unwrap());
+        let picture = user.call("GET", &format!("{path}?format=qr")).send().await;
+        assert_eq!((picture.status.as_u16(), picture.header("content-type")), (200, "image/svg+xml"));
+        assert_eq!(picture.header("cache-control"), "no-store");
+        let file = user.call("GET", &path).send().await.text;
+        assert!(file.contains(line), "{file}");
+        assert_eq!(read_off(&picture.text), file);
+        assert_eq!(device["config"], file);
+        let unknown = user.call("GET", &format!("{path}?format=png")).send().await;
+        assert_eq!(unknown.status.as_u16(), 422, "{}", unknown.text);
+    }
 }

@@ -17,7 +17,7 @@ use rows::{CALLERS, Caller, PUBLIC, ROWS};
 use scene::Scene;
 
 /// `METHOD /path` of every operation in the document, and whether it says that it needs credentials.
-fn operations() -> Vec<(String, bool)> {
+pub(crate) fn operations() -> Vec<(String, bool)> {
     let document: Value = serde_json::from_str(openapi::document_text()).unwrap();
     let paths = document["paths"].as_object().unwrap();
     let of_path = |(path, methods): (&String, &Value)| {

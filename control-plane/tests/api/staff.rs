@@ -1,12 +1,15 @@
 //! Platform staff: names, revoked tokens, limits, the second proof; and the `admin` commands through the binary.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::binary::program;
-use crate::platform::{Call, Platform};
-use crate::scene::{Person, with_server};
+use crate::matrix::operations;
+use crate::platform::{Call, Platform, Tenant};
+use crate::scene::Person;
 
 const KEK: &str = "0707070707070707070707070707070707070707070707070707070707070707";
 
@@ -187,30 +190,135 @@ fn every_metric_is_on_its_page() {
     }
 }
 
+/// What staff can do over HTTP, and the command that does the same.
+const TWINS: &[(&str, &str)] = &[
+    ("GET /admin/audit", "audit list"),
+    ("GET /admin/pools", "pool list"),
+    ("POST /admin/pools", "pool create"),
+    ("GET /admin/pools/{pool_id}", "pool show"),
+    ("PATCH /admin/pools/{pool_id}", "pool update"),
+    ("DELETE /admin/pools/{pool_id}", "pool delete"),
+    ("GET /admin/servers", "server list"),
+    ("POST /admin/servers", "server create"),
+    ("GET /admin/servers/{server_id}", "server show"),
+    ("POST /admin/servers/{server_id}/enrol-token", "server token"),
+    ("POST /admin/servers/{server_id}/drain", "server drain"),
+    ("POST /admin/servers/{server_id}/maintenance", "server maintenance"),
+    ("POST /admin/servers/{server_id}/activate", "server activate"),
+    ("DELETE /admin/servers/{server_id}", "server remove"),
+    ("GET /admin/tenants", "tenant list"),
+    ("POST /admin/tenants", "tenant create"),
+    ("GET /admin/tenants/{tenant_id}", "tenant show"),
+    ("PATCH /admin/tenants/{tenant_id}", "tenant update"),
+    ("POST /admin/tenants/{tenant_id}/suspend", "tenant suspend"),
+    ("POST /admin/tenants/{tenant_id}/resume", "tenant resume"),
+    ("DELETE /admin/tenants/{tenant_id}", "tenant delete"),
+];
+
+/// The command line of a platform, which knows what was run.
+struct Terminal<'a> {
+    platform: &'a Platform,
+    ran: RefCell<BTreeSet<String>>,
+}
+
+impl Terminal<'_> {
+    fn done(&self, args: &[&str]) -> Value {
+        self.ran.borrow_mut().insert(args[..2].join(" "));
+        done(self.platform, args)
+    }
+
+    fn refused(&self, args: &[&str], why: &str) {
+        let (refusal, success) = admin(self.platform, args);
+        assert!(!success && refusal.as_str().is_some_and(|text| text.contains(why)), "{args:?}: {refusal}");
+    }
+
+    async fn over_http(&self, path: &str) -> Value {
+        self.platform.admin("GET", path).send().await.body
+    }
+}
+
 #[tokio::test]
 async fn every_operation_has_a_twin_on_the_command_line() {
-    let platform = Platform::start().await;
-    let server = with_server(&platform).await;
-    let pools = done(&platform, &["pool", "list"]);
-    let pool = text(&pools["pools"][0], "id");
-    let shown = done(&platform, &["pool", "update", &pool, "--quarantine", "7", "--reclaim", "true"]);
-    assert_eq!((&shown["quarantine_seconds"], &shown["reclaim"]), (&json!(7), &json!(true)));
-    assert_eq!(done(&platform, &["pool", "show", &pool]), shown);
-    assert_eq!(platform.admin("GET", &format!("/admin/pools/{pool}")).send().await.body["reclaim"], true);
-    let (refusal, success) = admin(&platform, &["pool", "show", "pol_00000000000000000000000001"]);
-    assert!(!success && refusal.as_str().unwrap().contains("no such pool"), "{refusal}");
-    assert_eq!(done(&platform, &["server", "show", &server])["name"], "s1");
+    let staffs = operations().into_iter().map(|(operation, _)| operation).filter(|name| name.contains(" /admin/"));
+    let listed: BTreeSet<String> = TWINS.iter().map(|(operation, _)| (*operation).to_owned()).collect();
+    assert_eq!(staffs.collect::<BTreeSet<_>>(), listed, "every operation of staff has a command");
 
-    let id = text(&done(&platform, &["tenant", "create", "--name", "Acme"]), "tenant_id");
+    let platform = Platform::start().await;
+    let terminal = Terminal { platform: &platform, ran: RefCell::default() };
+    pools_and_servers(&terminal).await;
+    tenants(&terminal).await;
+    let commands: BTreeSet<String> = TWINS.iter().map(|(_, command)| (*command).to_owned()).collect();
+    assert_eq!(*terminal.ran.borrow(), commands, "each was run");
+}
+
+async fn pools_and_servers(terminal: &Terminal<'_>) {
+    let made = terminal.done(&["pool", "create", "--name", "default", "--v4", "10.9.0.0/16", "--v6", "fd00:9::/64"]);
+    let pool = text(&made, "pool_id");
+    let pools = terminal.done(&["pool", "list"]);
+    assert_eq!((&pools["pools"][0]["id"], &pools["pools"][0]["v4"]), (&json!(pool), &json!("10.9.0.0/16")));
+    let shown = terminal.done(&["pool", "update", &pool, "--quarantine", "7", "--reclaim", "true"]);
+    assert_eq!((&shown["quarantine_seconds"], &shown["reclaim"]), (&json!(7), &json!(true)));
+    assert_eq!(terminal.done(&["pool", "show", &pool]), shown);
+    assert_eq!(terminal.over_http(&format!("/admin/pools/{pool}")).await["reclaim"], true);
+    terminal.refused(&["pool", "show", "pol_00000000000000000000000001"], "no such pool");
+
+    let where_to = ["--name", "s1", "--region", "lab-1", "--public-ip", "203.0.113.1"];
+    let made = terminal.done(&[&["server", "create"][..], &where_to].concat());
+    let server = text(&made, "server_id");
+    let another = terminal.done(&["server", "token", &server]);
+    assert_ne!(text(&another, "token"), text(&made, "token"));
+    assert_eq!(terminal.done(&["server", "list"])["servers"][0]["id"], json!(server));
+    let path = format!("/admin/servers/{server}");
+    for (command, status) in [("drain", "draining"), ("maintenance", "maintenance"), ("activate", "active")] {
+        assert_eq!(terminal.done(&["server", command, &server])["status"], status);
+        assert_eq!(terminal.done(&["server", "show", &server])["status"], status);
+        assert_eq!(terminal.over_http(&path).await["status"], status);
+    }
+    terminal.refused(&["pool", "delete", &pool], "1 servers");
+    assert_eq!(terminal.done(&["server", "remove", &server, "--force"])["status"], "removed");
+    assert_eq!(terminal.over_http(&path).await["code"], "NOT_FOUND");
+    terminal.refused(&["server", "drain", &server], "no such server");
+    assert_eq!(terminal.done(&["pool", "delete", &pool])["status"], "deleted");
+    assert_eq!(terminal.over_http(&format!("/admin/pools/{pool}")).await["code"], "NOT_FOUND");
+}
+
+async fn tenants(terminal: &Terminal<'_>) {
+    let made = terminal.done(&["tenant", "create", "--name", "Acme"]);
+    let id = text(&made, "tenant_id");
     let policy = r#"{"allow_smtp":true}"#;
     let change = ["--user-limit", "9", "--bandwidth-limit-gb", "none", "--user-rate-limit-per-minute", "50"];
-    let update = [&["tenant", "update", &id, "--policy", policy][..], &change].concat();
-    let updated = done(&platform, &update);
+    let updated = terminal.done(&[&["tenant", "update", &id, "--policy", policy][..], &change].concat());
     let limits = (&updated["user_limit"], &updated["user_rate_limit_per_minute"], &updated["policy"]["allow_smtp"]);
     assert_eq!(limits, (&json!(9), &json!(50), &json!(true)));
-    assert_eq!(done(&platform, &["tenant", "show", &id]), updated);
-    assert_eq!(platform.admin("GET", &format!("/admin/tenants/{id}")).send().await.body, updated);
+    let path = format!("/admin/tenants/{id}");
+    assert_eq!(terminal.done(&["tenant", "show", &id]), updated);
+    assert_eq!(terminal.over_http(&path).await, updated);
+    assert_eq!(terminal.done(&["tenant", "list"])["tenants"].as_array().unwrap().len(), 1);
 
+    let tenant = Tenant { id: id.clone(), key: text(&made, "api_key"), secret: text(&made, "api_secret") };
+    let call = || terminal.platform.call("GET", "/api/v1/users").backend(&tenant).send();
+    assert_eq!(call().await.status, 200);
+    assert_eq!(terminal.done(&["tenant", "suspend", &id])["status"], "suspended");
+    call().await.is_problem("suspended", 403, "TENANT_SUSPENDED");
+    assert_eq!(terminal.done(&["tenant", "resume", &id])["status"], "active");
+    assert_eq!(call().await.status, 200);
+    assert_eq!(terminal.done(&["tenant", "delete", &id])["status"], "deleted");
+    call().await.is_problem("deleted", 401, "INVALID_API_KEY");
+    assert_eq!(terminal.over_http(&path).await["code"], "NOT_FOUND");
+    terminal.refused(&["tenant", "resume", &id], "no such tenant");
+
+    let entries = terminal.done(&["audit", "list", "--tenant", &id, "--limit", "20"]);
+    let entries = entries["entries"].as_array().unwrap();
+    assert!(entries.iter().all(|entry| entry["actor"] == "cli" && entry["target"] == json!(id)), "{entries:?}");
+    let actions: Vec<_> = entries.iter().rev().map(|entry| entry["action"].as_str().unwrap()).collect();
+    let noted = ["create", "update", "update", "update", "delete", "erase"].map(|verb| format!("tenant.{verb}"));
+    assert_eq!(actions, noted);
+}
+
+#[tokio::test]
+async fn keys_of_tenants_are_listed_and_revoked_from_the_command_line() {
+    let platform = Platform::start().await;
+    let id = text(&done(&platform, &["tenant", "create", "--name", "Acme"]), "tenant_id");
     let keys = done(&platform, &["api-key", "list", "--tenant", &id]);
     let key = text(&keys["api_keys"][0], "id");
     assert!(!keys.to_string().contains("cvs_"), "{keys}");

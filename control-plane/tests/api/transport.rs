@@ -119,10 +119,22 @@ impl Serving {
         Self { child, log }
     }
 
+    /// Of the platform's database, and with tokens that are good for both.
+    pub(crate) fn beside(platform: &Platform, directory: &Path) -> Self {
+        let mut command = serve(&platform.database, OLD_KEK);
+        command.env("CVAULT_PUBLIC_URL", &platform.app.config.public_url).env("CVAULT_LOG", "trace");
+        Self::start(command, directory)
+    }
+
+    /// What it has logged.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap()
+    }
+
     pub(crate) fn address(&self) -> String {
         let mut found = None;
         eventually("the API serves", || {
-            let log = fs::read_to_string(&self.log).unwrap();
+            let log = self.log();
             found = log
                 .lines()
                 .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
@@ -196,7 +208,7 @@ async fn the_api_speaks_tls_and_takes_a_renewed_certificate_without_a_restart() 
     signal(i32::try_from(serving.child.id()).unwrap(), Signal::HUP);
     let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(30);
     while get(&address, &second, "/health").await.is_none() {
-        assert!(tokio::time::Instant::now() < deadline, "{}", fs::read_to_string(&serving.log).unwrap());
+        assert!(tokio::time::Instant::now() < deadline, "{}", serving.log());
         tokio::task::yield_now().await;
     }
     assert!(get(&address, &first, "/health").await.is_none());

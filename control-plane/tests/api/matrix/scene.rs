@@ -4,12 +4,13 @@ use cvault_control_plane::auth::api_keys::{self, KeySettings};
 use cvault_control_plane::auth::passwords::Scheme;
 use cvault_control_plane::mail::Sink;
 use cvault_control_plane::tenants::Actor;
-use cvault_types::TenantId;
 use cvault_types::api_key::Scope;
+use cvault_types::{ApiKeyId, RequestId, TenantAdminId, TenantId, UserId};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use serde_json::{Value, json};
 use sqlx::Connection;
+use uuid::Uuid;
 
 use super::rows::Caller;
 use crate::platform::{Answer, Call, PASSWORD, Platform, Tenant};
@@ -18,6 +19,15 @@ use crate::scene::{Person, with_server};
 pub(super) const LOGIN: &str = "/api/v1/tenant/auth/login";
 pub(super) const CHANGE_PASSWORD: &str = "/api/v1/tenant/auth/password";
 pub(super) const EXTERNAL_ID: &str = "the-victims-own-name";
+
+/// One in the audit log or among the logins.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// Nil: the platform's own.
+    pub(super) tenant: Uuid,
+    pub(super) actor: String,
+    pub(super) action: String,
+}
 
 pub(super) struct Scene {
     pub(super) platform: Platform,
@@ -147,6 +157,39 @@ impl Scene {
             .fetch_one(&mut connection)
             .await
             .unwrap()
+    }
+
+    /// What the request left, in the audit log and among the logins of users.
+    pub(super) async fn entries_of(&self, request: RequestId) -> Vec<Entry> {
+        let mut connection = self.platform.superuser().await;
+        let audited: Vec<(Uuid, String, String)> =
+            sqlx::query_as("select tenant_id, actor, action from cvault.audit_log where request_id = $1")
+                .bind(request.uuid())
+                .fetch_all(&mut connection)
+                .await
+                .unwrap();
+        let sql = "select tenant_id, user_id, admin_id, kind from cvault.auth_events where request_id = $1";
+        let logins: Vec<(Uuid, Option<Uuid>, Option<Uuid>, String)> =
+            sqlx::query_as(sql).bind(request.uuid()).fetch_all(&mut connection).await.unwrap();
+        let of_people = logins.into_iter().map(|(tenant, user, admin, action)| {
+            let user = user.map(|id| UserId::from_uuid(id).to_string());
+            let actor = user.or(admin.map(|id| TenantAdminId::from_uuid(id).to_string())).unwrap_or_default();
+            Entry { tenant, actor, action }
+        });
+        let audited = audited.into_iter().map(|(tenant, actor, action)| Entry { tenant, actor, action });
+        audited.chain(of_people).collect()
+    }
+
+    /// `key_…` of a key.
+    pub(super) async fn id_of(&self, tenant: &Tenant) -> String {
+        let sql = "select api_key_id from cvault.api_keys where key_text = $1";
+        let id = sqlx::query_scalar(sql).bind(&tenant.key).fetch_one(&mut self.platform.superuser().await).await;
+        ApiKeyId::from_uuid(id.unwrap()).to_string()
+    }
+
+    /// The tenant under attack, and `usr_…` of its user whom a write is made by.
+    pub(super) fn victim_is(&self) -> (&str, &str) {
+        (&self.narrow.id, &self.user)
     }
 }
 

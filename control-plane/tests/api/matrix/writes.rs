@@ -3,11 +3,13 @@
 
 use std::collections::BTreeSet;
 
+use cvault_types::TenantId;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use super::operations;
 use super::rows::Caller;
-use super::scene::{CHANGE_PASSWORD, Scene, access_token};
+use super::scene::{CHANGE_PASSWORD, Entry, Scene, access_token};
 use crate::platform::{Answer, Call, PASSWORD};
 use crate::portal::{link_token, mailed};
 
@@ -43,6 +45,9 @@ enum Retry {
 #[derive(Default)]
 struct Made {
     tenant: String,
+    /// Of the owner who has signed up, and `adm_…` of theirs.
+    owners: String,
+    owner_id: String,
     pool: String,
     server: String,
     refresh: String,
@@ -280,12 +285,17 @@ async fn every_write_leaves_an_entry_and_a_retry_of_it_is_what_the_table_says() 
 
     let scene = Scene::new().await;
     let mut made = Made { refresh: scene.foreigner.refresh.clone(), ..Made::default() };
+    let mut wrong = Vec::new();
     for (index, write) in WRITES.iter().enumerate() {
         let (what, key) = (write.operation, format!("k{index}"));
         prepare(&scene, &mut made, what).await;
         let (first, before) = sent(&scene, &made, write, &key).await;
         assert!(first.status.is_success(), "{what}: {}", first.text);
-        assert!(scene.entries().await > before, "{what} leaves no entry");
+        let left = scene.entries().await - before;
+        assert!(left > 0, "{what} leaves no entry");
+        // whatever is learnt of the first, as who has signed up
+        remember(&mut made, what, &first);
+        wrong.extend(faults(&scene, &made, write, &first, left).await);
         let (again, before) = sent(&scene, &made, write, &key).await;
         let (status, replayed) = match write.retry {
             Retry::Replayed => (first.status.as_u16(), "true"),
@@ -296,21 +306,61 @@ async fn every_write_leaves_an_entry_and_a_retry_of_it_is_what_the_table_says() 
         if write.retry == Retry::Replayed {
             assert_eq!(scene.entries().await, before, "{what}: the retry did something");
         }
-        remember(&mut made, what, &first, &again);
+        if what == "POST /api/v1/tenant/auth/login" {
+            made.session = again.text("session_id");
+        }
     }
+    assert_eq!(wrong, [""; 0]);
 }
 
-fn remember(made: &mut Made, operation: &str, first: &Answer, again: &Answer) {
+/// What is wrong with the entries that the request has left: each is of its tenant, of its caller, and has its id.
+async fn faults(scene: &Scene, made: &Made, write: &Write, answer: &Answer, left: i64) -> Vec<String> {
+    let what = write.operation;
+    let entries = scene.entries_of(answer.header("x-request-id").parse().unwrap()).await;
+    let tenant = |id: &str| id.parse::<TenantId>().unwrap().uuid();
+    let (of, by) = match write.by {
+        By::Staff if what.contains("/admin/tenants") => (tenant(&made.tenant), "admin:test".to_owned()),
+        By::Staff => (Uuid::nil(), "admin:test".to_owned()),
+        By::Backend => (tenant(&scene.foreign_tenant.id), scene.id_of(&scene.foreign_tenant).await),
+        By::User => (tenant(scene.victim_is().0), scene.victim_is().1.to_owned()),
+        By::Stranger | By::Owner => (tenant(&made.owners), made.owner_id.clone()),
+    };
+    let wrong = |entry: &&Entry| {
+        // what a backend does for a user who logs in is the user's
+        let logs_in = write.by == By::Backend
+            && ["register", "login", "refresh", "logout"].contains(&&*entry.action)
+            && entry.actor.starts_with("usr_");
+        // nobody is there yet, or has proven anything
+        let nobody = match what {
+            "POST /api/v1/tenant/auth/signup" => "signup",
+            "POST /api/v1/tenant/auth/password-reset" => "anonymous",
+            _ => &by,
+        };
+        let right = entry.actor == by || entry.actor == nobody || logs_in;
+        entry.tenant != of || entry.action.is_empty() || !right
+    };
+    let mut faults: Vec<_> =
+        entries.iter().filter(wrong).map(|entry| format!("{what}: {entry:?}, not by {by} of {of}")).collect();
+    if i64::try_from(entries.len()).unwrap() != left {
+        faults.push(format!("{what}: {left} entries, with its id {entries:?}"));
+    }
+    faults
+}
+
+fn remember(made: &mut Made, operation: &str, first: &Answer) {
     match operation {
         "POST /admin/tenants" => made.tenant = first.text("id"),
         "POST /admin/pools" => made.pool = first.text("id"),
         "POST /admin/servers" => made.server = first.body["server"]["id"].as_str().unwrap().to_owned(),
         "POST /api/v1/auth/refresh" => made.refresh = first.text("refresh_token"),
         "POST /api/v1/users/{external_id}/login-token" => made.user = first.text("user_id"),
-        "POST /api/v1/tenant/auth/signup" => made.owner = access_token(first),
+        "POST /api/v1/tenant/auth/signup" => {
+            made.owner = access_token(first);
+            made.owners = first.text("tenant_id");
+            made.owner_id = first.text("admin_id");
+        }
         "POST /api/v1/tenant/auth/login" => {
             made.portal_refresh = first.body["tokens"]["refresh_token"].as_str().unwrap().to_owned();
-            made.session = again.text("session_id");
         }
         "POST /api/v1/tenant/api-keys" => made.key = first.text("id"),
         _ => {}
