@@ -18,10 +18,12 @@ mod tests {
 
     #[test]
     fn letters_of_every_script_are_harmless_and_what_nobody_sees_is_not() {
-        for text in ["Ноутбук", "老师的电脑", "O'Brien <x> \"y\" #1 %s ${z}", "n\u{303}", "📱", "שלום", "مرحبا", "한글"] {
+        for text in ["Ноутбук", "老师的电脑", "O'Brien <x> \"y\" #1 %s ${z}", "n\u{303}", "📱", "שלום", "مرحبا", "한글"]
+        {
             assert!(!text.contains(is_misleading), "{text}");
         }
-        for c in ['\0', '\n', '\u{1b}', '\u{85}', '\u{ad}', '\u{200b}', '\u{2028}', '\u{202e}', '\u{2066}', '\u{e0041}'] {
+        for c in ['\0', '\n', '\u{1b}', '\u{85}', '\u{ad}', '\u{200b}', '\u{2028}', '\u{202e}', '\u{2066}', '\u{e0041}']
+        {
             assert!(is_misleading(c), "{c:?}");
         }
         assert!(is_misleading('\u{ffff}') && is_misleading('\u{10fffe}'));

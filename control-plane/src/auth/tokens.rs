@@ -331,13 +331,13 @@ mod tests {
             &[("exp", 1_901)],
             &[("exp", i64::MAX)],
             &[("iat", i64::MIN)],
+            &[("iat", i64::MIN), ("exp", i64::MIN)],
             &[("iat", i64::MAX), ("exp", i64::MAX)],
             &[("iat", 2_000), ("exp", 900)],
         ] {
             assert_eq!(with(bad), Err(ErrorCode::InvalidToken), "{bad:?}");
         }
         assert_eq!(with(&[("exp", 1_000)]), Err(ErrorCode::TokenExpired));
-        assert_eq!(with(&[("iat", i64::MIN), ("exp", i64::MIN)]), Err(ErrorCode::TokenExpired));
     }
 
     #[test]

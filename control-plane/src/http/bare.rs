@@ -81,8 +81,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Left<S> {
     /// Says why the request that had begun is not served, and closes the connection.
     pub(super) async fn refuse(mut self) -> io::Result<()> {
         let answer = if self.ended {
-            let detail = "The connection was closed in the middle of the request.";
-            answer(&Problem::new(ErrorCode::MalformedRequest).detail(detail), self.only_tls)
+            cut_off(self.only_tls)
         } else {
             answer(&Problem::new(ErrorCode::RequestTimeout), self.only_tls)
         };
@@ -157,6 +156,11 @@ fn malformed(only_tls: bool) -> Vec<u8> {
     answer(&Problem::new(ErrorCode::MalformedRequest).detail(detail), only_tls)
 }
 
+fn cut_off(only_tls: bool) -> Vec<u8> {
+    let detail = "The connection was closed in the middle of the request.";
+    answer(&Problem::new(ErrorCode::MalformedRequest).detail(detail), only_tls)
+}
+
 /// The whole answer, as bytes of HTTP/1.1.
 fn answer(problem: &Problem, only_tls: bool) -> Vec<u8> {
     let context = RequestContext::of(&Request::default());
@@ -196,7 +200,12 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Worded<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         ready!(self.poll_pending(cx))?;
         if is_bare(bytes) {
-            self.pending = malformed(self.only_tls);
+            self.pending = match (self.heard.first.is_empty(), self.heard.ended) {
+                // hyper refuses also what was never said
+                (true, _) => Vec::new(),
+                (false, true) => cut_off(self.only_tls),
+                (false, false) => malformed(self.only_tls),
+            };
             return self.note(Poll::Ready(Ok(bytes.len())), bytes.len());
         }
         let written = self.stream().poll_write(cx, bytes);

@@ -508,7 +508,8 @@ mod tests {
             stream.write_all(beginning).await.unwrap();
             let all = until_closed(&mut stream).await;
             // HTTP/2 has its own farewell
-            let silent = if beginning.starts_with(&whole_preface[..24]) { !all.starts_with(b"HTTP") } else { all.is_empty() };
+            let silent =
+                if beginning.starts_with(&whole_preface[..24]) { !all.starts_with(b"HTTP") } else { all.is_empty() };
             assert!(silent, "{beginning:?}: {}", String::from_utf8_lossy(&all));
         }
     }

@@ -138,8 +138,7 @@ async fn forty_forged_tokens_open_nothing_and_none_of_our_own_without_its_claims
     let platform = Platform::start().await;
     let form = json!({"business_name": "Acme", "email": "owner@example.com", "password": PASSWORD});
     let owner = platform.post("/api/v1/tenant/auth/signup", &form).send().await;
-    let tenant =
-        Tenant { id: owner.text("tenant_id"), key: owner.text("api_key"), secret: owner.text("api_secret") };
+    let tenant = Tenant { id: owner.text("tenant_id"), key: owner.text("api_key"), secret: owner.text("api_secret") };
     let user = Person::of(&platform, &tenant, "a@example.com").await;
     let person = owner.body["tokens"]["access_token"].as_str().unwrap().to_owned();
     let forged = forgeries(&platform, &user.token);
@@ -274,8 +273,7 @@ async fn no_text_becomes_a_line_of_a_configuration() {
 /// Every name that is stored and shown again, besides those of devices.
 #[tokio::test]
 async fn a_misleading_text_is_no_name_of_anything() {
-    let platform =
-        Platform::with(|config| config.passwords = Scheme::Argon2id { memory_kib: 64, passes: 1 }).await;
+    let platform = Platform::with(|config| config.passwords = Scheme::Argon2id { memory_kib: 64, passes: 1 }).await;
     with_server(&platform).await;
     let form = |name: &str, email: &str| json!({"business_name": name, "email": email, "password": PASSWORD});
     let signup = "/api/v1/tenant/auth/signup";
@@ -292,9 +290,7 @@ async fn a_misleading_text_is_no_name_of_anything() {
         let harmless = number >= misleading.len();
         let (one, named) = (platform.call("PATCH", "/api/v1/tenant/settings"), json!({"name": text}));
         let other_pool = json!({"name": text, "ipv4": format!("10.{}.0.0/16", 100 + number)});
-        let server = |name: &str, region: &str| {
-            json!({"name": name, "region": region, "public_ip": format!("203.0.113.{}", 100 + number)})
-        };
+        let server = |name: &str, region: &str| json!({"name": name, "region": region, "public_ip": format!("203.0.113.{}", 100 + number)});
         let calls = [
             ("/name invalid_format", 201, platform.admin("POST", "/admin/tenants").json(&named)),
             ("/name invalid_format", 200, platform.admin("PATCH", &tenant).json(&named)),
@@ -302,7 +298,9 @@ async fn a_misleading_text_is_no_name_of_anything() {
             (
                 "/business_name invalid_format",
                 201,
-                platform.post(signup, &form(text, &format!("o{number}@example.com"))).from(&format!("192.0.2.{number}")),
+                platform
+                    .post(signup, &form(text, &format!("o{number}@example.com")))
+                    .from(&format!("192.0.2.{number}")),
             ),
             ("/name invalid_value", 200, platform.admin("PATCH", &pool).json(&named)),
             ("/name invalid_value", 201, platform.admin("POST", "/admin/pools").json(&other_pool)),
@@ -478,8 +476,17 @@ async fn read_to_end(stream: &mut TcpStream) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// The bytes of exactly one answer, a whole problem.
+fn is_refusal(what: &str, answer: &str, status: u16, code: &str) {
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{what}: no answer but {answer:?}"));
+    assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{what}: {answer}");
+    assert!(head.to_ascii_lowercase().contains("\r\ncontent-type: application/problem+json"), "{what}: {answer}");
+    let body: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("{what}: {answer}"));
+    assert_eq!((body["code"].as_str(), &body["status"]), (Some(code), &json!(status)), "{what}");
+}
+
 #[tokio::test]
-async fn half_closed_and_slow_connections_get_an_answer_or_an_end() {
+async fn half_closed_and_slow_connections_get_their_answer() {
     let platform = Platform::start().await;
     let (address, shutdown) = listening(&platform).await;
     let open = async |text: &str| {
@@ -491,43 +498,51 @@ async fn half_closed_and_slow_connections_get_an_answer_or_an_end() {
     let answer = read_to_end(&mut whole).await;
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
 
+    let tenant = platform.tenant().await;
+    let login = |headers: &str| {
+        format!(
+            "POST /api/v1/auth/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{headers}\
+             content-length: 100\r\nconnection: close\r\n\r\n{{\"em"
+        )
+    };
+    let keys = format!("x-api-key: {}\r\nx-api-secret: {}\r\n", tenant.key, tenant.secret);
+    let slow_head = open("GET /health HTTP/1.1\r\nhos").await;
+    // nobody waits for the body of who has no credentials
+    let slow_body = open(&login(&keys)).await;
+
     // half a head, half a body, and then the writing half closed
-    for text in [
-        "GET /health HTTP/1.1\r\nhos",
-        "POST /api/v1/auth/login HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"em",
+    for (text, status, code) in [
+        ("GET /health HTTP/1.1\r\nhos", 400, "MALFORMED_REQUEST"),
+        ("G", 400, "MALFORMED_REQUEST"),
+        (&login(""), 401, "INVALID_API_KEY"),
+        (&login(&keys), 400, "MALFORMED_REQUEST"),
     ] {
         let mut stream = open(text).await;
         stream.shutdown().await.unwrap();
-        let answer = read_to_end(&mut stream).await;
-        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+        is_refusal(text, &read_to_end(&mut stream).await, status, code);
     }
-    // a body that never comes: with credentials, because without them nobody waits for it
-    let tenant = platform.tenant().await;
-    let head = format!(
-        "POST /api/v1/auth/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nx-api-key: {}\r\nx-api-secret: {}\r\n\
-         content-length: 100\r\nconnection: close\r\n\r\n{{",
-        tenant.key, tenant.secret
-    );
-    let mut stream = open(&head).await;
-    let answer = read_to_end(&mut stream).await;
-    assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("REQUEST_TIMEOUT"), "{answer}");
+    // a whole request is answered, though nothing can follow it
+    let mut stream = open("GET /health HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    stream.shutdown().await.unwrap();
+    assert!(read_to_end(&mut stream).await.starts_with("HTTP/1.1 200 "));
+    // the rest never comes
+    for mut stream in [slow_head, slow_body] {
+        is_refusal("slow", &read_to_end(&mut stream).await, 408, "REQUEST_TIMEOUT");
+    }
 
     // two requests smuggled into one: two lengths, a length and chunks
-    for headers in [
-        "content-length: 2\r\ncontent-length: 30\r\n",
-        "content-length: 2\r\ntransfer-encoding: chunked\r\n",
-        "transfer-encoding: chunked, identity\r\n",
-        "content-length: -1\r\n",
-        "content-length: 99999999999999999999\r\n",
+    for (headers, status, code) in [
+        ("content-length: 2\r\ncontent-length: 30\r\n", 400, "MALFORMED_REQUEST"),
+        // chunks count; the length is dropped, and the connection closed (RFC 9112, 6.3)
+        ("content-length: 2\r\ntransfer-encoding: chunked\r\n", 401, "INVALID_API_KEY"),
+        ("transfer-encoding: chunked, identity\r\n", 400, "MALFORMED_REQUEST"),
+        ("content-length: -1\r\n", 400, "MALFORMED_REQUEST"),
+        ("content-length: 99999999999999999999\r\n", 400, "MALFORMED_REQUEST"),
     ] {
         let text = format!(
             "POST /api/v1/auth/login HTTP/1.1\r\nhost: x\r\n{headers}connection: close\r\n\r\n{{}}\r\n0\r\n\r\n"
         );
-        let mut stream = open(&text).await;
-        let answer = read_to_end(&mut stream).await;
-        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{headers}: {answer}");
-        // status lines: the sentence of a refusal names the version too
-        assert!(answer.matches("HTTP/1.1 ").count() <= 1, "{headers}: {answer}");
+        is_refusal(headers, &read_to_end(&mut open(&text).await).await, status, code);
     }
     let mut healthy = open("GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
     assert!(read_to_end(&mut healthy).await.starts_with("HTTP/1.1 200 "), "the platform goes on");
