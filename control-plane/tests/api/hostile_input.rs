@@ -514,8 +514,8 @@ async fn half_closed_and_slow_connections_get_their_answer() {
     for (text, status, code) in [
         ("GET /health HTTP/1.1\r\nhos", 400, "MALFORMED_REQUEST"),
         ("G", 400, "MALFORMED_REQUEST"),
-        (&login(""), 401, "INVALID_API_KEY"),
-        (&login(&keys), 400, "MALFORMED_REQUEST"),
+        (login("").as_str(), 401, "INVALID_API_KEY"),
+        (login(&keys).as_str(), 400, "MALFORMED_REQUEST"),
     ] {
         let mut stream = open(text).await;
         stream.shutdown().await.unwrap();
