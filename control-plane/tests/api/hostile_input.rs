@@ -454,6 +454,7 @@ async fn headers_and_queries_that_are_no_text_are_refused() {
         let call = platform.call("GET", &format!("/api/v1/usage{query}")).backend(&tenant);
         call.refused(422, "VALIDATION_FAILED").await;
     }
+    platform.admin("GET", "/admin/servers?region=%00").refused(422, "VALIDATION_FAILED").await;
     let twice = platform.call("GET", "/api/v1/usage").backend(&tenant).header("x-api-key", &tenant.key);
     twice.refused(401, "INVALID_API_KEY").await;
 }
