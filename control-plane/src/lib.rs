@@ -34,6 +34,7 @@ pub mod tasks;
 pub mod telemetry;
 pub mod tenancy;
 pub mod tenants;
+pub mod text;
 pub mod together;
 pub mod trim;
 pub mod usage;

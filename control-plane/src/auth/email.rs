@@ -68,6 +68,25 @@ mod tests {
         assert!(Email::parse(&format!("a@{}.com", "b.".repeat(130))).is_none());
     }
 
+    #[test]
+    fn an_address_has_up_to_254_octets_64_of_them_before_the_at() {
+        let local = "l".repeat(64);
+        let address = |local: &str, domain: usize| {
+            let label = "d".repeat(62);
+            format!("{local}@{label}.{label}.{}", "d".repeat(domain - 126))
+        };
+        for (text, length, taken) in [
+            (address(&local, 188), 253, true),
+            (address(&local, 189), 254, true),
+            // only the whole is too long: no label is
+            (format!("{local}@d.{}.{}.{}", "d".repeat(62), "d".repeat(62), "d".repeat(62)), 255, false),
+            (address(&local[1..], 189), 253, true),
+            (format!("l{}", address(&local, 180)), 246, false),
+        ] {
+            assert_eq!((text.len(), Email::parse(&text).is_some()), (length, taken), "{text}");
+        }
+    }
+
     proptest! {
         #[test]
         fn a_parsed_address_parses_to_itself(text in "[A-Za-z0-9.+_@-]{0,40}") {

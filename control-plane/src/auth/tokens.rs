@@ -18,9 +18,27 @@ use crate::keys::{TokenKey, TokenKeys};
 pub const ACCESS_SECONDS: u64 = 15 * 60;
 /// Seconds an admin token lives.
 pub const ADMIN_SECONDS: u64 = 12 * 3600;
-const CLIENT: &str = "client";
-const PORTAL: &str = "portal";
-const ADMIN: &str = "admin";
+/// Seconds by which the clock of another replica, which has signed a token, may be ahead.
+const LEEWAY: i64 = 60;
+const CLIENT: Audience = Audience { name: "client", seconds: ACCESS_SECONDS };
+const PORTAL: Audience = Audience { name: "portal", seconds: ACCESS_SECONDS };
+const ADMIN: Audience = Audience { name: "admin", seconds: ADMIN_SECONDS };
+
+/// What a token is for, and how long one lives.
+#[derive(Clone, Copy)]
+struct Audience {
+    name: &'static str,
+    seconds: u64,
+}
+
+/// When a token counts. None of ours says `nbf`; one that does is taken at its word.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct Times {
+    iat: i64,
+    exp: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    nbf: Option<i64>,
+}
 
 /// Claims of a user's access token.
 #[derive(Debug, Serialize, Deserialize)]
@@ -32,8 +50,8 @@ struct ClientClaims {
     tid: TenantId,
     /// The refresh family this token was given with.
     sid: Uuid,
-    iat: i64,
-    exp: i64,
+    #[serde(flatten)]
+    times: Times,
     jti: Uuid,
 }
 
@@ -46,8 +64,8 @@ struct PortalClaims {
     tid: TenantId,
     /// The session.
     sid: Uuid,
-    iat: i64,
-    exp: i64,
+    #[serde(flatten)]
+    times: Times,
     jti: Uuid,
 }
 
@@ -56,8 +74,8 @@ struct AdminClaims {
     iss: String,
     aud: String,
     sub: String,
-    iat: i64,
-    exp: i64,
+    #[serde(flatten)]
+    times: Times,
     jti: Uuid,
 }
 
@@ -96,17 +114,15 @@ pub struct AdminToken {
 /// A token for a tenant's user, valid for [`ACCESS_SECONDS`].
 #[must_use]
 pub fn mint_client(key: &TokenKey, issuer: &str, who: ClientToken, family: Uuid, now: OffsetDateTime) -> Secret {
-    let iat = now.unix_timestamp();
     sign(
         key,
         &ClientClaims {
             iss: issuer.to_owned(),
-            aud: CLIENT.to_owned(),
+            aud: CLIENT.name.to_owned(),
             sub: who.user,
             tid: who.tenant,
             sid: family,
-            iat,
-            exp: iat + ACCESS_SECONDS.cast_signed(),
+            times: CLIENT.from(now),
             jti: Uuid::now_v7(),
         },
     )
@@ -115,17 +131,15 @@ pub fn mint_client(key: &TokenKey, issuer: &str, who: ClientToken, family: Uuid,
 /// A token for a program that uses the portal, valid for [`ACCESS_SECONDS`].
 #[must_use]
 pub fn mint_portal(key: &TokenKey, issuer: &str, who: PortalToken, now: OffsetDateTime) -> Secret {
-    let iat = now.unix_timestamp();
     sign(
         key,
         &PortalClaims {
             iss: issuer.to_owned(),
-            aud: PORTAL.to_owned(),
+            aud: PORTAL.name.to_owned(),
             sub: who.admin,
             tid: who.tenant,
             sid: who.session,
-            iat,
-            exp: iat + ACCESS_SECONDS.cast_signed(),
+            times: PORTAL.from(now),
             jti: Uuid::now_v7(),
         },
     )
@@ -140,15 +154,13 @@ pub fn mint_admin(key: &TokenKey, issuer: &str, subject: &str, now: OffsetDateTi
 /// As [`mint_admin`], with the id that it can be revoked by.
 #[must_use]
 pub fn mint_admin_as(key: &TokenKey, issuer: &str, subject: &str, id: Uuid, now: OffsetDateTime) -> Secret {
-    let iat = now.unix_timestamp();
     sign(
         key,
         &AdminClaims {
             iss: issuer.to_owned(),
-            aud: ADMIN.to_owned(),
+            aud: ADMIN.name.to_owned(),
             sub: subject.to_owned(),
-            iat,
-            exp: iat + ADMIN_SECONDS.cast_signed(),
+            times: ADMIN.from(now),
             jti: id,
         },
     )
@@ -163,8 +175,9 @@ pub fn verify_client(
     now: OffsetDateTime,
 ) -> Result<TimedClientToken, Problem> {
     let (claims, key): (ClientClaims, _) = verify(keys, issuer, CLIENT, token)?;
+    CLIENT.check(claims.times, now)?;
     let token = ClientToken { tenant: claims.tid, user: claims.sub };
-    TimedClientToken { token, key, exp: claims.exp }.at(now)
+    Ok(TimedClientToken { token, key, exp: claims.times.exp })
 }
 
 impl TimedClientToken {
@@ -182,7 +195,7 @@ impl TimedClientToken {
 /// As [`verify_client`].
 pub fn verify_portal(keys: &TokenKeys, issuer: &str, token: &str, now: OffsetDateTime) -> Result<PortalToken, Problem> {
     let (claims, _): (PortalClaims, _) = verify(keys, issuer, PORTAL, token)?;
-    not_expired(claims.exp, now)?;
+    PORTAL.check(claims.times, now)?;
     Ok(PortalToken { tenant: claims.tid, admin: claims.sub, session: claims.sid })
 }
 
@@ -192,11 +205,13 @@ pub fn verify_portal(keys: &TokenKeys, issuer: &str, token: &str, now: OffsetDat
 /// As [`verify_client`].
 pub fn verify_admin(keys: &TokenKeys, issuer: &str, token: &str, now: OffsetDateTime) -> Result<AdminToken, Problem> {
     let (claims, _): (AdminClaims, _) = verify(keys, issuer, ADMIN, token)?;
-    not_expired(claims.exp, now)?;
+    ADMIN.check(claims.times, now)?;
     Ok(AdminToken { subject: claims.sub, id: claims.jti })
 }
 
-fn sign(key: &TokenKey, claims: &impl Serialize) -> Secret {
+/// A token of any claims; what is no claim of ours is not taken back.
+#[must_use]
+pub fn sign(key: &TokenKey, claims: &impl Serialize) -> Secret {
     let mut header = Header::new(Algorithm::EdDSA);
     header.kid = Some(key.kid().to_owned());
     Secret::new(jsonwebtoken::encode(&header, claims, key.encoding()).expect("an Ed25519 key signs plain claims"))
@@ -205,7 +220,7 @@ fn sign(key: &TokenKey, claims: &impl Serialize) -> Secret {
 fn verify<T: DeserializeOwned>(
     keys: &TokenKeys,
     issuer: &str,
-    audience: &str,
+    audience: Audience,
     token: &str,
 ) -> Result<(T, [u8; 8]), Problem> {
     let invalid = || Problem::new(ErrorCode::InvalidToken);
@@ -213,9 +228,9 @@ fn verify<T: DeserializeOwned>(
     let key = keys.named(&kid).ok_or_else(invalid)?;
     let mut validation = Validation::new(Algorithm::EdDSA);
     validation.set_issuer(&[issuer]);
-    validation.set_audience(&[audience]);
+    validation.set_audience(&[audience.name]);
     validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
-    // compared below, with the caller's clock and no leeway
+    // compared by the caller, with its clock and no leeway
     validation.validate_exp = false;
     let data = jsonwebtoken::decode(token, key.decoding(), &validation).map_err(|_| invalid())?;
     Ok((data.claims, key.id()))
@@ -232,6 +247,23 @@ fn named_key(token: &str) -> Option<String> {
 pub fn names_a_key_besides(keys: &TokenKeys, token: &str) -> bool {
     let ours = |kid: &String| kid.len() == 16 && kid.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     named_key(token).filter(ours).is_some_and(|kid| keys.named(&kid).is_none())
+}
+
+impl Audience {
+    fn from(self, now: OffsetDateTime) -> Times {
+        let iat = now.unix_timestamp();
+        Times { iat, exp: iat + self.seconds.cast_signed(), nbf: None }
+    }
+
+    /// Times that no token of ours has are no times.
+    fn check(self, times: Times, now: OffsetDateTime) -> Result<(), Problem> {
+        let latest = now.unix_timestamp() + LEEWAY;
+        let begun = times.iat <= latest && times.nbf.is_none_or(|nbf| nbf <= latest);
+        if !begun || times.exp.saturating_sub(times.iat) > self.seconds.cast_signed() {
+            return Err(Problem::new(ErrorCode::InvalidToken));
+        }
+        not_expired(times.exp, now)
+    }
 }
 
 fn not_expired(exp: i64, now: OffsetDateTime) -> Result<(), Problem> {
@@ -275,6 +307,37 @@ mod tests {
         let token = mint_client(key, ISSUER, who(), Uuid::nil(), at(1_000));
         assert_eq!(verify_client(&keys, ISSUER, token.expose(), at(1_899)).unwrap().token, who());
         assert_eq!(code(verify_client(&keys, ISSUER, token.expose(), at(1_900))), ErrorCode::TokenExpired);
+    }
+
+    #[test]
+    fn a_token_from_the_future_or_for_longer_than_ours_live_is_refused() {
+        let keys = TokenKeys::from(TokenKey::from_seed(&[1; 32]));
+        let key = keys.signing(at(0));
+        let genuine = serde_json::json!({"iss": ISSUER, "aud": "client", "sub": who().user, "tid": who().tenant,
+                                         "sid": Uuid::nil(), "iat": 1_000, "exp": 1_900, "jti": Uuid::nil()});
+        let with = |changes: &[(&str, i64)]| {
+            let mut claims = genuine.clone();
+            for (name, value) in changes {
+                claims[*name] = (*value).into();
+            }
+            verify_client(&keys, ISSUER, sign(key, &claims).expose(), at(1_000)).map_err(|problem| problem.code())
+        };
+        for good in [&[][..], &[("iat", 1_060)], &[("nbf", 1_060)], &[("nbf", 0)], &[("iat", 1_060), ("exp", 1_960)]] {
+            assert_eq!(with(good).unwrap().token, who(), "{good:?}");
+        }
+        for bad in [
+            &[("iat", 1_061)][..],
+            &[("nbf", 1_061)],
+            &[("exp", 1_901)],
+            &[("exp", i64::MAX)],
+            &[("iat", i64::MIN)],
+            &[("iat", i64::MIN), ("exp", i64::MIN)],
+            &[("iat", i64::MAX), ("exp", i64::MAX)],
+            &[("iat", 2_000), ("exp", 900)],
+        ] {
+            assert_eq!(with(bad), Err(ErrorCode::InvalidToken), "{bad:?}");
+        }
+        assert_eq!(with(&[("exp", 1_000)]), Err(ErrorCode::TokenExpired));
     }
 
     #[test]

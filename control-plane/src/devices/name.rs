@@ -3,6 +3,8 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
+use crate::text::is_misleading;
+
 /// 1 to 255 characters that a terminal, a log or a table cannot misread.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceName(String);
@@ -31,7 +33,7 @@ impl DeviceName {
             Err(Fault { code: "too_short", detail: "must not be empty" })
         } else if length > 255 {
             Err(Fault { code: "too_long", detail: "must have at most 255 characters" })
-        } else if text.chars().any(is_misleading) {
+        } else if text.contains(is_misleading) {
             Err(Fault {
                 code: "invalid_format",
                 detail: "must not contain line breaks, control characters or marks that change the direction of text",
@@ -45,16 +47,6 @@ impl DeviceName {
     pub fn as_str(&self) -> &str {
         &self.0
     }
-}
-
-/// Control characters, line and paragraph separators, bidirectional controls (UAX #9), zero-width and interlinear
-/// marks, and code points that are no characters.
-fn is_misleading(c: char) -> bool {
-    c.is_control()
-        || matches!(c,
-            '\u{061c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
-            | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
-        || (u32::from(c) & 0xfffe) == 0xfffe
 }
 
 impl Platform {

@@ -16,6 +16,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::FromRequestParts;
 use http::HeaderMap;
 use http::request::Parts;
+use hyper::body::Body as _;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
@@ -196,12 +197,12 @@ async fn begin(
         tracing::debug!(%error, "TCP_NODELAY was refused");
     }
     let Some(acceptor) = acceptor else {
-        return attend(Worded::new(stream, false), peer, router, limits, shutdown).await;
+        return attend(stream, false, peer, router, limits, shutdown).await;
     };
     tokio::select! {
         () = shutdown.cancelled() => {}
         accepted = tokio::time::timeout(limits.first_request, acceptor.accept(stream)) => match accepted {
-            Ok(Ok(stream)) => attend(Worded::new(stream, true), peer, router, limits, shutdown).await,
+            Ok(Ok(stream)) => attend(stream, true, peer, router, limits, shutdown).await,
             Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake has failed"),
             Err(_) => tracing::debug!("a TLS handshake took too long"),
         },
@@ -211,6 +212,7 @@ async fn begin(
 /// One connection, from its first byte of HTTP to its end.
 async fn attend(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    only_tls: bool,
     peer: IpAddr,
     router: Router,
     limits: Arc<Limits>,
@@ -219,8 +221,10 @@ async fn attend(
     let activity = Arc::new(Activity::new(&limits));
     let service = {
         let activity = Arc::clone(&activity);
+        let received = Arc::clone(&activity);
         let service = router.map_request(move |request: http::Request<hyper::body::Incoming>| {
-            let mut request = request.map(Body::new);
+            let activity = Arc::clone(&received);
+            let mut request = request.map(|body| Body::new(Receiving { body, whole: false, activity }));
             let caller = limits.caller(peer, request.headers());
             let unprotected = limits.trust(peer) && came_unprotected(request.headers());
             request.extensions_mut().insert(Peer::from(caller));
@@ -239,23 +243,35 @@ async fn attend(
         })
     };
     let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_headers(100);
+    // who has said all it wants to say may still listen
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_headers(100).half_close(true);
     builder.http2().timer(TokioTimer::new()).max_concurrent_streams(100).keep_alive_interval(Duration::from_secs(30));
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)));
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = async { tokio::select! { () = shutdown.cancelled() => {}, () = activity.quiet() => {} } } => {
-            connection.as_mut().graceful_shutdown();
-            // what runs is waited for; who does not even say goodbye is not
-            activity.with(|state| state.quiet_until = Instant::now() + FAREWELL);
-            tokio::select! {
-                ended = connection.as_mut() => ended,
-                () = activity.quiet() => Ok(()),
+    let (stream, mut left) = Worded::new(stream, only_tls);
+    let (ended, between) = {
+        let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)));
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = async { tokio::select! { () = shutdown.cancelled() => {}, () = activity.quiet() => {} } } => {
+                connection.as_mut().graceful_shutdown();
+                // what runs is waited for; who does not even say goodbye is not
+                activity.with(|state| state.quiet_until = Instant::now() + FAREWELL);
+                tokio::select! {
+                    ended = connection.as_mut() => ended,
+                    () = activity.quiet() => Ok(()),
+                }
             }
-        }
+        };
+        (ended, activity.with(|state| state.running == 0 && !state.unread))
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "a connection ended early");
+    }
+    if let Ok(left) = left.try_recv() {
+        // bytes between two requests are the beginning of the next
+        let farewell = async { if between { left.refuse().await } else { left.close().await } };
+        if let Ok(Err(error)) = tokio::time::timeout(FAREWELL, farewell).await {
+            tracing::debug!(%error, "a connection ended before its refusal was written");
+        }
     }
 }
 
@@ -279,8 +295,17 @@ struct Sending {
     running: Running,
 }
 
+/// The body of a request.
+struct Receiving {
+    body: hyper::body::Incoming,
+    whole: bool,
+    activity: Arc<Activity>,
+}
+
 struct State {
     running: usize,
+    /// A request was answered before it was read whole: what comes may be the rest of it.
+    unread: bool,
     begun: u64,
     quiet_until: Instant,
     /// Answers whose next frame hyper has not asked for, and since when. Those that wait for us are not among them.
@@ -290,7 +315,7 @@ struct State {
 impl Activity {
     fn new(limits: &Limits) -> Self {
         let quiet_until = Instant::now() + limits.first_request;
-        let state = State { running: 0, begun: 0, quiet_until, waiting: HashMap::new() };
+        let state = State { running: 0, unread: false, begun: 0, quiet_until, waiting: HashMap::new() };
         Self { state: Mutex::new(state), changed: Notify::new(), idle: limits.idle, stalled: limits.stalled }
     }
 
@@ -362,6 +387,36 @@ impl Sending {
     }
 }
 
+impl hyper::body::Body for Receiving {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, hyper::Error>>> {
+        let frame = Pin::new(&mut self.body).poll_frame(cx);
+        self.whole |= matches!(frame, Poll::Ready(None));
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        if !self.whole && !self.body.is_end_stream() {
+            self.activity.with(|state| state.unread = true);
+        }
+    }
+}
+
 impl hyper::body::Body for Sending {
     type Data = Bytes;
     type Error = axum::Error;
@@ -407,8 +462,13 @@ mod tests {
         let shutdown = CancellationToken::new();
         let endless =
             async || Body::from_stream(futures::stream::repeat(Ok::<_, Infallible>(Bytes::from_static(&[0; 1 << 16]))));
+        let slow = async || {
+            tokio::time::sleep(SOON * 2).await;
+            "at last"
+        };
         let router = Router::new()
             .route("/endless", get(endless))
+            .route("/slow", get(slow))
             .route("/", get(|peer: Peer| async move { peer.ip().unwrap().to_string() }));
         tokio::spawn(serve(listener, router, limits, shutdown.clone()));
         (address, shutdown)
@@ -423,15 +483,115 @@ mod tests {
         all
     }
 
+    /// The last answer of what a connection has brought.
+    fn assert_refused(all: &[u8], status: &str, code: &str) {
+        let text = String::from_utf8(all.to_vec()).unwrap();
+        let answer = &text[text.rfind("HTTP/1.1 ").unwrap_or_else(|| panic!("nothing but {text:?}"))..];
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with(&format!("HTTP/1.1 {status}\r\n")), "{head}");
+        for header in ["content-type: application/problem+json", "connection: close", "cache-control: no-store"] {
+            assert!(head.split("\r\n").any(|line| line == header), "{header} is not in {head}");
+        }
+        let body: serde_json::Value = serde_json::from_str(body).unwrap();
+        assert_eq!(body["code"], code, "{body}");
+        assert!(head.contains(&format!("x-request-id: {}", body["request_id"].as_str().unwrap())), "{head}");
+    }
+
+    const GET: &[u8] = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+
     #[tokio::test]
     async fn a_connection_that_brings_no_request_is_closed_whatever_it_began_with() {
         let (address, _shutdown) = start(|_| {}).await;
         let whole_preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
-        for beginning in [b"".as_slice(), b"G", b"PRI * HT", &whole_preface[..24], whole_preface] {
+        for beginning in [b"".as_slice(), b"\r\n", b"PRI * HT", &whole_preface[..24], whole_preface] {
             let mut stream = TcpStream::connect(address).await.unwrap();
             stream.write_all(beginning).await.unwrap();
-            until_closed(&mut stream).await;
+            let all = until_closed(&mut stream).await;
+            // HTTP/2 has its own farewell
+            let silent =
+                if beginning.starts_with(&whole_preface[..24]) { !all.starts_with(b"HTTP") } else { all.is_empty() };
+            assert!(silent, "{beginning:?}: {}", String::from_utf8_lossy(&all));
         }
+    }
+
+    #[tokio::test]
+    async fn who_does_not_finish_a_head_is_told_so() {
+        let (address, _shutdown) = start(|_| {}).await;
+        for beginning in [b"G".as_slice(), b"P", b"GET / HTTP/1.1\r\nHos", &[GET, b"GET / HTT"].concat()] {
+            for half_closed in [false, true] {
+                let mut stream = TcpStream::connect(address).await.unwrap();
+                if let Some(rest) = beginning.strip_prefix(GET).filter(|rest| !rest.is_empty()) {
+                    stream.write_all(GET).await.unwrap();
+                    // the answer: what is sent behind it is another request
+                    stream.read_exact(&mut [0]).await.unwrap();
+                    stream.write_all(rest).await.unwrap();
+                } else {
+                    stream.write_all(beginning).await.unwrap();
+                }
+                if half_closed {
+                    stream.shutdown().await.unwrap();
+                    assert_refused(&until_closed(&mut stream).await, "400 Bad Request", "MALFORMED_REQUEST");
+                } else {
+                    assert_refused(&until_closed(&mut stream).await, "408 Request Timeout", "REQUEST_TIMEOUT");
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn who_has_its_answer_or_asks_nothing_is_told_nothing_at_the_end() {
+        let (address, _shutdown) = start(|_| {}).await;
+        let post = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{";
+        // a whole request, one with the end of a line behind it, one that was answered before it was whole
+        for (request, answered, rest) in [
+            (GET, "HTTP/1.1 200 OK\r\n", b"".as_slice()),
+            (GET, "HTTP/1.1 200 OK\r\n", b"\r\n"),
+            (post, "HTTP/1.1 405 Method Not Allowed\r\n", b"\"a\""),
+            (b"", "", b""),
+        ] {
+            for half_closed in [false, true] {
+                let mut stream = TcpStream::connect(address).await.unwrap();
+                stream.write_all(request).await.unwrap();
+                let mut all = vec![0; usize::from(!request.is_empty())];
+                stream.read_exact(&mut all).await.unwrap();
+                // it may be closed by now
+                let _ = stream.write_all(rest).await;
+                if half_closed {
+                    let _ = stream.shutdown().await;
+                }
+                all.extend(until_closed(&mut stream).await);
+                let text = String::from_utf8(all).unwrap();
+                assert!(text.starts_with(answered), "{text}");
+                assert_eq!(text.matches("HTTP/1.1 ").count(), usize::from(!answered.is_empty()), "{text}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn who_sends_a_whole_request_and_no_more_gets_its_answer() {
+        let (address, _shutdown) = start(|_| {}).await;
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        stream.shutdown().await.unwrap();
+        let text = String::from_utf8(until_closed(&mut stream).await).unwrap();
+        assert!(text.starts_with("HTTP/1.1 200 OK\r\n") && text.ends_with("at last"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn who_goes_on_and_on_holds_its_place_no_longer_for_being_refused() {
+        let (address, _shutdown) = start(|limits| limits.connections = 1).await;
+        let mut endless = TcpStream::connect(address).await.unwrap();
+        let sending = tokio::spawn(async move {
+            // no end of a head, nothing read
+            while endless.write_all(b"x-more: and more\r\n").await.is_ok() {
+                tokio::time::sleep(SOON / 10).await;
+            }
+        });
+        let mut next = TcpStream::connect(address).await.unwrap();
+        next.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await.unwrap();
+        let text = String::from_utf8(until_closed(&mut next).await).unwrap();
+        assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{text}");
+        tokio::time::timeout(DEADLINE, sending).await.expect("it is told that nobody listens").unwrap();
     }
 
     #[tokio::test]

@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::audit;
 use crate::db::{DbError, Tx};
 use crate::tenants::Actor;
+use crate::text::is_misleading;
 
 /// What an administrator says of a new pool.
 #[derive(Clone, Debug)]
@@ -205,8 +206,8 @@ fn refused(error: sqlx::Error, name: &str) -> CreatePoolError {
 }
 
 fn check_name(name: &str) -> Result<(), CreatePoolError> {
-    if name.trim().is_empty() || name.chars().count() > 64 || name.chars().any(char::is_control) {
-        let detail = "the name of a pool has 1 to 64 printable characters";
+    if !(1..=64).contains(&name.chars().count()) || name.trim() != name || name.contains(is_misleading) {
+        let detail = "the name of a pool has 1 to 64 printable characters and no space around it";
         return Err(CreatePoolError::Unusable { field: "name", detail });
     }
     Ok(())

@@ -18,6 +18,7 @@ use crate::app::App;
 use crate::db::DbError;
 use crate::keys::KeyRing;
 use crate::metrics;
+use crate::text::is_misleading;
 
 /// Sent at the same time.
 const BATCH: i64 = 8;
@@ -179,7 +180,7 @@ fn pause(attempts: i32, jitter: f64) -> Duration {
 /// The whole chain, for the operator: printable and at most 500 characters.
 fn reason(error: &DeliveryError) -> String {
     let text = crate::http::problem::chain(error);
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(500).collect()
+    text.chars().map(|c| if is_misleading(c) { ' ' } else { c }).take(500).collect()
 }
 
 /// Gives up what came too late: what such a mail asks for is over.

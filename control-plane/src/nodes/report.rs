@@ -11,6 +11,7 @@ use crate::app::App;
 use crate::db::{DbError, Tx};
 use crate::desired::Position;
 use crate::metrics;
+use crate::text::is_misleading;
 use crate::usage::{self, leases};
 
 /// Reasons an agent may give in one report; the rest is noise.
@@ -100,7 +101,7 @@ fn note_nacks(server: ServerId, request: &ReportRequest) {
     for nack in &request.nacks {
         metrics::node_alarm("nack");
         let revision = nack.target.as_ref().map_or(0, |target| target.revision);
-        let reason: String = nack.reason.chars().filter(|c| !c.is_control()).take(200).collect();
+        let reason: String = nack.reason.chars().filter(|c| !is_misleading(*c)).take(200).collect();
         tracing::error!(%server, revision, reason, "a server has refused a state");
     }
 }

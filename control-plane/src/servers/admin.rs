@@ -16,7 +16,11 @@ use uuid::Uuid;
 use super::{SILENT_AFTER_SECONDS, issue_token};
 use crate::audit;
 use crate::db::{DbError, Tx};
+use crate::devices::is_region;
 use crate::tenants::Actor;
+use crate::text::is_misleading;
+
+const REGION_RULE: &str = "a region has 1 to 50 lower-case letters, digits and dashes";
 
 /// What an administrator says of a new server.
 #[derive(Clone, Debug)]
@@ -147,8 +151,11 @@ pub async fn create_server(
     rng: &mut (impl CryptoRng + Send),
 ) -> Result<ServerId, CreateServerError> {
     let invalid = |field, detail| Err(CreateServerError::Invalid { field, detail });
-    if server.name.trim() != server.name || server.name.contains(char::is_control) {
-        return invalid("name", "a name has no control characters and no space around it");
+    if server.name.trim() != server.name || server.name.contains(is_misleading) {
+        return invalid("name", "a name has printable characters only, and no space around it");
+    }
+    if !is_region(&server.region) {
+        return invalid("region", REGION_RULE);
     }
     if server.public_ip.is_unspecified() || server.public_ip.is_multicast() {
         return invalid("public_ip", "must be an address that clients can send to");
@@ -181,7 +188,7 @@ pub async fn create_server(
             "servers_name_unique" => Err(CreateServerError::NameTaken(server.name.clone())),
             "servers_endpoint_unique" => Err(CreateServerError::EndpointTaken),
             "servers_name_length" => invalid("name", "the name of a server has 1 to 64 characters"),
-            "servers_region_form" => invalid("region", "a region has 1 to 50 lower-case letters, digits and dashes"),
+            "servers_region_form" => invalid("region", REGION_RULE),
             "servers_endpoint_port" => invalid("port", "the port must be 1 to 65535"),
             "servers_capacity" => invalid("capacity", "the capacity must be 1 to 65533 devices"),
             _ => Err(DbError::Constraint { name }.into()),

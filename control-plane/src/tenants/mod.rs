@@ -23,6 +23,7 @@ use crate::auth::api_keys::{self, NewKey};
 use crate::db::DbError;
 use crate::http::Problem;
 use crate::tenancy::TenantTx;
+use crate::text::is_misleading;
 
 pub use client::{ClientSettings, client_settings};
 pub use delete::{delete, finish_deletions};
@@ -31,6 +32,8 @@ pub use suspension::{enforce as enforce_suspensions, enforce_users, mark_over_li
 
 /// Decimal, as bandwidth is sold: 1 GB = 10⁹ bytes.
 const GB: i64 = 1_000_000_000;
+/// Of a tenant's name.
+pub const NAME_RULE: &str = "must have 1 to 255 printable characters";
 
 /// Who changes a tenant, for the audit log.
 #[derive(Debug, Clone)]
@@ -122,6 +125,7 @@ impl Settings {
     /// # Errors
     /// All faults at once.
     pub fn checked(mut self) -> Result<Self, Problem> {
+        let misleading = self.name.contains(is_misleading);
         self.name = self.name.trim().to_owned();
         let mut problem = Problem::validation();
         let mut bounds = |pointer: &str, value: Option<i64>, min: i64, max: i64| {
@@ -135,9 +139,8 @@ impl Settings {
         bounds("/max_devices_per_user", Some(i64::from(self.max_devices_per_user)), 0, 1_000);
         bounds("/rate_limit_per_minute", self.rate_limit_per_minute.map(i64::from), 1, 1_000_000);
         bounds("/user_rate_limit_per_minute", self.user_rate_limit_per_minute.map(i64::from), 1, 1_000_000);
-        if !(1..=255).contains(&self.name.chars().count()) || self.name.contains(char::is_control) {
-            problem =
-                problem.field("/name", "invalid_format", "must have 1 to 255 characters and no control character");
+        if misleading || !(1..=255).contains(&self.name.chars().count()) {
+            problem = problem.field("/name", "invalid_format", NAME_RULE);
         }
         if matches!(self.status, TenantStatus::Deleting | TenantStatus::Deleted) {
             problem =
@@ -224,6 +227,33 @@ pub async fn get(app: &App, id: TenantId) -> Result<Tenant, TenantError> {
     let mut tx = app.db.tenancy.begin(id).await?;
     let found = load(&mut tx).await;
     tx.finish(found).await
+}
+
+/// How far a tenant that was made is from its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    There,
+    Deleting,
+    Deleted,
+}
+
+/// `None` for a tenant that never was.
+///
+/// # Errors
+/// Those of the database.
+pub async fn stage(sys: &PgPool, id: TenantId) -> Result<Option<Stage>, DbError> {
+    let row = sqlx::query!(
+        r#"select status = 'deleted' as "deleted!", deleting_since is not null as "deleting!"
+           from cvault.tenants where tenant_id = $1"#,
+        id.uuid()
+    )
+    .fetch_optional(sys)
+    .await?;
+    Ok(row.map(|row| match (row.deleted, row.deleting) {
+        (true, _) => Stage::Deleted,
+        (false, true) => Stage::Deleting,
+        (false, false) => Stage::There,
+    }))
 }
 
 /// Up to `limit` tenants after `after`, oldest first; deleted ones are left out.

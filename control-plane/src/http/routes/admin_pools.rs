@@ -71,7 +71,7 @@ fn parse(app: &App, body: CreatePoolRequest) -> Result<NewPool, Problem> {
     match (ipv4, ipv6) {
         (Some(ipv4), Some(ipv6)) => {
             let quarantine_seconds = body.quarantine_seconds.unwrap_or(app.config.quarantine_seconds);
-            let (name, reclaim) = (body.name.trim().to_owned(), body.reclaim);
+            let (name, reclaim) = (body.name.trim_matches(' ').to_owned(), body.reclaim);
             Ok(NewPool { name, ipv4, ipv6, quarantine_seconds, reclaim })
         }
         (None, _) | (_, None) => Err(problem),
@@ -115,7 +115,7 @@ async fn update_pool(
     Path(id): Path<PoolId>,
     Json(body): Json<UpdatePoolRequest>,
 ) -> Result<Response, Problem> {
-    let name = body.name.map(|name| name.trim().to_owned());
+    let name = body.name.map(|name| name.trim_matches(' ').to_owned());
     let change = PoolChange { name, quarantine_seconds: body.quarantine_seconds, reclaim: body.reclaim };
     staff::once(&app, &admin, StatusCode::OK, move |tx, _app, actor| {
         Box::pin(async move {

@@ -109,6 +109,10 @@ async fn list_servers(
 ) -> Result<Json<AdminServerList>, Problem> {
     let limit = page_size(query.limit)?;
     let after = query.cursor.map(|text| cursor::decode(&app.secrets, LIST, &text)).transpose()?;
+    // PostgreSQL takes no NUL in a text
+    if query.region.as_ref().is_some_and(|region| region.contains('\0')) {
+        return Err(Problem::validation().field("?region", "invalid_format", "must not contain NUL"));
+    }
     let filter = ServerFilter { id: None, region: query.region, status: query.status, pool: query.pool_id };
     let rows = servers::list_details(&app.db.sys, &filter, after.map(ServerId::from_uuid), limit.to_fetch()).await?;
     let now = app.clock.now();

@@ -341,10 +341,9 @@ fn checked(body: &SignupRequest) -> Result<(Settings, Email), Problem> {
         problem = problem.field("/email", "invalid_format", "must be an e-mail address");
     }
     problem = passwords::checked(problem, "/password", &body.password);
-    let settings = Settings { status: TenantStatus::Trial, ..Settings::named(body.business_name.trim()) };
+    let settings = Settings { status: TenantStatus::Trial, ..Settings::named(&body.business_name) };
     if settings.clone().checked().is_err() {
-        let text = "must have 1 to 255 characters and no control character";
-        problem = problem.field("/business_name", "invalid_format", text);
+        problem = problem.field("/business_name", "invalid_format", tenants::NAME_RULE);
     }
     match email {
         Some(email) => problem.or_ok((settings, email)),

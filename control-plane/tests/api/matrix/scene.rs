@@ -36,6 +36,17 @@ pub(super) struct Scene {
     pub(super) foreign_tenant: Tenant,
     pub(super) device: String,
     pub(super) server: String,
+    /// Of the victim.
+    pub(super) tenant: String,
+    pub(super) user: String,
+    /// A key of the victim's tenant.
+    pub(super) key_id: String,
+    /// Of the owner, who is nobody of the callers.
+    pub(super) session: String,
+    /// Of the victim with that key.
+    pub(super) request: String,
+    /// The server's.
+    pub(super) pool: String,
     /// Where mails go.
     pub(super) mails: tempfile::TempDir,
     neighbour: Person,
@@ -47,18 +58,20 @@ pub(super) struct Scene {
     billing: String,
     developer: String,
     admin: String,
-    user: String,
-    key_id: String,
-    /// Of the owner, who is nobody of the callers.
-    session: String,
     challenge: String,
 }
 
 impl Scene {
+    /// As an installation is without any setting.
     pub(super) async fn new() -> Self {
+        Self::with_approvals(true).await
+    }
+
+    pub(super) async fn with_approvals(admin_step_up: bool) -> Self {
         let mails = tempfile::tempdir().unwrap();
         let platform = Platform::with(|config| {
             config.passwords = Scheme::Argon2id { memory_kib: 64, passes: 1 };
+            config.admin_step_up = admin_step_up;
             config.mail.sink = Sink::Directory(mails.path().to_owned());
         })
         .await;
@@ -74,6 +87,10 @@ impl Scene {
         let device = victim.device(&platform, "d").await["device_id"].as_str().unwrap().to_owned();
         let user = named(&platform, &tenant).await;
         let (narrow, key_id) = narrow_key(&platform, &tenant).await;
+        let asked = platform.call("GET", "/api/v1/usage").header("x-api-key", &narrow.key);
+        let asked = asked.header("authorization", &format!("Bearer {}", victim.token)).send().await;
+        assert_eq!(asked.status, 200, "{}", asked.text);
+        let pools = platform.admin("GET", "/admin/pools").send().await;
         Self {
             viewer: colleague(&platform, "viewer").await,
             billing: colleague(&platform, "billing").await,
@@ -81,6 +98,9 @@ impl Scene {
             admin: colleague(&platform, "admin").await,
             foreign_owner: access_token(&foreign),
             session: owner.text("session_id"),
+            tenant: tenant.id,
+            request: asked.header("x-request-id").to_owned(),
+            pool: pools.body["data"][0]["id"].as_str().unwrap().to_owned(),
             challenge: challenged.body["challenge"]["id"].as_str().unwrap().to_owned(),
             platform,
             victim,
