@@ -3,6 +3,7 @@
 //!
 //! The same walk looks at what every answer must have, and at the audit entry of every write.
 
+mod refusals;
 mod rows;
 mod scene;
 mod writes;
@@ -16,9 +17,13 @@ use crate::platform::{Answer, PASSWORD};
 use rows::{CALLERS, Caller, PUBLIC, ROWS};
 use scene::Scene;
 
+fn document() -> Value {
+    serde_json::from_str(openapi::document_text()).unwrap()
+}
+
 /// `METHOD /path` of every operation in the document, and whether it says that it needs credentials.
 fn operations() -> Vec<(String, bool)> {
-    let document: Value = serde_json::from_str(openapi::document_text()).unwrap();
+    let document = document();
     let paths = document["paths"].as_object().unwrap();
     let of_path = |(path, methods): (&String, &Value)| {
         let methods = methods.as_object().unwrap().clone();
@@ -90,7 +95,7 @@ fn cacheable(operation: &str) -> bool {
 
 #[tokio::test]
 async fn nobody_gets_what_is_not_theirs() {
-    let document: Value = serde_json::from_str(openapi::document_text()).unwrap();
+    let document = document();
     let mut undocumented = BTreeSet::new();
     let scene = Scene::new().await;
     for row in ROWS {

@@ -24,7 +24,7 @@ use crate::app::App;
 use crate::db::DbError;
 use crate::devices::{
     self, ClientDefaults, ConfigError, ConfigKeys, DeviceName, Fault, KeyRequest, NewDevice, NewDeviceKeys, Platform,
-    PublicKey, RegisterError, Registered, Registration, RevokeError, RotateError, ServedDevice, is_region,
+    PublicKey, RegisterError, Registered, Registration, RevokeError, RotateError, ServedDevice, UsedUp, is_region,
     render_config,
 };
 use crate::http::idempotency::{self, Claim, Replay};
@@ -519,10 +519,11 @@ async fn delete_once(
     Ok(Once::First(revoked))
 }
 
-pub(super) fn bandwidth_exceeded(max: i64, used: i64) -> Problem {
+pub(super) fn bandwidth_exceeded(UsedUp { max, used, resets_at }: UsedUp) -> Problem {
     Problem::new(ErrorCode::BandwidthLimitExceeded)
         .detail("The tenant has used up what it may carry this month (UTC).")
         .limit("bandwidth_bytes", max, used)
+        .resets_at(resets_at)
 }
 
 impl From<RegisterError> for Problem {
@@ -533,7 +534,7 @@ impl From<RegisterError> for Problem {
                 .limit("devices_per_user", max.into(), used),
             RegisterError::UserGone => Self::new(ErrorCode::InvalidToken),
             RegisterError::TenantClosed => Self::new(ErrorCode::TenantSuspended),
-            RegisterError::BandwidthLimit { max, used } => bandwidth_exceeded(max, used),
+            RegisterError::BandwidthLimit(used_up) => bandwidth_exceeded(used_up),
             RegisterError::PublicKeyInUse => {
                 Self::new(ErrorCode::PublicKeyInUse).detail("Another device has this public key. Make a new pair.")
             }
