@@ -388,7 +388,9 @@ async fn get(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -
 #[utoipa::path(get, path = "/api/v1/devices/{device_id}/config", tag = "devices", security(("api_key" = [], "user_token" = [])),
     params(("device_id" = DeviceId, Path),
            ("format" = Option<String>, Query, description = "`qr`: an SVG picture instead of the text.")),
-    responses((status = 200, content((String = "text/plain"), (String = "image/svg+xml"))),
+    responses((status = 200, content(
+                  (String = "text/plain", example = "[Interface]\nPrivateKey = …\nAddress = 10.8.0.45/32, fd00:cafe::2d/128\nDNS = 1.1.1.1\nMTU = 1420\n\n[Peer]\nPublicKey = …\nAllowedIPs = 0.0.0.0/0, ::/0\nEndpoint = 203.0.113.10:51820\nPersistentKeepalive = 25\n"),
+                  (String = "image/svg+xml", example = "<svg xmlns=\"http://www.w3.org/2000/svg\">…</svg>"))),
               (status = 409, description = "CONFLICT: its pool took the address back when it disconnected"),
               (status = 503, description = "SERVER_UNAVAILABLE")))]
 async fn config(
