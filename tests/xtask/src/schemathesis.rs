@@ -17,28 +17,43 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use serde_json::json;
 
 use crate::host;
 use answers::Answers;
 use document::Operation;
-use platform::{AGENT, PASSWORD, Platform};
+use platform::{AGENT, Platform};
 
 const VERSION: &str = "schemathesis==4.32.5";
 const LEFT_OUT: &str = "ignored_auth,positive_data_acceptance,missing_required_header";
 /// 503 is documented, with its codes, and says when to come again: here of a region without servers.
-const CONFIGURATION: &str = "[checks]\nnot_a_server_error.expected-statuses = [\"2xx\", \"3xx\", \"4xx\", 503]\n";
-const EXAMPLES: &str = "40";
-const PEOPLE: &str = "/api/v1/tenant/";
+const CONFIGURATION: &str = "\
+request-timeout = 60
+
+[auth]
+auto-signup = false
+
+[checks]
+not_a_server_error.expected-statuses = [\"2xx\", \"3xx\", \"4xx\", 503]
+";
+/// Fewer than the sensitive requests that end a session of the portal when they come within a minute.
+const EXAMPLES: u32 = 40;
 
 /// A kind of caller, and what it asks for.
 struct Caller<'c> {
     name: &'static str,
     asks: fn(&str) -> bool,
-    /// The credentials for one operation, which is asked for from the network that this header names.
-    headers: &'c dyn Fn(&str) -> Result<Vec<String>>,
+    /// What it brings to an operation, which is asked for from the network that this header names.
+    brings: &'c dyn Fn(&Operation, &str) -> Result<Brought>,
     /// Answers that say nothing of an operation: it was not reached.
     turned_away: &'static [u16],
+    /// Requests for each operation, at most.
+    examples: u32,
+}
+
+/// Credentials; and the id of something of the caller's own, where the path has a place for one.
+struct Brought {
+    headers: Vec<String>,
+    id: Option<String>,
 }
 
 pub(crate) fn run() -> Result<()> {
@@ -46,45 +61,65 @@ pub(crate) fn run() -> Result<()> {
     let platform = Platform::start()?;
     let staff = format!("authorization: Bearer {}", platform.admin_token()?);
     let tenant = platform.tenant(&staff)?;
-    let (key, secret) = (format!("x-api-key: {}", tenant.key), format!("x-api-secret: {}", tenant.secret));
-    let account = json!({"email": "user@example.com", "password": PASSWORD});
-    let user = platform.post("/api/v1/auth/register", &[&key, &secret], &account)?;
-    let user = platform::bearer(&user)?;
     platform.with_server()?;
-    let mine = |path: &str| ["devices", "vpn", "servers", "usage"].iter().any(|noun| is_of(path, noun));
-    let backends = |path: &str| ["auth", "usage", "users"].iter().any(|noun| is_of(path, noun));
+    let user = platform.user(&tenant, "user")?;
     let callers = [
         Caller {
             name: "a tenant's user",
-            asks: mine,
-            headers: &|_| Ok(vec![key.clone(), user.clone()]),
+            asks: |path| ["devices", "vpn", "servers", "usage"].iter().any(|noun| is_of(path, noun)),
+            brings: &|operation, _| {
+                let headers = vec![tenant.key(), user.bearer()];
+                let id = (operation.parameter() == Some("device_id")).then(|| platform.device(&headers)).transpose()?;
+                Ok(Brought { headers, id })
+            },
             turned_away: &[401, 429],
+            examples: EXAMPLES,
         },
         Caller {
             name: "a tenant's backend",
-            asks: backends,
-            headers: &|_| Ok(vec![key.clone(), secret.clone()]),
+            asks: |path| ["auth", "usage", "users"].iter().any(|noun| is_of(path, noun)),
+            brings: &|operation, network| {
+                let id = match operation.parameter() {
+                    Some("user_id") => Some(platform.user(&tenant, &digits(network))?.id),
+                    _ => None,
+                };
+                Ok(Brought { headers: vec![tenant.key(), tenant.secret()], id })
+            },
             turned_away: &[401, 429],
+            examples: EXAMPLES,
         },
         Caller {
             name: "a program without a secret",
             asks: |path| is_of(path, "auth"),
-            headers: &|_| Ok(vec![key.clone()]),
+            brings: &|_, _| Ok(Brought { headers: vec![tenant.key()], id: None }),
             turned_away: &[401, 429],
+            examples: EXAMPLES,
         },
         Caller {
             name: "people of a tenant",
-            asks: |path| path.starts_with(PEOPLE),
-            headers: &|network| Ok(vec![tenant.person(&platform, network)?]),
+            asks: |path| path.starts_with("/api/v1/tenant/"),
+            brings: &|operation, network| {
+                let person = tenant.person(&platform, network)?;
+                let id = operation.parameter().map(|name| person.thing(&platform, name)).transpose()?;
+                Ok(Brought { headers: vec![person.bearer()], id })
+            },
             turned_away: &[401, 429],
+            examples: EXAMPLES,
         },
-        Caller { name: "anybody", asks: |_| true, headers: &|_| Ok(Vec::new()), turned_away: &[429] },
+        Caller {
+            name: "anybody",
+            asks: |_| true,
+            brings: &|_, _| Ok(Brought { headers: Vec::new(), id: None }),
+            turned_away: &[429],
+            examples: 10,
+        },
         // last: it deletes what it finds
         Caller {
             name: "platform staff",
             asks: |path| path.starts_with("/admin/"),
-            headers: &|_| Ok(vec![staff.clone()]),
+            brings: &|_, _| Ok(Brought { headers: vec![staff.clone()], id: None }),
             turned_away: &[401, 429],
+            examples: EXAMPLES,
         },
     ];
     let operations = document::operations()?;
@@ -95,6 +130,11 @@ pub(crate) fn run() -> Result<()> {
         platform.answers()?.since(&before).reached(&asked, caller.turned_away).with_context(|| caller.name)?;
     }
     Ok(())
+}
+
+/// A name that only this network's operation has.
+fn digits(network: &str) -> String {
+    network.chars().filter(char::is_ascii_digit).collect()
 }
 
 fn is_of(path: &str, noun: &str) -> bool {
@@ -123,12 +163,18 @@ impl Platform {
         let mut configuration = CONFIGURATION.to_owned();
         for (number, operation) in asked.iter().enumerate() {
             let network = format!("x-forwarded-for: 10.{run}.{number}.1");
-            let agent = format!("user-agent: {AGENT}");
-            let headers = (caller.headers)(&network)?.into_iter().chain([network, agent]);
+            let Brought { headers, id } = (caller.brings)(operation, &network)?;
+            if let Some(id) = &id {
+                write!(configuration, "\n[dictionaries.own{number}]\nvalues = [\"{id}\"]\n")?;
+            }
             write!(configuration, "\n[[operations]]\ninclude-name = \"{operation}\"\n[operations.headers]\n")?;
-            for header in headers {
+            for header in headers.into_iter().chain([network, format!("user-agent: {AGENT}")]) {
                 let (name, value) = header.split_once(": ").context("a header is a name and a value")?;
                 writeln!(configuration, "{name} = \"{value}\"")?;
+            }
+            if let (Some(name), Some(_)) = (operation.parameter(), id) {
+                let binding = format!("{{ dictionary = \"own{number}\", probability = 0.5 }}");
+                write!(configuration, "[operations.parameters]\n\"path.{name}\" = {binding}\n")?;
             }
         }
         std::fs::write(self.folder.join("schemathesis.toml"), configuration)?;
@@ -139,7 +185,7 @@ impl Platform {
             .arg(document::path())
             .args(["--url", platform::URL])
             .args(["--generation-deterministic", "--generation-with-security-parameters", "false", "--no-color"])
-            .args(["--phases", "examples,fuzzing", "--max-examples", EXAMPLES])
+            .args(["--phases", "examples,fuzzing", "--max-examples", &caller.examples.to_string()])
             .args(["--exclude-checks", LEFT_OUT, "--suppress-health-check", "all", "--continue-on-failure"])
             .args(["--warnings", "off"]);
         for operation in asked {

@@ -95,7 +95,7 @@ fn only_operators_are_never_sent_away() {
 }
 
 #[test]
-fn every_answer_in_the_document_has_an_exact_status_and_an_example() {
+fn every_answer_in_the_document_has_an_exact_status_a_description_and_an_example() {
     let document = document();
     let operations = document["paths"].as_object().unwrap().iter();
     let operations = operations.flat_map(|(path, methods)| {
@@ -106,6 +106,9 @@ fn every_answer_in_the_document_has_an_exact_status_and_an_example() {
         for (status, response) in description["responses"].as_object().unwrap() {
             if status.parse::<u16>().is_err() {
                 faults.insert(format!("{operation}: {status} is no status"));
+            }
+            if response["description"].as_str().is_none_or(str::is_empty) {
+                faults.insert(format!("{operation}: {status} has no description"));
             }
             for (kind, content) in response["content"].as_object().into_iter().flatten() {
                 if content.get("example").or(content.get("examples")).is_none_or(Value::is_null) {

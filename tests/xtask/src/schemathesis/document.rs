@@ -15,6 +15,14 @@ pub(super) struct Operation {
     pub(super) path: String,
 }
 
+impl Operation {
+    /// The name in the path's braces; none of ours has two.
+    pub(super) fn parameter(&self) -> Option<&str> {
+        let (_, rest) = self.path.split_once('{')?;
+        rest.split('}').next()
+    }
+}
+
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.method, self.path)

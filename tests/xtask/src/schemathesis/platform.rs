@@ -8,9 +8,10 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
+use super::digits;
 use crate::host::{self, Profile};
 
-pub(super) const PASSWORD: &str = "correct horse battery staple";
+const PASSWORD: &str = "correct horse battery staple";
 /// A session that is used by another program than it was begun with is odd.
 pub(super) const AGENT: &str = "schemathesis";
 pub(super) const URL: &str = "http://127.0.0.1:18473";
@@ -26,9 +27,22 @@ pub(super) struct Platform {
 
 /// Signed up for in the portal.
 pub(super) struct Tenant {
-    pub(super) key: String,
-    pub(super) secret: String,
     id: String,
+    key: String,
+    secret: String,
+}
+
+/// A tenant's user.
+pub(super) struct User {
+    pub(super) id: String,
+    token: String,
+}
+
+/// Somebody of a tenant, logged in to the portal.
+pub(super) struct Person {
+    email: String,
+    token: String,
+    network: String,
 }
 
 impl Platform {
@@ -67,10 +81,24 @@ impl Platform {
         let made = self.post("/api/v1/tenant/auth/signup", &[], &form)?;
         let tenant =
             Tenant { id: text(&made, "tenant_id")?, key: text(&made, "api_key")?, secret: text(&made, "api_secret")? };
-        let limits = json!({"rate_limit_per_minute": 1_000_000, "user_rate_limit_per_minute": 1_000_000, "max_devices_per_user": 1_000});
-        self.send("PATCH", &format!("/admin/tenants/{}", tenant.id), &[staff], &limits)?;
+        let limits = json!({"rate_limit_per_minute": 1_000_000, "user_rate_limit_per_minute": 1_000_000,
+                            "max_devices_per_user": 1_000});
+        text(&self.send("PATCH", &format!("/admin/tenants/{}", tenant.id), &[staff], &limits)?, "id")?;
         self.sql("update cvault.tenants set public_clients = true where name = 'T'")?;
         Ok(tenant)
+    }
+
+    pub(super) fn user(&self, tenant: &Tenant, name: &str) -> Result<User> {
+        let account = json!({"email": format!("{name}@example.com"), "password": PASSWORD});
+        let made = self.post("/api/v1/auth/register", &[&tenant.key(), &tenant.secret()], &account)?;
+        Ok(User { id: text(&made, "user_id")?, token: text(&made, "access_token")? })
+    }
+
+    /// A new one of the user with these credentials.
+    pub(super) fn device(&self, headers: &[String]) -> Result<String> {
+        let headers: Vec<&str> = headers.iter().map(String::as_str).collect();
+        let made = self.post("/api/v1/devices", &headers, &json!({"device_name": "d"}))?;
+        text(&made, "device_id")
     }
 
     /// One that looks alive, so that devices can be registered.
@@ -103,8 +131,12 @@ impl Platform {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    pub(super) fn post(&self, path: &str, headers: &[&str], body: &Value) -> Result<Value> {
+    fn post(&self, path: &str, headers: &[&str], body: &Value) -> Result<Value> {
         self.send("POST", path, headers, body)
+    }
+
+    fn log_in(&self, email: &str, network: &str) -> Result<Value> {
+        self.post("/api/v1/tenant/auth/login", &[network], &json!({"email": email, "password": PASSWORD}))
     }
 
     fn send(&self, method: &str, path: &str, headers: &[&str], body: &Value) -> Result<Value> {
@@ -119,17 +151,55 @@ impl Platform {
 }
 
 impl Tenant {
-    /// The credentials of one more person, like the owner in everything, who calls from the network that this header names.
-    pub(super) fn person(&self, platform: &Platform, network: &str) -> Result<String> {
-        let number: String = network.chars().filter(char::is_ascii_digit).collect();
-        let email = format!("person-{number}@example.com");
+    pub(super) fn key(&self) -> String {
+        format!("x-api-key: {}", self.key)
+    }
+
+    pub(super) fn secret(&self) -> String {
+        format!("x-api-secret: {}", self.secret)
+    }
+
+    /// One more, like the owner in everything, who calls from the network that this header names.
+    pub(super) fn person(&self, platform: &Platform, network: &str) -> Result<Person> {
+        let email = format!("person-{}@example.com", digits(network));
         platform.sql(&format!(
             "insert into cvault.tenant_admins (tenant_id, admin_id, email, password_hash, role)
              select tenant_id, gen_random_uuid(), '{email}', password_hash, role from cvault.tenant_admins
              where email = '{OWNER}'"
         ))?;
-        let login = json!({"email": email, "password": PASSWORD});
-        bearer(&platform.post("/api/v1/tenant/auth/login", &[network], &login)?["tokens"])
+        let network = network.to_owned();
+        let login = platform.log_in(&email, &network)?;
+        Ok(Person { email, token: text(&login["tokens"], "access_token")?, network })
+    }
+}
+
+impl User {
+    pub(super) fn bearer(&self) -> String {
+        format!("authorization: Bearer {}", self.token)
+    }
+}
+
+impl Person {
+    pub(super) fn bearer(&self) -> String {
+        format!("authorization: Bearer {}", self.token)
+    }
+
+    /// The id of something of theirs that stands for this name in a path.
+    pub(super) fn thing(&self, platform: &Platform, name: &str) -> Result<String> {
+        let (bearer, network) = (self.bearer(), self.network.as_str());
+        match name {
+            "session_id" => text(&platform.log_in(&self.email, network)?, "session_id"),
+            "challenge_id" => {
+                let password = json!({"password": "another fine password"});
+                let refused = platform.post("/api/v1/tenant/auth/password", &[&bearer, network], &password)?;
+                text(&refused["challenge"], "id")
+            }
+            "api_key_id" => {
+                let keys = platform.send("GET", "/api/v1/tenant/api-keys", &[&bearer, network], &json!({}))?;
+                text(&keys["data"][0], "id")
+            }
+            _ => bail!("nobody has a {name}"),
+        }
     }
 }
 
@@ -148,10 +218,6 @@ fn curl() -> Command {
     let mut curl = Command::new("curl");
     curl.args(["--silent", "--show-error", "--max-time", "20"]);
     curl
-}
-
-pub(super) fn bearer(login: &Value) -> Result<String> {
-    Ok(format!("authorization: Bearer {}", text(login, "access_token")?))
 }
 
 fn text(answer: &Value, name: &str) -> Result<String> {
