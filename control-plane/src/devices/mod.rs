@@ -14,6 +14,7 @@ mod register;
 mod revoke;
 mod rotate;
 mod together;
+mod used_up;
 
 pub use activation::wait_until_acked;
 pub use config::{ClientDefaults, ConfigKey, ConfigKeys, qr, render_config};
@@ -22,10 +23,11 @@ pub use listing::Listing;
 pub use name::{DeviceName, Fault, Platform, PublicKey, is_region};
 pub(crate) use read::preshared_key_aad;
 pub use read::{ConfigError, Device, OwnedDevice, Page, ServedDevice, config_of, find, list, list_all};
-pub use register::{Carried, NewDevice, RegisterError, Registered, Registration, carried, register};
+pub use register::{NewDevice, RegisterError, Registered, Registration, register};
 pub use revoke::{RevokeError, Revoked, is_revoked, revoke};
 pub use rotate::{NewDeviceKeys, RotateError, Rotated, rotate};
 pub use together::Registrations;
+pub use used_up::{UsedUp, used_up};
 
 #[cfg(test)]
 mod tests;

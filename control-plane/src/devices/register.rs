@@ -10,6 +10,7 @@ use super::config::ConfigKeys;
 use super::keys::{KeyRequest, NewKeys};
 use super::name::{DeviceName, Platform, PublicKey};
 use super::placed::{Placed, PlacedRow};
+use super::used_up::{UsedUp, used_up};
 use crate::db::DbError;
 use crate::ipam::Addresses;
 use crate::keys::{KeyError, KeyRing};
@@ -47,8 +48,8 @@ pub enum RegisterError {
     UserGone,
     #[error("the tenant is suspended or being deleted")]
     TenantClosed,
-    #[error("the tenant has carried {used} of {max} bytes this month")]
-    BandwidthLimit { max: i64, used: i64 },
+    #[error(transparent)]
+    BandwidthLimit(#[from] UsedUp),
     #[error("the public key belongs to another device")]
     PublicKeyInUse,
     #[error("no server takes a device now")]
@@ -157,8 +158,7 @@ pub async fn register(
         "tenant_closed" => Err(RegisterError::TenantClosed),
         "over_limit" => {
             tx.open().await?;
-            let Carried { max, used } = carried(tx).await?;
-            Err(RegisterError::BandwidthLimit { max, used })
+            Err(used_up(tx, now).await?.into())
         }
         "device_limit" => {
             let (max, used) = (row.max_devices.unwrap_or_default(), row.devices.unwrap_or_default());
@@ -167,31 +167,6 @@ pub async fn register(
         "pool_exhausted" => Err(RegisterError::PoolExhausted),
         _ => Err(RegisterError::ServerUnavailable),
     }
-}
-
-/// What a tenant may carry in a month, and has carried in this one, in bytes.
-pub struct Carried {
-    pub max: i64,
-    pub used: i64,
-}
-
-/// The current tenant's month, known to the minute.
-///
-/// # Errors
-/// Those of the database.
-pub async fn carried(tx: &mut TenantTx) -> Result<Carried, DbError> {
-    let tenant = tx.tenant().uuid();
-    let row = sqlx::query!(
-        r#"select coalesce(t.bandwidth_limit_bytes, 0) as "max!", (
-               select coalesce(sum(u.rx_bytes + u.tx_bytes), 0)::bigint from cvault.usage_daily u
-               where u.tenant_id = t.tenant_id
-                 and u.day >= date_trunc('month', now(), 'UTC')::date) as "used!"
-           from cvault.tenants t where t.tenant_id = $1"#,
-        tenant
-    )
-    .fetch_one(tx.conn())
-    .await?;
-    Ok(Carried { max: row.max, used: row.used })
 }
 
 pub(super) fn refused(error: sqlx::Error) -> RegisterError {

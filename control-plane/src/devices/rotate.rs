@@ -9,7 +9,8 @@ use time::OffsetDateTime;
 use super::keys::KeyRequest;
 use super::name::PublicKey;
 use super::read;
-use super::register::{Carried, RegisterError, Registered, carried, refused};
+use super::register::{RegisterError, Registered, refused};
+use super::used_up::used_up;
 use crate::audit;
 use crate::db::DbError;
 use crate::keys::{KeyError, KeyRing};
@@ -76,8 +77,8 @@ pub async fn rotate(
         return Err(RegisterError::TenantClosed.into());
     }
     if row.over_limit {
-        let Carried { max, used } = carried(tx).await.map_err(RegisterError::from)?;
-        return Err(RegisterError::BandwidthLimit { max, used }.into());
+        let used_up = used_up(tx, now).await.map_err(RegisterError::from)?;
+        return Err(RegisterError::from(used_up).into());
     }
     let device = read::find(tx, user, id).await.map_err(RegisterError::from)?.ok_or(RotateError::NotFound)?;
     let server = servers::find(tx, device.server).await.map_err(RegisterError::from)?;

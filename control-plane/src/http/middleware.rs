@@ -155,7 +155,7 @@ pub async fn protected(request: Request, next: Next) -> Response {
 }
 
 /// Where operators and their load balancers look.
-fn is_operators(route: &str) -> bool {
+pub(super) fn is_operators(route: &str) -> bool {
     matches!(route, "/health" | "/health/ready" | "/metrics")
 }
 

@@ -22,8 +22,8 @@ pub enum ConnectError {
     PoolExhausted,
     #[error("the tenant is suspended or being deleted")]
     TenantClosed,
-    #[error("the tenant has carried {used} of {max} bytes this month")]
-    BandwidthLimit { max: i64, used: i64 },
+    #[error(transparent)]
+    BandwidthLimit(#[from] devices::UsedUp),
     #[error(transparent)]
     Db(#[from] DbError),
 }
@@ -54,8 +54,7 @@ pub async fn connect(
 ) -> Result<Connection, ConnectError> {
     let Locked { used_up, suspended, pool } = lock_device(tx, user, id).await?;
     if used_up {
-        let devices::Carried { max, used } = devices::carried(tx).await?;
-        return Err(ConnectError::BandwidthLimit { max, used });
+        return Err(devices::used_up(tx, now).await?.into());
     }
     let mut device = devices::find(tx, user, id).await?.ok_or(ConnectError::NotFound)?;
     let readdressed = device.reclaimed;

@@ -6,6 +6,8 @@ use cvault_types::ServerId;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use serde_json::{Value, json};
+use time::format_description::well_known::Rfc3339;
+use time::{Duration, OffsetDateTime, Time};
 
 use crate::platform::{Call, Platform, Tenant};
 
@@ -192,6 +194,33 @@ async fn a_limit_and_a_key_in_use_have_their_own_answers() {
     let full = full.refused(403, "DEVICE_LIMIT_EXCEEDED").await;
     assert_eq!(full.body["limit"], json!({"name": "devices_per_user", "max": 2, "used": 2, "resets_at": null}));
     assert_eq!(full.body["detail"], "This user has 2 of 2 devices. Remove one or raise the limit.");
+}
+
+#[tokio::test]
+async fn who_has_used_up_the_month_is_told_everywhere_when_the_next_one_begins() {
+    let (platform, _) = platform().await;
+    let tenant = platform.tenant_with(json!({"name": "Metered", "bandwidth_limit_gb": 2})).await;
+    let user = User::new(&platform, &tenant, "a@example.com").await;
+    let device = user.device(json!({"device_name": "x"})).await["device_id"].as_str().unwrap().to_owned();
+    let used_up = "update cvault.tenants set over_limit_since = now() where bandwidth_limit_bytes is not null";
+    sqlx::query(used_up).execute(&mut platform.superuser().await).await.unwrap();
+    let rotate = format!("/api/v1/devices/{device}/rotate-key");
+    for (path, body) in [
+        ("/api/v1/devices", json!({"device_name": "y"})),
+        (&rotate, json!({})),
+        ("/api/v1/vpn/connect", json!({"device_id": device})),
+    ] {
+        let refused = user.call("POST", path).json(&body).refused(403, "BANDWIDTH_LIMIT_EXCEEDED").await;
+        let limit = &refused.body["limit"];
+        assert_eq!(
+            (&limit["name"], &limit["max"], &limit["used"]),
+            (&json!("bandwidth_bytes"), &json!(2_000_000_000_i64), &json!(0))
+        );
+        let at = OffsetDateTime::parse(limit["resets_at"].as_str().unwrap(), &Rfc3339).unwrap();
+        assert!(at.day() == 1 && at.time() == Time::MIDNIGHT && at.offset().is_utc(), "{path}: {at}");
+        let ahead = at - platform.app.clock.now();
+        assert!(ahead.is_positive() && ahead <= Duration::days(31), "{path}: {at}");
+    }
 }
 
 #[tokio::test]

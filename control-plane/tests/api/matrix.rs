@@ -4,6 +4,7 @@
 //! The same walk looks at what every answer must have, and at the audit entry of every write.
 
 mod ids;
+mod refusals;
 mod rows;
 mod scene;
 mod writes;

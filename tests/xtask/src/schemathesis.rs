@@ -1,60 +1,144 @@
 //! schemathesis against the committed OpenAPI document and a running control plane, as each kind of caller.
 //!
+//! Every limiter of the product stays in force. Each operation is asked from a network of its own and, in the portal, by a
+//! person of its own, so that none is used up by the others; tenants' rates are settings. That every operation was really
+//! reached is read from the control plane's metrics afterwards.
+//!
 //! Left out are three of its checks, which the matrix test makes exactly: what happens without credentials (guesses are
 //! throttled, so that it would meet 429), and that every request the schema allows succeeds (ids must exist, an
 //! Idempotency-Key may be used once).
 
+mod answers;
+mod document;
+mod platform;
+
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal, kill_process};
 
-use crate::host::{self, Profile};
+use crate::host;
+use answers::Answers;
+use document::Operation;
+use platform::{AGENT, Platform};
 
 const VERSION: &str = "schemathesis==4.32.5";
 const LEFT_OUT: &str = "ignored_auth,positive_data_acceptance,missing_required_header";
 /// 503 is documented, with its codes, and says when to come again: here of a region without servers.
-const CONFIGURATION: &str = "[checks]\nnot_a_server_error.expected-statuses = [\"2xx\", \"3xx\", \"4xx\", 503]\n";
-const EXAMPLES: &str = "40";
-/// Of each caller's run, at most.
-const SECONDS: &str = "40";
-const START: Duration = Duration::from_secs(60);
-const ADDRESS: &str = "127.0.0.1:18473";
-const NODES: &str = "127.0.0.1:18474";
+const CONFIGURATION: &str = "\
+request-timeout = 60
 
-/// Ends with this value.
-struct Platform {
-    process: Child,
-    folder: PathBuf,
+[auth]
+auto-signup = false
+
+[checks]
+not_a_server_error.expected-statuses = [\"2xx\", \"3xx\", \"4xx\", 503]
+";
+/// Fewer than the sensitive requests that end a session of the portal when they come within a minute.
+const EXAMPLES: u32 = 40;
+
+/// A kind of caller, and what it asks for.
+struct Caller<'c> {
+    name: &'static str,
+    asks: fn(&str) -> bool,
+    /// What it brings to an operation, which is asked for from the network that this header names.
+    brings: &'c dyn Fn(&Operation, &str) -> Result<Brought>,
+    /// Answers that say nothing of an operation: it was not reached.
+    turned_away: &'static [u16],
+    /// Requests for each operation, at most.
+    examples: u32,
+}
+
+/// Credentials; and the id of something of the caller's own, where the path has a place for one.
+struct Brought {
+    headers: Vec<String>,
+    id: Option<String>,
 }
 
 pub(crate) fn run() -> Result<()> {
     let program = installed()?;
     let platform = Platform::start()?;
-    let printed = std::fs::read_to_string(platform.folder.join("out"))?;
-    let staff = format!("authorization: Bearer {}", setting(&printed, "admin_token")?);
-    let made = call(
-        "/admin/tenants",
-        &[&staff],
-        r#"{"name":"T","rate_limit_per_minute":1000000,"max_devices_per_user":1000}"#,
-    )?;
-    let key = format!("x-api-key: {}", field(&made, "api_key")?);
-    let secret = format!("x-api-secret: {}", field(&made, "api_secret")?);
-    let account = r#"{"email":"schemathesis@example.com","password":"correct horse battery staple"}"#;
-    let user = call("/api/v1/auth/register", &[&key, &secret], account)?;
-    let user = format!("authorization: Bearer {}", field(&user, "access_token")?);
+    let staff = format!("authorization: Bearer {}", platform.admin_token()?);
+    let tenant = platform.tenant(&staff)?;
     platform.with_server()?;
-    platform.check(&program, "^/api/v1/(devices|vpn|servers)", &[&key, &user])?;
-    platform.check(&program, "^/api/v1/(auth|usage|users)", &[&key, &secret])?;
-    let form = r#"{"business_name":"T","email":"owner@example.com","password":"correct horse battery staple"}"#;
-    let owner = call("/api/v1/tenant/auth/signup", &[], form)?;
-    let owner = format!("authorization: Bearer {}", field(&owner, "access_token")?);
-    // but logging out: nothing would be left to see
-    platform.check(&program, "^/api/v1/tenant/(?!auth/logout)", &[&owner])?;
-    // last: it deletes what it finds
-    platform.check(&program, "^/admin", &[&staff])
+    let user = platform.user(&tenant, "user")?;
+    let callers = [
+        Caller {
+            name: "a tenant's user",
+            asks: |path| ["devices", "vpn", "servers", "usage"].iter().any(|noun| is_of(path, noun)),
+            brings: &|operation, _| {
+                let headers = vec![tenant.key(), user.bearer()];
+                let id = (operation.parameter() == Some("device_id")).then(|| platform.device(&headers)).transpose()?;
+                Ok(Brought { headers, id })
+            },
+            turned_away: &[401, 429],
+            examples: EXAMPLES,
+        },
+        Caller {
+            name: "a tenant's backend",
+            asks: |path| ["auth", "usage", "users"].iter().any(|noun| is_of(path, noun)),
+            brings: &|operation, network| {
+                let id = match operation.parameter() {
+                    Some("user_id") => Some(platform.user(&tenant, &digits(network))?.id),
+                    _ => None,
+                };
+                Ok(Brought { headers: vec![tenant.key(), tenant.secret()], id })
+            },
+            turned_away: &[401, 429],
+            examples: EXAMPLES,
+        },
+        Caller {
+            name: "a program without a secret",
+            asks: |path| is_of(path, "auth"),
+            brings: &|_, _| Ok(Brought { headers: vec![tenant.key()], id: None }),
+            turned_away: &[401, 429],
+            examples: EXAMPLES,
+        },
+        Caller {
+            name: "people of a tenant",
+            asks: |path| path.starts_with("/api/v1/tenant/"),
+            brings: &|operation, network| {
+                let person = tenant.person(&platform, network)?;
+                let id = operation.parameter().map(|name| person.thing(&platform, name)).transpose()?;
+                Ok(Brought { headers: vec![person.bearer()], id })
+            },
+            turned_away: &[401, 429],
+            examples: EXAMPLES,
+        },
+        Caller {
+            name: "anybody",
+            asks: |_| true,
+            brings: &|_, _| Ok(Brought { headers: Vec::new(), id: None }),
+            turned_away: &[429],
+            examples: 10,
+        },
+        // last: it deletes what it finds
+        Caller {
+            name: "platform staff",
+            asks: |path| path.starts_with("/admin/"),
+            brings: &|_, _| Ok(Brought { headers: vec![staff.clone()], id: None }),
+            turned_away: &[401, 429],
+            examples: EXAMPLES,
+        },
+    ];
+    let operations = document::operations()?;
+    for (number, caller) in callers.iter().enumerate() {
+        let asked: Vec<&Operation> = operations.iter().filter(|operation| (caller.asks)(&operation.path)).collect();
+        let before = platform.answers()?;
+        platform.check(&program, number, caller, &asked)?;
+        platform.answers()?.since(&before).reached(&asked, caller.turned_away).with_context(|| caller.name)?;
+    }
+    Ok(())
+}
+
+/// A name that only this network's operation has.
+fn digits(network: &str) -> String {
+    network.chars().filter(char::is_ascii_digit).collect()
+}
+
+fn is_of(path: &str, noun: &str) -> bool {
+    path.strip_prefix("/api/v1/").and_then(|rest| rest.split('/').next()) == Some(noun)
 }
 
 /// In a virtual environment below `target/`, made the first time.
@@ -70,114 +154,46 @@ fn installed() -> Result<PathBuf> {
 }
 
 impl Platform {
-    fn start() -> Result<Self> {
-        let folder = std::env::temp_dir().join(format!("cvault-schemathesis-{}", std::process::id()));
-        std::fs::create_dir_all(&folder)?;
-        std::fs::write(folder.join("schemathesis.toml"), CONFIGURATION)?;
-        let process = Command::new(host::built(Profile::Debug, "cvault-control-plane"))
-            .args(["dev", "--listen", ADDRESS, "--node-listen", NODES, "--data-dir"])
-            .arg(folder.join("data"))
-            .env("CVAULT_LOG", "error")
-            .stdin(Stdio::null())
-            .stdout(std::fs::File::create(folder.join("out"))?)
-            .spawn()
-            .context("start the control plane")?;
-        let mut platform = Self { process, folder };
-        let deadline = Instant::now() + START;
-        let ready = || {
-            let url = format!("http://{ADDRESS}/health/ready");
-            Command::new("curl").args(["--silent", "--fail", "--max-time", "2", &url]).output()
-        };
-        while !ready()?.status.success() {
-            if platform.process.try_wait()?.is_some() || Instant::now() > deadline {
-                bail!("the control plane does not start");
+    fn answers(&self) -> Result<Answers> {
+        self.get("/metrics").map(|text| Answers::of(&text))
+    }
+
+    fn check(&self, program: &Path, run: usize, caller: &Caller<'_>, asked: &[&Operation]) -> Result<()> {
+        println!("xtask: schemathesis as {}: {} operations", caller.name, asked.len());
+        let mut configuration = CONFIGURATION.to_owned();
+        for (number, operation) in asked.iter().enumerate() {
+            let network = format!("x-forwarded-for: 10.{run}.{number}.1");
+            let Brought { headers, id } = (caller.brings)(operation, &network)?;
+            if let Some(id) = &id {
+                write!(configuration, "\n[dictionaries.own{number}]\nvalues = [\"{id}\"]\n")?;
             }
-            std::thread::sleep(Duration::from_millis(100));
+            write!(configuration, "\n[[operations]]\ninclude-name = \"{operation}\"\n[operations.headers]\n")?;
+            for header in headers.into_iter().chain([network, format!("user-agent: {AGENT}")]) {
+                let (name, value) = header.split_once(": ").context("a header is a name and a value")?;
+                writeln!(configuration, "{name} = \"{value}\"")?;
+            }
+            if let (Some(name), Some(_)) = (operation.parameter(), id) {
+                let binding = format!("{{ dictionary = \"own{number}\", probability = 0.5 }}");
+                write!(configuration, "[operations.parameters]\n\"path.{name}\" = {binding}\n")?;
+            }
         }
-        Ok(platform)
-    }
-
-    /// One that looks alive, so that devices can be registered.
-    fn with_server(&self) -> Result<()> {
-        let create = ["server", "create", "--name", "s", "--region", "lab-1", "--public-ip", "203.0.113.10"];
-        host::read(
-            Command::new(host::built(Profile::Debug, "cvault-control-plane"))
-                .args(["admin", "--data-dir"])
-                .arg(self.folder.join("data"))
-                .args(create),
-        )?;
-        let alive = "update platform.servers set last_seen_at = now() + interval '1 day',
-                         public_key = sha256('s'), identity_pin = sha256('s')";
-        let sockets = self.folder.join("data/run").canonicalize()?;
-        let mut psql = Command::new("/usr/lib/postgresql/15/bin/psql");
-        host::read(psql.args(["-X", "-q", "-U", "postgres", "-d", "cvault", "-c", alive, "-h"]).arg(sockets)).map(drop)
-    }
-
-    fn check(&self, program: &Path, paths: &str, headers: &[&str]) -> Result<()> {
-        println!("xtask: schemathesis as the caller of {paths}");
+        std::fs::write(self.folder.join("schemathesis.toml"), configuration)?;
         let mut command = Command::new(program);
         command
             .current_dir(&self.folder)
             .arg("run")
-            .arg(host::root().join("docs/openapi/v1.json"))
-            .args(["--url", &format!("http://{ADDRESS}"), "--include-path-regex", paths])
+            .arg(document::path())
+            .args(["--url", platform::URL])
             .args(["--generation-deterministic", "--generation-with-security-parameters", "false", "--no-color"])
-            .args(["--phases", "examples,fuzzing", "--max-examples", EXAMPLES, "--max-time", SECONDS])
+            .args(["--phases", "examples,fuzzing", "--max-examples", &caller.examples.to_string()])
             .args(["--exclude-checks", LEFT_OUT, "--suppress-health-check", "all", "--continue-on-failure"])
             .args(["--warnings", "off"]);
-        for header in headers {
-            command.args(["-H", header]);
+        for operation in asked {
+            command.args(["--include-name", &operation.to_string()]);
         }
-        // not host::run: what was run holds credentials
         if !command.status().context("start schemathesis")?.success() {
-            bail!("schemathesis has found something in {paths}");
+            bail!("schemathesis has found something as {}", caller.name);
         }
         Ok(())
-    }
-}
-
-impl Drop for Platform {
-    fn drop(&mut self) {
-        if let Some(pid) = Pid::from_raw(self.process.id().cast_signed()) {
-            // `dev` stops its PostgreSQL then
-            let _ = kill_process(pid, Signal::TERM);
-        }
-        let _ = self.process.wait();
-        let _ = std::fs::remove_dir_all(&self.folder);
-    }
-}
-
-fn call(path: &str, headers: &[&str], body: &str) -> Result<String> {
-    let mut curl = Command::new("curl");
-    curl.args(["--silent", "--show-error", "--max-time", "20", "-H", "content-type: application/json", "--data", body]);
-    for header in headers {
-        curl.args(["-H", header]);
-    }
-    let output = curl.arg(format!("http://{ADDRESS}{path}")).output().context("start curl")?;
-    Ok(String::from_utf8(output.stdout)?)
-}
-
-/// The text of a field of a flat JSON object whose texts have nothing to escape.
-fn field<'j>(json: &'j str, name: &str) -> Result<&'j str> {
-    let (_, rest) = json.split_once(&format!("\"{name}\":\"")).with_context(|| format!("no {name} in the answer"))?;
-    rest.split('"').next().context("a text ends")
-}
-
-/// `name=value` as `dev` prints it.
-fn setting<'t>(text: &'t str, name: &str) -> Result<&'t str> {
-    text.lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
-        .with_context(|| format!("no {name} printed"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn fields_and_settings_are_found() {
-        assert_eq!(field(r#"{"a":"x","api_key":"cvk_1","n":1}"#, "api_key").unwrap(), "cvk_1");
-        assert!(field("{}", "api_key").is_err());
-        assert_eq!(setting("# x\nurl=http://h\nadmin_token=a.b=\n", "admin_token").unwrap(), "a.b=");
     }
 }

@@ -1,6 +1,7 @@
 //! An example for every successful answer in JSON, put together from those of its fields. What a field's type says by itself
 //! (a time, an id, one of several words, a list) needs no example of its own; a text or a number does.
 
+use http::StatusCode;
 use serde_json::{Map, Value, json};
 
 const JSON: &str = "application/json";
@@ -15,6 +16,7 @@ pub(super) fn complete(document: &mut Value) -> Vec<String> {
     let operations = document["paths"].as_object_mut().into_iter().flatten();
     for (_, operation) in operations.flat_map(|(_, methods)| methods.as_object_mut().into_iter().flatten()) {
         for (status, response) in operation["responses"].as_object_mut().into_iter().flatten() {
+            describe(status, response);
             // not by index: that would give an answer without a body one that is null
             let content = response.get_mut("content").and_then(|content| content.get_mut(JSON));
             let Some(content) = content.filter(|_| status.starts_with('2')) else { continue };
@@ -27,6 +29,14 @@ pub(super) fn complete(document: &mut Value) -> Vec<String> {
     examples.missing.sort();
     examples.missing.dedup();
     examples.missing
+}
+
+/// OpenAPI 3.1 demands a description of every answer; where there is nothing to say, HTTP's own words for the status.
+fn describe(status: &str, response: &mut Value) {
+    let reason = status.parse().ok().and_then(|status: StatusCode| status.canonical_reason());
+    if let (Some(response), Some(reason)) = (response.as_object_mut(), reason) {
+        response.entry("description").or_insert_with(|| json!(reason));
+    }
 }
 
 struct Examples {

@@ -6,41 +6,37 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use cvault_types::{ErrorCode, RequestId};
 use serde_json::{Map, Value, json};
+use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
 
-use crate::http::Problem;
+use crate::http::{Problem, middleware};
 
 const PROBLEM: &str = "application/problem+json";
 
-/// Of any operation of the API: its rate, its places, its database.
-const OF_ALL: &[ErrorCode] = &[
-    ErrorCode::HttpsRequired,
-    ErrorCode::RateLimited,
-    ErrorCode::InternalError,
-    ErrorCode::Overloaded,
-    ErrorCode::DatabaseUnavailable,
-];
+/// Of any operation: a head that is no HTTP, and a fault of ours.
+const OF_ALL: &[ErrorCode] = &[ErrorCode::MalformedRequest, ErrorCode::InternalError];
+/// But not of those where operators look.
+const OF_CALLERS: &[ErrorCode] = &[ErrorCode::HttpsRequired, ErrorCode::Overloaded];
+/// Of what is not the same for everybody: its rate, its database.
+const OF_API: &[ErrorCode] = &[ErrorCode::RateLimited, ErrorCode::DatabaseUnavailable];
 const OF_BODIES: &[ErrorCode] = &[
-    ErrorCode::MalformedRequest,
     ErrorCode::RequestTimeout,
     ErrorCode::PayloadTooLarge,
     ErrorCode::UnsupportedMediaType,
     ErrorCode::ValidationFailed,
 ];
+/// What people of a suspended tenant may do besides reading: leave.
+const OF_SUSPENDED: &[&str] = &["/api/v1/tenant/auth/logout"];
 
-/// Adds to every operation below `/api/v1/` and `/admin/` what it may be refused with.
+/// Adds to every operation what it may be refused with.
 pub(super) fn complete(document: &mut Value) {
     let mut used = BTreeSet::new();
     for (path, methods) in document["paths"].as_object_mut().into_iter().flatten() {
-        if path == "/api/v1/openapi.json" || !(path.starts_with("/api/v1/") || path.starts_with("/admin/")) {
-            continue;
-        }
-        for (_, operation) in methods.as_object_mut().into_iter().flatten() {
-            for (status, codes) in by_status(path, operation) {
+        for (method, operation) in methods.as_object_mut().into_iter().flatten() {
+            for (status, codes) in by_status(path, method, operation) {
                 used.extend(codes.iter().map(|code| code.as_str()));
                 say(&mut operation["responses"][status.to_string()], &codes);
             }
-            operation["responses"]["4XX"] = json!({ "content": { PROBLEM: { "schema": schema() } } });
         }
     }
     let examples = ErrorCode::ALL.iter().filter(|code| used.contains(code.as_str()));
@@ -48,10 +44,19 @@ pub(super) fn complete(document: &mut Value) {
     document["components"]["examples"] = Value::Object(examples);
 }
 
-fn by_status(path: &str, operation: &Value) -> BTreeMap<u16, Vec<ErrorCode>> {
+fn by_status(path: &str, method: &str, operation: &Value) -> BTreeMap<u16, Vec<ErrorCode>> {
     let mut own = OF_ALL.to_vec();
+    if !middleware::is_operators(path) {
+        own.extend_from_slice(OF_CALLERS);
+    }
+    if path != "/api/v1/openapi.json" && (path.starts_with("/api/v1/") || path.starts_with("/admin/")) {
+        own.extend_from_slice(OF_API);
+    }
     for credential in credentials(operation) {
         own.extend_from_slice(of_credential(credential));
+        if credential == "portal" && method != "get" && !OF_SUSPENDED.contains(&path) {
+            own.push(ErrorCode::TenantSuspended);
+        }
     }
     if path.contains('{') {
         own.push(ErrorCode::NotFound);
@@ -128,6 +133,9 @@ fn example(code: ErrorCode) -> Value {
         problem.field("/email", "invalid_format", "must be an e-mail address")
     } else if code == ErrorCode::DeviceLimitExceeded {
         problem.limit("devices_per_user", 5, 5)
+    } else if code == ErrorCode::BandwidthLimitExceeded {
+        let next_month = OffsetDateTime::UNIX_EPOCH + Duration::days(20_788);
+        problem.limit("bandwidth_bytes", 2_000_000_000_000, 2_000_000_000_000).resets_at(next_month)
     } else {
         problem
     };

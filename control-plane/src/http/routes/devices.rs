@@ -24,7 +24,7 @@ use crate::app::App;
 use crate::db::DbError;
 use crate::devices::{
     self, ClientDefaults, ConfigError, ConfigKeys, DeviceName, Fault, KeyRequest, NewDevice, NewDeviceKeys, Platform,
-    PublicKey, RegisterError, Registered, Registration, RevokeError, RotateError, ServedDevice, is_region,
+    PublicKey, RegisterError, Registered, Registration, RevokeError, RotateError, ServedDevice, UsedUp, is_region,
     render_config,
 };
 use crate::http::idempotency::{self, Claim, Replay};
@@ -388,7 +388,9 @@ async fn get(State(app): State<App>, caller: Caller, Path(id): Path<DeviceId>) -
 #[utoipa::path(get, path = "/api/v1/devices/{device_id}/config", tag = "devices", security(("api_key" = [], "user_token" = [])),
     params(("device_id" = DeviceId, Path),
            ("format" = Option<String>, Query, description = "`qr`: an SVG picture instead of the text.")),
-    responses((status = 200, content((String = "text/plain"), (String = "image/svg+xml"))),
+    responses((status = 200, content(
+                  (String = "text/plain", example = "[Interface]\nPrivateKey = …\nAddress = 10.8.0.45/32, fd00:cafe::2d/128\nDNS = 1.1.1.1\nMTU = 1420\n\n[Peer]\nPublicKey = …\nAllowedIPs = 0.0.0.0/0, ::/0\nEndpoint = 203.0.113.10:51820\nPersistentKeepalive = 25\n"),
+                  (String = "image/svg+xml", example = "<svg xmlns=\"http://www.w3.org/2000/svg\">…</svg>"))),
               (status = 409, description = "CONFLICT: its pool took the address back when it disconnected"),
               (status = 503, description = "SERVER_UNAVAILABLE")))]
 async fn config(
@@ -519,10 +521,11 @@ async fn delete_once(
     Ok(Once::First(revoked))
 }
 
-pub(super) fn bandwidth_exceeded(max: i64, used: i64) -> Problem {
+pub(super) fn bandwidth_exceeded(UsedUp { max, used, resets_at }: UsedUp) -> Problem {
     Problem::new(ErrorCode::BandwidthLimitExceeded)
         .detail("The tenant has used up what it may carry this month (UTC).")
         .limit("bandwidth_bytes", max, used)
+        .resets_at(resets_at)
 }
 
 impl From<RegisterError> for Problem {
@@ -533,7 +536,7 @@ impl From<RegisterError> for Problem {
                 .limit("devices_per_user", max.into(), used),
             RegisterError::UserGone => Self::new(ErrorCode::InvalidToken),
             RegisterError::TenantClosed => Self::new(ErrorCode::TenantSuspended),
-            RegisterError::BandwidthLimit { max, used } => bandwidth_exceeded(max, used),
+            RegisterError::BandwidthLimit(used_up) => bandwidth_exceeded(used_up),
             RegisterError::PublicKeyInUse => {
                 Self::new(ErrorCode::PublicKeyInUse).detail("Another device has this public key. Make a new pair.")
             }

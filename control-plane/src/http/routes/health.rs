@@ -24,7 +24,7 @@ pub fn router() -> OpenApiRouter<App> {
 
 /// Whether the platform works.
 #[utoipa::path(get, path = "/health", tag = "platform", security(()),
-    responses((status = 200, body = Health), (status = 503, body = Health)))]
+    responses((status = 200, body = Health), (status = 503, body = Health, example = json!({"status": "unhealthy", "timestamp": "2026-11-21T09:30:00Z", "db": false}))))]
 async fn health(State(app): State<App>) -> (StatusCode, Json<Health>) {
     let db = app.health.database(&app.db).await;
     answer(&app, db, db)
@@ -32,7 +32,7 @@ async fn health(State(app): State<App>) -> (StatusCode, Json<Health>) {
 
 /// Whether this replica should get requests: the database answers and the process is not shutting down.
 #[utoipa::path(get, path = "/health/ready", tag = "platform", security(()),
-    responses((status = 200, body = Health), (status = 503, body = Health)))]
+    responses((status = 200, body = Health), (status = 503, body = Health, example = json!({"status": "unhealthy", "timestamp": "2026-11-21T09:30:00Z", "db": false}))))]
 async fn ready(State(app): State<App>) -> (StatusCode, Json<Health>) {
     let db = app.health.database(&app.db).await;
     answer(&app, db && !app.draining.is_cancelled(), db)
@@ -49,7 +49,8 @@ fn answer(app: &App, healthy: bool, db: bool) -> (StatusCode, Json<Health>) {
 
 /// Metrics in the Prometheus text format.
 #[utoipa::path(get, path = "/metrics", tag = "platform", security(()),
-    responses((status = 200, body = String, content_type = "text/plain")))]
+    responses((status = 200, body = String, content_type = "text/plain",
+        example = "cvault_http_requests_total{route=\"/health\",method=\"GET\",status=\"200\"} 12\n")))]
 async fn metrics_text(State(app): State<App>) -> impl IntoResponse {
     metrics::pool("sys", app.db.sys.size(), app.db.sys.num_idle());
     let (size, idle) = app.db.tenancy.connections();

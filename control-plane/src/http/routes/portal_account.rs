@@ -44,6 +44,7 @@ pub fn router() -> OpenApiRouter<App> {
 #[utoipa::path(post, path = "/api/v1/tenant/auth/verify-email", tag = "portal", request_body = VerifyEmailRequest,
     responses((status = 204),
         (status = 401, description = "INVALID_TOKEN: unknown, used, replaced or expired"),
+        (status = 403, description = "ORIGIN_NOT_ALLOWED"),
         (status = 503, description = "DATABASE_UNAVAILABLE")))]
 async fn verify_email(
     State(app): State<App>,
@@ -105,7 +106,8 @@ async fn request_reset(
 /// Choose a new password with the token of a mailed link. Ends every session of the account.
 #[utoipa::path(post, path = "/api/v1/tenant/auth/password-reset/confirm", tag = "portal", request_body = PasswordResetConfirm,
     responses((status = 204),
-        (status = 401, description = "INVALID_TOKEN: unknown, used, replaced or expired")))]
+        (status = 401, description = "INVALID_TOKEN: unknown, used, replaced or expired"),
+        (status = 403, description = "ORIGIN_NOT_ALLOWED")))]
 async fn confirm_reset(
     State(app): State<App>,
     origin: Origin,

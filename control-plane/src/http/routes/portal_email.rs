@@ -59,6 +59,7 @@ async fn change_email(
 #[utoipa::path(post, path = "/api/v1/tenant/auth/email/confirm", tag = "portal", request_body = ChangeEmailConfirm,
     responses((status = 204),
         (status = 401, description = "INVALID_TOKEN: unknown, used, replaced or expired"),
+        (status = 403, description = "ORIGIN_NOT_ALLOWED"),
         (status = 409, description = "EMAIL_TAKEN: meanwhile")))]
 async fn confirm_email(
     State(app): State<App>,

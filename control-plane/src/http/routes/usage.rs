@@ -64,7 +64,8 @@ struct PeriodQuery {
     params(("from" = Option<String>, Query, description = "RFC 3339 time, or date (UTC); included."),
            ("to" = Option<String>, Query, description = "RFC 3339 time, or date (UTC); excluded.")),
     responses((status = 200, description = "The sums; with `Accept: text/csv` a line for each day and device.",
-               content((Usage = "application/json"), (String = "text/csv")))))]
+               content((Usage = "application/json"),
+                   (String = "text/csv", example = "date,user_id,email,external_user_id,device_id,device_name,rx_bytes,tx_bytes,connection_seconds\r\n")))))]
 async fn show(
     State(app): State<App>,
     subject: Subject,

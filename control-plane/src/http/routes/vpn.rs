@@ -208,7 +208,7 @@ impl From<ConnectError> for Problem {
             ConnectError::TenantClosed => Self::new(ErrorCode::TenantSuspended),
             ConnectError::ServerUnavailable => Self::new(ErrorCode::ServerUnavailable).retry_after(5),
             ConnectError::PoolExhausted => Self::new(ErrorCode::PoolExhausted).retry_after(30),
-            ConnectError::BandwidthLimit { max, used } => bandwidth_exceeded(max, used),
+            ConnectError::BandwidthLimit(used_up) => bandwidth_exceeded(used_up),
             ConnectError::Db(error) => error.into(),
         }
     }
