@@ -28,7 +28,7 @@ async fn listed(platform: &Platform, tenant: &Tenant) -> Answer {
     platform.call("GET", "/api/v1/users").backend(tenant).send().await
 }
 
-async fn served(answer: Answer) {
+fn served(answer: &Answer) {
     assert!(answer.status.is_success(), "{}", answer.text);
 }
 
@@ -39,8 +39,8 @@ async fn a_key_that_is_revoked_and_a_secret_that_is_replaced_end_on_every_replic
     let made = owner.sure("POST", KEYS, Some(&json!({"name": "another"}))).await;
     let another = Tenant { id: owner.tenant.id.clone(), key: made.text("api_key"), secret: made.text("api_secret") };
     for platform in two.both() {
-        served(listed(platform, &another).await).await;
-        served(listed(platform, &owner.tenant).await).await;
+        served(&listed(platform, &another).await);
+        served(&listed(platform, &owner.tenant).await);
     }
 
     let id = made.text("id");
@@ -51,14 +51,14 @@ async fn a_key_that_is_revoked_and_a_secret_that_is_replaced_end_on_every_replic
     listed(&two.there, &another).await.is_problem("the secret before", 401, "INVALID_API_KEY");
     listed(&two.here, &another).await.is_problem("the secret before", 401, "INVALID_API_KEY");
     for platform in two.both() {
-        served(listed(platform, &renewed).await).await;
+        served(&listed(platform, &renewed).await);
     }
 
-    served(owner.sure("DELETE", &format!("{KEYS}/{id}"), None).await).await;
+    served(&owner.sure("DELETE", &format!("{KEYS}/{id}"), None).await);
     listed(&two.there, &renewed).await.is_problem("the revoked key", 401, "INVALID_API_KEY");
     listed(&two.here, &renewed).await.is_problem("the revoked key", 401, "INVALID_API_KEY");
     for platform in two.both() {
-        served(listed(platform, &owner.tenant).await).await;
+        served(&listed(platform, &owner.tenant).await);
     }
 }
 
@@ -72,10 +72,10 @@ async fn a_portal_session_that_is_ended_ends_on_every_replica() {
     let bearer = format!("Bearer {}", other.body["tokens"]["access_token"].as_str().unwrap());
     let me = |platform| Platform::call(platform, "GET", "/api/v1/tenant/me").header("authorization", &bearer);
     for platform in two.both() {
-        served(me(platform).send().await).await;
+        served(&me(platform).send().await);
     }
     let path = format!("/api/v1/tenant/sessions/{}", other.text("session_id"));
-    served(owner.call("DELETE", &path).send().await).await;
+    served(&owner.call("DELETE", &path).send().await);
     for platform in [&two.there, &two.here] {
         assert_eq!(me(platform).send().await.status, 401);
     }
@@ -97,8 +97,8 @@ async fn a_user_that_is_disabled_does_nothing_on_any_replica() {
     let connect = json!({"device_id": device});
     let login = json!({"email": "somebody@example.com", "password": PASSWORD});
     for platform in two.both() {
-        served(user.call(platform, "POST", "/api/v1/vpn/connect").json(&connect).send().await).await;
-        served(platform.post("/api/v1/auth/login", &login).backend(&tenant).send().await).await;
+        served(&user.call(platform, "POST", "/api/v1/vpn/connect").json(&connect).send().await);
+        served(&platform.post("/api/v1/auth/login", &login).backend(&tenant).send().await);
     }
     let found = two.here.call("GET", "/api/v1/users?email=somebody@example.com").backend(&tenant).send().await;
     let path = format!("/api/v1/users/{}", found.body["data"][0]["user_id"].as_str().unwrap());
@@ -114,7 +114,7 @@ async fn a_user_that_is_disabled_does_nothing_on_any_replica() {
         let refresh = platform.post("/api/v1/auth/refresh", &json!({"refresh_token": user.refresh}));
         refresh.backend(&tenant).refused(401, "INVALID_TOKEN").await;
         platform.post("/api/v1/auth/login", &login).backend(&tenant).refused(401, "INVALID_CREDENTIALS").await;
-        served(bystander.call(platform, "GET", "/api/v1/devices").send().await).await;
+        served(&bystander.call(platform, "GET", "/api/v1/devices").send().await);
     }
 }
 
@@ -123,13 +123,13 @@ async fn a_tenant_that_is_suspended_is_refused_on_every_replica() {
     let two = Two::start().await;
     let (tenant, other) = (two.here.tenant().await, two.here.tenant().await);
     for platform in two.both() {
-        served(listed(platform, &tenant).await).await;
+        served(&listed(platform, &tenant).await);
     }
-    served(two.here.admin("POST", &format!("/admin/tenants/{}/suspend", tenant.id)).send().await).await;
+    served(&two.here.admin("POST", &format!("/admin/tenants/{}/suspend", tenant.id)).send().await);
     for platform in [&two.there, &two.here] {
         listed(platform, &tenant).await.is_problem("suspended", 403, "TENANT_SUSPENDED");
-        served(listed(platform, &other).await).await;
+        served(&listed(platform, &other).await);
     }
-    served(two.here.admin("POST", &format!("/admin/tenants/{}/resume", tenant.id)).send().await).await;
-    served(listed(&two.there, &tenant).await).await;
+    served(&two.here.admin("POST", &format!("/admin/tenants/{}/resume", tenant.id)).send().await);
+    served(&listed(&two.there, &tenant).await);
 }
