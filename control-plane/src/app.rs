@@ -20,6 +20,7 @@ use crate::keys::{DataKeys, KeyRing, PlatformSecrets, TokenKeyring, TokenKeys};
 use crate::nodes::Hub;
 use crate::request_logs::RequestLog;
 use crate::servers;
+use crate::step_up::StaffWatch;
 use crate::usage;
 use cvault_types::TenantId;
 
@@ -50,6 +51,7 @@ pub struct Inner {
     pub usage_reports: usage::Reports,
     pub health: HealthCache,
     pub strangers: Strangers,
+    pub staff_watch: StaffWatch,
     /// Set once, at the beginning of the shutdown: readiness fails from then on.
     pub draining: tokio_util::sync::CancellationToken,
 }
@@ -81,6 +83,7 @@ impl App {
             usage_reports: usage::Reports::default(),
             health: HealthCache::default(),
             strangers: Strangers::default(),
+            staff_watch: StaffWatch::default(),
             draining: tokio_util::sync::CancellationToken::new(),
         }))
     }

@@ -38,15 +38,15 @@ fn the_control_planes_measures_have_such_lines_too() {
 
 /// The lines of a run, which measures just these.
 fn measured(mut bench: Command, measures: &[&str]) -> Vec<Value> {
-    let output = bench.env("CVAULT_BENCH_ROOT", "/nonexistent").output().unwrap();
+    let output = bench.env("CVAULT_BENCH_ROOT", "/nonexistent").output().expect("it starts");
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
-    let lines: Vec<Value> =
-        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let text = String::from_utf8(output.stdout).expect("JSON");
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect("a JSON object")).collect();
     let found: BTreeSet<&str> = lines.iter().filter_map(|line| line["measure"].as_str()).collect();
     assert_eq!(found, measures.iter().copied().collect(), "{said}");
     for line in &lines {
-        let fields: Vec<&str> = line.as_object().unwrap().keys().map(String::as_str).collect();
+        let fields: Vec<&str> = line.as_object().expect("an object").keys().map(String::as_str).collect();
         assert_eq!(fields, FIELDS);
         assert!(line["ours"].as_f64().is_some_and(|figure| figure >= 0.0), "{line}");
         assert_eq!(line["met"], Value::Null, "nothing is claimed of a run of this size: {line}");

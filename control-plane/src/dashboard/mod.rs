@@ -34,7 +34,8 @@ pub struct Present {
 pub async fn present(tx: &mut TenantTx) -> Result<Present, DbError> {
     let tenant = tx.tenant().uuid();
     let row = sqlx::query!(
-        r#"select (select count(*) from cvault.users where tenant_id = $1 and status <> 'deleted') as "users!",
+        r#"select (select count(*) from cvault.users
+                   where tenant_id = $1 and status <> 'deleted' and deleting_since is null) as "users!",
                   (select count(*) from cvault.devices where tenant_id = $1 and status = 'active') as "devices!",
                   (select count(*) from cvault.sessions where tenant_id = $1 and status = 'active') as "connected!""#,
         tenant

@@ -3,7 +3,7 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
-use crate::text::is_misleading;
+use crate::text::misleads;
 
 /// 1 to 255 characters that a terminal, a log or a table cannot misread.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ impl DeviceName {
             Err(Fault { code: "too_short", detail: "must not be empty" })
         } else if length > 255 {
             Err(Fault { code: "too_long", detail: "must have at most 255 characters" })
-        } else if text.contains(is_misleading) {
+        } else if misleads(text) {
             Err(Fault {
                 code: "invalid_format",
                 detail: "must not contain line breaks, control characters or marks that change the direction of text",

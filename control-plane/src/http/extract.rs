@@ -12,6 +12,7 @@ use http::request::Parts;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
+use uuid::Uuid;
 
 mod portal;
 
@@ -20,6 +21,7 @@ pub use portal::Portal;
 use super::{Problem, context};
 use crate::app::App;
 use crate::auth::api_keys::{self, Proof};
+use crate::auth::tokens::AdminToken;
 use crate::auth::{admin_tokens, tokens};
 use crate::http::serve::Peer;
 use crate::metrics;
@@ -76,6 +78,8 @@ pub struct ClientKey {
 pub struct Admin {
     /// Who the token was made for.
     pub subject: String,
+    /// What it is revoked by.
+    pub token: Uuid,
     /// `X-Challenge-Token`: the second proof that some operations ask for.
     pub challenge_token: Option<String>,
     pub request_id: RequestId,
@@ -131,7 +135,7 @@ impl FromRequestParts<App> for Admin {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Problem> {
         let ip = Peer::of(parts).ip();
         app.throttles.before_staff(ip)?;
-        let subject = staff_token(app, parts).await.inspect_err(|problem| {
+        let AdminToken { subject, id: token } = staff_token(app, parts).await.inspect_err(|problem| {
             // nobody is charged for a database that is away, nor for a token that was right once
             if problem.code() == ErrorCode::InvalidToken {
                 app.throttles.staff_failed(ip);
@@ -146,19 +150,19 @@ impl FromRequestParts<App> for Admin {
             return Err(problem.retry_after(seconds));
         }
         let challenge_token = single(&parts.headers, "x-challenge-token").map(str::to_owned);
-        Ok(Self { subject, challenge_token, request_id: context::request_id() })
+        Ok(Self { subject, token, challenge_token, request_id: context::request_id() })
     }
 }
 
 /// The subject of an admin token that nobody has revoked.
-async fn staff_token(app: &App, parts: &Parts) -> Result<String, Problem> {
+async fn staff_token(app: &App, parts: &Parts) -> Result<AdminToken, Problem> {
     let (issuer, now) = (&app.config.public_url, app.clock.now());
     let token = bearer(&parts.headers)?;
     let token = app.verified(token, |keys| tokens::verify_admin(keys, issuer, token, now)).await?;
     if admin_tokens::is_revoked(&app.db.sys, token.id).await? {
         return Err(Problem::new(ErrorCode::InvalidToken).detail("This token was revoked."));
     }
-    Ok(token.subject)
+    Ok(token)
 }
 
 pub(super) fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {

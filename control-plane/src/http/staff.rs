@@ -12,9 +12,12 @@ use zeroize::Zeroizing;
 use super::idempotency::{self, Kept, Place, Replay, Wanted};
 use super::{Admin, Json, Problem};
 use crate::app::App;
+use crate::auth::admin_tokens;
 use crate::auth::approvals::{self, Action};
 use crate::db::{DbError, Tx};
 use crate::keys::{KeyRing, kept_answer_aad};
+use crate::step_up::Approval;
+use crate::step_up::risk::Verdict;
 use crate::tenants::Actor;
 
 impl Admin {
@@ -26,17 +29,27 @@ impl Admin {
 }
 
 /// In front of an operation that needs a second proof: an approval of exactly this. Outside of any transaction; it is used up
-/// whatever comes of the operation.
+/// whatever comes of the operation. A token that looks stolen is revoked.
 ///
 /// # Errors
-/// `CHALLENGE_REQUIRED`, or the database's.
+/// `CHALLENGE_REQUIRED`, `SESSION_TERMINATED`, or the database's.
 pub async fn approved(app: &App, admin: &Admin, action: Action, target: &str) -> Result<(), Problem> {
     if !app.config.admin_step_up {
         return Ok(());
     }
-    if let Some(token) = &admin.challenge_token
-        && approvals::take(app, action, target, token, &admin.actor().name).await?
-    {
+    let approval = match &admin.challenge_token {
+        None => Approval::Missing,
+        Some(token) if approvals::take(app, action, target, token, &admin.actor().name).await? => Approval::Right,
+        Some(_) => Approval::Wrong,
+    };
+    if app.staff_watch.judge(admin.token, approval, app.clock.now()) == Verdict::Block {
+        tracing::warn!(staff = admin.subject, token = %admin.token, action = action.as_str(), "a staff token was revoked");
+        admin_tokens::revoke(app, admin.token, "platform").await?;
+        return Err(Problem::new(ErrorCode::SessionTerminated).detail(
+            "This token looked stolen and was revoked. Make another one with `admin token` on the control plane's host.",
+        ));
+    }
+    if approval == Approval::Right {
         return Ok(());
     }
     Err(Problem::new(ErrorCode::ChallengeRequired).detail(format!(

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::audit;
 use crate::db::{DbError, Tx};
 use crate::tenants::Actor;
-use crate::text::is_misleading;
+use crate::text::misleads;
 
 /// What an administrator says of a new pool.
 #[derive(Clone, Debug)]
@@ -206,7 +206,7 @@ fn refused(error: sqlx::Error, name: &str) -> CreatePoolError {
 }
 
 fn check_name(name: &str) -> Result<(), CreatePoolError> {
-    if !(1..=64).contains(&name.chars().count()) || name.trim() != name || name.contains(is_misleading) {
+    if !(1..=64).contains(&name.chars().count()) || name.trim() != name || misleads(name) {
         let detail = "the name of a pool has 1 to 64 printable characters and no space around it";
         return Err(CreatePoolError::Unusable { field: "name", detail });
     }

@@ -18,7 +18,7 @@ use crate::audit;
 use crate::db::{DbError, Tx};
 use crate::devices::is_region;
 use crate::tenants::Actor;
-use crate::text::is_misleading;
+use crate::text::misleads;
 
 const REGION_RULE: &str = "a region has 1 to 50 lower-case letters, digits and dashes";
 
@@ -151,7 +151,7 @@ pub async fn create_server(
     rng: &mut (impl CryptoRng + Send),
 ) -> Result<ServerId, CreateServerError> {
     let invalid = |field, detail| Err(CreateServerError::Invalid { field, detail });
-    if server.name.trim() != server.name || server.name.contains(is_misleading) {
+    if server.name.trim() != server.name || misleads(&server.name) {
         return invalid("name", "a name has printable characters only, and no space around it");
     }
     if !is_region(&server.region) {

@@ -27,6 +27,9 @@ pub use listing::Listing;
 /// An agent reports every few seconds; after this long without a word its server gets no new devices.
 pub const SILENT_AFTER_SECONDS: i64 = 90;
 
+/// An agent goes on without the control plane, so that a shorter silence is no reason to move anybody who has not asked.
+const LOST_AFTER_SECONDS: i64 = 15 * 60;
+
 /// What a tenant may know of a server.
 #[derive(Clone, Debug)]
 pub struct Server {
@@ -70,6 +73,12 @@ impl Server {
     #[must_use]
     pub fn takes_devices(&self, now: OffsetDateTime) -> bool {
         self.has_room() && self.works(now)
+    }
+
+    /// Whether it has said nothing for so long that its devices are better off elsewhere, even unasked.
+    #[must_use]
+    pub fn is_lost(&self, now: OffsetDateTime) -> bool {
+        self.last_seen_at.is_none_or(|at| (now - at).whole_seconds() >= LOST_AFTER_SECONDS)
     }
 
     /// Whether it may have one more device, working or not.

@@ -6,6 +6,7 @@
 
 mod challenges;
 pub mod risk;
+mod staff;
 
 use cvault_types::ErrorCode;
 use serde_json::json;
@@ -26,6 +27,7 @@ use risk::{Signals, Verdict};
 pub use challenges::{VerifyError, verify};
 #[cfg(doc)]
 use cvault_types::portal::StepUpAnswer;
+pub use staff::{Approval, StaffWatch};
 
 /// How far back failed logins count.
 const LOGIN_FAILURES_WITHIN: Duration = Duration::minutes(15);

@@ -23,7 +23,7 @@ use crate::auth::api_keys::{self, NewKey};
 use crate::db::DbError;
 use crate::http::Problem;
 use crate::tenancy::TenantTx;
-use crate::text::is_misleading;
+use crate::text::misleads;
 
 pub use client::{ClientSettings, client_settings};
 pub use delete::{delete, finish_deletions};
@@ -33,7 +33,7 @@ pub use suspension::{enforce as enforce_suspensions, enforce_users, mark_over_li
 /// Decimal, as bandwidth is sold: 1 GB = 10⁹ bytes.
 const GB: i64 = 1_000_000_000;
 /// Of a tenant's name.
-pub const NAME_RULE: &str = "must have 1 to 255 printable characters";
+pub const NAME_RULE: &str = "must have 1 to 255 printable characters, and none that nobody sees";
 
 /// Who changes a tenant, for the audit log.
 #[derive(Debug, Clone)]
@@ -106,6 +106,8 @@ impl Settings {
     }
 
     fn changed(self, request: UpdateTenantRequest) -> Result<Self, Problem> {
+        // a name that it has had for long, and that would not be taken any more, keeps nobody from suspending it
+        let is_renamed = request.name.is_some();
         Self {
             name: request.name.unwrap_or(self.name),
             status: request.status.unwrap_or(self.status),
@@ -117,15 +119,19 @@ impl Settings {
             whitelabel_config: request.whitelabel_config.unwrap_or(self.whitelabel_config),
             policy: policy::changed(self.policy, request.policy.unwrap_or_default()),
         }
-        .checked()
+        .check(is_renamed)
     }
 
     /// The name loses the space around it.
     ///
     /// # Errors
     /// All faults at once.
-    pub fn checked(mut self) -> Result<Self, Problem> {
-        let misleading = self.name.contains(is_misleading);
+    pub fn checked(self) -> Result<Self, Problem> {
+        self.check(true)
+    }
+
+    fn check(mut self, is_named: bool) -> Result<Self, Problem> {
+        let misleading = misleads(&self.name);
         self.name = self.name.trim().to_owned();
         let mut problem = Problem::validation();
         let mut bounds = |pointer: &str, value: Option<i64>, min: i64, max: i64| {
@@ -139,7 +145,7 @@ impl Settings {
         bounds("/max_devices_per_user", Some(i64::from(self.max_devices_per_user)), 0, 1_000);
         bounds("/rate_limit_per_minute", self.rate_limit_per_minute.map(i64::from), 1, 1_000_000);
         bounds("/user_rate_limit_per_minute", self.user_rate_limit_per_minute.map(i64::from), 1, 1_000_000);
-        if misleading || !(1..=255).contains(&self.name.chars().count()) {
+        if is_named && (misleading || !(1..=255).contains(&self.name.chars().count())) {
             problem = problem.field("/name", "invalid_format", NAME_RULE);
         }
         if matches!(self.status, TenantStatus::Deleting | TenantStatus::Deleted) {

@@ -235,8 +235,8 @@ async fn take_off(
     Ok(found.into_iter().map(|placing| placing.server).collect())
 }
 
-/// Each to the server it was on, or, when that takes no devices or is gone, to the least loaded one of its pool. Where none
-/// answers now, its own has it back when it answers again.
+/// Each to the server it was on, or, when that takes no devices, is gone or lost, to the least loaded one of its pool. Where
+/// none answers now, its own has it back when it answers again.
 async fn put_back(tx: &mut TenantTx, found: Vec<Placing>, now: OffsetDateTime) -> Result<Vec<ServerId>, DbError> {
     let mut servers = servers::list(tx).await?;
     let mut targets = Vec::new();
@@ -246,7 +246,7 @@ async fn put_back(tx: &mut TenantTx, found: Vec<Placing>, now: OffsetDateTime) -
             let takes = |server: &servers::Server| server.pool == placing.pool && server.takes_devices(now);
             (0..servers.len()).filter(|at| takes(&servers[*at])).min_by_key(|at| servers[*at].load())
         };
-        let target = home.filter(|home| servers[*home].takes_devices(now)).or_else(others);
+        let target = home.filter(|home| servers[*home].has_room() && !servers[*home].is_lost(now)).or_else(others);
         let target = target.or_else(|| home.filter(|home| servers[*home].has_room()));
         let Some(target) = target else { continue };
         servers[target].peers += 1;
@@ -520,10 +520,13 @@ mod tests {
         let person = world.person().await;
         world.register(person, "d").await.unwrap();
         let second = world.server("s2", "default", "lab-2").await;
-        let silent = |server: ServerId| {
-            sqlx::query("update platform.servers set last_seen_at = now() - interval '1 day' where server_id = $1")
-                .bind(server.uuid())
-                .execute(&world.app.db.sys)
+        let silent = |server: ServerId, minutes: i32| {
+            sqlx::query(
+                "update platform.servers set last_seen_at = now() - make_interval(mins => $2) where server_id = $1",
+            )
+            .bind(server.uuid())
+            .bind(minutes)
+            .execute(&world.app.db.sys)
         };
         let round = async || {
             set_status(&world, person, TenantStatus::Suspended).await;
@@ -532,9 +535,11 @@ mod tests {
             assert_eq!(enforce(&world.app).await.unwrap(), 1);
             (peers(&world, first).await, peers(&world, second).await)
         };
-        silent(first).await.unwrap();
+        silent(first, 10).await.unwrap();
+        assert_eq!(round().await, (1, 0), "perhaps it is only not heard of");
+        silent(first, 20).await.unwrap();
         assert_eq!(round().await, (0, 1));
-        silent(second).await.unwrap();
+        silent(second, 20).await.unwrap();
         assert_eq!(round().await, (0, 1));
     }
 

@@ -182,14 +182,17 @@ async fn erase_in(tx: &mut TenantTx, app: &App, id: UserId, actor: &Actor) -> Re
     .map_err(DbError::from)?;
     if erased.rows_affected() == 0 {
         // by another deletion of the same user, or not at all
-        return Ok(sqlx::query_scalar!(
+        let gone = sqlx::query_scalar!(
             r#"select exists (select from cvault.users where tenant_id = $1 and user_id = $2 and status = 'deleted') as "gone!""#,
             tenant,
             id.uuid()
         )
         .fetch_one(tx.conn())
         .await
-        .map_err(DbError::from)?);
+        .map_err(DbError::from)?;
+        if !gone {
+            return Ok(false);
+        }
     }
     keep_answer(tx, app, actor).await.map_err(DeleteError::Idempotency)?;
     Ok(true)

@@ -129,7 +129,8 @@ async fn check_limit(tx: &mut TenantTx) -> Result<(), RoomError> {
     let tenant = tx.tenant().uuid();
     let row = sqlx::query!(
         r#"select t.user_limit, case when t.user_limit is not null then (
-                      select count(*) from cvault.users u where u.tenant_id = t.tenant_id and u.status <> 'deleted') end as used
+                      select count(*) from cvault.users u
+                      where u.tenant_id = t.tenant_id and u.status <> 'deleted' and u.deleting_since is null) end as used
            from cvault.tenants t where t.tenant_id = $1"#,
         tenant
     )

@@ -197,6 +197,29 @@ async fn a_deleted_tenant_leaves_nothing_of_its_users_and_people() {
 }
 
 #[tokio::test]
+async fn a_name_that_would_not_be_taken_any_more_keeps_nobody_from_suspending_its_tenant() {
+    let platform = Platform::start().await;
+    let tenant = platform.tenant().await;
+    sqlx::query("update cvault.tenants set name = $1")
+        .bind("Old\u{200b}name")
+        .execute(&mut platform.superuser().await)
+        .await
+        .unwrap();
+    let path = format!("/admin/tenants/{}", tenant.id);
+    let suspended = platform.admin("POST", &format!("{path}/suspend")).send().await;
+    assert_eq!(
+        (suspended.status.as_u16(), suspended.text("status").as_str()),
+        (200, "suspended"),
+        "{}",
+        suspended.text
+    );
+    let limited = platform.admin("PATCH", &path).json(&json!({"user_limit": 7})).send().await;
+    assert_eq!(limited.status, 200, "{}", limited.text);
+    let same = platform.admin("PATCH", &path).json(&json!({"name": "Old\u{200b}name"}));
+    assert_eq!(same.refused(422, "VALIDATION_FAILED").await.faults(), ["/name invalid_format"]);
+}
+
+#[tokio::test]
 async fn a_name_is_stored_without_the_space_around_it() {
     let platform = Platform::start().await;
     let padded = format!("{}Acme ", " ".repeat(300));

@@ -6,6 +6,8 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cvault_control_plane::postgres::scratch::ScratchDatabase;
@@ -115,12 +117,16 @@ async fn a_tenant_table_that_is_open_is_named_and_nobody_is_served_until_it_is_c
     sqlx::raw_sql("alter table cvault.devices disable row level security").execute(&mut superuser).await.unwrap();
     let mut command = serve(&database, KEK);
     command.env("CVAULT_LISTEN", &address);
+    let ended = Arc::new(AtomicBool::new(false));
     let client = std::thread::spawn({
-        let address = address.clone();
+        let (address, ended) = (address.clone(), Arc::clone(&ended));
         // its port is taken before the database is asked, and let go without a word
-        move || (0..200).any(|_| answered(&address))
+        move || {
+            std::iter::repeat_with(|| answered(&address)).take_while(|_| !ended.load(Ordering::Relaxed)).any(|it| it)
+        }
     });
     let faults = refused(command);
+    ended.store(true, Ordering::Relaxed);
     assert!(!client.join().unwrap(), "somebody was answered");
     assert!(faults.concat().contains("table cvault.devices has no row-level security"), "{faults:?}");
     assert!(TcpStream::connect(&address).is_err(), "nobody listens");

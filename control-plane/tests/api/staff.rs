@@ -380,3 +380,21 @@ async fn a_portal_account_is_disabled_reset_and_logged_out_from_the_command_line
     let (refusal, success) = admin(&platform, &["portal", "disable", "nobody@example.com"]);
     assert!(!success && refusal.as_str().unwrap().contains("nobody has a portal account"), "{refusal}");
 }
+
+#[tokio::test]
+async fn a_token_that_guesses_approvals_is_revoked() {
+    let platform = Platform::with(|config| config.admin_step_up = true).await;
+    let tenant = platform.tenant().await;
+    let token = text(&done(&platform, &["token", "--name", "guesser"]), "token");
+    let path = format!("/admin/tenants/{}", tenant.id);
+    let guess = || bearer(platform.call("DELETE", &path), &token).header("x-challenge-token", "cvc_guess");
+    for _ in 0..4 {
+        guess().refused(428, "CHALLENGE_REQUIRED").await;
+    }
+    let ended = guess().refused(401, "SESSION_TERMINATED").await;
+    assert_eq!(ended.header("x-session-terminated"), "true");
+    bearer(platform.call("GET", "/admin/tenants"), &token).refused(401, "INVALID_TOKEN").await;
+    let log = platform.admin("GET", "/admin/audit?action=admin_token.revoke").send().await;
+    assert_eq!(log.body["data"][0]["actor"], "platform");
+    assert_eq!(platform.admin("GET", &path).send().await.status, 200, "others go on, and the tenant is there");
+}

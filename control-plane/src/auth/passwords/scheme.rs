@@ -79,11 +79,15 @@ impl Scheme {
     }
 
     /// Checks that may wait for each core: some seconds of bcrypt at 0.2 s each, or one or two of Argon2id, so that a hundred
-    /// who log in at the same moment are all served by two cores.
+    /// who log in at the same moment are all served by two cores; fewer of a dearer Argon2id.
     pub(super) fn waiting_per_core(self) -> usize {
         match self {
             Self::Bcrypt { .. } => 20,
-            Self::Argon2id { .. } => 100,
+            Self::Argon2id { memory_kib, passes } => {
+                // of those that cost what they do by default
+                let dearer = u64::from(memory_kib) * u64::from(passes) / (7 * 1024 * 5);
+                100_usize.div_ceil(usize::try_from(dearer).unwrap_or(usize::MAX).max(1)).max(20)
+            }
         }
     }
 

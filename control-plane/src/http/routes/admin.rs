@@ -124,6 +124,7 @@ async fn get(State(app): State<App>, _admin: Admin, Path(id): Path<TenantId>) ->
            ("X-Challenge-Token" = Option<String>, Header, description = "From `admin approve`; asked for with 428."),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")), request_body = UpdateTenantRequest,
     responses((status = 200, body = Tenant),
+              (status = 401, description = "SESSION_TERMINATED: the token was used too fast, or with five wrong approvals in a row, and is revoked"),
               (status = 428, description = "CHALLENGE_REQUIRED: it has to be approved with `admin approve`")))]
 async fn update(
     State(app): State<App>,
@@ -140,6 +141,7 @@ async fn update(
            ("X-Challenge-Token" = Option<String>, Header, description = "From `admin approve`; asked for with 428."),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 204),
+              (status = 401, description = "SESSION_TERMINATED: the token was used too fast, or with five wrong approvals in a row, and is revoked"),
               (status = 428, description = "CHALLENGE_REQUIRED: it has to be approved with `admin approve`")))]
 async fn delete(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) -> Result<Response, Problem> {
     let actor = admin.actor();
@@ -164,6 +166,7 @@ async fn delete(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) 
            ("X-Challenge-Token" = Option<String>, Header, description = "From `admin approve`; asked for with 428."),
            ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 255, pattern = "^[!-~]+$", description = "A retry with the same key gets the first answer.")),
     responses((status = 200, body = Tenant),
+              (status = 401, description = "SESSION_TERMINATED: the token was used too fast, or with five wrong approvals in a row, and is revoked"),
               (status = 428, description = "CHALLENGE_REQUIRED: it has to be approved with `admin approve`")))]
 async fn suspend(State(app): State<App>, admin: Admin, Path(id): Path<TenantId>) -> Result<Response, Problem> {
     set_status(&app, &admin, id, TenantStatus::Suspended).await
