@@ -21,8 +21,8 @@ use super::scheme::{self, HashError, Scheme};
 /// The subcommand that a child is.
 pub const COMMAND: &str = "password-checks";
 
-/// A ninth of what another session weighs: nobody notices it, and beside processes that compute all the time a login still takes
-/// seconds, which at the least weight there is (a seventieth) took more than a minute.
+/// A ninth of what another session weighs: others hardly notice it, and beside processes that compute all the time a sign-up is
+/// still answered, which at the least weight there is (a seventieth) it was not within the 45 s that a request may take.
 const NICE: i32 = 10;
 
 /// Longer than any caller waits. A child that takes as long is stopped, or its machine is busy with what is more urgent.
