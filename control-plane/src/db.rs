@@ -3,6 +3,8 @@
 //! Tenant rows are reached through [`crate::tenancy`] only; the pool of role `cvault_sys` serves the node gateway,
 //! metering and periodic tasks. Deliberately absent: any way to begin a tenant transaction on a bare pool.
 
+mod kept;
+
 use std::fmt;
 use std::time::Duration;
 
@@ -14,6 +16,8 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, PgPool, Post
 use crate::clock::Clock;
 use crate::keys::leased::Leased;
 use crate::tenancy::{ContextKey, Tenancy};
+
+pub use kept::Kept;
 
 static MIGRATIONS: Migrator = sqlx::migrate!("../migrations");
 const ROLES: &str = include_str!("../../migrations/roles.sql");

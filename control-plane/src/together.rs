@@ -28,7 +28,7 @@ pub trait Serve: Send + Sync + 'static {
 
     /// Answers those of `batch`, who are one at least. Whoever is dropped without an answer learns that there is none: all of
     /// them when this panics, or takes longer than it has patience for.
-    fn serve(&self, line: &Self::Line, batch: Vec<Waiting<Self>>) -> impl Future<Output = ()> + Send;
+    fn serve(&mut self, line: &Self::Line, batch: Vec<Waiting<Self>>) -> impl Future<Output = ()> + Send;
 }
 
 /// Somebody who has asked. Is perhaps gone before the answer.
@@ -102,7 +102,7 @@ impl<S: Serve> Together<S> {
 }
 
 impl<S: Serve> Serving<S> {
-    async fn run(mut self, work: S) {
+    async fn run(mut self, mut work: S) {
         while let Some(batch) = self.next() {
             // whoever has no answer by then is dropped with the work
             let _ = tokio::time::timeout(S::PATIENCE, work.serve(&self.line, batch)).await;
@@ -179,7 +179,7 @@ mod tests {
 
         const MOST: usize = 4;
 
-        async fn serve(&self, line: &char, batch: Vec<Waiting<Self>>) {
+        async fn serve(&mut self, line: &char, batch: Vec<Waiting<Self>>) {
             self.batches.lock().unwrap().push((*line, batch.len()));
             self.permits.acquire().await.unwrap().forget();
             for Waiting { item, answer } in batch {
@@ -299,7 +299,7 @@ mod tests {
         const MOST: usize = 1;
         const PATIENCE: Duration = Duration::from_millis(20);
 
-        async fn serve(&self, (): &(), batch: Vec<Waiting<Self>>) {
+        async fn serve(&mut self, (): &(), batch: Vec<Waiting<Self>>) {
             for Waiting { item: ends, answer } in batch {
                 if !ends {
                     std::future::pending().await

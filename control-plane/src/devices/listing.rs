@@ -44,7 +44,7 @@ impl Serve for Reading {
     /// Some thousand rows at the most.
     const MOST: usize = 32;
 
-    async fn serve(&self, tenant: &TenantId, batch: Vec<Waiting<Self>>) {
+    async fn serve(&mut self, tenant: &TenantId, batch: Vec<Waiting<Self>>) {
         let asked: Vec<Page> = batch.iter().map(|waiting| waiting.item).collect();
         answer_each(batch, self.read(*tenant, &asked).await.map_err(Problem::from));
     }

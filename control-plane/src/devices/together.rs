@@ -62,7 +62,7 @@ impl Serve for Placing {
     /// In one statement: some ten milliseconds, for which the server's row is locked.
     const MOST: usize = 48;
 
-    async fn serve(&self, (tenant, region): &Line, mut batch: Vec<Waiting<Self>>) {
+    async fn serve(&mut self, (tenant, region): &Line, mut batch: Vec<Waiting<Self>>) {
         if batch.len() > 1 {
             return self.together(*tenant, region.as_deref(), batch).await;
         }

@@ -6,6 +6,7 @@
 mod pools;
 
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::time::Instant;
 
 use cvault_types::{DeviceId, PoolId, ServerId};
 use ipnet::IpNet;
@@ -70,9 +71,9 @@ pub(crate) fn addresses(ipv4: IpNet, ipv6: IpNet) -> Result<Addresses, DbError> 
     }
 }
 
-/// Never-used numbers that wait in a pool's free list. Filled again at half of it: a burst of so many registrations finds
-/// one each without waiting for another transaction.
-const AHEAD: i32 = 4096;
+/// Never-used numbers that wait in a pool's free list, of which up to a thousand may be gone when it is filled again: a burst
+/// of so many registrations finds one each without waiting for another transaction.
+const AHEAD: i32 = 8_192;
 
 /// Makes never-used numbers of every pool free ahead of need; returns how many.
 ///
@@ -85,11 +86,19 @@ pub async fn open_ahead(sys: &PgPool) -> Result<u64, DbError> {
             .await?;
     let mut opened = 0;
     for pool in pools {
-        // a transaction each: a pool's row stays locked until COMMIT
-        let made = sqlx::query_scalar!(r#"select platform.open_addresses($1, $2) as "made!""#, pool, AHEAD)
-            .fetch_one(sys)
-            .await?;
-        opened += u64::try_from(made).unwrap_or_default();
+        loop {
+            let began = Instant::now();
+            // a transaction each: a pool's row stays locked until COMMIT
+            let made = sqlx::query_scalar!(r#"select platform.open_addresses($1, $2) as "made!""#, pool, AHEAD)
+                .fetch_one(sys)
+                .await?;
+            opened += u64::try_from(made).unwrap_or_default();
+            if made == 0 {
+                break;
+            }
+            // half of the time is that of whoever waits for an answer
+            tokio::time::sleep(began.elapsed()).await;
+        }
     }
     Ok(opened)
 }

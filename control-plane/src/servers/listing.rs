@@ -6,7 +6,7 @@ use cvault_types::ErrorCode;
 use sqlx::PgPool;
 
 use super::{Server, read};
-use crate::db::DbError;
+use crate::db::{DbError, Kept};
 use crate::http::Problem;
 use crate::together::{Serve, Together, Waiting, answer_each};
 
@@ -16,7 +16,7 @@ type Answer = Result<Arc<[Server]>, Problem>;
 #[derive(Debug, Default, Clone)]
 pub struct Listing(Together<Reading>);
 
-struct Reading(PgPool);
+struct Reading(Kept);
 
 impl Listing {
     /// All servers that were not removed when this was called, by region and name.
@@ -24,8 +24,17 @@ impl Listing {
     /// # Errors
     /// Those of the database.
     pub async fn servers(&self, sys: &PgPool) -> Answer {
-        let answer = self.0.ask((), (), || Reading(sys.clone())).await;
+        let answer = self.0.ask((), (), || Reading(Kept::of(sys.clone()))).await;
         answer.unwrap_or_else(|| Err(Problem::new(ErrorCode::DatabaseUnavailable).retry_after(1)))
+    }
+}
+
+impl Reading {
+    async fn read(&mut self) -> Result<Vec<Server>, DbError> {
+        let mut session = self.0.session().await?;
+        let found = read(session.conn()).await?;
+        self.0.keep(session);
+        Ok(found)
     }
 }
 
@@ -36,9 +45,8 @@ impl Serve for Reading {
 
     const MOST: usize = 256;
 
-    async fn serve(&self, (): &(), batch: Vec<Waiting<Self>>) {
-        let found = async { read(&mut *self.0.acquire().await?).await };
-        let found: Answer = found.await.map(Arc::from).map_err(|error: DbError| Problem::from(error));
+    async fn serve(&mut self, (): &(), batch: Vec<Waiting<Self>>) {
+        let found: Answer = self.read().await.map(Arc::from).map_err(Problem::from);
         let everybody = found.map(|servers| vec![servers; batch.len()]);
         answer_each(batch, everybody);
     }

@@ -231,7 +231,7 @@ impl Serve for Reading {
 
     const MOST: usize = 32;
 
-    async fn serve(&self, tenant: &TenantId, batch: Vec<Waiting<Self>>) {
+    async fn serve(&mut self, tenant: &TenantId, batch: Vec<Waiting<Self>>) {
         let asked: Vec<_> = batch.iter().map(|waiting| waiting.item).collect();
         answer_each(batch, self.read(*tenant, &asked).await.map_err(Problem::from));
     }

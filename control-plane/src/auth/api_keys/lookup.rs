@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use cvault_types::{ErrorCode, TenantId};
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::db::DbError;
+use crate::db::{DbError, Kept};
 use crate::http::Problem;
 use crate::together::{Serve, Together, Waiting};
 
@@ -36,13 +36,13 @@ type Answer = Result<Option<Arc<Row>>, Problem>;
 #[derive(Debug, Default, Clone)]
 pub struct Lookups(Together<Searching>);
 
-struct Searching(PgPool);
+struct Searching(Kept);
 
 impl Lookups {
     /// # Errors
     /// Those of the database.
     pub(super) async fn find(&self, sys: &PgPool, key: &str) -> Answer {
-        let found = self.0.ask((), key.to_owned(), || Searching(sys.clone())).await;
+        let found = self.0.ask((), key.to_owned(), || Searching(Kept::of(sys.clone()))).await;
         found.unwrap_or_else(|| Err(unavailable()))
     }
 }
@@ -54,9 +54,9 @@ impl Serve for Searching {
 
     const MOST: usize = 256;
 
-    async fn serve(&self, (): &(), batch: Vec<Waiting<Self>>) {
+    async fn serve(&mut self, (): &(), batch: Vec<Waiting<Self>>) {
         let keys: Vec<String> = batch.iter().map(|waiting| waiting.item.clone()).collect();
-        let found = load(&self.0, &keys).await.map_err(Problem::from);
+        let found = self.load(&keys).await.map_err(Problem::from);
         for Waiting { item: key, answer } in batch {
             // whoever asked may be gone
             let _ = answer.send(found.as_ref().map(|rows| rows.get(&key).cloned()).map_err(Clone::clone));
@@ -64,7 +64,16 @@ impl Serve for Searching {
     }
 }
 
-async fn load(sys: &PgPool, keys: &[String]) -> Result<HashMap<String, Arc<Row>>, DbError> {
+impl Searching {
+    async fn load(&mut self, keys: &[String]) -> Result<HashMap<String, Arc<Row>>, DbError> {
+        let mut session = self.0.session().await?;
+        let found = load(session.conn(), keys).await?;
+        self.0.keep(session);
+        Ok(found)
+    }
+}
+
+async fn load(conn: &mut PgConnection, keys: &[String]) -> Result<HashMap<String, Arc<Row>>, DbError> {
     let rows = sqlx::query!(
         r#"select k.key_text, k.tenant_id, k.api_key_id, k.secret_hash, k.previous_secret_hash, k.previous_valid_until,
                   k.expires_at, k.scopes, t.status, t.rate_limit_per_minute, t.public_clients,
@@ -73,7 +82,7 @@ async fn load(sys: &PgPool, keys: &[String]) -> Result<HashMap<String, Arc<Row>>
            where k.key_text = any ($1) and k.revoked_at is null and t.status <> 'deleted'"#,
         keys
     )
-    .fetch_all(sys)
+    .fetch_all(conn)
     .await?;
     Ok(rows
         .into_iter()
@@ -103,7 +112,6 @@ fn unavailable() -> Problem {
 
 #[cfg(test)]
 mod tests {
-    use sqlx::PgConnection;
     use tokio::task::JoinSet;
 
     use super::*;

@@ -1,5 +1,6 @@
 //! A control plane with a PostgreSQL of its own (`dev`), and the superuser's door to its database.
 
+use std::cell::Cell;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -18,6 +19,8 @@ pub(crate) struct Platform {
     folder: PathBuf,
     program: PathBuf,
     process: Child,
+    /// Made so far.
+    servers: Cell<u8>,
 }
 
 pub(crate) struct Tenant {
@@ -68,7 +71,7 @@ impl Platform {
             .stderr(log)
             .spawn()
             .with_context(|| format!("start {}", program.display()))?;
-        let mut platform = Self { address, folder, program, process };
+        let mut platform = Self { address, folder, program, process, servers: Cell::new(1) };
         platform.ready().await?;
         Ok(platform)
     }
@@ -153,13 +156,14 @@ impl Platform {
         self.admin(&["pool", "create", "--name", name, "--v4", v4, "--v6", v6]).map(drop)
     }
 
-    /// A server that looks enrolled and alive for a day: there is no agent behind it, so nothing is acknowledged.
-    pub(crate) fn server(&self, name: &str, pool: &str, ip: &str) -> Result<()> {
-        self.server_in(name, name, pool, ip)
+    /// A region with a server for each of these pools.
+    pub(crate) fn region(&self, region: &str, pools: &[&str]) -> Result<()> {
+        pools.iter().enumerate().try_for_each(|(number, pool)| self.server(region, &format!("{region}-{number}"), pool))
     }
 
-    /// One of several of a region.
-    pub(crate) fn server_in(&self, region: &str, name: &str, pool: &str, ip: &str) -> Result<()> {
+    /// A server that looks enrolled and alive for a day: there is no agent behind it, so nothing is acknowledged.
+    fn server(&self, region: &str, name: &str, pool: &str) -> Result<()> {
+        let ip = format!("203.0.113.{}", self.servers.replace(self.servers.get() + 1));
         let made = self.admin(&[
             "server",
             "create",
@@ -168,7 +172,7 @@ impl Platform {
             "--region",
             region,
             "--public-ip",
-            ip,
+            &ip,
             "--pool",
             pool,
             "--capacity",
