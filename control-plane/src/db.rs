@@ -46,7 +46,8 @@ pub struct DbConfig {
 }
 
 impl DbConfig {
-    /// 16 and 8 connections: a request holds one for about a millisecond, so more would only queue inside PostgreSQL.
+    /// 16 and 8 connections: a request holds one for about a millisecond, so more would only queue inside PostgreSQL. Two of the 8
+    /// are kept while requests come without a pause (see [`Kept`]).
     #[must_use]
     pub fn new(app: PgConnectOptions, sys: PgConnectOptions) -> Self {
         Self { app, sys, app_connections: 16, sys_connections: 8 }

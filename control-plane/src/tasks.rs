@@ -2,7 +2,7 @@
 //! fault, and stops cleanly. Any number of replicas may run them at once: every task is one or more statements that
 //! change nothing the second time.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use tokio::time::{MissedTickBehavior, interval};
@@ -108,6 +108,12 @@ const TASKS: &[Task] = &[
     },
     Task { name: "trim", every: Duration::from_secs(600), run: |app| Box::pin(async move { trim::trim(&app).await }) },
 ];
+
+/// Between portions of much work, the last of which has `began` then: as long as it took, which leaves half of the time to whoever
+/// waits for an answer, and a tenth of a second at most.
+pub(crate) fn pause_after(began: Instant) -> Duration {
+    began.elapsed().min(Duration::from_millis(100))
+}
 
 /// Runs all tasks until `shutdown`; returns when the last one has finished what it was doing.
 pub async fn run(app: App, shutdown: CancellationToken) {

@@ -10,6 +10,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::db::{DbError, Tx};
+use crate::tasks;
 
 /// Rows chained for one tenant in one transaction.
 const BATCH: i64 = 500;
@@ -82,8 +83,7 @@ async fn chain_in_turns(sys: &PgPool, mut tenants: Vec<Uuid>) -> Result<u64, DbE
             chained += rows;
             if i64::try_from(rows).is_ok_and(|rows| rows >= BATCH) {
                 more.push(tenant);
-                // half of the time is that of whoever waits for an answer
-                tokio::time::sleep(began.elapsed()).await;
+                tokio::time::sleep(tasks::pause_after(began)).await;
             }
         }
         tenants = more;

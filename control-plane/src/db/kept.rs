@@ -35,7 +35,7 @@ impl Kept {
     /// # Errors
     /// [`DbError::Unavailable`] when no connection could be had in time.
     pub async fn session(&mut self) -> Result<Session, DbError> {
-        match self.session.take().filter(|session| session.since.elapsed() < KEPT_FOR) {
+        match self.session.take().filter(|session| session.since.elapsed() < KEPT_FOR && !self.sys.is_closed()) {
             Some(session) => Ok(session),
             None => Ok(Session { conn: self.sys.acquire().await?, since: Instant::now() }),
         }

@@ -114,6 +114,38 @@ async fn numbers_are_made_free_ahead_of_need_and_never_past_the_end_of_the_pool(
 }
 
 #[tokio::test]
+async fn numbers_are_opened_in_portions_up_to_a_mark_and_none_of_a_pool_that_is_gone() {
+    let world = World::new().await;
+    world.pool("large", "10.9.0.0/16", "fd00:9::/64", 0).await;
+    let sys = &world.app.db.sys;
+    let (one, other) = tokio::join!(ipam::open_ahead(sys), ipam::open_ahead(sys));
+    assert_eq!(one.unwrap() + other.unwrap(), 8_192, "by two replicas at once");
+    assert_eq!(ipam::open_ahead(sys).await.unwrap(), 0);
+
+    let mut superuser = world.superuser().await;
+    let mut take = async |count: i64| {
+        sqlx::query(
+            "delete from platform.addresses where (pool_id, host) in (
+                 select pool_id, host from platform.addresses where state = 'free' order by host limit $1)",
+        )
+        .bind(count)
+        .execute(&mut superuser)
+        .await
+        .unwrap();
+    };
+    take(1_023).await;
+    assert_eq!(ipam::open_ahead(sys).await.unwrap(), 0, "not for every number that was taken");
+    take(2_000).await;
+    assert_eq!(ipam::open_ahead(sys).await.unwrap(), 1_024 + 1_024, "what is then missing is no portion");
+    sqlx::query("update platform.address_pools set deleted_at = now()").execute(&mut superuser).await.unwrap();
+    let none: i64 = sqlx::query_scalar("select platform.open_addresses(pool_id, 60000) from platform.address_pools")
+        .fetch_one(&mut superuser)
+        .await
+        .unwrap();
+    assert_eq!(none, 0);
+}
+
+#[tokio::test]
 async fn an_acknowledged_address_still_rests_for_the_quarantine() {
     let world = World::new().await;
     world.pool("slow", "10.9.0.0/24", "fd00:9::/64", 3600).await;

@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use sqlx::PgPool;
 
 use crate::db::DbError;
+use crate::tasks;
 use crate::tenancy::TenantTx;
 
 pub use pools::{
@@ -74,6 +75,8 @@ pub(crate) fn addresses(ipv4: IpNet, ipv6: IpNet) -> Result<Addresses, DbError> 
 /// Never-used numbers that wait in a pool's free list, of which up to a thousand may be gone when it is filled again: a burst
 /// of so many registrations finds one each without waiting for another transaction.
 const AHEAD: i32 = 8_192;
+/// Portions of a pool in one run: more than `AHEAD` has.
+const ROUNDS: usize = 12;
 
 /// Makes never-used numbers of every pool free ahead of need; returns how many.
 ///
@@ -85,20 +88,22 @@ pub async fn open_ahead(sys: &PgPool) -> Result<u64, DbError> {
             .fetch_all(sys)
             .await?;
     let mut opened = 0;
-    for pool in pools {
-        loop {
+    let mut wanting = pools;
+    for _ in 0..ROUNDS {
+        let mut more = Vec::new();
+        for pool in wanting {
             let began = Instant::now();
             // a transaction each: a pool's row stays locked until COMMIT
             let made = sqlx::query_scalar!(r#"select platform.open_addresses($1, $2) as "made!""#, pool, AHEAD)
                 .fetch_one(sys)
                 .await?;
             opened += u64::try_from(made).unwrap_or_default();
-            if made == 0 {
-                break;
+            if made > 0 {
+                more.push(pool);
+                tokio::time::sleep(tasks::pause_after(began)).await;
             }
-            // half of the time is that of whoever waits for an answer
-            tokio::time::sleep(began.elapsed()).await;
         }
+        wanting = more;
     }
     Ok(opened)
 }

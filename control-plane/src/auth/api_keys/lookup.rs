@@ -131,6 +131,17 @@ mod tests {
         tenant
     }
 
+    #[tokio::test]
+    async fn a_session_that_is_kept_sees_what_was_revoked_since() {
+        let (world, _) = World::with_server().await;
+        let mut superuser = world.superuser().await;
+        keyed(&world, &mut superuser).await;
+        let (mut searching, one) = (Searching(Kept::of(world.app.db.sys.clone())), ["cvk_one".to_owned()]);
+        assert_eq!(searching.load(&one).await.unwrap().len(), 1);
+        sqlx::query("update cvault.api_keys set revoked_at = now()").execute(&mut superuser).await.unwrap();
+        assert_eq!(searching.load(&one).await.unwrap().len(), 0);
+    }
+
     /// More than one statement takes, by turns for a key that is there and for one that is not.
     fn ask_all(lookups: &Lookups, sys: &PgPool) -> JoinSet<(bool, Answer)> {
         let mut asked = JoinSet::new();

@@ -162,6 +162,7 @@ impl Bench {
     async fn in_turn(&mut self, seconds: f64, beside: &str, region: &str) -> Result<(Vec<Load>, Vec<Load>)> {
         let (mut base, mut ours) = (Vec::new(), Vec::new());
         let time = Duration::from_secs_f64(seconds / PAIRS as f64).min(self.size.short / 3);
+        self.calm().await?;
         for round in 0..PAIRS {
             for second in [round % 2 == 1, round % 2 == 0] {
                 let load = self.register(time, if second { region } else { beside }).await?;
@@ -180,14 +181,23 @@ impl Bench {
         let (name, base) = beside;
         let rate = |load: &Load| Some(load.rate());
         self.beside(measure, "1/s", of(rate, ours)?, (name, of(rate, base)?), Must::TimesAtLeast(0.9));
-        let (ours, base) = (of(Load::p99, ours)?, of(Load::p99, base)?);
-        self.beside(&format!("{measure}_p99"), "ms", ours, (name, base), Must::TimesAtMost(1.1));
+        let medians = (of(Load::p99, ours)?, of(Load::p99, base)?);
+        self.beside(&format!("{measure}_p99"), "ms", medians.0, (name, medians.1), Must::TimesAtMost(1.1));
+        // one slow moment of the machine is a hundredth of a run
+        let all = (p99(&Load::all(ours))?, p99(&Load::all(base))?);
+        let row = Row {
+            peer: Some(name.to_owned()),
+            peer_figure: Some(all.1),
+            ..Row::figure(&format!("{measure}_p99_of_all"), "ms", all.0)
+        };
+        eprintln!("bench: {}", super::line(&row));
+        self.rows.push(row);
         Ok(())
     }
 
     /// Devices that nobody registered, with their peers and addresses: what the next registration meets is the same. Foreign keys
-    /// are not checked for each of so many rows. The
-    /// servers' own counts stay what was registered, as they may not have more, so that there is room for those that are measured.
+    /// are not checked for each of so many rows. The servers' own counts stay what was registered, as they may not have more, so
+    /// that there is room for those that are measured.
     async fn fill_servers(&self) -> Result<()> {
         self.platform.pool("crowded", "10.32.0.0/13", "fd32::/64")?;
         self.platform.region("two", &["crowded"; SERVERS])?;
@@ -244,7 +254,7 @@ impl Bench {
         self.settle("platform.addresses")?;
         self.addresses_open("full").await?;
         // not to the last one: what is answered then is no registration
-        let seconds = f64::from(last - taken) * 0.8 / probe.rate();
+        let seconds = f64::from(last - taken) * 0.6 / probe.rate();
         let (room, full) = self.in_turn(seconds, "room", "full").await?;
         self.compare("registrations_pool_99_percent", &full, ("a pool with room", &room))
     }
@@ -258,8 +268,9 @@ impl Bench {
     /// Waits until the platform has opened addresses of the pool ahead, as it always has in one that is in use.
     async fn addresses_open(&self, pool: &str) -> Result<()> {
         let free = format!(
-            "select count(*) > 500 from platform.addresses a join platform.address_pools p using (pool_id)
-             where p.name = '{pool}' and a.state = 'free'"
+            "select p.next_host > (1::bigint << (32 - masklen(p.ipv4))) - 2 or (
+                 select count(*) > 7168 from platform.addresses a where a.pool_id = p.pool_id and a.state = 'free')
+             from platform.address_pools p where p.name = '{pool}'"
         );
         self.until(&free, "addresses of a pool to be opened").await
     }

@@ -26,7 +26,7 @@ pub(crate) struct Size {
     users: usize,
     /// Who register devices: as many as have a few each at the end.
     people: usize,
-    /// Devices that the server has before the second run.
+    /// Devices that each server of the second comparison has before.
     present: u64,
     /// Length of the prefix of the pool that is nearly full.
     full_prefix: u8,
