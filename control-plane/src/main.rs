@@ -11,11 +11,6 @@ use cvault_control_plane::auth::passwords;
 use cvault_control_plane::config::{self, Config, LogConfig, LogFormat, Overrides, ServeConfig, environment};
 use cvault_control_plane::http::{openapi, problem};
 use cvault_control_plane::{admin, db, dev, serve, telemetry};
-use mimalloc::MiMalloc;
-
-/// A request allocates some hundred times, on one thread and frees on another.
-#[global_allocator]
-static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// CVault's control plane: tenants, users, devices and servers of a VPN platform
 #[derive(Debug, Parser)]
