@@ -109,10 +109,10 @@ const TASKS: &[Task] = &[
     Task { name: "trim", every: Duration::from_secs(600), run: |app| Box::pin(async move { trim::trim(&app).await }) },
 ];
 
-/// Between portions of much work, the last of which has `began` then: as long as it took, which leaves half of the time to whoever
-/// waits for an answer, and a tenth of a second at most.
-pub(crate) fn pause_after(began: Instant) -> Duration {
-    began.elapsed().min(Duration::from_millis(100))
+/// Between portions of much work, the last of which has `began` then: pauses for as long as it took, which leaves half of the time to
+/// whoever waits for an answer, and for a tenth of a second at most. It waits for nothing.
+pub(crate) async fn pause_after(began: Instant) {
+    tokio::time::sleep(began.elapsed().min(Duration::from_millis(100))).await;
 }
 
 /// Runs all tasks until `shutdown`; returns when the last one has finished what it was doing.

@@ -83,7 +83,7 @@ async fn chain_in_turns(sys: &PgPool, mut tenants: Vec<Uuid>) -> Result<u64, DbE
             chained += rows;
             if i64::try_from(rows).is_ok_and(|rows| rows >= BATCH) {
                 more.push(tenant);
-                tokio::time::sleep(tasks::pause_after(began)).await;
+                tasks::pause_after(began).await;
             }
         }
         tenants = more;

@@ -100,7 +100,7 @@ pub async fn open_ahead(sys: &PgPool) -> Result<u64, DbError> {
             opened += u64::try_from(made).unwrap_or_default();
             if made > 0 {
                 more.push(pool);
-                tokio::time::sleep(tasks::pause_after(began)).await;
+                tasks::pause_after(began).await;
             }
         }
         wanting = more;

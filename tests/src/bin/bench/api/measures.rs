@@ -174,24 +174,12 @@ impl Bench {
     }
 
     fn compare(&mut self, measure: &str, ours: &[Load], beside: (&str, &[Load])) -> Result<()> {
-        let of = |figure: fn(&Load) -> Option<f64>, loads: &[Load]| {
-            let each: Option<Vec<f64>> = loads.iter().map(figure).collect();
-            each.and_then(|each| median(&each)).context("nothing registered")
-        };
+        let rate =
+            |loads: &[Load]| median(&loads.iter().map(Load::rate).collect::<Vec<_>>()).context("nothing registered");
         let (name, base) = beside;
-        let rate = |load: &Load| Some(load.rate());
-        self.beside(measure, "1/s", of(rate, ours)?, (name, of(rate, base)?), Must::TimesAtLeast(0.9));
-        let medians = (of(Load::p99, ours)?, of(Load::p99, base)?);
-        self.beside(&format!("{measure}_p99"), "ms", medians.0, (name, medians.1), Must::TimesAtMost(1.1));
-        // one slow moment of the machine is a hundredth of a run
-        let all = (p99(&Load::all(ours))?, p99(&Load::all(base))?);
-        let row = Row {
-            peer: Some(name.to_owned()),
-            peer_figure: Some(all.1),
-            ..Row::figure(&format!("{measure}_p99_of_all"), "ms", all.0)
-        };
-        eprintln!("bench: {}", super::line(&row));
-        self.rows.push(row);
+        self.beside(measure, "1/s", rate(ours)?, (name, rate(base)?), Must::TimesAtLeast(0.9));
+        let (ours, base) = (p99(&Load::all(ours))?, p99(&Load::all(base))?);
+        self.beside(&format!("{measure}_p99"), "ms", ours, (name, base), Must::TimesAtMost(1.1));
         Ok(())
     }
 
