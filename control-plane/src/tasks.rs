@@ -97,6 +97,14 @@ const TASKS: &[Task] = &[
         run: |app| Box::pin(async move { watch_outbox(&app).await }),
     },
     Task {
+        name: "sum_metrics",
+        every: Duration::from_secs(5),
+        run: |_| {
+            metrics::sum_up();
+            Box::pin(async { Ok(0) })
+        },
+    },
+    Task {
         name: "reload_signing_keys",
         every: Duration::from_secs(2),
         run: |app| Box::pin(async move { keys::reload(&app).await.map(|()| 0) }),

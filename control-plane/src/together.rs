@@ -1,7 +1,8 @@
 //! Requests that arrive together, served together: while some of a line are served the next ones gather, and are served as soon
 //! as those are done. What each costs alone is mostly what all of them share, and nobody waits for others to come.
 //!
-//! It is no cache: whoever asks is served by work that began afterwards. One piece of work of a line is under way at a time.
+//! It is no cache: whoever asks is served by work that began afterwards. One piece of work of a line is under way at a time, and
+//! each begins when the requests have moved on that can: those that are about to ask come along, and answers leave before.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -103,7 +104,9 @@ impl<S: Serve> Together<S> {
 
 impl<S: Serve> Serving<S> {
     async fn run(mut self, mut work: S) {
-        while let Some(batch) = self.next() {
+        loop {
+            tokio::task::yield_now().await;
+            let Some(batch) = self.next() else { return };
             // whoever has no answer by then is dropped with the work
             let _ = tokio::time::timeout(S::PATIENCE, work.serve(&self.line, batch)).await;
         }
@@ -226,6 +229,19 @@ mod tests {
         fn batches(&self) -> Vec<(char, usize)> {
             self.work.batches.lock().unwrap().clone()
         }
+
+        async fn begun(&self, batches: usize) {
+            soon(|| self.batches().len() == batches).await;
+        }
+    }
+
+    async fn soon(condition: impl Fn() -> bool) {
+        let holds = async {
+            while !condition() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), holds).await.unwrap();
     }
 
     fn doubled(numbers: impl IntoIterator<Item = u32>) -> Vec<(u32, Option<u32>)> {
@@ -235,22 +251,40 @@ mod tests {
     #[tokio::test]
     async fn those_that_come_while_some_are_served_go_together_and_at_most_so_many() {
         let mut scene = Scene::new(0);
-        scene.ask('a', 0..10).await;
-        assert_eq!(scene.batches(), [('a', 1)]);
+        scene.ask('a', [0]).await;
+        scene.begun(1).await;
+        scene.ask('a', 1..10).await;
         scene.work.permits.add_permits(4);
         assert_eq!(scene.answers().await, doubled(0..10));
         assert_eq!(scene.batches(), [('a', 1), ('a', 4), ('a', 4), ('a', 1)]);
-        assert!(scene.together.lines().is_empty(), "a line stays behind");
+        soon(|| scene.together.lines().is_empty()).await;
         scene.work.permits.add_permits(1);
         scene.ask('a', [7]).await;
         assert_eq!(scene.answers().await, doubled([7]), "served anew");
     }
 
     #[tokio::test]
+    async fn who_is_about_to_ask_comes_along() {
+        let mut scene = Scene::new(1);
+        let several = (0..3).map(|number| {
+            let (together, work) = (scene.together.clone(), scene.work.clone());
+            async move { (number, together.ask('a', number, || work).await) }
+        });
+        for one in several.collect::<Vec<_>>() {
+            scene.asked.spawn(one);
+        }
+        assert_eq!(scene.answers().await, doubled(0..3));
+        assert_eq!(scene.batches(), [('a', 3)]);
+    }
+
+    #[tokio::test]
     async fn a_line_does_not_wait_for_another() {
         let mut scene = Scene::new(0);
-        scene.ask('a', [1, 2]).await;
+        scene.ask('a', [1]).await;
+        scene.begun(1).await;
+        scene.ask('a', [2]).await;
         scene.ask('b', [3]).await;
+        scene.begun(2).await;
         assert_eq!(scene.batches(), [('a', 1), ('b', 1)]);
         scene.work.permits.add_permits(3);
         assert_eq!(scene.answers().await, doubled(1..4));
@@ -314,7 +348,7 @@ mod tests {
         let together = Together::default();
         let ask = |ends| together.ask((), ends, || Ending);
         assert_eq!(tokio::join!(ask(true), ask(false), ask(true)), (Some(()), None, Some(())));
-        assert!(together.lines().is_empty(), "a line stays behind");
+        soon(|| together.lines().is_empty()).await;
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

@@ -5,7 +5,6 @@
 //! `Access-Control-Allow-Origin`. Cookies are never allowed along (no `Access-Control-Allow-Credentials`).
 
 use axum::extract::Request;
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
@@ -21,13 +20,11 @@ const EXPOSED: &str = "idempotency-replayed, ratelimit, ratelimit-policy, retry-
 /// What browsers keep at most.
 const MAX_AGE_SECONDS: &str = "7200";
 
-/// Answers preflights of the client API; everything else goes on.
-pub async fn preflight(request: Request, next: Next) -> Response {
+/// The answer to a preflight of the client API. `None`: it is no such request.
+pub(super) fn preflight(request: &Request) -> Option<Response> {
     let headers = request.headers();
     let asked = request.method() == Method::OPTIONS && headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD);
-    let Some(origin) = headers.get(ORIGIN).filter(|_| asked && is_client_api(request.uri().path())).cloned() else {
-        return next.run(request).await;
-    };
+    let origin = headers.get(ORIGIN).filter(|_| asked && is_client_api(request.uri().path()))?.clone();
     let mut response = StatusCode::NO_CONTENT.into_response();
     let headers = response.headers_mut();
     headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
@@ -35,7 +32,7 @@ pub async fn preflight(request: Request, next: Next) -> Response {
     headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static(HEADERS));
     headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static(MAX_AGE_SECONDS));
     headers.append(VARY, HeaderValue::from_static("origin"));
-    response
+    Some(response)
 }
 
 /// Lets pages of `origin` read the answer.

@@ -3,14 +3,12 @@
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::DefaultBodyLimit;
 use cvault_types::ErrorCode;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
-use super::extract::MAX_BODY_BYTES;
 use super::middleware::InFlight;
-use super::{Problem, cors, middleware, openapi, routes};
+use super::{Problem, middleware, openapi, routes};
 use crate::app::App;
 
 /// About a second's work of the database; those that wait for an activation hold no connection.
@@ -51,10 +49,7 @@ pub fn api(app: App) -> Router {
     } else {
         router
     };
-    let router = router
-        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
-        .layer(axum::middleware::from_fn(cors::preflight))
-        .layer(axum::middleware::from_fn_with_state(in_flight, middleware::own_task))
-        .with_state(app);
+    // each layer costs every request a few allocations
+    let router = router.layer(axum::middleware::from_fn_with_state(in_flight, middleware::own_task)).with_state(app);
     if over_tls { router.layer(axum::middleware::map_response(middleware::only_tls)) } else { router }
 }

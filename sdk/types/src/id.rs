@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
 const DIGITS: usize = 26;
+const PREFIX: usize = 3;
 
 /// A text that is not an identifier of the expected kind.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -18,14 +19,24 @@ pub struct IdError {
     pub expected: &'static str,
 }
 
-fn encode(value: u128) -> [u8; DIGITS] {
-    let mut out = [b'0'; DIGITS];
-    let mut rest = value;
-    for digit in out.iter_mut().rev() {
-        *digit = ALPHABET[(rest & 31) as usize];
-        rest >>= 5;
+/// Prefix, underscore and digits.
+struct Text([u8; PREFIX + 1 + DIGITS]);
+
+impl Text {
+    fn new(prefix: [u8; PREFIX], value: u128) -> Self {
+        let mut text = [b'_'; PREFIX + 1 + DIGITS];
+        text[..PREFIX].copy_from_slice(&prefix);
+        let mut rest = value;
+        for digit in text[PREFIX + 1..].iter_mut().rev() {
+            *digit = ALPHABET[(rest & 31) as usize];
+            rest >>= 5;
+        }
+        Self(text)
     }
-    out
+
+    fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).expect("prefixes and the alphabet are ASCII")
+    }
 }
 
 fn decode(text: &str) -> Option<u128> {
@@ -57,12 +68,19 @@ macro_rules! ids {
             pub const fn uuid(self) -> Uuid {
                 self.0
             }
+
+            fn text(self) -> Text {
+                const LETTERS: [u8; PREFIX] = match $prefix.as_bytes() {
+                    [a, b, c] => [*a, *b, *c],
+                    _ => panic!("a prefix has three letters"),
+                };
+                Text::new(LETTERS, self.0.as_u128())
+            }
         }
 
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                let digits = encode(self.0.as_u128());
-                write!(f, "{}_{}", $prefix, std::str::from_utf8(&digits).expect("the alphabet is ASCII"))
+                f.write_str(self.text().as_str())
             }
         }
 
@@ -85,7 +103,7 @@ macro_rules! ids {
 
         impl serde::Serialize for $name {
             fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.collect_str(self)
+                serializer.serialize_str(self.text().as_str())
             }
         }
 

@@ -7,9 +7,11 @@ use cvault_tests::bench::{Must, Row, median};
 use serde_json::json;
 
 use super::Size;
-use super::load::{Load, Pace, request, run};
+use super::load::{Connection, Load, Pace, request, run};
 use super::platform::{PASSWORD, Platform, Tenant, User, decode_id, email};
 
+/// Of a reader: the guide's `max_devices_per_user`.
+const DEVICES: usize = 5;
 /// So high that the limiter works and nobody meets it.
 const UNLIMITED: u32 = 1_000_000;
 /// Requests a second that a quiet tenant makes while others make noise.
@@ -33,6 +35,8 @@ pub(crate) struct Bench {
     platform: Platform,
     tenant: Tenant,
     people: Vec<User>,
+    /// Who read: each has as many devices as the guide lets a user have.
+    readers: Vec<User>,
     size: Size,
     rows: Vec<Row>,
     /// Devices that answers have promised.
@@ -48,8 +52,25 @@ impl Bench {
         platform.region("one", &["wide"; SERVERS])?;
         let tenant = platform.tenant("Bench", UNLIMITED).await?;
         platform.users(&tenant, size.users).await?;
-        let people = platform.vouched(&tenant, size.people).await?;
-        Ok(Self { platform, tenant, people, size, rows: Vec::new(), promised: 0, runs: 0 })
+        let people = platform.vouched(&tenant, "person", size.people).await?;
+        let readers = platform.vouched(&tenant, "reader", size.clients).await?;
+        let mut bench = Self { platform, tenant, people, readers, size, rows: Vec::new(), promised: 0, runs: 0 };
+        bench.equip_readers().await?;
+        Ok(bench)
+    }
+
+    async fn equip_readers(&mut self) -> Result<()> {
+        let mut connection = Connection::open(self.platform.address).await?;
+        for reader in &self.readers {
+            for number in 0..DEVICES {
+                let answer = connection.send(&registering(reader, &number.to_string(), "one")).await?;
+                if answer.status != 201 {
+                    bail!("a reader's device was refused with {}", answer.status);
+                }
+                self.promised += 1;
+            }
+        }
+        self.count()
     }
 
     pub(crate) async fn all(&mut self, only: &[String]) -> Result<Vec<Row>> {
@@ -105,8 +126,7 @@ impl Bench {
             // each client goes through its own people
             let user =
                 &people[(client * per_client + usize::try_from(number).unwrap_or(0) % per_client) % people.len()];
-            let body = json!({"device_name": format!("{prefix}-{client}-{number}"), "server_region": region});
-            request("POST", "/api/v1/devices", &user.headers(), Some(&body.to_string()))
+            registering(user, &format!("{prefix}-{client}-{number}"), region)
         })
         .await?;
         self.promised += u64::try_from(load.latencies.len())?;
@@ -198,7 +218,7 @@ impl Bench {
                  select pool_id, h, 'allocated', '{tenant}', gen_random_uuid()
                  from platform.address_pools, generate_series(2, {all} + 1) h where name = 'crowded';
              create temporary table people as
-                 select user_id, row_number() over () - 1 as n from cvault.users where tenant_id = '{tenant}';
+                 select user_id, row_number() over () - 1 as n from cvault.users where tenant_id = '{tenant}' and external_user_id like 'person-%';
              analyze people, platform.addresses;
              insert into cvault.devices (tenant_id, device_id, user_id, name, public_key, pool_id, ipv4, ipv6, server_id)
                  select a.tenant_id, a.device_id, u.user_id, 'present', sha256(uuid_send(a.device_id)), a.pool_id,
@@ -287,26 +307,27 @@ impl Bench {
     }
 
     async fn reads(&mut self) -> Result<()> {
-        if self.promised == 0 {
-            // lists are not to be empty
-            let some = self.register(self.size.short, "one").await?;
-            refuse(&some)?;
-        }
         self.calm().await?;
-        let load = self.read(Pace::Closed).await?;
+        let load = self.read(&self.readers, Pace::Closed).await?;
         self.figure("reads", "1/s", load.rate(), Some(Must::AtLeast(READS)));
         self.figure("reads_p99", "ms", p99(&load)?, Some(Must::AtMost(20.0)));
         // not as many as there can be, but as many as there must be
         let clients = u32::try_from(self.size.clients)?;
-        let paced = self.read(Pace::Every(Duration::from_secs_f64(f64::from(clients) / READS))).await?;
+        let pace = Pace::Every(Duration::from_secs_f64(f64::from(clients) / READS));
+        let paced = self.read(&self.readers, pace).await?;
         self.figure("reads_p99_at_5000", "ms", p99(&paced)?, Some(Must::AtMost(20.0)));
+        // whom the measures before have given more devices than users have
+        if self.runs > 0 {
+            let long = self.read(&self.people, Pace::Closed).await?;
+            self.figure("reads_long_lists", "1/s", long.rate(), None);
+            self.figure("reads_long_lists_p99", "ms", p99(&long)?, None);
+        }
         Ok(())
     }
 
-    async fn read(&self, pace: Pace) -> Result<Load> {
-        let people = &self.people;
+    async fn read(&self, users: &[User], pace: Pace) -> Result<Load> {
         let load = run(self.platform.address, self.size.clients, self.size.short, pace, |client, number| {
-            reading(&people[client % people.len()], number)
+            reading(&users[client % users.len()], number)
         })
         .await?;
         refuse(&load)?;
@@ -367,7 +388,7 @@ impl Bench {
     /// A steady trickle of reads of one tenant, alone and beside one that asks ten times what it may.
     async fn noise(&mut self) -> Result<()> {
         let noisy = self.platform.tenant("Noisy", NOISY_LIMIT).await?;
-        let noisy = &self.platform.vouched(&noisy, NOISY_CLIENTS).await?;
+        let noisy = &self.platform.vouched(&noisy, "person", NOISY_CLIENTS).await?;
         self.calm().await?;
         let a_second = f64::from(NOISY_LIMIT) / 60.0;
         let interval = Duration::from_secs_f64(noisy.len() as f64 / (a_second * 10.0));
@@ -469,8 +490,8 @@ impl Bench {
     }
 
     async fn trickle(&self, time: Duration) -> Result<Load> {
-        let people = &self.people;
-        self.quietly(time, |client, number| reading(&people[client], number)).await
+        let readers = &self.readers;
+        self.quietly(time, |client, number| reading(&readers[client], number)).await
     }
 
     /// Devices, which the caller counts.
@@ -478,8 +499,7 @@ impl Bench {
         let people = &self.people;
         self.quietly(self.portion(), |client, number| {
             let user = &people[(client + usize::try_from(number).unwrap_or(0) * QUIET_CLIENTS) % people.len()];
-            let body = json!({"device_name": format!("{prefix}-{client}-{number}"), "server_region": "quiet"});
-            request("POST", "/api/v1/devices", &user.headers(), Some(&body.to_string()))
+            registering(user, &format!("{prefix}-{client}-{number}"), "quiet")
         })
         .await
     }
@@ -489,6 +509,11 @@ impl Bench {
         refuse(&load)?;
         Ok(load)
     }
+}
+
+fn registering(user: &User, name: &str, region: &str) -> Vec<u8> {
+    let body = json!({"device_name": name, "server_region": region});
+    request("POST", "/api/v1/devices", &user.headers(), Some(&body.to_string()))
 }
 
 /// Devices, servers and usage in turn.

@@ -217,13 +217,13 @@ impl Platform {
         Ok(users)
     }
 
-    /// As many more as a backend vouches for: without a password, so that thousands are there in seconds.
-    pub(crate) async fn vouched(&self, tenant: &Tenant, count: usize) -> Result<Vec<User>> {
+    /// As many more as a backend vouches for, `<name>-0` and so on: without a password, so that thousands are there in seconds.
+    pub(crate) async fn vouched(&self, tenant: &Tenant, name: &str, count: usize) -> Result<Vec<User>> {
         let headers = [("x-api-key", tenant.key.as_str()), ("x-api-secret", tenant.secret.as_str())];
         let mut connection = Connection::open(self.address).await?;
         let mut users = Vec::with_capacity(count);
         for number in 0..count {
-            let call = request("POST", &format!("/api/v1/users/person-{number}/login-token"), &headers, Some("{}"));
+            let call = request("POST", &format!("/api/v1/users/{name}-{number}/login-token"), &headers, Some("{}"));
             let answer = connection.send(&call).await?;
             if answer.status != 201 {
                 bail!("{} instead of 201: {}", answer.status, String::from_utf8_lossy(&answer.body));
