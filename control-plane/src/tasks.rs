@@ -1,6 +1,6 @@
 //! Periodic work: quarantine, suspensions, sessions, audit chain, usage, mails, signing keys, trimming. Each task runs by itself, is started again after a
-//! fault, and stops cleanly. Any number of replicas may run them at once: every task is one or more statements that
-//! change nothing the second time.
+//! fault, and stops cleanly. Any number of replicas may run them at once: what a task does in the database changes nothing
+//! the second time.
 
 use std::time::{Duration, Instant};
 
@@ -100,8 +100,10 @@ const TASKS: &[Task] = &[
         name: "sum_metrics",
         every: Duration::from_secs(5),
         run: |_| {
-            metrics::sum_up();
-            Box::pin(async { Ok(0) })
+            Box::pin(async {
+                metrics::sum_up();
+                Ok(0)
+            })
         },
     },
     Task {

@@ -1,8 +1,9 @@
 //! Requests that arrive together, served together: while some of a line are served the next ones gather, and are served as soon
-//! as those are done. What each costs alone is mostly what all of them share, and nobody waits for others to come.
+//! as those are done. What each costs alone is mostly what all of them share, and nobody waits for others that are not there yet.
 //!
-//! It is no cache: whoever asks is served by work that began afterwards. One piece of work of a line is under way at a time, and
-//! each begins when the requests have moved on that can: those that are about to ask come along, and answers leave before.
+//! It is no cache: whoever asks is served by work that began afterwards. One piece of work of a line is under way at a time. Each
+//! stands back once before it begins, until its thread has nothing else to do or has done some sixty other things: answers leave,
+//! and requests that are about to ask come along.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -211,7 +212,7 @@ mod tests {
             Self { together: Together::default(), work, asked: JoinSet::new() }
         }
 
-        /// On one thread each is in the line when this returns, in order, and its line is served.
+        /// On one thread each is in the line when this returns, in order, unless its line is served already.
         async fn ask(&mut self, line: char, numbers: impl IntoIterator<Item = u32>) {
             for number in numbers {
                 let (together, work) = (self.together.clone(), self.work.clone());
@@ -265,16 +266,18 @@ mod tests {
 
     #[tokio::test]
     async fn who_is_about_to_ask_comes_along() {
-        let mut scene = Scene::new(1);
-        let several = (0..3).map(|number| {
+        let mut scene = Scene::new(0);
+        scene.ask('a', [1]).await;
+        scene.begun(1).await;
+        scene.ask('a', [2]).await;
+        // the first one's work goes on before these two have asked
+        scene.work.permits.add_permits(4);
+        for number in [3, 4] {
             let (together, work) = (scene.together.clone(), scene.work.clone());
-            async move { (number, together.ask('a', number, || work).await) }
-        });
-        for one in several.collect::<Vec<_>>() {
-            scene.asked.spawn(one);
+            scene.asked.spawn(async move { (number, together.ask('a', number, || work).await) });
         }
-        assert_eq!(scene.answers().await, doubled(0..3));
-        assert_eq!(scene.batches(), [('a', 3)]);
+        assert_eq!(scene.answers().await, doubled(1..5));
+        assert_eq!(scene.batches(), [('a', 1), ('a', 3)]);
     }
 
     #[tokio::test]

@@ -28,7 +28,7 @@ use crate::http::serve::Peer;
 use crate::metrics;
 
 /// The largest body the API reads.
-pub const MAX_BODY_BYTES: usize = 1 << 20;
+const MAX_BODY_BYTES: usize = 1 << 20;
 /// A body must be complete within this time.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest body of somebody without credentials: a few texts of a form.

@@ -29,8 +29,8 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(45);
 const NOTHING_TO_LOAD: &str = "default-src 'none'; frame-ancestors 'none'";
 /// A year. Not for subdomains: they are not ours to decide about.
 pub(super) const ONLY_TLS: HeaderValue = HeaderValue::from_static("max-age=31536000");
-/// That are added to an answer, unless it is one to another origin.
-const MOST_HEADERS: usize = 10;
+/// What is added to an answer, and a little more; one to another origin has three besides.
+const ADDED_HEADERS: usize = 10;
 /// The work goes on: nothing is known of its outcome.
 const TOO_LONG: &str = "This took too long. The change may or may not have been made.";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -230,7 +230,7 @@ impl Asked {
 
 pub(super) fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
     // once, and not each time a few more are added
-    headers.reserve(MOST_HEADERS);
+    headers.reserve(ADDED_HEADERS);
     let id = HeaderValue::try_from(context.id.to_string()).expect("ids are ASCII");
     headers.insert(REQUEST_ID, id);
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
@@ -244,7 +244,7 @@ pub(super) fn add_headers(headers: &mut HeaderMap, context: &RequestContext) {
     let rates = context.rate.get().map(|rate| (rate.policy, rate.decision));
     let rates = rates.into_iter().chain(context.user_rate.get().map(|decision| ("user", *decision)));
     // draft-ietf-httpapi-ratelimit-headers
-    let (mut policies, mut states) = (String::with_capacity(64), String::with_capacity(64));
+    let (mut policies, mut states) = (String::new(), String::new());
     for (name, rate) in rates {
         let comma = if policies.is_empty() { "" } else { ", " };
         let _ = write!(policies, "{comma}\"{name}\";q={};w=60", rate.quota);

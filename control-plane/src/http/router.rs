@@ -49,7 +49,7 @@ pub fn api(app: App) -> Router {
     } else {
         router
     };
-    // each layer costs every request a few allocations
+    // each layer costs every request a few allocations; bodies are bounded by `extract::Json`, the only one that reads them
     let router = router.layer(axum::middleware::from_fn_with_state(in_flight, middleware::own_task)).with_state(app);
     if over_tls { router.layer(axum::middleware::map_response(middleware::only_tls)) } else { router }
 }

@@ -29,7 +29,7 @@ async fn registration(world: &World, person: Person, public_key: Option<PublicKe
 
 type Outcome = (Person, Result<Registered, RegisterError>);
 
-/// All at once: the first makes the rest wait, and so go together.
+/// All at once: those that come while others are served go together.
 async fn register_all(world: &Arc<World>, devices: Vec<(Person, Option<PublicKey>)>) -> Vec<Outcome> {
     registering(world, devices).await.join_all().await
 }

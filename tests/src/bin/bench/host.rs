@@ -40,9 +40,9 @@ impl Host {
 pub(crate) fn quiet(limit: Duration) -> Result<bool> {
     let deadline = Instant::now() + limit;
     loop {
-        let before = busy_seconds()?;
+        let before = Processors::now()?.busy;
         std::thread::sleep(LOOK);
-        if busy_seconds()? - before < QUIET * LOOK.as_secs_f64() {
+        if Processors::now()?.busy - before < QUIET * LOOK.as_secs_f64() {
             return Ok(true);
         }
         if Instant::now() >= deadline {
@@ -51,16 +51,36 @@ pub(crate) fn quiet(limit: Duration) -> Result<bool> {
     }
 }
 
-fn busy_seconds() -> Result<f64> {
-    busy(&std::fs::read_to_string("/proc/stat")?).context("/proc/stat has no processor time")
+/// The time of all processors until now, seconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Processors {
+    /// Waiting for a disk is idle.
+    idle: f64,
+    busy: f64,
+    /// Of the busy time, what the host of a virtual machine kept from it (`steal`).
+    kept: f64,
 }
 
-/// All but idle and waiting for a disk, of the line of all processors.
-fn busy(stat: &str) -> Option<f64> {
-    let fields = stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace();
-    let ticks: Vec<f64> = fields.map(|field| field.parse().ok()).collect::<Option<_>>()?;
-    let [user, nice, system, _idle, _iowait, irq, softirq, steal, ..] = ticks[..] else { return None };
-    Some((user + nice + system + irq + softirq + steal) / TICKS_PER_SECOND)
+impl Processors {
+    pub(crate) fn now() -> Result<Self> {
+        Self::parse(&std::fs::read_to_string("/proc/stat")?).context("/proc/stat has no processor time")
+    }
+
+    /// Which part of all time since then the host has kept, 0 to 1.
+    pub(crate) fn kept_since(self) -> Result<f64> {
+        let now = Self::now()?;
+        let whole = now.idle + now.busy - self.idle - self.busy;
+        Ok((now.kept - self.kept) / whole.max(1.0 / TICKS_PER_SECOND))
+    }
+
+    /// The line of all processors.
+    fn parse(stat: &str) -> Option<Self> {
+        let fields = stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace();
+        let seconds = |field: &str| field.parse::<f64>().ok().map(|ticks| ticks / TICKS_PER_SECOND);
+        let fields: Vec<f64> = fields.map(seconds).collect::<Option<_>>()?;
+        let [user, nice, system, idle, iowait, irq, softirq, steal, ..] = fields[..] else { return None };
+        Some(Self { idle: idle + iowait, busy: user + nice + system + irq + softirq + steal, kept: steal })
+    }
 }
 
 fn machine(cpuinfo: &str, meminfo: &str, release: &str) -> String {
@@ -84,8 +104,8 @@ mod tests {
     #[test]
     fn time_that_somebody_used_is_busy() {
         let stat = "cpu  100 10 50 90000 400 0 20 20 0 0\ncpu0 1 1 1 1\n";
-        assert_eq!(busy(stat), Some(2.0));
-        assert_eq!(busy("cpu  1 2 3\n"), None);
+        assert_eq!(Processors::parse(stat), Some(Processors { idle: 904.0, busy: 2.0, kept: 0.2 }));
+        assert_eq!(Processors::parse("cpu  1 2 3\n"), None);
     }
 
     #[test]

@@ -57,7 +57,8 @@ async fn who_waits_for_a_backend_that_is_killed_is_told_and_nothing_of_theirs_st
     let world = Arc::new(world);
     open_addresses(&world).await;
     let person = world.person().await;
-    let people = colleagues(&world, person, 40).await;
+    // more than go together
+    let people = colleagues(&world, person, 60).await;
     let (mut superuser, mut holder) = (world.superuser().await, world.superuser().await);
     // the last lock of all, before which addresses are taken
     sqlx::raw_sql("begin; select from platform.servers for update").execute(&mut holder).await.unwrap();

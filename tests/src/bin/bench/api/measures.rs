@@ -8,10 +8,14 @@ use serde_json::json;
 
 use super::Size;
 use super::load::{Connection, Load, Pace, request, run};
+use crate::host::Processors;
+
 use super::platform::{PASSWORD, Platform, Tenant, User, decode_id, email};
 
 /// Of a reader: the guide's `max_devices_per_user`.
 const DEVICES: usize = 5;
+/// Of a list that is asked for, at most.
+const PAGE: usize = 20;
 /// So high that the limiter works and nobody meets it.
 const UNLIMITED: u32 = 1_000_000;
 /// Requests a second that a quiet tenant makes while others make noise.
@@ -26,6 +30,10 @@ const PATIENCE: Duration = Duration::from_secs(180);
 const ROUNDS: usize = 3;
 /// The same of registrations, whose 99th percentile one slow moment of the machine decides in a run.
 const PAIRS: usize = 5;
+/// Percent of the processors: a run of reads that the host of a virtual machine took more of says little of us.
+const DISTURBED: f64 = 8.0;
+/// Then it is made again, so many times in all.
+const ATTEMPTS: usize = 5;
 /// A second, of all clients together.
 const READS: f64 = 5_000.0;
 /// Of a region: a minute's devices are more than one server may have.
@@ -46,7 +54,7 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) async fn start(size: Size) -> Result<Self> {
-        eprintln!("bench: starting a control plane, registering {} users", size.users + size.people);
+        eprintln!("bench: starting a control plane, registering {} users", size.users + size.people + size.clients);
         let platform = Platform::start().await?;
         platform.pool("wide", "10.64.0.0/10", "fd64::/64")?;
         platform.region("one", &["wide"; SERVERS])?;
@@ -69,8 +77,17 @@ impl Bench {
                 }
                 self.promised += 1;
             }
+            if self.listed(reader).await? != DEVICES {
+                bail!("a reader's list is not that of its devices");
+            }
         }
         self.count()
+    }
+
+    /// How many devices an answer to [`reading`] holds.
+    async fn listed(&self, user: &User) -> Result<usize> {
+        let page = self.platform.json(&reading(user, 0), 200).await?;
+        page["data"].as_array().map(Vec::len).context("no list of devices")
     }
 
     pub(crate) async fn all(&mut self, only: &[String]) -> Result<Vec<Row>> {
@@ -308,21 +325,44 @@ impl Bench {
 
     async fn reads(&mut self) -> Result<()> {
         self.calm().await?;
-        let load = self.read(&self.readers, Pace::Closed).await?;
+        let (load, steal) = self.undisturbed(async || self.read(&self.readers, Pace::Closed).await).await?;
         self.figure("reads", "1/s", load.rate(), Some(Must::AtLeast(READS)));
         self.figure("reads_p99", "ms", p99(&load)?, Some(Must::AtMost(20.0)));
+        self.figure("reads_steal", "%", steal, None);
         // not as many as there can be, but as many as there must be
         let clients = u32::try_from(self.size.clients)?;
         let pace = Pace::Every(Duration::from_secs_f64(f64::from(clients) / READS));
-        let paced = self.read(&self.readers, pace).await?;
+        let (paced, steal) = self.undisturbed(async || self.read(&self.readers, pace).await).await?;
         self.figure("reads_p99_at_5000", "ms", p99(&paced)?, Some(Must::AtMost(20.0)));
+        self.figure("reads_steal_at_5000", "%", steal, None);
         // whom the measures before have given more devices than users have
-        if self.runs > 0 {
+        let mut shortest = PAGE;
+        for user in self.people.iter().take(self.size.clients) {
+            shortest = shortest.min(self.listed(user).await?);
+        }
+        if shortest == PAGE {
             let long = self.read(&self.people, Pace::Closed).await?;
             self.figure("reads_long_lists", "1/s", long.rate(), None);
             self.figure("reads_long_lists_p99", "ms", p99(&long)?, None);
         }
         Ok(())
+    }
+
+    /// Of runs of the same the first of which the host of a virtual machine took little, or the one of which it took least; and
+    /// how many percent of the processors that was.
+    async fn undisturbed<T>(&self, run: impl AsyncFn() -> Result<T>) -> Result<(T, f64)> {
+        let mut best = measured(&run).await?;
+        for _ in 1..ATTEMPTS {
+            if best.1 <= DISTURBED || !self.size.judged {
+                break;
+            }
+            eprintln!("bench: the host took {:.0} % of the processors: once more", best.1);
+            let again = measured(&run).await?;
+            if again.1 < best.1 {
+                best = again;
+            }
+        }
+        Ok(best)
     }
 
     async fn read(&self, users: &[User], pace: Pace) -> Result<Load> {
@@ -357,7 +397,7 @@ impl Bench {
         };
         self.calm().await?;
         let (mut with, mut without) = (Vec::new(), Vec::new());
-        for round in 0..ROUNDS {
+        for round in 0..PAIRS {
             for on in [round % 2 == 1, round % 2 == 0] {
                 switch(&self.platform, on)?;
                 let run = self.register_for_isolation().await;
@@ -390,34 +430,43 @@ impl Bench {
         let noisy = self.platform.tenant("Noisy", NOISY_LIMIT).await?;
         let noisy = &self.platform.vouched(&noisy, "person", NOISY_CLIENTS).await?;
         self.calm().await?;
-        let a_second = f64::from(NOISY_LIMIT) / 60.0;
-        let interval = Duration::from_secs_f64(noisy.len() as f64 / (a_second * 10.0));
         let (mut alone, mut beside) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
-            alone.push(self.trickle(self.portion()).await?);
-            let noise =
-                run(self.platform.address, noisy.len(), self.portion(), Pace::Every(interval), |client, number| {
-                    reading(&noisy[client], number)
-                });
-            let (noise, quiet) = tokio::join!(noise, self.trickle(self.portion()));
-            let (noise, quiet) = (noise?, quiet?);
-            if self.size.judged && noise.refused.iter().any(|status| *status != 429) {
-                bail!("the noisy tenant was refused with something else than 429");
-            }
-            // what a tenant may send at once comes on top of its rate
-            let (asked, let_in) = (noise.asked_a_second(), noise.rate());
-            let as_meant =
-                asked >= a_second * 9.0 && (a_second * 0.8..a_second * 1.2 + 100.0 / noise.seconds).contains(&let_in);
-            if self.size.judged && !as_meant {
-                bail!(
-                    "the noisy tenant asked {asked:.0} times a second and was let in {let_in:.0} times, of {a_second:.0}"
-                );
-            }
-            beside.push(quiet);
+            let pair = self.undisturbed(async || {
+                let quiet = self.trickle(self.portion()).await?;
+                Ok((quiet, self.beside_noise(noisy).await?))
+            });
+            let ((quiet, disturbed), _) = pair.await?;
+            alone.push(quiet);
+            beside.push(disturbed);
         }
         let (alone, beside) = (p99(&Load::all(&alone))?, p99(&Load::all(&beside))?);
         self.beside("reads_p99_beside_noisy_tenant", "ms", beside, ("alone", alone), Must::TimesAtMost(1.3));
         Ok(())
+    }
+
+    /// The trickle while `noisy`, users of another tenant, ask ten times what they may.
+    async fn beside_noise(&self, noisy: &[User]) -> Result<Load> {
+        let a_second = f64::from(NOISY_LIMIT) / 60.0;
+        let pace = Pace::Every(Duration::from_secs_f64(noisy.len() as f64 / (a_second * 10.0)));
+        let noise = run(self.platform.address, noisy.len(), self.portion(), pace, |client, number| {
+            reading(&noisy[client], number)
+        });
+        let (noise, quiet) = tokio::join!(noise, self.trickle(self.portion()));
+        let (noise, quiet) = (noise?, quiet?);
+        if self.size.judged && noise.refused.iter().any(|status| *status != 429) {
+            bail!("the noisy tenant was refused with something else than 429");
+        }
+        // what a tenant may send at once comes on top of its rate
+        let (asked, let_in) = (noise.asked_a_second(), noise.rate());
+        let as_meant =
+            asked >= a_second * 9.0 && (a_second * 0.8..a_second * 1.2 + 100.0 / noise.seconds).contains(&let_in);
+        if self.size.judged && !as_meant {
+            bail!(
+                "the noisy tenant asked {asked:.0} times a second and was let in {let_in:.0} times, of {a_second:.0}"
+            );
+        }
+        Ok(quiet)
     }
 
     /// Of one run of those that are repeated.
@@ -470,7 +519,7 @@ impl Bench {
         Ok((flood, others?))
     }
 
-    /// The guide's: a hundred users, all at once in the beginning, log in a second after they were answered.
+    /// The guide's (§10.4): a hundred users, all at once in the beginning, log in a second after they were answered, for five minutes.
     async fn guides_load_test(&mut self) -> Result<()> {
         const USERS: usize = 100;
         let platform = Platform::second(&[("CVAULT_PASSWORD_HASH", "argon2id")]).await?;
@@ -481,8 +530,7 @@ impl Bench {
             bail!("CVAULT_PASSWORD_HASH=argon2id made hashes of another kind");
         }
         let pause = Pace::After(Duration::from_secs(1));
-        let load =
-            run(platform.address, USERS, self.size.registering, pause, |client, _| login(&tenant, client)).await?;
+        let load = run(platform.address, USERS, self.size.guides, pause, |client, _| login(&tenant, client)).await?;
         self.figure("logins_100_users_argon2id_p99", "ms", p99(&load)?, Some(Must::AtMost(500.0)));
         let failed = f64::from(u32::try_from(load.refused.len())?);
         self.figure("logins_100_users_argon2id_failed", "answers", failed, Some(Must::AtMost(0.0)));
@@ -511,6 +559,13 @@ impl Bench {
     }
 }
 
+/// And how many percent of the processors the host took meanwhile.
+async fn measured<T>(run: &impl AsyncFn() -> Result<T>) -> Result<(T, f64)> {
+    let before = Processors::now()?;
+    let outcome = run().await?;
+    Ok((outcome, before.kept_since()? * 100.0))
+}
+
 fn registering(user: &User, name: &str, region: &str) -> Vec<u8> {
     let body = json!({"device_name": name, "server_region": region});
     request("POST", "/api/v1/devices", &user.headers(), Some(&body.to_string()))
@@ -518,8 +573,8 @@ fn registering(user: &User, name: &str, region: &str) -> Vec<u8> {
 
 /// Devices, servers and usage in turn.
 fn reading(user: &User, number: u64) -> Vec<u8> {
-    let path =
-        ["/api/v1/devices?limit=20", "/api/v1/servers", "/api/v1/usage"][usize::try_from(number % 3).unwrap_or(0)];
+    let devices = format!("/api/v1/devices?limit={PAGE}");
+    let path = [devices.as_str(), "/api/v1/servers", "/api/v1/usage"][usize::try_from(number % 3).unwrap_or(0)];
     request("GET", path, &user.headers(), None)
 }
 

@@ -21,6 +21,8 @@ use measures::Bench;
 pub(crate) struct Size {
     registering: Duration,
     short: Duration,
+    /// Of the guide's load test.
+    guides: Duration,
     clients: usize,
     /// With a password.
     users: usize,
@@ -41,6 +43,7 @@ impl Size {
             return Self {
                 registering: seconds(3),
                 short: seconds(2),
+                guides: seconds(3),
                 clients: 16,
                 users: 16,
                 people: 64,
@@ -52,7 +55,17 @@ impl Size {
         let registering = options.seconds.map_or(seconds(60), |s| seconds(s.into()));
         let short = registering.min(seconds(20));
         let judged = registering >= seconds(60);
-        Self { registering, short, clients: 64, users: 64, people: 8192, present: 65_000, full_prefix: 10, judged }
+        Self {
+            registering,
+            short,
+            guides: registering * 5,
+            clients: 64,
+            users: 64,
+            people: 8192,
+            present: 65_000,
+            full_prefix: 10,
+            judged,
+        }
     }
 }
 
