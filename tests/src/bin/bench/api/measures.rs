@@ -1,5 +1,6 @@
 //! What is measured, in order: each measure leaves what the next one needs.
 
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -48,8 +49,8 @@ pub(crate) struct Bench {
     size: Size,
     rows: Vec<Row>,
     /// Devices that answers have promised.
-    promised: u64,
-    runs: u64,
+    promised: Cell<u64>,
+    runs: Cell<u64>,
 }
 
 impl Bench {
@@ -62,12 +63,21 @@ impl Bench {
         platform.users(&tenant, size.users).await?;
         let people = platform.vouched(&tenant, "person", size.people).await?;
         let readers = platform.vouched(&tenant, "reader", size.clients).await?;
-        let mut bench = Self { platform, tenant, people, readers, size, rows: Vec::new(), promised: 0, runs: 0 };
+        let bench = Self {
+            platform,
+            tenant,
+            people,
+            readers,
+            size,
+            rows: Vec::new(),
+            promised: Cell::new(0),
+            runs: Cell::new(0),
+        };
         bench.equip_readers().await?;
         Ok(bench)
     }
 
-    async fn equip_readers(&mut self) -> Result<()> {
+    async fn equip_readers(&self) -> Result<()> {
         let mut connection = Connection::open(self.platform.address).await?;
         for reader in &self.readers {
             for number in 0..DEVICES {
@@ -75,7 +85,7 @@ impl Bench {
                 if answer.status != 201 {
                     bail!("a reader's device was refused with {}", answer.status);
                 }
-                self.promised += 1;
+                self.promise(1);
             }
             if self.listed(reader).await? != DEVICES {
                 bail!("a reader's list is not that of its devices");
@@ -135,9 +145,8 @@ impl Bench {
     }
 
     /// Registers for a while; every answer is a device, and no two have the same address or key.
-    async fn register(&mut self, time: Duration, region: &str) -> Result<Load> {
-        self.runs += 1;
-        let (people, clients, prefix) = (&self.people, self.size.clients, self.runs);
+    async fn register(&self, time: Duration, region: &str) -> Result<Load> {
+        let (people, clients, prefix) = (&self.people, self.size.clients, self.next_run());
         let per_client = (people.len() / clients).max(1);
         let load = run(self.platform.address, clients, time, Pace::Closed, |client, number| {
             // each client goes through its own people
@@ -146,9 +155,18 @@ impl Bench {
             registering(user, &format!("{prefix}-{client}-{number}"), region)
         })
         .await?;
-        self.promised += u64::try_from(load.latencies.len())?;
+        self.promise(load.latencies.len());
         self.count()?;
         Ok(load)
+    }
+
+    /// Of devices, whose names are to be different.
+    fn next_run(&self) -> u64 {
+        self.runs.replace(self.runs.get() + 1)
+    }
+
+    fn promise(&self, devices: usize) {
+        self.promised.set(self.promised.get() + devices as u64);
     }
 
     /// Addresses that were taken before are somebody else's too: a device's is the one that is written down as its own, and no
@@ -166,12 +184,12 @@ impl Bench {
                     (select count(*) from cvault.audit_log where action = 'device.register')
              from d",
         )?;
-        let wanted = vec![self.promised.to_string(); 8].join("|");
+        let wanted = vec![self.promised.get().to_string(); 8].join("|");
         if counts != wanted {
             bail!(
                 "{} devices were promised; devices, IPv4, IPv6, keys, addresses of their own, peers with such an address, \
                  peers by server, audit entries: {counts}",
-                self.promised
+                self.promised.get()
             );
         }
         Ok(())
@@ -196,7 +214,7 @@ impl Bench {
 
     /// Registrations in two regions in turn, so that both meet the same machine, for at most so many seconds in each; the second
     /// one's are what is measured.
-    async fn in_turn(&mut self, seconds: f64, beside: &str, region: &str) -> Result<(Vec<Load>, Vec<Load>)> {
+    async fn in_turn(&self, seconds: f64, beside: &str, region: &str) -> Result<(Vec<Load>, Vec<Load>)> {
         let (mut base, mut ours) = (Vec::new(), Vec::new());
         let time = Duration::from_secs_f64(seconds / PAIRS as f64).min(self.size.short / 3);
         self.calm().await?;
@@ -417,7 +435,7 @@ impl Bench {
         Ok(())
     }
 
-    async fn register_for_isolation(&mut self) -> Result<f64> {
+    async fn register_for_isolation(&self) -> Result<f64> {
         // statements are planned anew after a switch, and that is not what is measured
         refuse(&self.register(Duration::from_secs(1), "isolation").await?)?;
         let load = self.register(self.size.short.min(Duration::from_secs(5)), "isolation").await?;
@@ -481,17 +499,21 @@ impl Bench {
         let (mut reads, mut writes) = ((Vec::new(), Vec::new()), (Vec::new(), Vec::new()));
         let mut rates = Vec::new();
         for _ in 0..ROUNDS {
-            reads.0.push(self.trickle(self.portion()).await?);
-            self.runs += 2;
-            writes.0.push(self.registering_quietly(self.runs - 1).await?);
-            let (flood, read) = self.beside_logins(self.trickle(self.portion())).await?;
-            let (again, written) = self.beside_logins(self.registering_quietly(self.runs)).await?;
-            reads.1.push(read);
-            writes.1.push(written);
+            let pair = self.undisturbed(async || {
+                let alone = self.trickle(self.portion()).await?;
+                Ok((alone, self.beside_logins(self.trickle(self.portion())).await?))
+            });
+            let ((alone, (flood, beside)), _) = pair.await?;
+            reads.0.push(alone);
+            reads.1.push(beside);
+            let pair = self.undisturbed(async || {
+                let alone = self.registering_quietly().await?;
+                Ok((alone, self.beside_logins(self.registering_quietly()).await?))
+            });
+            let ((alone, (again, beside)), _) = pair.await?;
+            writes.0.push(alone);
+            writes.1.push(beside);
             rates.extend([flood.rate(), again.rate()]);
-        }
-        for load in writes.0.iter().chain(&writes.1) {
-            self.promised += u64::try_from(load.latencies.len())?;
         }
         self.count()?;
         self.figure("logins_bcrypt", "1/s", median(&rates).context("nobody logged in")?, None);
@@ -542,14 +564,17 @@ impl Bench {
         self.quietly(time, |client, number| reading(&readers[client], number)).await
     }
 
-    /// Devices, which the caller counts.
-    async fn registering_quietly(&self, prefix: u64) -> Result<Load> {
-        let people = &self.people;
-        self.quietly(self.portion(), |client, number| {
-            let user = &people[(client + usize::try_from(number).unwrap_or(0) * QUIET_CLIENTS) % people.len()];
-            registering(user, &format!("{prefix}-{client}-{number}"), "quiet")
-        })
-        .await
+    /// Devices, which are counted later.
+    async fn registering_quietly(&self) -> Result<Load> {
+        let (people, prefix) = (&self.people, self.next_run());
+        let load = self
+            .quietly(self.portion(), |client, number| {
+                let user = &people[(client + usize::try_from(number).unwrap_or(0) * QUIET_CLIENTS) % people.len()];
+                registering(user, &format!("{prefix}-{client}-{number}"), "quiet")
+            })
+            .await?;
+        self.promise(load.latencies.len());
+        Ok(load)
     }
 
     async fn quietly(&self, time: Duration, make: impl Fn(usize, u64) -> Vec<u8>) -> Result<Load> {
