@@ -185,7 +185,7 @@ impl Platform {
             .arg(document::path())
             .args(["--url", platform::URL])
             .args(["--generation-deterministic", "--generation-with-security-parameters", "false", "--no-color"])
-            .args(["--phases", "examples,fuzzing", "--max-examples", &caller.examples.to_string()])
+            .args(["--phases", "examples,coverage,fuzzing", "--max-examples", &caller.examples.to_string()])
             .args(["--exclude-checks", LEFT_OUT, "--suppress-health-check", "all", "--continue-on-failure"])
             .args(["--warnings", "off"]);
         for operation in asked {
