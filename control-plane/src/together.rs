@@ -212,6 +212,14 @@ mod tests {
             Self { together: Together::default(), work, asked: JoinSet::new() }
         }
 
+        /// In which one is being served until there are permits.
+        async fn serving(line: char, first: u32) -> Self {
+            let mut scene = Self::new(0);
+            scene.ask(line, [first]).await;
+            scene.begun(1).await;
+            scene
+        }
+
         /// On one thread each is in the line when this returns, in order, unless its line is served already.
         async fn ask(&mut self, line: char, numbers: impl IntoIterator<Item = u32>) {
             for number in numbers {
@@ -251,9 +259,7 @@ mod tests {
 
     #[tokio::test]
     async fn those_that_come_while_some_are_served_go_together_and_at_most_so_many() {
-        let mut scene = Scene::new(0);
-        scene.ask('a', [0]).await;
-        scene.begun(1).await;
+        let mut scene = Scene::serving('a', 0).await;
         scene.ask('a', 1..10).await;
         scene.work.permits.add_permits(4);
         assert_eq!(scene.answers().await, doubled(0..10));
@@ -266,9 +272,7 @@ mod tests {
 
     #[tokio::test]
     async fn who_is_about_to_ask_comes_along() {
-        let mut scene = Scene::new(0);
-        scene.ask('a', [1]).await;
-        scene.begun(1).await;
+        let mut scene = Scene::serving('a', 1).await;
         scene.ask('a', [2]).await;
         // the first one's work goes on before these two have asked
         scene.work.permits.add_permits(4);
@@ -282,9 +286,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_line_does_not_wait_for_another() {
-        let mut scene = Scene::new(0);
-        scene.ask('a', [1]).await;
-        scene.begun(1).await;
+        let mut scene = Scene::serving('a', 1).await;
         scene.ask('a', [2]).await;
         scene.ask('b', [3]).await;
         scene.begun(2).await;
