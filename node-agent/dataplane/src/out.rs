@@ -1,22 +1,20 @@
 //! What one pass of the engine produced: datagrams for the sockets and packets for the TUN, in reused buffers.
 //!
-//! Datagrams lie one behind the other, so that a run to one endpoint is one slice for segmentation offload. Packets for
-//! the TUN have room in front for the virtio header.
+//! Datagrams lie one behind the other, so that a run to one endpoint is one slice for segmentation offload; so do packets
+//! for the TUN.
 
 use std::net::{IpAddr, SocketAddr};
 
 use crate::ecn::Ecn;
 
-/// Room in front of every packet for the TUN (`VIRTIO_NET_HDR_LEN`).
-pub(crate) const TUN_HEADROOM: usize = 10;
 /// No peer: handshake replies to unknown places.
 pub(crate) const NO_SLOT: u16 = u16::MAX;
 
 const NET_BYTES: usize = 512 * 1024;
+/// All that the receive calls on two sockets may bring, behind what is there before it should be written.
+const TUN_BYTES: usize = 2 * 1024 * 1024;
+const TUN_FLUSH_BYTES: usize = 256 * 1024;
 const MAX_TUN_PACKETS: usize = 2048;
-/// Merged packets grow to 64 KB: keeping this many such buffers costs 8 MB.
-const MAX_LARGE_BUFFERS: usize = 128;
-const LARGE_BUFFER: usize = 4096;
 
 /// One datagram to send; its bytes are `Out::net_bytes()[start..start + len]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,15 +35,35 @@ pub struct Datagram {
     pub ecn: Ecn,
 }
 
-/// One packet for the TUN.
-#[derive(Debug, Default)]
+/// One packet for the TUN; its bytes are `Out::tun_bytes()[start..start + len]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TunPacket {
-    /// Headroom and the packet.
-    pub buf: Vec<u8>,
+    /// Where it starts in the arena.
+    pub start: usize,
+    /// Its length.
+    pub len: usize,
     /// Whose counters it belongs to.
     pub slot: u16,
-    /// Its buffer grew by merging and is kept.
-    large: bool,
+}
+
+impl TunPacket {
+    /// Its bytes, of those of all packets.
+    #[must_use]
+    pub fn of<'a>(&self, arena: &'a [u8]) -> &'a [u8] {
+        &arena[self.start..self.start + self.len]
+    }
+
+    /// Packets as a pass would leave them: one behind the other.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn lay_out(packets: &[Vec<u8>]) -> (Vec<Self>, Vec<u8>) {
+        let mut arena = Vec::new();
+        let lay = |packet: &Vec<u8>| {
+            let start = arena.len();
+            arena.extend_from_slice(packet);
+            Self { start, len: packet.len(), slot: 0 }
+        };
+        (packets.iter().map(lay).collect(), arena)
+    }
 }
 
 /// The output of a pass.
@@ -54,9 +72,9 @@ pub struct Out {
     arena: Vec<u8>,
     used: usize,
     net: Vec<Datagram>,
-    tun: Vec<TunPacket>,
+    tun_arena: Vec<u8>,
     tun_used: usize,
-    large: usize,
+    tun: Vec<TunPacket>,
 }
 
 impl Default for Out {
@@ -65,9 +83,9 @@ impl Default for Out {
             arena: vec![0; NET_BYTES],
             used: 0,
             net: Vec::with_capacity(1024),
-            tun: Vec::new(),
+            tun_arena: vec![0; TUN_BYTES],
             tun_used: 0,
-            large: 0,
+            tun: Vec::with_capacity(1024),
         }
     }
 }
@@ -88,12 +106,13 @@ impl Out {
     /// The packets for the TUN in order.
     #[must_use]
     pub fn tun(&self) -> &[TunPacket] {
-        &self.tun[..self.tun_used]
+        &self.tun
     }
 
-    /// The same, to be merged in place.
-    pub fn tun_mut(&mut self) -> &mut [TunPacket] {
-        &mut self.tun[..self.tun_used]
+    /// The arena the packets for the TUN point into.
+    #[must_use]
+    pub fn tun_bytes(&self) -> &[u8] {
+        &self.tun_arena
     }
 
     /// Forgets all datagrams.
@@ -102,26 +121,16 @@ impl Out {
         self.used = 0;
     }
 
-    /// Forgets all packets; their buffers are kept, but only a few of those that grew by merging.
+    /// Forgets all packets for the TUN.
     pub fn clear_tun(&mut self) {
-        for packet in &mut self.tun[..self.tun_used] {
-            if packet.large || packet.buf.capacity() <= LARGE_BUFFER {
-                continue;
-            }
-            if self.large < MAX_LARGE_BUFFERS {
-                self.large += 1;
-                packet.large = true;
-            } else {
-                packet.buf = Vec::new();
-            }
-        }
+        self.tun.clear();
         self.tun_used = 0;
     }
 
     /// Whether the shell should send before it feeds more.
     #[must_use]
     pub fn wants_flush(&self) -> bool {
-        self.used > NET_BYTES / 2 || self.tun_used > MAX_TUN_PACKETS / 4
+        self.used > NET_BYTES / 2 || self.tun_used > TUN_FLUSH_BYTES || self.tun.len() > MAX_TUN_PACKETS / 4
     }
 
     /// Room for a datagram of up to `len` bytes.
@@ -141,27 +150,20 @@ impl Out {
 
     /// Room for a packet of up to `len` bytes.
     pub(crate) fn tun_room(&mut self, len: usize) -> Option<&mut [u8]> {
-        if self.tun_used == MAX_TUN_PACKETS {
+        if self.tun.len() == MAX_TUN_PACKETS {
             return None;
         }
-        if self.tun_used == self.tun.len() {
-            self.tun.push(TunPacket::default());
-        }
-        let buf = &mut self.tun[self.tun_used].buf;
-        buf.resize(TUN_HEADROOM + len, 0);
-        Some(&mut buf[TUN_HEADROOM..])
+        self.tun_arena.get_mut(self.tun_used..self.tun_used + len)
     }
 
     /// The first `len` bytes written into [`Self::tun_room`].
     pub(crate) fn tun_written(&mut self, len: usize) -> &mut [u8] {
-        &mut self.tun[self.tun_used].buf[TUN_HEADROOM..TUN_HEADROOM + len]
+        &mut self.tun_arena[self.tun_used..self.tun_used + len]
     }
 
     /// Takes the first `len` bytes of what was written into [`Self::tun_room`].
     pub(crate) fn push_tun(&mut self, len: usize, slot: u16) {
-        let packet = &mut self.tun[self.tun_used];
-        packet.buf.truncate(TUN_HEADROOM + len);
-        packet.slot = slot;
-        self.tun_used += 1;
+        self.tun.push(TunPacket { start: self.tun_used, len, slot });
+        self.tun_used += len;
     }
 }

@@ -14,6 +14,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior,
 
 use crate::counters::{CounterTable, MAX_PEERS};
 use crate::engine::{Engine, EngineConfig};
+use crate::io::desk::Desk;
 use crate::io::fleet::{Fleet, Found};
 use crate::io::mailbox::{Controller, Request, mailbox};
 use crate::io::memory::give_back_soon;
@@ -244,26 +245,33 @@ fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
         (0..count).map(|_| mailbox()).collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
     let neighbours = rings(&mailboxes);
     let (started, started_ms) = (Instant::now(), boot_ms());
-    let workers: Vec<_> = engines
+    let workers: Vec<Worker> = engines
         .into_iter()
         .zip(tuns)
-        .zip(mailboxes)
+        .zip(&mailboxes)
         .zip(neighbours)
         .map(|(((engine, tun), mailbox), neighbours)| {
             Worker::new(engine, tun, journal.clone(), mailbox, neighbours, started_ms)
         })
-        .collect();
+        .collect::<io::Result<_>>()?;
     let pulses: Vec<_> = workers.iter().map(Worker::pulse).collect();
     let mut watches: Vec<_> = pulses.iter().map(|pulse| Watch::new(Arc::clone(pulse), 0)).collect();
     let fleet = Fleet::new(controllers.clone(), pulses, capacity, &found);
     drop(found);
+    let desks: Vec<_> =
+        workers.into_iter().zip(&controllers).map(|(worker, own)| Arc::new(Desk::new(worker, own.clone()))).collect();
+    let fleet = match &*desks {
+        [desk] => fleet.of_one(Arc::clone(desk)),
+        _ => fleet,
+    };
     let server = Server::new(fleet);
     let ended = eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from)?;
     let mut threads = Vec::new();
-    for (number, worker) in workers.into_iter().enumerate() {
+    for (number, (desk, mailbox)) in desks.into_iter().zip(mailboxes).enumerate() {
         let ended_by_worker = ended.try_clone()?;
         threads.push(std::thread::Builder::new().name(format!("tunnel-worker-{number}")).spawn(move || {
-            let end = worker.run();
+            let end = desk.run(&mailbox);
+            drop(mailbox);
             let _ = rustix::io::write(&ended_by_worker, &1_u64.to_ne_bytes());
             end
         })?);

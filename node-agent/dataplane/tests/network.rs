@@ -17,8 +17,6 @@ use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-/// Room for the virtio header in front of every packet for the TUN.
-const TUN_HEADROOM: usize = 10;
 const UNIX_MS: u64 = 1_800_000_000_000;
 const TICK_MS: u64 = 100;
 /// How long both sides may need after the network is well again: an unanswered message is noticed after 15 s, and a lost
@@ -313,7 +311,7 @@ impl Net {
 /// What arrived at `side` was sent by `other`, is as it was, and has not arrived before.
 fn deliver(side: &mut Side, other: &mut Side) {
     for packet in side.out.tun() {
-        let bytes = &packet.buf[TUN_HEADROOM..];
+        let bytes = packet.of(side.out.tun_bytes());
         let number = u64::from_be_bytes(*bytes.last_chunk().unwrap());
         let sent = other.sent.remove(&number);
         assert_eq!(sent.as_deref(), Some(bytes), "packet {number} was not sent like this, or arrives again");

@@ -77,11 +77,11 @@ impl Handshakes {
 }
 
 impl Engine {
-    /// Works off some of the handshakes that wait; says whether there were any. Once a pass, after the data.
+    /// Works off some of the handshakes that wait; says whether others still do. Once a pass, after the data.
     pub fn on_handshakes(&mut self, now: Now, out: &mut Out) -> bool {
-        for done in 0..PER_PASS {
+        for _ in 0..PER_PASS {
             let Some(Waiting { origin, message, bytes, len }) = self.handshakes.pop() else {
-                return done > 0;
+                return false;
             };
             let datagram = &bytes[..usize::from(len)];
             let result = match message {
@@ -93,7 +93,7 @@ impl Engine {
                 self.drops.one(reason, datagram.len());
             }
         }
-        true
+        !self.handshakes.waiting.is_empty()
     }
 
     pub(super) fn on_initiation(

@@ -1,4 +1,4 @@
-//! The engine: every peer, key and counter of one interface, as plain data owned by one thread.
+//! The engine: every peer, key and counter of one interface, as plain data that one thread at a time has.
 //!
 //! Sans-IO: [`Engine::on_udp`], [`Engine::on_handshakes`], [`Engine::on_tun`], [`Engine::on_tick`] and
 //! [`Engine::apply_peer`] take the time as an argument and leave their output in [`Out`]; the shell reports what it really delivered.

@@ -6,7 +6,6 @@ use super::*;
 use crate::change::PeerChange;
 use crate::ecn::Ecn;
 use crate::noise::Seed;
-use crate::out::TUN_HEADROOM;
 use crate::policy::lease::Then;
 use crate::policy::{PeerLimitsChange, PolicyChange, TenantChange};
 
@@ -58,9 +57,9 @@ impl Host {
     }
 
     fn delivered(&mut self) -> Vec<Vec<u8>> {
-        let packets: Vec<Vec<u8>> = self.out.tun().iter().map(|p| p.buf[TUN_HEADROOM..].to_vec()).collect();
+        let packets: Vec<Vec<u8>> = self.out.tun().iter().map(|p| p.of(self.out.tun_bytes()).to_vec()).collect();
         for packet in self.out.tun() {
-            self.engine.delivered(packet.slot, 1, (packet.buf.len() - TUN_HEADROOM) as u64);
+            self.engine.delivered(packet.slot, 1, packet.len as u64);
         }
         self.out.clear_tun();
         packets

@@ -7,7 +7,6 @@ use super::load::{LOADED, MAX_HELD};
 use super::tests::{START, TENANT, packet, public, secret};
 use super::*;
 use crate::change::PeerChange;
-use crate::out::TUN_HEADROOM;
 use crate::policy::{PolicyChange, TenantChange};
 
 const SERVER: &str = "192.0.2.1:51820";
@@ -98,7 +97,7 @@ impl Server {
 
     fn delivered(&mut self) -> Vec<Vec<u8>> {
         let of = |out: &mut Out| {
-            let packets: Vec<_> = out.tun().iter().map(|packet| packet.buf[TUN_HEADROOM..].to_vec()).collect();
+            let packets: Vec<_> = out.tun().iter().map(|packet| packet.of(out.tun_bytes()).to_vec()).collect();
             out.clear_tun();
             packets
         };
@@ -272,7 +271,8 @@ fn peers_of_one_tenant_reach_each_other_wherever_they_are_served() {
         engine.on_tun(START, &greeting, out);
         exchange(&mut server, &mut clients);
         assert_eq!(server.delivered(), Vec::<Vec<u8>>::new(), "not by way of the host");
-        let arrived: Vec<_> = clients[1].1.tun().iter().map(|packet| packet.buf[TUN_HEADROOM..].to_vec()).collect();
+        let out = &clients[1].1;
+        let arrived: Vec<_> = out.tun().iter().map(|packet| packet.of(out.tun_bytes()).to_vec()).collect();
         let mut forwarded = greeting;
         assert!(crate::packet::spend_hop(&mut forwarded));
         assert_eq!(arrived, [forwarded], "served at {owners:?}");

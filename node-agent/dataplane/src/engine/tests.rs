@@ -74,9 +74,9 @@ impl Host {
 
     /// Takes all packets as if the TUN had taken them.
     pub(super) fn delivered(&mut self) -> Packets {
-        let packets: Packets = self.out.tun().iter().map(|p| p.buf[crate::out::TUN_HEADROOM..].to_vec()).collect();
+        let packets: Packets = self.out.tun().iter().map(|p| p.of(self.out.tun_bytes()).to_vec()).collect();
         for packet in self.out.tun() {
-            self.engine.delivered(packet.slot, 1, (packet.buf.len() - crate::out::TUN_HEADROOM) as u64);
+            self.engine.delivered(packet.slot, 1, packet.len as u64);
         }
         self.out.clear_tun();
         packets

@@ -1,12 +1,13 @@
 //! Headers of segmentation offload as the kernel may write them, and packets of peers on their way to be merged.
 
+use std::collections::HashMap;
+
 use tun_rs::{VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum};
 
 use super::input::Input;
-use super::scratch::with_gro;
-use crate::io::merge::{MAX_SEGMENTS, group, is_merged, merge};
+use crate::io::merge::{MAX_DATAGRAMS, Merger};
 use crate::io::split::{finish_checksum, split};
-use crate::out::{TUN_HEADROOM, TunPacket};
+use crate::out::TunPacket;
 
 const MAX_PACKETS: usize = 256;
 const MAX_PACKET: usize = 65_535;
@@ -48,7 +49,7 @@ fn from_kernel(read: &[u8]) {
     }
 }
 
-/// Merging loses, adds and alters nothing: split again, the packets are what they were.
+/// Merging loses, adds and alters nothing, nor the order within a flow: split again, the packets are what they were.
 fn from_peers(uso: bool, input: &mut Input<'_>) {
     let mut packets = Vec::new();
     while packets.len() < MAX_PACKETS
@@ -56,39 +57,50 @@ fn from_peers(uso: bool, input: &mut Input<'_>) {
     {
         packets.push(packet);
     }
-    let mut before: Vec<_> = packets.iter().map(|packet| essence(packet)).collect();
-    let bytes: usize = packets.iter().map(Vec::len).sum();
-    let mut bufs: Vec<TunPacket> = packets.iter().map(|packet| for_tun(packet)).collect();
-    with_gro(|gro| merge(gro, &mut bufs, uso)).expect("there is room for the headers");
-    let (mut after, mut told) = (Vec::new(), (0, 0));
-    for merged in bufs.iter().filter(|packet| !is_merged(packet)) {
-        let group = group(&merged.buf);
-        told = (told.0 + group.packets, told.1 + group.bytes);
-        let header = VirtioNetHdr::decode(&merged.buf).expect("as long as a header");
-        let packet = &merged.buf[TUN_HEADROOM..];
-        if header.gso_type == 0 {
-            assert!(packets.iter().any(|before| before == packet), "a packet that was not merged is as it was");
-            after.push(essence(packet));
-            continue;
+    let (listed, arena) = TunPacket::lay_out(&packets);
+    let mut merger = Merger::default();
+    merger.merge(&listed, &arena, uso);
+    let mut after: Vec<Option<Vec<u8>>> = vec![None; packets.len()];
+    let mut last_of = HashMap::new();
+    for group in merger.groups() {
+        let members: Vec<_> = merger.members(group).collect();
+        for number in &members {
+            if let Some(flow) = flow(&packets[*number]) {
+                let before = last_of.insert(flow, *number);
+                assert!(before < Some(*number), "packet {number} of a flow behind {before:?}");
+            }
         }
-        let datagrams = header.gso_type == GSO_UDP;
-        assert!(!datagrams || group.packets <= MAX_SEGMENTS as u64, "the kernel would refuse it");
-        let count = after.len();
-        split(&header, &mut packet.to_vec(), |piece| after.push(essence(piece))).expect("our own header");
-        assert_eq!(after.len() - count, usize::try_from(group.packets).expect("a few"), "what is billed");
+        let written = merger.in_one(group, &listed, &arena, |slices| {
+            slices.iter().flat_map(|slice| slice.to_vec()).collect::<Vec<u8>>()
+        });
+        let (header, packet) = written.split_at(VIRTIO_NET_HDR_LEN);
+        let header = VirtioNetHdr::decode(header).expect("as long as a header");
+        assert_eq!((group.packets, group.written), (members.len(), packet.len()));
+        let mut pieces = Vec::new();
+        if header.gso_type == 0 {
+            assert_eq!(packet, packets[members[0]], "what is not merged is as it was");
+            pieces.push(packet.to_vec());
+        } else {
+            assert!(header.gso_type != GSO_UDP || group.packets <= MAX_DATAGRAMS, "the kernel would refuse it");
+            split(&header, &mut packet.to_vec(), |piece| pieces.push(piece.to_vec())).expect("our own header");
+        }
+        assert_eq!((group.packets, group.bytes), (pieces.len(), pieces.iter().map(Vec::len).sum()), "what is billed");
+        for (number, piece) in members.into_iter().zip(pieces) {
+            assert_eq!(after[number].replace(piece), None, "written once");
+        }
     }
-    assert_eq!(told, (packets.len() as u64, bytes as u64), "packets and bytes");
-    before.sort();
-    after.sort();
-    assert_eq!(before, after);
+    for (before, after) in packets.iter().zip(after) {
+        assert_eq!(after.as_deref().map(essence), Some(essence(before)));
+    }
 }
 
-fn for_tun(packet: &[u8]) -> TunPacket {
-    let mut buf = vec![0; TUN_HEADROOM];
-    buf.extend(packet);
-    let mut tun = TunPacket::default();
-    tun.buf = buf;
-    tun
+/// What those of one flow have in common. None of later fragments, and behind IPv6 extension headers.
+fn flow(packet: &[u8]) -> Option<(Vec<u8>, u8, Vec<u8>)> {
+    let v6 = packet[0] >> 4 == 6;
+    let (protocol, transport) = if v6 { (packet[6], 40) } else { (packet[9], usize::from(packet[0] & 0x0f) * 4) };
+    let is_first = v6 || word(packet, 6) & 0x1fff == 0;
+    let ports = packet.get(transport..transport + 4).filter(|_| is_first && [TCP, UDP].contains(&protocol))?;
+    Some((packet[if v6 { 8..40 } else { 12..20 }].to_vec(), protocol, ports.to_vec()))
 }
 
 /// As it comes out of a tunnel: well-formed, without anything behind it. From the fuzzer as it is, or a segment of TCP
@@ -154,27 +166,21 @@ fn put(packet: &mut [u8], at: usize, value: u16) {
     packet[at..at + 2].copy_from_slice(&value.to_be_bytes());
 }
 
-/// The packet without what merging may change: identification and checksums, the flow label, and of TCP the window, the
-/// urgent pointer, the reserved bits and PSH; of UDP its own length. As wireguard-go merges, and the kernel nearly so.
+/// The packet without what merging may change: the identification of one that must not be fragmented, and which of its
+/// two zeros a sum has.
 fn essence(packet: &[u8]) -> Vec<u8> {
     let mut packet = packet.to_vec();
     let v6 = packet[0] >> 4 == 6;
     let (protocol, transport) = if v6 { (packet[6], 40) } else { (packet[9], usize::from(packet[0] & 0x0f) * 4) };
-    if v6 {
-        packet[1] &= 0xf0;
-        put(&mut packet, 2, 0);
-    } else {
+    if !v6 && packet[6] & 0x40 != 0 {
         put(&mut packet, 4, 0);
         put(&mut packet, 10, 0);
     }
-    match packet.get_mut(transport..) {
-        Some(tcp) if protocol == TCP && tcp.len() >= 20 => {
-            tcp[12] &= 0xf0;
-            tcp[13] &= !0x08;
-            tcp[14..20].fill(0);
+    let sums = [(!v6).then_some(10), (protocol == TCP && packet.len() >= transport + 20).then_some(transport + 16)];
+    for at in sums.into_iter().flatten() {
+        if word(&packet, at) == u16::MAX {
+            put(&mut packet, at, 0);
         }
-        Some(udp) if protocol == UDP && udp.len() >= 8 => udp[4..8].fill(0),
-        Some(_) | None => {}
     }
     packet
 }

@@ -2,13 +2,10 @@
 
 use std::cell::Cell;
 
-use tun_rs::GROTable;
-
 use crate::out::Out;
 
 thread_local! {
     static OUT: Cell<Option<Out>> = const { Cell::new(None) };
-    static GRO: Cell<Option<GROTable>> = const { Cell::new(None) };
 }
 
 /// An empty output. One that is not given back, because an invariant was broken, is lost.
@@ -20,11 +17,4 @@ pub(super) fn give_back(mut out: Out) {
     out.clear_net();
     out.clear_tun();
     OUT.set(Some(out));
-}
-
-pub(super) fn with_gro<R>(f: impl FnOnce(&mut GROTable) -> R) -> R {
-    let mut gro = GRO.take().unwrap_or_default();
-    let result = f(&mut gro);
-    GRO.set(Some(gro));
-    result
 }

@@ -7,7 +7,7 @@ use crate::change::{PeerChange, Secret};
 use crate::counters::CounterTable;
 use crate::drops::Drop;
 use crate::engine::{Engine, EngineConfig, Now, Origin, PeerView};
-use crate::out::{Out, TUN_HEADROOM};
+use crate::out::Out;
 
 /// Slots for each engine.
 const CAPACITY: u32 = 4;
@@ -106,7 +106,7 @@ impl Server {
         let mut delivered = Vec::new();
         for (engine, out) in self.engines.iter_mut().zip(&mut self.outs) {
             for packet in out.tun() {
-                let bytes = packet.buf[TUN_HEADROOM..].to_vec();
+                let bytes = packet.of(out.tun_bytes()).to_vec();
                 engine.delivered(packet.slot, 1, bytes.len() as u64);
                 delivered.push(bytes);
             }

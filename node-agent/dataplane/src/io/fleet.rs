@@ -1,16 +1,21 @@
 //! All workers as one to the control socket: whom a peer belongs to, and one answer out of many.
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::desk::Desk;
 use super::mailbox::{Controller, DeviceState, Reply, Request, WorkerGone, WorkerState};
 use super::watch::Pulse;
+use super::worker::Worker;
 use crate::change::{DeviceChange, PeerChange};
 use crate::engine::{Notice, Shard};
 
 /// The workers, and where every peer is. One change at a time: the server's clients take turns.
 pub(crate) struct Fleet {
     workers: Vec<Controller>,
+    /// Of the only one.
+    desk: Option<Arc<Desk<Worker>>>,
     pulses: Vec<Arc<Pulse>>,
     placement: Mutex<Placement>,
 }
@@ -126,7 +131,12 @@ impl Placement {
 impl Fleet {
     pub(crate) fn new(workers: Vec<Controller>, pulses: Vec<Arc<Pulse>>, capacity: u32, found: &[Found]) -> Self {
         let count = u16::try_from(workers.len()).expect("at most 64 workers");
-        Self { workers, pulses, placement: Mutex::new(Placement::new(count, capacity, found)) }
+        Self { workers, desk: None, pulses, placement: Mutex::new(Placement::new(count, capacity, found)) }
+    }
+
+    /// Where the only worker is that there is.
+    pub(crate) fn of_one(self, desk: Arc<Desk<Worker>>) -> Self {
+        Self { desk: Some(desk), ..self }
     }
 
     /// One answer of all workers.
@@ -139,7 +149,14 @@ impl Fleet {
             }
             _ if self.workers.len() == 1 => {
                 drop(placement);
-                self.workers[0].ask(request)
+                let served = match &self.desk {
+                    Some(desk) => desk.serve(request),
+                    None => ControlFlow::Continue(request),
+                };
+                match served {
+                    ControlFlow::Break(reply) => Ok(reply),
+                    ControlFlow::Continue(request) => self.workers[0].ask(request),
+                }
             }
             Request::List { from, limit } => {
                 drop(placement);

@@ -18,6 +18,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How long an asker stays awake: a worker answers a small change within it, and to be put to sleep and woken takes longer.
 const ATTENTION: Duration = Duration::from_micros(20);
 
+/// Peers, and prefixes of theirs, of a change that takes microseconds.
+const SMALL: usize = 8;
+
 pub(crate) enum Request {
     Device(DeviceChange),
     Peers(Vec<PeerChange>),
@@ -34,6 +37,17 @@ pub(crate) enum Request {
     /// What another worker's changes did to peers of this one.
     Notices(Vec<Notice>),
     Stop,
+}
+
+impl Request {
+    /// Whether it takes microseconds.
+    pub(super) fn is_small(&self) -> bool {
+        let Self::Peers(changes) = self else {
+            return false;
+        };
+        let prefixes = |change: &PeerChange| change.allowed_ips.len() + change.removed_ips.len();
+        changes.len() <= SMALL && changes.iter().map(prefixes).sum::<usize>() <= SMALL
+    }
 }
 
 pub(crate) enum Reply {

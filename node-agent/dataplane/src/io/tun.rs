@@ -1,19 +1,19 @@
 //! The TUN device: super-packets are split on the way in and merged on the way out when the kernel can offload.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use rustix::net::netdevice::name_to_index;
-use tun_rs::{DeviceBuilder, GROTable, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr};
+use tun_rs::{DeviceBuilder, SyncDevice, VIRTIO_NET_HDR_LEN, VirtioNetHdr};
 
 use super::mailbox::ShellState;
-use super::merge::{MAX_PACKET, group, is_merged, merge};
+use super::merge::{Group, MAX_PACKET, Merger};
 use super::offloads::Offloads;
 use super::split::{finish_checksum, split};
 use crate::drops::Drop;
 use crate::engine::Engine;
-use crate::out::{Out, TUN_HEADROOM, TunPacket};
+use crate::out::Out;
 
 /// What WireGuard uses on Ethernet: 1500 less 80 for IPv6, UDP and its own headers.
 const MTU: u16 = 1420;
@@ -46,7 +46,7 @@ pub(crate) struct Tun {
     merge: bool,
     merge_paused_until: Option<Instant>,
     offloads: Offloads,
-    gro: GROTable,
+    merger: Merger,
     buffer: Vec<u8>,
 }
 
@@ -95,7 +95,7 @@ impl Tun {
             merge_paused_until: None,
             offloads,
             device,
-            gro: GROTable::new(),
+            merger: Merger::default(),
             buffer: vec![0; VIRTIO_NET_HDR_LEN + MAX_PACKET],
         })
     }
@@ -160,62 +160,60 @@ impl Tun {
         if self.merge_paused_until.is_some_and(|until| until <= Instant::now()) {
             self.merge_paused_until = None;
         }
+        let (packets, arena) = (out.tun(), out.tun_bytes());
         if self.merge && self.merge_paused_until.is_none() {
-            if let Err(error) = merge(&mut self.gro, out.tun_mut(), self.uso) {
-                tracing::debug!(%error, "a batch could not be merged");
-            }
+            self.merger.merge(packets, arena, self.uso);
         } else {
-            for packet in out.tun_mut() {
-                packet.buf[..TUN_HEADROOM].fill(0);
-            }
+            self.merger.leave_apart(packets);
         }
-        for packet in out.tun_mut().iter_mut().filter(|packet| !is_merged(packet)) {
-            let group = group(&packet.buf);
-            let bytes = if self.tso { &packet.buf[..] } else { &packet.buf[TUN_HEADROOM..] };
-            match self.device.send(bytes) {
-                Ok(_) => {
-                    let written = (packet.buf.len() - TUN_HEADROOM) as u64;
-                    shell.tun_written_bytes += written;
-                    shell.tun_merged_bytes += group.bytes - written;
-                    engine.delivered(packet.slot, group.packets, group.bytes);
+        let mut refused = false;
+        for group in self.merger.groups() {
+            match self.write_group(group, out) {
+                Ok(()) => {
+                    shell.tun_written_bytes += group.written as u64;
+                    shell.tun_merged_bytes += (group.bytes - group.written) as u64;
+                    engine.delivered(group.slot, group.packets as u64, group.bytes as u64);
                 }
                 Err(error) if group.packets > 1 && error.raw_os_error() == Some(libc::EINVAL) => {
-                    self.write_apart(packet, engine, shell);
-                    if self.merge_paused_until.is_none() {
-                        tracing::warn!("the kernel refuses merged packets: nothing is merged for a while");
-                    }
-                    self.merge_paused_until = Some(Instant::now() + MERGE_PAUSE);
+                    refused = true;
+                    self.write_apart(group, out, engine, shell);
                 }
                 Err(error) => {
                     tracing::trace!(%error, "a packet for the TUN was refused");
-                    engine.lost(Drop::TunWrite, packet.slot, group.packets, group.bytes);
+                    engine.lost(Drop::TunWrite, group.slot, group.packets as u64, group.bytes as u64);
                 }
             }
+        }
+        if refused {
+            if self.merge_paused_until.is_none() {
+                tracing::warn!("the kernel refuses merged packets: nothing is merged for a while");
+            }
+            self.merge_paused_until = Some(Instant::now() + MERGE_PAUSE);
         }
         out.clear_tun();
     }
 
-    /// Writes one by one what was merged into a packet that the kernel refuses.
-    fn write_apart(&mut self, packet: &mut TunPacket, engine: &mut Engine, shell: &mut ShellState) {
-        let (header, merged) = packet.buf.split_at_mut(TUN_HEADROOM);
-        let (device, room) = (&self.device, &mut self.buffer);
-        room[..TUN_HEADROOM].fill(0);
-        let done = VirtioNetHdr::decode(header).and_then(|header| {
-            split(&header, merged, |piece| {
-                let end = TUN_HEADROOM + piece.len();
-                room[TUN_HEADROOM..end].copy_from_slice(piece);
-                if device.send(&room[..end]).is_ok() {
-                    shell.tun_written_bytes += piece.len() as u64;
-                    engine.delivered(packet.slot, 1, piece.len() as u64);
-                } else {
-                    engine.lost(Drop::TunWrite, packet.slot, 1, piece.len() as u64);
-                }
-            })
-        });
-        if let Err(error) = done {
-            tracing::debug!(%error, "what was merged could not be taken apart");
-            let group = group(&packet.buf);
-            engine.lost(Drop::TunWrite, packet.slot, group.packets, group.bytes);
+    fn write_group(&self, group: &Group, out: &Out) -> io::Result<()> {
+        let (packets, arena) = (out.tun(), out.tun_bytes());
+        if self.tso {
+            self.merger.in_one(group, packets, arena, |slices| self.device.send_vectored(slices))?;
+        } else {
+            self.device.send(packets[group.first].of(arena))?;
+        }
+        Ok(())
+    }
+
+    /// Writes one by one what the kernel refuses together.
+    fn write_apart(&self, group: &Group, out: &Out, engine: &mut Engine, shell: &mut ShellState) {
+        for packet in self.merger.members(group).map(|number| out.tun()[number]) {
+            let slices = [&[0; VIRTIO_NET_HDR_LEN], packet.of(out.tun_bytes())].map(IoSlice::new);
+            let bytes = packet.len as u64;
+            if self.device.send_vectored(&slices).is_ok() {
+                shell.tun_written_bytes += bytes;
+                engine.delivered(packet.slot, 1, bytes);
+            } else {
+                engine.lost(Drop::TunWrite, packet.slot, 1, bytes);
+            }
         }
     }
 }

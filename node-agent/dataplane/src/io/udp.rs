@@ -88,19 +88,20 @@ impl Sockets {
     }
 
     /// Receives from the sockets that are `ready`, in the order of [`Self::fds`], into `buffers` ([`BATCH`] ×
-    /// [`BUFFER_BYTES`]), handing each datagram to `each`. What has nothing more is not ready any more.
+    /// [`BUFFER_BYTES`]), handing each datagram to `each`. What did not fill them has nothing more and is not ready any
+    /// more; says whether anything is.
     pub(crate) fn receive(
         &self,
         ready: &mut [bool; 2],
         buffers: &mut [u8],
         mut each: impl FnMut(&[u8], &RecvMeta),
-    ) -> usize {
-        let mut received = 0;
+    ) -> bool {
+        let mut more = false;
         for (half, ready) in self.v4.iter().chain(&self.v6).zip(ready).filter(|(_, ready)| **ready) {
             let mut meta = [RecvMeta::default(); BATCH];
             let count = half.receive(buffers, &mut meta).unwrap_or(0);
-            *ready = count > 0;
-            received += count;
+            *ready = count == BATCH;
+            more |= *ready;
             for (buffer, meta) in buffers.chunks_exact(BUFFER_BYTES).zip(&meta).take(count) {
                 // A super-packet may end with a shorter message of another kind: every segment is looked at.
                 for segment in buffer[..meta.len].chunks(meta.stride.max(1)) {
@@ -108,7 +109,7 @@ impl Sockets {
                 }
             }
         }
-        received
+        more
     }
 
     /// Sends all datagrams of `out`, runs to one endpoint in one call, and tells the engine what left.

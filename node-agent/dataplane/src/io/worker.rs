@@ -1,18 +1,19 @@
-//! A worker: everything that touches the packets of its peers, on one thread.
+//! A worker: everything that touches the packets of its peers, on one thread, or on another while that sleeps ([`Desk`]).
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::time::{ClockId, clock_gettime};
 
+use super::desk::{Acting, Desk};
 use super::mailbox::{DeviceState, Mailbox, Reply, Request, ShellState};
 use super::panics::{Panics, Verdict};
 use super::ring::Neighbours;
 use super::tun::{Read, Tun};
 use super::udp::{self, BATCH, BUFFER_BYTES, Sockets};
+use super::wait::{Ready, Wait};
 use super::watch::Pulse;
 use crate::change::{DeviceChange, PeerChange, Refused, canonical};
 use crate::drops::Drop;
@@ -49,7 +50,7 @@ pub(crate) struct Worker {
     pub(crate) engine: Engine,
     pub(crate) tun: Tun,
     pub(crate) journal: Option<Arc<Mutex<Journal>>>,
-    pub(crate) mailbox: Mailbox,
+    wait: Arc<Wait>,
     neighbours: Neighbours,
     pulse: Arc<Pulse>,
     net: Net,
@@ -60,8 +61,16 @@ pub(crate) struct Worker {
     started_ms: u64,
     next_tick_ms: u64,
     next_mtu_ms: u64,
+    /// Until when it sleeps if nothing wakes it.
+    wakes_ms: u64,
+    /// Something is left that will not wake it.
+    more: bool,
+    /// Somebody has acted for it since its last pass.
+    was_asked: bool,
     reading: Reading,
     end: Option<End>,
+    /// It panicked too often, or the host failed it.
+    gave_up: bool,
 }
 
 /// The errors that the TUN has answered with since it last did as asked.
@@ -92,20 +101,6 @@ pub(crate) fn boot_ms() -> u64 {
     boot.tv_sec.unsigned_abs() * 1_000 + boot.tv_nsec.unsigned_abs() / 1_000_000
 }
 
-/// What has something to read. What has not need not be asked: it will wake the worker.
-#[derive(Clone, Copy, Debug, Default)]
-struct Ready {
-    mailbox: bool,
-    tun: bool,
-    sockets: [bool; 2],
-}
-
-impl Ready {
-    fn is_nothing(self) -> bool {
-        !self.mailbox && !self.tun && self.sockets == [false; 2]
-    }
-}
-
 /// The sockets and what was asked of them.
 #[derive(Default)]
 struct Net {
@@ -120,15 +115,16 @@ impl Worker {
         engine: Engine,
         tun: Tun,
         journal: Option<Arc<Mutex<Journal>>>,
-        mailbox: Mailbox,
+        mailbox: &Mailbox,
         neighbours: Neighbours,
         started_ms: u64,
-    ) -> Self {
-        Self {
+    ) -> io::Result<Self> {
+        let wait = Arc::new(Wait::new(mailbox.fd(), tun.fd())?);
+        Ok(Self {
             engine,
             tun,
             journal,
-            mailbox,
+            wait,
             neighbours,
             pulse: Arc::default(),
             net: Net::default(),
@@ -139,9 +135,13 @@ impl Worker {
             started_ms,
             next_tick_ms: 0,
             next_mtu_ms: 0,
+            wakes_ms: 0,
+            more: false,
+            was_asked: false,
             reading: Reading::default(),
             end: None,
-        }
+            gave_up: false,
+        })
     }
 
     /// By which others see that it still works.
@@ -149,38 +149,31 @@ impl Worker {
         Arc::clone(&self.pulse)
     }
 
-    /// Runs until it is told to stop or the interface is gone.
-    ///
-    /// # Errors
-    /// When the host fails it, or when it panics too often: it is to be started anew.
-    pub(crate) fn run(mut self) -> io::Result<End> {
-        let mut worked = false;
-        loop {
-            let ready = self.wait(worked)?;
-            let is_quiet = !worked && ready.is_nothing();
-            // A panic costs the packets of one pass, not the sessions of everybody (trap 16).
-            self.engine.enter();
-            let done = catch_unwind(AssertUnwindSafe(|| self.pass(ready, is_quiet)));
-            self.engine.leave();
-            self.pulse.beat();
-            match done {
-                Ok(did) => worked = did?,
-                Err(_) => {
-                    self.shell.panics += 1;
-                    tracing::error!(panics = self.shell.panics, "a pass of the worker panicked; its packets are lost");
-                    self.out.clear_net();
-                    self.out.clear_tun();
-                    // what it left waits for nothing
-                    worked = true;
-                    if self.panics.one(self.now().mono_ms) == Verdict::GiveUp {
-                        return Err(io::Error::other("the worker panicked again and again"));
-                    }
-                }
-            }
-            if let Some(end) = self.end {
-                return Ok(end);
+    /// Does one pass. A panic costs the packets of it, not the sessions of everybody (trap 16).
+    fn turn(&mut self, ready: Ready, mailbox: &Mailbox) -> io::Result<()> {
+        let was_asked = std::mem::take(&mut self.was_asked);
+        let is_quiet = !self.more && !was_asked && ready.is_nothing();
+        // What a panic leaves waits for nothing.
+        self.more = self.survive(|worker| worker.pass(ready, is_quiet, mailbox)).unwrap_or(Ok(true))?;
+        self.pulse.beat();
+        if self.gave_up { Err(io::Error::other("the worker panicked again and again")) } else { Ok(()) }
+    }
+
+    /// None if it panicked.
+    fn survive<T>(&mut self, act: impl FnOnce(&mut Self) -> T) -> Option<T> {
+        self.engine.enter();
+        let done = catch_unwind(AssertUnwindSafe(|| act(self)));
+        self.engine.leave();
+        if done.is_err() {
+            self.shell.panics += 1;
+            tracing::error!(panics = self.shell.panics, "the worker panicked; the packets it had are lost");
+            self.out.clear_net();
+            self.out.clear_tun();
+            if self.panics.one(self.now().mono_ms) == Verdict::GiveUp {
+                self.gave_up = true;
             }
         }
+        done.ok()
     }
 
     fn now(&self) -> Now {
@@ -191,42 +184,29 @@ impl Worker {
         }
     }
 
-    fn wait(&self, worked: bool) -> io::Result<Ready> {
+    /// When there is something to do though nothing wakes it.
+    fn next_ms(&self, now: Now) -> u64 {
         let patience_ms = if self.engine.has_work_ahead() { QUIET_MS } else { SECOND_MS };
-        let until_tick = self.next_tick_ms.saturating_sub(self.now().mono_ms);
-        let timeout_ms = if worked { 0 } else { until_tick.min(patience_ms) };
-        let nanos = i64::try_from(timeout_ms * 1_000_000).expect("at most a second");
-        let timeout = Timespec { tv_sec: nanos / 1_000_000_000, tv_nsec: nanos % 1_000_000_000 };
-        let (mailbox, tun) = (self.mailbox.fd(), self.tun.fd());
-        let mut sockets = self.net.sockets.iter().flat_map(Sockets::fds);
-        let mut fds = [mailbox, tun, sockets.next().unwrap_or(mailbox), sockets.next().unwrap_or(mailbox)]
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        match poll(&mut fds, Some(&timeout)) {
-            Ok(_) => {
-                let [mailbox, tun, first, second] = fds.map(|fd| !fd.revents().is_empty());
-                Ok(Ready { mailbox, tun, sockets: [first, second] })
-            }
-            Err(rustix::io::Errno::INTR) => Ok(Ready::default()),
-            Err(error) => Err(error.into()),
-        }
+        if self.more { now.mono_ms } else { self.next_tick_ms.min(now.mono_ms + patience_ms) }
     }
 
-    /// One round over everything that may be ready; says whether there was anything.
-    fn pass(&mut self, ready: Ready, is_quiet: bool) -> io::Result<bool> {
+    /// One round over everything that may be ready; says whether it has left anything that will not wake the worker.
+    /// Sockets and the TUN do as long as there is something to read.
+    fn pass(&mut self, ready: Ready, is_quiet: bool, mailbox: &Mailbox) -> io::Result<bool> {
         let now = self.now();
         if is_quiet {
             self.engine.work_ahead();
         }
         if ready.mailbox {
             // First, so that what comes in later wakes again.
-            self.mailbox.clear_wake();
+            mailbox.clear_wake();
         }
-        let mut worked = self.receive_parcels(now);
-        worked |= self.receive(now, ready.sockets);
+        let mut more = self.receive_parcels(now);
+        self.receive(now, ready.sockets);
         if ready.tun {
-            worked |= self.read_tun(now)?;
+            self.read_tun(now)?;
         }
-        worked |= self.engine.on_handshakes(now, &mut self.out);
+        more |= self.engine.on_handshakes(now, &mut self.out);
         if now.mono_ms >= self.next_mtu_ms {
             self.next_mtu_ms = now.mono_ms + SECOND_MS;
             match self.tun.mtu() {
@@ -239,21 +219,25 @@ impl Worker {
             self.next_tick_ms = now.mono_ms + self.engine.tick_interval_ms();
         }
         self.flush();
-        self.settle();
-        worked |= self.read_mail(now);
-        // Work may have appeared for a tick that was a second away.
-        self.next_tick_ms = self.next_tick_ms.min(now.mono_ms + self.engine.tick_interval_ms());
-        Ok(worked)
+        more |= self.settle() == libc::EAGAIN;
+        more |= self.read_mail(now, mailbox);
+        self.plan_tick(now);
+        Ok(more)
     }
 
-    /// What the kernel gave to other workers.
+    /// Work may have appeared for a tick that was a second away.
+    fn plan_tick(&mut self, now: Now) {
+        self.next_tick_ms = self.next_tick_ms.min(now.mono_ms + self.engine.tick_interval_ms());
+    }
+
+    /// What the kernel gave to other workers; says whether there may be more.
     fn receive_parcels(&mut self, now: Now) -> bool {
         for (slot, astray) in self.neighbours.inbox.losses() {
             self.engine.went_astray(slot, astray);
         }
-        for parcels in 0..MAX_PARCELS {
+        for _ in 0..MAX_PARCELS {
             let Some(parcel) = self.neighbours.inbox.next() else {
-                return parcels > 0;
+                return false;
             };
             self.engine.on_parcel(now, &parcel, &mut self.out);
             if self.out.wants_flush() {
@@ -263,40 +247,37 @@ impl Worker {
         true
     }
 
-    fn receive(&mut self, now: Now, mut ready: [bool; 2]) -> bool {
-        let mut worked = false;
+    fn receive(&mut self, now: Now, mut ready: [bool; 2]) {
         for _ in 0..MAX_RECEIVES {
             let Some(sockets) = &self.net.sockets else {
-                break;
+                return;
             };
             let (engine, out) = (&mut self.engine, &mut self.out);
-            let count = sockets.receive(&mut ready, &mut self.buffers, |segment, meta| {
+            let more = sockets.receive(&mut ready, &mut self.buffers, |segment, meta| {
                 let origin = Origin { from: canonical(meta.addr), to: meta.dst_ip, ecn: udp::ecn(meta) };
                 engine.on_udp(now, segment, origin, out);
             });
-            worked |= count > 0;
             if self.out.wants_flush() {
                 self.flush();
             }
-            if count == 0 {
-                break;
+            if !more {
+                return;
             }
         }
-        worked
     }
 
-    fn read_tun(&mut self, now: Now) -> io::Result<bool> {
-        for reads in 0..MAX_READS {
+    fn read_tun(&mut self, now: Now) -> io::Result<()> {
+        for _ in 0..MAX_READS {
             let (engine, out) = (&mut self.engine, &mut self.out);
             match self.tun.read(&mut self.shell, |packet| engine.on_tun(now, packet, out)) {
                 Ok(Read::Packet) => self.reading.works(),
                 Ok(Read::Nothing) => {
                     self.reading.works();
-                    return Ok(reads > 0);
+                    return Ok(());
                 }
                 Ok(Read::Gone) => {
                     self.end = Some(End::InterfaceGone);
-                    return Ok(true);
+                    return Ok(());
                 }
                 // What the kernel made and we cannot split; it is gone.
                 Err(error) if error.raw_os_error().is_none() => {
@@ -308,14 +289,14 @@ impl Worker {
                     if self.reading.fails(now) {
                         return Err(error);
                     }
-                    return Ok(reads > 0);
+                    return Ok(());
                 }
             }
             if self.out.wants_flush() {
                 self.flush();
             }
         }
-        Ok(true)
+        Ok(())
     }
 
     fn flush(&mut self) {
@@ -357,9 +338,11 @@ impl Worker {
         }
     }
 
-    fn read_mail(&mut self, now: Now) -> bool {
+    /// Says whether there was a letter: the next one comes as soon as it is answered, or is there, or something waits for the
+    /// journal.
+    fn read_mail(&mut self, now: Now, mailbox: &Mailbox) -> bool {
         for letters in 0..MAX_LETTERS {
-            let Some(mail) = self.mailbox.next() else {
+            let Some(mail) = mailbox.next() else {
                 return letters > 0;
             };
             let reply = self.handle(now, mail.request);
@@ -431,7 +414,9 @@ impl Worker {
         };
         if let Some(port) = wanted {
             let (offloads, shard) = (self.tun.offloads(), self.engine.shard());
-            self.net.sockets = Some(Sockets::bind(port, self.net.fwmark, offloads, shard)?);
+            let sockets = Sockets::bind(port, self.net.fwmark, offloads, shard)?;
+            self.wait.add_sockets(&sockets)?;
+            self.net.sockets = Some(sockets);
         }
         if let (Some(ack), Some(journal)) = (change.journal_ack, &self.journal) {
             journal.lock().unwrap_or_else(PoisonError::into_inner).acknowledge(ack)?;
@@ -482,6 +467,53 @@ impl Worker {
             fwmark: self.net.fwmark,
             shell,
             workers: Vec::new(),
+        }
+    }
+}
+
+impl Acting for Worker {
+    fn act(&mut self, request: Request) -> Reply {
+        self.was_asked = true;
+        let now = self.now();
+        let reply = self.survive(|worker| worker.handle(now, request));
+        // What waits for the journal, or was left by a panic, does not wake it.
+        self.more |= !matches!(reply, Some(Reply::Changed { settled: true, .. }));
+        self.plan_tick(now);
+        reply.unwrap_or(Reply::Done(libc::EIO))
+    }
+
+    fn has_ended(&self) -> bool {
+        self.gave_up || self.end.is_some()
+    }
+
+    fn is_due(&self) -> bool {
+        self.gave_up || self.next_ms(self.now()) < self.wakes_ms
+    }
+}
+
+impl Desk<Worker> {
+    /// Runs the worker until it is told to stop or the interface is gone.
+    ///
+    /// # Errors
+    /// When the host fails it, or when it panics too often: it is to be started anew.
+    pub(crate) fn run(&self, mailbox: &Mailbox) -> io::Result<End> {
+        // Nobody is to act for one that nobody runs.
+        self.turns(mailbox).inspect_err(|_| self.take().gave_up = true)
+    }
+
+    fn turns(&self, mailbox: &Mailbox) -> io::Result<End> {
+        let wait = Arc::clone(&self.take().wait);
+        let mut timeout_ms = 0;
+        loop {
+            let ready = wait.wait(timeout_ms)?;
+            let mut worker = self.take();
+            worker.turn(ready, mailbox)?;
+            if let Some(end) = worker.end {
+                return Ok(end);
+            }
+            let now = worker.now();
+            worker.wakes_ms = worker.next_ms(now);
+            timeout_ms = worker.wakes_ms.saturating_sub(now.mono_ms);
         }
     }
 }

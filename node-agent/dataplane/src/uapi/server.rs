@@ -243,9 +243,10 @@ impl Server {
         if replace_peers {
             self.done(Request::BeginReplace)?;
         }
+        let most = peers.len().min(CHUNK);
         let mut peers = peers.into_iter().flat_map(|peer| peer.parts(CHUNK_PREFIXES)).peekable();
         while errno == 0 && peers.peek().is_some() {
-            errno = self.done(Request::Peers(chunk(&mut peers)))?;
+            errno = self.done(Request::Peers(chunk(&mut peers, most)))?;
         }
         // What was begun is ended, even when a peer was refused; but that peer may be one of an earlier process.
         if replace_peers || (end_replace && errno == 0) {
@@ -263,8 +264,9 @@ impl Server {
     }
 }
 
-fn chunk(peers: &mut impl Iterator<Item = PeerChange>) -> Vec<PeerChange> {
-    let mut chunk = Vec::with_capacity(CHUNK);
+/// `most` is how many there will be, most often.
+fn chunk(peers: &mut impl Iterator<Item = PeerChange>, most: usize) -> Vec<PeerChange> {
+    let mut chunk = Vec::with_capacity(most);
     let mut prefixes = 0;
     while chunk.len() < CHUNK
         && prefixes < CHUNK_PREFIXES
@@ -648,7 +650,7 @@ mod tests {
         let sizes = |prefixes: &[usize]| {
             let peer = |len: &usize| PeerChange { removed_ips: vec![Default::default(); *len], ..Default::default() };
             let mut peers = prefixes.iter().map(peer);
-            std::iter::from_fn(|| Some(chunk(&mut peers).len()).filter(|len| *len > 0)).collect::<Vec<_>>()
+            std::iter::from_fn(|| Some(chunk(&mut peers, CHUNK).len()).filter(|len| *len > 0)).collect::<Vec<_>>()
         };
         assert_eq!(sizes(&[1; CHUNK + 1]), [CHUNK, 1]);
         assert_eq!(sizes(&[CHUNK_PREFIXES - 1, 1, 5]), [2, 1]);
