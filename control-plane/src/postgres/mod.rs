@@ -2,10 +2,11 @@
 //!
 //! Reached through a unix socket in a folder of mode 0700 only; who connects is known from the kernel (peer
 //! authentication), so there is no password to keep. Started with dropped privileges when we are root. It outlives a
-//! crash of its parent and is adopted by the next one. Deliberately absent: TCP, backups, tuning.
+//! crash of its parent and is adopted by the next one. Deliberately absent: TCP, backups, tuning beyond the size of its cache.
 
 mod binaries;
 mod cluster;
+mod memory;
 pub mod scratch;
 mod settings;
 

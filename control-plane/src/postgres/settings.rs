@@ -5,8 +5,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, fchown};
 use std::path::Path;
 
-use super::Durability;
 use super::binaries::Account;
+use super::{Durability, memory};
 
 /// The superuser of the cluster; only for creating the roles and the database.
 pub(super) const SUPERUSER: &str = "postgres";
@@ -25,10 +25,11 @@ pub(super) fn write(
     put(&data.join("pg_ident.conf"), &ident, them)?;
     put(&data.join("pg_hba.conf"), "local all all peer map=cvault\n", them)?;
     put(&data.join("postgresql.auto.conf"), "", them)?;
-    put(&data.join("postgresql.conf"), &settings(sockets, durability), them)
+    let buffers = memory::buffers_mib(durability, memory::available());
+    put(&data.join("postgresql.conf"), &settings(sockets, durability, buffers), them)
 }
 
-fn settings(sockets: &Path, durability: Durability) -> String {
+fn settings(sockets: &Path, durability: Durability, buffers_mib: u64) -> String {
     let sockets = sockets.display().to_string().replace('\'', "''");
     let durable = match durability {
         Durability::Durable => "fsync = on\nsynchronous_commit = on\nfull_page_writes = on\n",
@@ -39,7 +40,7 @@ fn settings(sockets: &Path, durability: Durability) -> String {
          unix_socket_directories = '{sockets}'\n\
          unix_socket_permissions = 0777\n\
          max_connections = 200\n\
-         shared_buffers = 128MB\n\
+         shared_buffers = {buffers_mib}MB\n\
          update_process_title = off\n\
          timezone = 'UTC'\nlog_timezone = 'UTC'\n\
          # a log that never holds a value: statements carry signed tenant contexts\n\
