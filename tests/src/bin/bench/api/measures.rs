@@ -31,6 +31,8 @@ const PATIENCE: Duration = Duration::from_secs(180);
 const ROUNDS: usize = 3;
 /// The same of registrations, whose 99th percentile one slow moment of the machine decides in a run.
 const PAIRS: usize = 5;
+/// Of these, as many as may be made again because the host took more than [`DISTURBED`].
+const SPARE_PAIRS: usize = 2;
 /// Percent of the processors: a run of reads that the host of a virtual machine took more of says little of us.
 const DISTURBED: f64 = 8.0;
 /// Then it is made again, so many times in all.
@@ -61,20 +63,26 @@ impl Bench {
         platform.region("one", &["wide"; SERVERS])?;
         let tenant = platform.tenant("Bench", UNLIMITED).await?;
         platform.users(&tenant, size.users).await?;
-        let people = platform.vouched(&tenant, "person", size.people).await?;
-        let readers = platform.vouched(&tenant, "reader", size.clients).await?;
-        let bench = Self {
+        let mut bench = Self {
             platform,
             tenant,
-            people,
-            readers,
+            people: Vec::new(),
+            readers: Vec::new(),
             size,
             rows: Vec::new(),
             promised: Cell::new(0),
             runs: Cell::new(0),
         };
+        bench.let_in().await?;
         bench.equip_readers().await?;
         Ok(bench)
+    }
+
+    /// New tokens for all: they last for a quarter of an hour, and the measures altogether for longer.
+    async fn let_in(&mut self) -> Result<()> {
+        self.people = self.platform.vouched(&self.tenant, "person", self.size.people).await?;
+        self.readers = self.platform.vouched(&self.tenant, "reader", self.size.clients).await?;
+        Ok(())
     }
 
     async fn equip_readers(&self) -> Result<()> {
@@ -213,16 +221,24 @@ impl Bench {
     }
 
     /// Registrations in two regions in turn, so that both meet the same machine, for at most so many seconds in each; the second
-    /// one's are what is measured.
+    /// one's are what is measured. As there is no room for many, no more than [`SPARE_PAIRS`] are made again that the host disturbed.
     async fn in_turn(&self, seconds: f64, beside: &str, region: &str) -> Result<(Vec<Load>, Vec<Load>)> {
         let (mut base, mut ours) = (Vec::new(), Vec::new());
-        let time = Duration::from_secs_f64(seconds / PAIRS as f64).min(self.size.short / 3);
+        let time = Duration::from_secs_f64(seconds / (PAIRS + SPARE_PAIRS) as f64).min(self.size.short / 3);
         self.calm().await?;
-        for round in 0..PAIRS {
-            for second in [round % 2 == 1, round % 2 == 0] {
-                let load = self.register(time, if second { region } else { beside }).await?;
-                refuse(&load)?;
-                if second { ours.push(load) } else { base.push(load) }
+        let mut spare = SPARE_PAIRS;
+        while ours.len() < PAIRS {
+            let regions = if ours.len() % 2 == 0 { [beside, region] } else { [region, beside] };
+            let run = async || Ok([self.register(time, regions[0]).await?, self.register(time, regions[1]).await?]);
+            let (loads, steal) = measured(&run).await?;
+            loads.iter().try_for_each(refuse)?;
+            if steal > DISTURBED && spare > 0 && self.size.judged {
+                eprintln!("bench: the host took {steal:.0} % of the processors: once more");
+                spare -= 1;
+                continue;
+            }
+            for (load, of) in loads.into_iter().zip(regions) {
+                if of == region { ours.push(load) } else { base.push(load) }
             }
         }
         Ok((base, ours))
@@ -343,6 +359,7 @@ impl Bench {
     }
 
     async fn reads(&mut self) -> Result<()> {
+        self.let_in().await?;
         self.calm().await?;
         let (load, steal) = self.undisturbed(async || self.read(&self.readers, Pace::Closed).await).await?;
         self.figure("reads", "1/s", load.rate(), Some(Must::AtLeast(READS)));
@@ -447,6 +464,7 @@ impl Bench {
 
     /// A steady trickle of reads of one tenant, alone and beside one that asks ten times what it may.
     async fn noise(&mut self) -> Result<()> {
+        self.let_in().await?;
         let noisy = self.platform.tenant("Noisy", NOISY_LIMIT).await?;
         let noisy = &self.platform.vouched(&noisy, "person", NOISY_CLIENTS).await?;
         self.calm().await?;
@@ -496,6 +514,7 @@ impl Bench {
 
     /// Passwords checked as fast as they can be, and what everybody else feels of it: who reads, and who registers devices.
     async fn logins(&mut self) -> Result<()> {
+        self.let_in().await?;
         self.platform.region("quiet", &["wide"])?;
         self.calm().await?;
         let (mut reads, mut writes) = ((Vec::new(), Vec::new()), (Vec::new(), Vec::new()));
