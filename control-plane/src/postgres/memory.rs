@@ -24,17 +24,24 @@ pub(super) fn buffers_mib(durability: Durability, memory: u64) -> u64 {
 pub(super) fn available() -> u64 {
     let info = rustix::system::sysinfo();
     let host = info.totalram.saturating_mul(u64::from(info.mem_unit));
-    let group = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    limits(&group).fold(host, u64::min)
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    limits(Path::new("/sys/fs/cgroup"), &groups).fold(host, u64::min)
 }
 
-/// Of this group and all above it (cgroups, version 2). One without a limit says `max`.
-fn limits(group: &str) -> impl Iterator<Item = u64> {
-    let own = group.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-    let files = Path::new("/sys/fs/cgroup").join(own);
-    let files: Vec<_> =
-        files.ancestors().take_while(|path| path.starts_with("/sys/fs/cgroup")).map(Path::to_owned).collect();
-    files.into_iter().filter_map(|path| fs::read_to_string(path.join("memory.max")).ok()?.trim().parse().ok())
+/// Of these control groups (as /proc/self/cgroup has them, of both versions) and of all above them. Of a version 2 group without a
+/// limit the file says `max`, of version 1 a number that no host has.
+fn limits(root: &Path, groups: &str) -> impl Iterator<Item = u64> {
+    let files = groups.lines().flat_map(|line| {
+        let (top, path, file) = match line.splitn(3, ':').collect::<Vec<_>>()[..] {
+            ["0", "", path] => (root.to_owned(), path, "memory.max"),
+            [_, "memory", path] => (root.join("memory"), path, "memory.limit_in_bytes"),
+            _ => return Vec::new(),
+        };
+        let own = top.join(path.trim_start_matches('/'));
+        own.ancestors().take_while(|group| group.starts_with(&top)).map(|group| group.join(file)).collect()
+    });
+    let files: Vec<_> = files.collect();
+    files.into_iter().filter_map(|file| fs::read_to_string(file).ok()?.trim().parse().ok())
 }
 
 #[cfg(test)]
@@ -46,11 +53,25 @@ mod tests {
         let durable = |mib: u64| buffers_mib(Durability::Durable, mib * MIB);
         assert_eq!([512, 2048, 24_576, 262_144].map(durable), [128, 256, 3072, 4096]);
         assert_eq!(buffers_mib(Durability::Scratch, 262_144 * MIB), 128);
+        assert!(available() > 64 * MIB);
     }
 
     #[test]
-    fn a_host_has_some_and_a_group_that_is_not_there_no_limit() {
-        assert!(available() > 64 * MIB);
-        assert_eq!(limits("0::/no/such/group\n").filter(|limit| *limit < 64 * MIB).count(), 0);
+    fn limits_of_control_groups_of_both_versions_are_found_up_to_the_top() {
+        let root = tempfile::tempdir().unwrap();
+        let put = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        put("memory.max", "7000\n");
+        put("a/memory.max", "max\n");
+        put("a/b/memory.max", "5000\n");
+        put("memory/memory.limit_in_bytes", "9223372036854771712\n");
+        put("memory/c/memory.limit_in_bytes", "3000\n");
+        let found = |groups: &str| limits(root.path(), groups).collect::<Vec<_>>();
+        assert_eq!(found("0::/a/b\n"), [5000, 7000]);
+        assert_eq!(found("4:memory:/c/not/seen/from/here\n1:cpu:/a\n0::/\n"), [3000, 9_223_372_036_854_771_712, 7000]);
+        assert_eq!(found("no such thing\n"), [0; 0]);
     }
 }

@@ -1,5 +1,5 @@
 //! A worker, and who may act for it: its own thread, which has it while it does anything, and whoever asks for little while
-//! that sleeps, so that nobody need be woken.
+//! that sleeps, and so need not wait for it to wake.
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How long an asker stays awake: a worker answers a small change within it, and to be put to sleep and woken takes longer.
 const ATTENTION: Duration = Duration::from_micros(20);
 
-/// Peers, and prefixes of theirs, of a change that takes microseconds.
+/// Peers, and prefixes named for them, of a change that is small.
 const SMALL: usize = 8;
 
 pub(crate) enum Request {
@@ -40,7 +40,7 @@ pub(crate) enum Request {
 }
 
 impl Request {
-    /// Whether it takes microseconds.
+    /// Whether it takes microseconds, as a rule.
     pub(super) fn is_small(&self) -> bool {
         let Self::Peers(changes) = self else {
             return false;

@@ -42,6 +42,15 @@ const READS: f64 = 5_000.0;
 /// Of a region: a minute's devices are more than one server may have.
 const SERVERS: usize = 4;
 
+/// Registrations in two regions in turn.
+#[derive(Default)]
+struct Pairs {
+    base: Vec<Load>,
+    ours: Vec<Load>,
+    /// What the host took in the worst of them.
+    steal: f64,
+}
+
 pub(crate) struct Bench {
     platform: Platform,
     tenant: Tenant,
@@ -214,43 +223,44 @@ impl Bench {
             self.fill_servers().await?;
             // nowhere past the end of a server
             let room = SERVERS as f64 * 50_000.0 / first.rate();
-            let (few, full) = self.in_turn(room, "few", "two").await?;
-            self.compare("registrations_65000_present", &full, ("with few devices", &few))?;
+            let pairs = self.in_turn(room, "few", "two").await?;
+            self.compare("registrations_65000_present", "with few devices", &pairs)?;
         }
         Ok(())
     }
 
     /// Registrations in two regions in turn, so that both meet the same machine, for at most so many seconds in each; the second
     /// one's are what is measured. As there is no room for many, no more than [`SPARE_PAIRS`] are made again that the host disturbed.
-    async fn in_turn(&self, seconds: f64, beside: &str, region: &str) -> Result<(Vec<Load>, Vec<Load>)> {
-        let (mut base, mut ours) = (Vec::new(), Vec::new());
+    async fn in_turn(&self, seconds: f64, beside: &str, region: &str) -> Result<Pairs> {
+        let Pairs { mut base, mut ours, mut steal } = Pairs::default();
         let time = Duration::from_secs_f64(seconds / (PAIRS + SPARE_PAIRS) as f64).min(self.size.short / 3);
         self.calm().await?;
         let mut spare = SPARE_PAIRS;
         while ours.len() < PAIRS {
             let regions = if ours.len() % 2 == 0 { [beside, region] } else { [region, beside] };
             let run = async || Ok([self.register(time, regions[0]).await?, self.register(time, regions[1]).await?]);
-            let (loads, steal) = measured(&run).await?;
+            let (loads, taken) = measured(&run).await?;
             loads.iter().try_for_each(refuse)?;
-            if steal > DISTURBED && spare > 0 && self.size.judged {
-                eprintln!("bench: the host took {steal:.0} % of the processors: once more");
+            if taken > DISTURBED && spare > 0 && self.size.judged {
+                eprintln!("bench: the host took {taken:.0} % of the processors: once more");
                 spare -= 1;
                 continue;
             }
+            steal = taken.max(steal);
             for (load, of) in loads.into_iter().zip(regions) {
                 if of == region { ours.push(load) } else { base.push(load) }
             }
         }
-        Ok((base, ours))
+        Ok(Pairs { base, ours, steal })
     }
 
-    fn compare(&mut self, measure: &str, ours: &[Load], beside: (&str, &[Load])) -> Result<()> {
+    fn compare(&mut self, measure: &str, name: &str, pairs: &Pairs) -> Result<()> {
         let rate =
             |loads: &[Load]| median(&loads.iter().map(Load::rate).collect::<Vec<_>>()).context("nothing registered");
-        let (name, base) = beside;
-        self.beside(measure, "1/s", rate(ours)?, (name, rate(base)?), Must::TimesAtLeast(0.9));
-        let (ours, base) = (p99(&Load::all(ours))?, p99(&Load::all(base))?);
+        self.beside(measure, "1/s", rate(&pairs.ours)?, (name, rate(&pairs.base)?), Must::TimesAtLeast(0.9));
+        let (ours, base) = (p99(&Load::all(&pairs.ours))?, p99(&Load::all(&pairs.base))?);
         self.beside(&format!("{measure}_p99"), "ms", ours, (name, base), Must::TimesAtMost(1.1));
+        self.figure(&format!("{measure}_steal"), "%", pairs.steal, None);
         Ok(())
     }
 
@@ -314,8 +324,8 @@ impl Bench {
         self.addresses_open("full").await?;
         // not to the last one: what is answered then is no registration
         let seconds = f64::from(last - taken) * 0.6 / probe.rate();
-        let (room, full) = self.in_turn(seconds, "room", "full").await?;
-        self.compare("registrations_pool_99_percent", &full, ("a pool with room", &room))
+        let pairs = self.in_turn(seconds, "room", "full").await?;
+        self.compare("registrations_pool_99_percent", "a pool with room", &pairs)
     }
 
     /// As tables are that were not filled a moment ago.

@@ -117,7 +117,7 @@ fn cells(row: &Row) -> [String; 7] {
 fn markdown(rows: &[Row], host: &Host, size: Size) -> String {
     let mut text = format!(
         "# The control plane under load\n\nCommit `{}`. Machine: {}. PostgreSQL 15 on the same machine, `fsync = on`,\n\
-         `synchronous_commit = on`; the load generator shares the processors. {} clients, {} s of registrations.\n\n\
+         `synchronous_commit = on`, its cache an eighth of the memory; the load generator shares the processors. {} clients, {} s of registrations.\n\n\
          A registration: API key and token checked, rate limit charged, limits of user and tenant under lock, key pair drawn and\n\
          its private half sealed (AES-256-GCM), address allocated, device and audit entry written, the server's revision and digest\n\
          moved, a durable commit, shared by those of a tenant that arrive together. After each run the devices are counted: as many\n\
