@@ -86,6 +86,9 @@ mod tests {
         let them = binaries::unprivileged(&us).unwrap();
         write(data.path(), Path::new("/run"), &us, &them, Durability::Durable).unwrap();
         assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+        let buffers = memory::buffers_mib(Durability::Durable, memory::available());
+        let conf = fs::read_to_string(data.path().join("postgresql.conf")).unwrap();
+        assert!(conf.contains(&format!("\nshared_buffers = {buffers}MB\n")), "{conf}");
         let after = fs::metadata(&victim).unwrap();
         assert_eq!((after.uid(), after.mode()), (before.uid(), before.mode()));
         let written = fs::symlink_metadata(data.path().join("pg_hba.conf")).unwrap();

@@ -17,6 +17,7 @@ pub(crate) trait Acting {
     fn is_due(&self) -> bool;
 }
 
+/// Where a worker is, for its own thread and for those who act for it.
 pub(crate) struct Desk<A> {
     acting: Mutex<A>,
     /// The thread waits for somebody who acts for it.

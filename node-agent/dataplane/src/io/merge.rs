@@ -7,7 +7,7 @@ use std::io::IoSlice;
 
 use tun_rs::{VIRTIO_NET_HDR_LEN, VirtioNetHdr, checksum};
 
-use super::split::{Pseudo, pseudo_header};
+use super::split::{Pseudo, TCP, UDP, pseudo_header};
 use crate::out::TunPacket;
 
 /// The largest packet the TUN takes.
@@ -22,8 +22,6 @@ const MAX_HEADERS: usize = VIRTIO_NET_HDR_LEN + 40 + 60;
 const FLOWS: usize = 512;
 /// No group, in their place.
 const NONE: u16 = u16::MAX;
-const TCP: u8 = 6;
-const UDP: u8 = 17;
 const ACK: u8 = 0x10;
 const PSH: u8 = 0x08;
 const DONT_FRAGMENT: u8 = 0x40;

@@ -7,8 +7,8 @@ use tun_rs::{VirtioNetHdr, checksum};
 
 /// More than IP and TCP with all their options take; the kernel offloads nothing with longer headers.
 const MAX_HEADERS: usize = 256;
-const TCP: u8 = 6;
-const UDP: u8 = 17;
+pub(super) const TCP: u8 = 6;
+pub(super) const UDP: u8 = 17;
 const FIN_AND_PSH: u8 = 0x09;
 const CWR: u8 = 0x80;
 

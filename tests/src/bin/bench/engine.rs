@@ -84,7 +84,7 @@ impl Engines {
             };
             if usual.is_file() {
                 found.add(peer, &usual)?;
-            } else {
+            } else if std::env::var_os(peer.variable).is_none() {
                 let way = match peer.place {
                     Place::Debian(_) => "install its package".to_owned(),
                     Place::Crate(_) => "build it from its crate with --install-peers".to_owned(),
