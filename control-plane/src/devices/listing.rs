@@ -1,6 +1,8 @@
 //! Users of a tenant who ask for their devices at the same time are answered by one statement: most of what a short one costs is
 //! its context and its beginning.
 
+use std::collections::VecDeque;
+
 use cvault_types::{ErrorCode, TenantId};
 
 use super::read::{Page, ServedDevice, pages};
@@ -29,10 +31,18 @@ impl Listing {
 }
 
 impl Reading {
-    async fn read(&self, tenant: TenantId, asked: &[Page]) -> Result<Vec<Vec<ServedDevice>>, DbError> {
+    /// Whoever's page is there has its answer before the others have theirs; `left` are those whose is not, if it fails.
+    async fn read(&self, tenant: TenantId, left: &mut VecDeque<Waiting<Self>>) -> Result<(), DbError> {
+        let asked: Vec<Page> = left.iter().map(|waiting| waiting.item).collect();
         let mut tx = self.0.single(tenant).await?;
-        let found = pages(&mut tx, asked).await;
-        tx.finish(found).await
+        let told = pages(&mut tx, &asked, |page| {
+            if let Some(Waiting { answer, .. }) = left.pop_front() {
+                // whoever asked may be gone
+                let _ = answer.send(Ok(page));
+            }
+        });
+        let told = told.await;
+        tx.finish(told).await
     }
 }
 
@@ -45,8 +55,10 @@ impl Serve for Reading {
     const MOST: usize = 32;
 
     async fn serve(&mut self, tenant: &TenantId, batch: Vec<Waiting<Self>>) {
-        let asked: Vec<Page> = batch.iter().map(|waiting| waiting.item).collect();
-        answer_each(batch, self.read(*tenant, &asked).await.map_err(Problem::from));
+        let mut left = VecDeque::from(batch);
+        if let Err(error) = self.read(*tenant, &mut left).await {
+            answer_each(left.into(), Err(Problem::from(error)));
+        }
     }
 }
 

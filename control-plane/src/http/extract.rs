@@ -1,9 +1,11 @@
 //! Strict extractors: a body, path or query that is not exactly what the route expects is refused with its fault named;
 //! a caller is who its credentials say, or nobody.
 
+use std::cell::RefCell;
 use std::fmt::Display;
 use std::time::Duration;
 
+use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, RawPathParams, Request};
 use axum::response::{IntoResponse, Response};
 use cvault_types::{ApiKeyId, ErrorCode, RequestId, TenantId, UserId};
@@ -34,8 +36,8 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest body of somebody without credentials: a few texts of a form.
 const STRANGERS_BODY_BYTES: usize = 16 << 10;
 const STRANGERS_BODY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Room that an answer is given at first: most need no more.
-const USUAL_ANSWER_BYTES: usize = 1024;
+/// Room in which a thread writes its answers, kept from one to the next: nearly all of them have room in it.
+const USUAL_ANSWER_BYTES: usize = 64 << 10;
 const USUAL_HEADERS: usize = 12;
 /// Characters of a field's name that an answer repeats.
 const LONGEST_NAME: usize = 64;
@@ -201,16 +203,32 @@ impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
 
 impl<T: serde::Serialize> IntoResponse for Json<T> {
     fn into_response(self) -> Response {
-        let mut body = Vec::with_capacity(USUAL_ANSWER_BYTES);
-        if let Err(error) = serde_json::to_writer(&mut body, &self.0) {
-            return Problem::internal(&error).into_response();
-        }
+        let body = match written(&self.0) {
+            Ok(body) => body,
+            Err(error) => return Problem::internal(&error).into_response(),
+        };
         let mut headers = HeaderMap::with_capacity(USUAL_HEADERS);
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         let mut response = Response::new(body.into());
         *response.headers_mut() = headers;
         response
     }
+}
+
+/// As JSON, in no more memory than it takes: an answer may wait for its client.
+fn written(answer: &impl serde::Serialize) -> serde_json::Result<Bytes> {
+    thread_local! {
+        static ROOM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+    ROOM.with_borrow_mut(|room| {
+        room.reserve(USUAL_ANSWER_BYTES);
+        let body = serde_json::to_writer(&mut *room, answer).map(|()| Bytes::copy_from_slice(room));
+        // there may be keys in it
+        room.fill(0);
+        room.clear();
+        room.shrink_to(USUAL_ANSWER_BYTES);
+        body
+    })
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
@@ -225,7 +243,7 @@ fn is_json(headers: &HeaderMap) -> bool {
         })
 }
 
-async fn read_body(request: Request, app: &App) -> Result<axum::body::Bytes, Problem> {
+async fn read_body(request: Request, app: &App) -> Result<Bytes, Problem> {
     let stranger = context::is_stranger();
     let (bytes, time) =
         if stranger { (STRANGERS_BODY_BYTES, STRANGERS_BODY_TIMEOUT) } else { (MAX_BODY_BYTES, BODY_TIMEOUT) };

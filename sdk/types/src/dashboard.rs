@@ -1,5 +1,7 @@
 //! `/api/v1/tenant/dashboard/*` and the lists beside it: what a tenant's people see of its users, devices and traffic.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
@@ -145,10 +147,10 @@ pub struct TenantDevice {
     pub device_name: String,
     #[schema(example = "macos")]
     pub platform: Option<String>,
-    #[schema(format = "ipv4", example = "10.8.0.45")]
-    pub assigned_ip: String,
-    #[schema(format = "ipv6", example = "fd00:cafe::2d")]
-    pub assigned_ipv6: String,
+    #[schema(value_type = String, format = "ipv4", example = "10.8.0.45")]
+    pub assigned_ip: Ipv4Addr,
+    #[schema(value_type = String, format = "ipv6", example = "fd00:cafe::2d")]
+    pub assigned_ipv6: Ipv6Addr,
     pub server_id: ServerId,
     #[schema(example = "us-east")]
     pub server_region: String,

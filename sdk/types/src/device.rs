@@ -1,5 +1,7 @@
 //! Devices: what the API takes and gives.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
@@ -59,10 +61,10 @@ pub struct RegisteredDevice {
     /// A WireGuard configuration file, ready for `wg-quick`.
     #[schema(value_type = String, example = "[Interface]\nPrivateKey = …\nAddress = 10.8.0.45/32, fd00:cafe::2d/128\nDNS = 1.1.1.1\nMTU = 1420\n\n[Peer]\nPublicKey = …\nAllowedIPs = 0.0.0.0/0, ::/0\nEndpoint = 203.0.113.10:51820\nPersistentKeepalive = 25\n")]
     pub config: Secret,
-    #[schema(example = "10.8.0.45", format = "ipv4")]
-    pub assigned_ip: String,
-    #[schema(example = "fd00:cafe::2d", format = "ipv6")]
-    pub assigned_ipv6: String,
+    #[schema(value_type = String, example = "10.8.0.45", format = "ipv4")]
+    pub assigned_ip: Ipv4Addr,
+    #[schema(value_type = String, example = "fd00:cafe::2d", format = "ipv6")]
+    pub assigned_ipv6: Ipv6Addr,
     pub status: DeviceStatus,
     /// From the arrival of the request to the server's acknowledgement; only with `status: active`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -97,10 +99,10 @@ pub struct Device {
     pub platform: Option<String>,
     #[schema(example = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=")]
     pub public_key: String,
-    #[schema(example = "10.8.0.45")]
-    pub assigned_ip: String,
-    #[schema(example = "fd00:cafe::2d")]
-    pub assigned_ipv6: String,
+    #[schema(value_type = String, example = "10.8.0.45")]
+    pub assigned_ip: Ipv4Addr,
+    #[schema(value_type = String, example = "fd00:cafe::2d")]
+    pub assigned_ipv6: Ipv6Addr,
     pub status: DeviceStatus,
     pub server_id: ServerId,
     #[schema(example = "us-east")]

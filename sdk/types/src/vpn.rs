@@ -1,5 +1,7 @@
 //! Connections of devices: what the API takes and gives.
 
+use std::net::Ipv4Addr;
+
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
@@ -44,8 +46,8 @@ pub struct Connected {
     /// A WireGuard configuration file, ready for `wg-quick`.
     #[schema(value_type = String, example = "[Interface]\nPrivateKey = …\nAddress = 10.8.0.45/32, fd00:cafe::2d/128\nDNS = 1.1.1.1\nMTU = 1420\n\n[Peer]\nPublicKey = …\nAllowedIPs = 0.0.0.0/0, ::/0\nEndpoint = 203.0.113.10:51820\nPersistentKeepalive = 25\n")]
     pub config: Secret,
-    #[schema(example = "10.8.0.45", format = "ipv4")]
-    pub assigned_ip: String,
+    #[schema(value_type = String, example = "10.8.0.45", format = "ipv4")]
+    pub assigned_ip: Ipv4Addr,
     pub server_id: ServerId,
     #[schema(example = "us-east")]
     pub server_region: String,
@@ -86,8 +88,8 @@ pub struct DeviceConnection {
     pub tunnel_up: bool,
     #[serde(with = "time::serde::rfc3339::option")]
     pub last_handshake_at: Option<OffsetDateTime>,
-    #[schema(example = "10.8.0.45")]
-    pub assigned_ip: String,
+    #[schema(value_type = String, example = "10.8.0.45")]
+    pub assigned_ip: Ipv4Addr,
     pub server_id: ServerId,
     #[schema(example = "us-east")]
     pub server_region: String,

@@ -102,7 +102,7 @@ async fn connected(app: &App, tx: &mut TenantTx, connection: &Connection) -> Res
         server_port: connection.server.endpoint_port,
         status: ConnectionStatus::Connected,
         config: config_text(app, &keys, connection.device.addresses, &connection.server, &client)?,
-        assigned_ip: connection.device.addresses.ipv4.to_string(),
+        assigned_ip: connection.device.addresses.ipv4,
         server_id: connection.server.id,
         server_region: connection.server.region.clone(),
     })
@@ -177,7 +177,7 @@ async fn status(State(app): State<App>, caller: Caller) -> Result<Json<VpnStatus
                 device_name: device.name,
                 status: status_of(session.is_some()),
                 last_handshake_at: device.last_handshake_at,
-                assigned_ip: device.addresses.ipv4.to_string(),
+                assigned_ip: device.addresses.ipv4,
                 server_id: device.server,
                 server_region: region,
                 session: session.map(|session| Session {

@@ -11,6 +11,9 @@ use super::worker::Worker;
 use crate::change::{DeviceChange, PeerChange};
 use crate::engine::{Notice, Shard};
 
+/// Peers that are changed at the same time, of all workers: there are tables of them and their prefixes.
+const TOGETHER: usize = 1024;
+
 /// The workers, and where every peer is. One change at a time: the server's clients take turns.
 pub(crate) struct Fleet {
     workers: Vec<Controller>,
@@ -221,7 +224,7 @@ impl Fleet {
     fn peers(&self, placement: &mut Placement, changes: Vec<PeerChange>) -> Result<Reply, WorkerGone> {
         let mut batch = Batch::new(self.workers.len());
         for change in changes {
-            if batch.conflicts(&change) {
+            if batch.conflicts(&change) || batch.keys.len() == TOGETHER {
                 let errno = self.apply(placement, &mut batch)?;
                 if errno != 0 {
                     return Ok(Reply::Done(errno));

@@ -13,7 +13,7 @@ use crate::engine::{DeviceView, Notice, PeerView};
 
 /// Requests that may wait. Callers block when it is full: they are control threads, never the data path.
 const BOUND: usize = 16;
-/// Longer than any pass of the worker, however busy.
+/// Longer than any letter takes the worker, however busy.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long an asker stays awake: a worker answers a small change within it, and to be put to sleep and woken takes longer.
 const ATTENTION: Duration = Duration::from_micros(20);
@@ -23,6 +23,7 @@ const SMALL: usize = 8;
 
 pub(crate) enum Request {
     Device(DeviceChange),
+    /// However many: they are made in portions, one in each pass.
     Peers(Vec<PeerChange>),
     BeginReplace,
     EndReplace,

@@ -2,14 +2,16 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, clock_gettime};
 
 use super::desk::{Acting, Desk};
-use super::mailbox::{DeviceState, Mailbox, Reply, Request, ShellState};
+use super::mailbox::{DeviceState, Mail, Mailbox, Reply, Request, ShellState};
 use super::panics::{Panics, Verdict};
+use super::portions::Portions;
 use super::ring::Neighbours;
 use super::tun::{Read, Tun};
 use super::udp::{self, BATCH, BUFFER_BYTES, Sockets};
@@ -67,6 +69,8 @@ pub(crate) struct Worker {
     more: bool,
     /// Somebody has acted for it since its last pass.
     was_asked: bool,
+    /// A letter about more peers than go into one pass, and who waits for its answer.
+    unfinished: Option<(Portions, SyncSender<Reply>)>,
     reading: Reading,
     end: Option<End>,
     /// It panicked too often, or the host failed it.
@@ -138,6 +142,7 @@ impl Worker {
             wakes_ms: 0,
             more: false,
             was_asked: false,
+            unfinished: None,
             reading: Reading::default(),
             end: None,
             gave_up: false,
@@ -338,18 +343,48 @@ impl Worker {
         }
     }
 
-    /// Says whether there was a letter: the next one comes as soon as it is answered, or is there, or something waits for the
-    /// journal.
+    /// Says whether there was anything to do: the next letter comes as soon as one is answered, or is there, or there is more to
+    /// do for one, or something waits for the journal.
     fn read_mail(&mut self, now: Now, mailbox: &Mailbox) -> bool {
+        let was_unfinished = self.go_on(now);
         for letters in 0..MAX_LETTERS {
-            let Some(mail) = mailbox.next() else {
-                return letters > 0;
+            let Some(Mail { request, reply }) = mailbox.next() else {
+                return letters > 0 || was_unfinished;
             };
-            let reply = self.handle(now, mail.request);
+            if let Request::Peers(changes) = request {
+                // Whoever asks for peers awaits the answer before the next letter; but the order counts.
+                while self.go_on(now) {}
+                self.unfinished = Some((Portions::of(changes), reply));
+                self.go_on(now);
+                continue;
+            }
+            let answer = self.handle(now, request);
             // The asker may have given up waiting.
-            let _ = mail.reply.try_send(reply);
+            let _ = reply.try_send(answer);
         }
         true
+    }
+
+    /// Makes a portion of the changes that are left; says whether there were any.
+    fn go_on(&mut self, now: Now) -> bool {
+        let Some((mut changes, reply)) = self.unfinished.take() else {
+            return false;
+        };
+        let errno = self.change_peers(now, changes.next());
+        if errno == 0 && !changes.is_empty() {
+            self.flush();
+            self.unfinished = Some((changes, reply));
+        } else {
+            let answer = self.changed(errno);
+            let _ = reply.try_send(answer);
+        }
+        true
+    }
+
+    fn changed(&mut self, errno: i32) -> Reply {
+        self.flush();
+        let settled = self.settle() == 0;
+        Reply::Changed { errno, notices: self.engine.take_notices(), settled }
     }
 
     fn handle(&mut self, now: Now, request: Request) -> Reply {
@@ -362,10 +397,8 @@ impl Worker {
             }
             Request::Device(change) => self.change_device(now, change).map_or_else(|error| errno_of(&error), |()| 0),
             Request::Peers(changes) => {
-                let errno = self.change_peers(now, changes);
-                self.flush();
-                let settled = self.settle() == 0;
-                return Reply::Changed { errno, notices: self.engine.take_notices(), settled };
+                let errno = self.change_peers(now, changes.into_iter());
+                return self.changed(errno);
             }
             Request::Notices(notices) => {
                 self.engine.on_notices(notices);
@@ -424,9 +457,10 @@ impl Worker {
         Ok(())
     }
 
-    fn change_peers(&mut self, now: Now, changes: Vec<PeerChange>) -> i32 {
-        let slices = changes.len().div_ceil(MAX_SETTLED);
-        for (number, change) in changes.into_iter().enumerate() {
+    fn change_peers(&mut self, now: Now, changes: impl Iterator<Item = PeerChange>) -> i32 {
+        let mut count = 0_usize;
+        for (number, change) in changes.enumerate() {
+            count = number + 1;
             if number % MAX_CHANGES == MAX_CHANGES - 1 {
                 self.engine.leave();
                 self.engine.enter();
@@ -447,7 +481,7 @@ impl Worker {
             }
         }
         // Removed means journaled, if the disk lets us; those that waited since before are left to later passes.
-        for _ in 0..slices {
+        for _ in 0..count.div_ceil(MAX_SETTLED) {
             if self.settle() != libc::EAGAIN {
                 break;
             }
@@ -497,8 +531,12 @@ impl Desk<Worker> {
     /// # Errors
     /// When the host fails it, or when it panics too often: it is to be started anew.
     pub(crate) fn run(&self, mailbox: &Mailbox) -> io::Result<End> {
-        // Nobody is to act for one that nobody runs.
-        self.turns(mailbox).inspect_err(|_| self.take().gave_up = true)
+        let ended = self.turns(mailbox);
+        let mut worker = self.take();
+        // Nobody is to act for one that nobody runs, or wait for it.
+        worker.gave_up |= ended.is_err();
+        worker.unfinished = None;
+        ended
     }
 
     fn turns(&self, mailbox: &Mailbox) -> io::Result<End> {

@@ -14,7 +14,6 @@ use zeroize::Zeroizing;
 
 use super::parse::{Invalid, SetParser, SetRequest};
 use super::{SOCKET_DIR, format};
-use crate::change::PeerChange;
 use crate::io::fleet::Fleet;
 use crate::io::mailbox::{Reply, Request, WorkerGone};
 
@@ -32,10 +31,8 @@ const MAX_REQUEST: usize = 64 * 1024 * 1024;
 const READ_BYTES: usize = 64 * 1024;
 /// What the first may bring: most requests change a peer or two, and what holds them is zeroed before and after.
 const FIRST_READ_BYTES: usize = 4096;
-/// Peers handed to the worker, or asked of it, at a time: less than a millisecond of its attention.
+/// Peers asked of the worker at a time: less than a millisecond of its attention.
 const CHUNK: usize = 256;
-/// Prefixes after which no other peer is handed to the worker in the same go; of one peer there are no more at a time.
-const CHUNK_PREFIXES: usize = 2 * CHUNK;
 /// How long a client may be silent, or leave an answer unread.
 const CLIENT_SILENCE: Duration = Duration::from_secs(5);
 /// How long a client may take to send one request, or to read one answer.
@@ -243,10 +240,8 @@ impl Server {
         if replace_peers {
             self.done(Request::BeginReplace)?;
         }
-        let most = peers.len().min(CHUNK);
-        let mut peers = peers.into_iter().flat_map(|peer| peer.parts(CHUNK_PREFIXES)).peekable();
-        while errno == 0 && peers.peek().is_some() {
-            errno = self.done(Request::Peers(chunk(&mut peers, most)))?;
+        if !peers.is_empty() {
+            errno = self.done(Request::Peers(peers))?;
         }
         // What was begun is ended, even when a peer was refused; but that peer may be one of an earlier process.
         if replace_peers || (end_replace && errno == 0) {
@@ -262,20 +257,6 @@ impl Server {
     fn done(&self, request: Request) -> Result<i32, WorkerGone> {
         Ok(self.controller.ask(request)?.errno())
     }
-}
-
-/// `most` is how many there will be, most often.
-fn chunk(peers: &mut impl Iterator<Item = PeerChange>, most: usize) -> Vec<PeerChange> {
-    let mut chunk = Vec::with_capacity(most);
-    let mut prefixes = 0;
-    while chunk.len() < CHUNK
-        && prefixes < CHUNK_PREFIXES
-        && let Some(peer) = peers.next()
-    {
-        prefixes += peer.allowed_ips.len() + peer.removed_ips.len();
-        chunk.push(peer);
-    }
-    chunk
 }
 
 /// A client that reads a little now and then is not silent, but it must come to an end.
@@ -382,7 +363,7 @@ impl<R: Read> Lines<R> {
         let len = loop {
             let unread = &self.buffer[self.unread.clone()];
             let longest = &unread[..unread.len().min(MAX_LINE)];
-            match longest.iter().position(|byte| *byte == b'\n') {
+            match memchr::memchr(b'\n', longest) {
                 Some(len) => break len,
                 None if unread.len() >= MAX_LINE => return Err(io::ErrorKind::InvalidData.into()),
                 None => {}
@@ -458,7 +439,6 @@ mod tests {
                         Reply::Done(0)
                     }
                     Request::Peers(changes) => {
-                        assert!(changes.len() <= CHUNK);
                         let mut apply = |change| engine.apply_peer(Now::default(), change, &mut out);
                         let done = changes.into_iter().try_for_each(&mut apply);
                         Reply::Done(done.map_or(libc::ENOSPC, |()| 0))
@@ -643,18 +623,6 @@ mod tests {
             }
             Ok(len)
         }
-    }
-
-    #[test]
-    fn letters_are_bounded_in_peers_and_in_prefixes() {
-        let sizes = |prefixes: &[usize]| {
-            let peer = |len: &usize| PeerChange { removed_ips: vec![Default::default(); *len], ..Default::default() };
-            let mut peers = prefixes.iter().map(peer);
-            std::iter::from_fn(|| Some(chunk(&mut peers, CHUNK).len()).filter(|len| *len > 0)).collect::<Vec<_>>()
-        };
-        assert_eq!(sizes(&[1; CHUNK + 1]), [CHUNK, 1]);
-        assert_eq!(sizes(&[CHUNK_PREFIXES - 1, 1, 5]), [2, 1]);
-        assert_eq!(sizes(&[9 * CHUNK_PREFIXES, 1]), [1, 1]);
     }
 
     /// A server on a path of its own, as in the process.
