@@ -1,8 +1,6 @@
 //! Users of a tenant who ask for their devices at the same time are answered by one statement: most of what a short one costs is
 //! its context and its beginning.
 
-use std::collections::VecDeque;
-
 use cvault_types::{ErrorCode, TenantId};
 
 use super::read::{Page, ServedDevice, pages};
@@ -31,18 +29,10 @@ impl Listing {
 }
 
 impl Reading {
-    /// Whoever's page is there has its answer before the others have theirs; `left` are those whose is not, if it fails.
-    async fn read(&self, tenant: TenantId, left: &mut VecDeque<Waiting<Self>>) -> Result<(), DbError> {
-        let asked: Vec<Page> = left.iter().map(|waiting| waiting.item).collect();
+    async fn read(&self, tenant: TenantId, asked: &[Page]) -> Result<Vec<Vec<ServedDevice>>, DbError> {
         let mut tx = self.0.single(tenant).await?;
-        let told = pages(&mut tx, &asked, |page| {
-            if let Some(Waiting { answer, .. }) = left.pop_front() {
-                // whoever asked may be gone
-                let _ = answer.send(Ok(page));
-            }
-        });
-        let told = told.await;
-        tx.finish(told).await
+        let found = pages(&mut tx, asked).await;
+        tx.finish(found).await
     }
 }
 
@@ -55,10 +45,8 @@ impl Serve for Reading {
     const MOST: usize = 32;
 
     async fn serve(&mut self, tenant: &TenantId, batch: Vec<Waiting<Self>>) {
-        let mut left = VecDeque::from(batch);
-        if let Err(error) = self.read(*tenant, &mut left).await {
-            answer_each(left.into(), Err(Problem::from(error)));
-        }
+        let asked: Vec<Page> = batch.iter().map(|waiting| waiting.item).collect();
+        answer_each(batch, self.read(*tenant, &asked).await.map_err(Problem::from));
     }
 }
 

@@ -1,7 +1,6 @@
 //! Reading a user's devices.
 
 use cvault_types::{DeviceId, ServerId, TenantId, UserId};
-use futures::TryStreamExt;
 use ipnet::IpNet;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -134,26 +133,19 @@ pub struct Page {
 /// # Errors
 /// Those of the database.
 pub async fn list(tx: &mut TenantTx, page: Page) -> Result<Vec<ServedDevice>, DbError> {
-    let mut devices = Vec::new();
-    pages(tx, &[page], |found| devices = found).await?;
-    Ok(devices)
+    Ok(pages(tx, &[page]).await?.pop().unwrap_or_default())
 }
 
-/// Gives `found` the devices of each page, in the order of the pages, as soon as those are there. One statement: `tx` need not
-/// have begun.
+/// The devices of each page, in the order of the pages. One statement: `tx` need not have begun.
 ///
 /// # Errors
-/// Those of the database; pages may have been given before.
-pub(super) async fn pages(
-    tx: &mut TenantTx,
-    pages: &[Page],
-    mut found: impl FnMut(Vec<ServedDevice>) + Send,
-) -> Result<(), DbError> {
+/// Those of the database.
+pub(super) async fn pages(tx: &mut TenantTx, pages: &[Page]) -> Result<Vec<Vec<ServedDevice>>, DbError> {
     let users: Vec<Uuid> = pages.iter().map(|page| page.user.uuid()).collect();
     let after: Vec<Uuid> = pages.iter().map(|page| page.after.map_or(Uuid::nil(), DeviceId::uuid)).collect();
     let limits: Vec<i64> = pages.iter().map(|page| i64::from(page.limit)).collect();
     let (conn, context) = tx.entering();
-    let mut rows = sqlx::query!(
+    let rows = sqlx::query!(
         r#"select place as "place!", device_id, d.name, platform, d.public_key, ipv4 as "ipv4!: IpNet", ipv6 as "ipv6!: IpNet",
                   d.server_id, reclaimed, placed_revision, last_handshake_at, last_connected_at, created_at,
                   s.region as "region?", s.acked_revision as "acked_revision?"
@@ -173,22 +165,16 @@ pub(super) async fn pages(
         &after,
         &limits,
     )
-    .fetch(conn);
-    let (mut given, mut devices) = (0, Vec::new());
-    while let Some(row) = rows.try_next().await? {
-        let place = usize::try_from(row.place - 1).expect("ordinality");
-        for _ in given..place {
-            found(std::mem::take(&mut devices));
-        }
-        given = place;
+    .fetch_all(conn)
+    .await?;
+    let mut found: Vec<Vec<ServedDevice>> = pages.iter().map(|_| Vec::new()).collect();
+    for row in rows {
         let device = device!(row)?;
         let acked_revision = row.acked_revision.and_then(|revision| u64::try_from(revision).ok());
-        devices.push(ServedDevice::of(device, row.region, acked_revision.unwrap_or_default()));
+        let place = usize::try_from(row.place - 1).expect("ordinality");
+        found[place].push(ServedDevice::of(device, row.region, acked_revision.unwrap_or_default()));
     }
-    for _ in given..pages.len() {
-        found(std::mem::take(&mut devices));
-    }
-    Ok(())
+    Ok(found)
 }
 
 /// A device and whose it is.

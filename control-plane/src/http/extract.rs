@@ -1,7 +1,7 @@
 //! Strict extractors: a body, path or query that is not exactly what the route expects is refused with its fault named;
 //! a caller is who its credentials say, or nobody.
 
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::fmt::Display;
 use std::time::Duration;
 
@@ -36,8 +36,8 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest body of somebody without credentials: a few texts of a form.
 const STRANGERS_BODY_BYTES: usize = 16 << 10;
 const STRANGERS_BODY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Room in which a thread writes its answers, kept from one to the next: nearly all of them have room in it.
-const USUAL_ANSWER_BYTES: usize = 64 << 10;
+/// Room in which a thread writes its answers, kept from one to the next: nearly all fit.
+const ANSWER_ROOM_BYTES: usize = 64 << 10;
 const USUAL_HEADERS: usize = 12;
 /// Characters of a field's name that an answer repeats.
 const LONGEST_NAME: usize = 64;
@@ -218,17 +218,21 @@ impl<T: serde::Serialize> IntoResponse for Json<T> {
 /// As JSON, in no more memory than it takes: an answer may wait for its client.
 fn written(answer: &impl serde::Serialize) -> serde_json::Result<Bytes> {
     thread_local! {
-        static ROOM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        static ROOM: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
     }
-    ROOM.with_borrow_mut(|room| {
-        room.reserve(USUAL_ANSWER_BYTES);
-        let body = serde_json::to_writer(&mut *room, answer).map(|()| Bytes::copy_from_slice(room));
-        // there may be keys in it
-        room.fill(0);
-        room.clear();
-        room.shrink_to(USUAL_ANSWER_BYTES);
-        body
-    })
+    // what fails or panics half-way takes it along
+    let mut room = ROOM.take();
+    room.reserve(ANSWER_ROOM_BYTES);
+    serde_json::to_writer(&mut room, answer)?;
+    if room.len() > ANSWER_ROOM_BYTES {
+        return Ok(room.into());
+    }
+    let body = Bytes::copy_from_slice(&room);
+    // there may be keys in it
+    room.fill(0);
+    room.clear();
+    ROOM.set(room);
+    Ok(body)
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
@@ -353,5 +357,31 @@ impl<T: DeserializeOwned> FromRequestParts<App> for Query<T> {
             let name = pointer(error.path()).trim_start_matches('/').to_owned();
             field_problem(&format!("?{name}"), error.inner())
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(serde::Serialize)]
+    struct Panics {
+        secret: &'static str,
+        #[serde(serialize_with = "panics")]
+        then: (),
+    }
+
+    fn panics<S: serde::Serializer>((): &(), _: S) -> Result<S::Ok, S::Error> {
+        panic!("half-way")
+    }
+
+    #[test]
+    fn an_answer_holds_nothing_of_another() {
+        let long = "a".repeat(2 * ANSWER_ROOM_BYTES);
+        assert_eq!(written(&long).unwrap().len(), long.len() + 2);
+        assert_eq!(written(&["b"]).unwrap(), r#"["b"]"#);
+        let half = std::panic::catch_unwind(|| written(&Panics { secret: "a key", then: () }));
+        assert!(half.is_err());
+        assert_eq!(written(&"c").unwrap(), r#""c""#);
     }
 }

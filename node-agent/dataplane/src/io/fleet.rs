@@ -11,9 +11,6 @@ use super::worker::Worker;
 use crate::change::{DeviceChange, PeerChange};
 use crate::engine::{Notice, Shard};
 
-/// Peers that are changed at the same time, of all workers: there are tables of them and their prefixes.
-const TOGETHER: usize = 1024;
-
 /// The workers, and where every peer is. One change at a time: the server's clients take turns.
 pub(crate) struct Fleet {
     workers: Vec<Controller>,
@@ -144,14 +141,9 @@ impl Fleet {
 
     /// One answer of all workers.
     pub(crate) fn ask(&self, request: Request) -> Result<Reply, WorkerGone> {
-        let mut placement = self.placement.lock().unwrap_or_else(PoisonError::into_inner);
         match request {
-            Request::Describe => {
-                drop(placement);
-                self.describe()
-            }
-            _ if self.workers.len() == 1 => {
-                drop(placement);
+            Request::Describe => self.describe(),
+            request if self.workers.len() == 1 => {
                 let served = match &self.desk {
                     Some(desk) => desk.serve(request),
                     None => ControlFlow::Continue(request),
@@ -161,10 +153,23 @@ impl Fleet {
                     ControlFlow::Continue(request) => self.workers[0].ask(request),
                 }
             }
-            Request::List { from, limit } => {
-                drop(placement);
-                self.list(from, limit)
+            Request::List { from, limit } => self.list(from, limit),
+            Request::Portions(portions) => {
+                for changes in portions {
+                    let reply = self.ask(Request::Peers(changes))?;
+                    if reply.errno() != 0 {
+                        return Ok(reply);
+                    }
+                }
+                Ok(Reply::Done(0))
             }
+            request => self.change(request),
+        }
+    }
+
+    fn change(&self, request: Request) -> Result<Reply, WorkerGone> {
+        let mut placement = self.placement.lock().unwrap_or_else(PoisonError::into_inner);
+        match request {
             Request::Device(change) => self.device(&change),
             Request::Peers(changes) => self.peers(&mut placement, changes),
             Request::BeginReplace => {
@@ -178,6 +183,7 @@ impl Fleet {
             Request::Settle => self.all(|| Request::Settle),
             Request::Notices(notices) => self.notify(notices).map(Reply::Done),
             Request::Stop => self.all(|| Request::Stop),
+            Request::Describe | Request::List { .. } | Request::Portions(_) => Ok(Reply::Done(libc::EPROTO)),
         }
     }
 
@@ -224,7 +230,7 @@ impl Fleet {
     fn peers(&self, placement: &mut Placement, changes: Vec<PeerChange>) -> Result<Reply, WorkerGone> {
         let mut batch = Batch::new(self.workers.len());
         for change in changes {
-            if batch.conflicts(&change) || batch.keys.len() == TOGETHER {
+            if batch.conflicts(&change) {
                 let errno = self.apply(placement, &mut batch)?;
                 if errno != 0 {
                     return Ok(Reply::Done(errno));

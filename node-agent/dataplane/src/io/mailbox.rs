@@ -2,9 +2,11 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
+use std::vec;
 
 use rustix::event::{EventfdFlags, eventfd};
 
@@ -13,7 +15,7 @@ use crate::engine::{DeviceView, Notice, PeerView};
 
 /// Requests that may wait. Callers block when it is full: they are control threads, never the data path.
 const BOUND: usize = 16;
-/// Longer than any letter takes the worker, however busy.
+/// Longer than any pass of the worker, however busy.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long an asker stays awake: a worker answers a small change within it, and to be put to sleep and woken takes longer.
 const ATTENTION: Duration = Duration::from_micros(20);
@@ -23,8 +25,9 @@ const SMALL: usize = 8;
 
 pub(crate) enum Request {
     Device(DeviceChange),
-    /// However many: they are made in portions, one in each pass.
     Peers(Vec<PeerChange>),
+    /// The same of many, a portion in each pass. The first change that is refused is the last.
+    Portions(vec::IntoIter<Vec<PeerChange>>),
     BeginReplace,
     EndReplace,
     /// Go on journaling removed peers; `EAGAIN` while there are more.
@@ -146,6 +149,30 @@ pub(crate) struct ShellState {
 pub(crate) struct Mail {
     pub(crate) request: Request,
     pub(crate) reply: SyncSender<Reply>,
+    /// Gone when the asker has given up. Counts the portions that were made.
+    pub(crate) asker: Weak<AtomicU32>,
+}
+
+/// A letter of portions, some of which were made.
+pub(crate) struct Unfinished {
+    pub(crate) portions: vec::IntoIter<Vec<PeerChange>>,
+    pub(crate) reply: SyncSender<Reply>,
+    pub(crate) asker: Weak<AtomicU32>,
+}
+
+impl Unfinished {
+    /// Makes the next portion. What is left is nothing once all are made, or one was refused, or the asker has given up.
+    pub(crate) fn go_on(mut self, make: impl FnOnce(Vec<PeerChange>) -> Reply) -> Option<Self> {
+        let made = self.asker.upgrade()?;
+        let reply = make(self.portions.next()?);
+        made.fetch_add(1, Ordering::Relaxed);
+        if reply.errno() == 0 && self.portions.len() > 0 {
+            return Some(self);
+        }
+        // The asker may have given up waiting.
+        let _ = self.reply.try_send(reply);
+        None
+    }
 }
 
 /// The worker's end.
@@ -186,27 +213,44 @@ impl Controller {
 
     pub(crate) fn post(&self, request: Request) -> Result<Answer, WorkerGone> {
         let (reply, answer) = sync_channel(1);
-        self.queue.send(Mail { request, reply }).map_err(|_| WorkerGone)?;
+        let made = Arc::default();
+        self.queue.send(Mail { request, reply, asker: Arc::downgrade(&made) }).map_err(|_| WorkerGone)?;
         self.poke();
-        Ok(Answer(answer))
+        Ok(Answer { answer, made })
     }
 }
 
 /// What the worker will say.
-pub(crate) struct Answer(Receiver<Reply>);
+pub(crate) struct Answer {
+    answer: Receiver<Reply>,
+    made: Arc<AtomicU32>,
+}
 
 impl Answer {
     pub(crate) fn wait(self) -> Result<Reply, WorkerGone> {
         let asked = Instant::now();
         while asked.elapsed() < ATTENTION {
-            match self.0.try_recv() {
+            match self.answer.try_recv() {
                 Ok(reply) => return Ok(reply),
                 Err(TryRecvError::Disconnected) => return Err(WorkerGone),
                 // The worker may need this very core.
                 Err(TryRecvError::Empty) => std::thread::yield_now(),
             }
         }
-        self.0.recv_timeout(PATIENCE).map_err(|_| WorkerGone)
+        let mut seen = self.made.load(Ordering::Relaxed);
+        loop {
+            match self.answer.recv_timeout(PATIENCE) {
+                Ok(reply) => return Ok(reply),
+                Err(RecvTimeoutError::Disconnected) => return Err(WorkerGone),
+                Err(RecvTimeoutError::Timeout) => {
+                    let made = self.made.load(Ordering::Relaxed);
+                    if made == seen {
+                        return Err(WorkerGone);
+                    }
+                    seen = made;
+                }
+            }
+        }
     }
 }
 
@@ -227,5 +271,70 @@ impl Mailbox {
     /// Before looking into the queue, so that a later letter wakes again.
     pub(crate) fn clear_wake(&self) {
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A letter of `count` portions of a peer each, as the worker finds it.
+    fn letter(count: u8) -> (Answer, Unfinished) {
+        let (controller, mailbox) = mailbox().unwrap();
+        let portion = |number| vec![PeerChange { public_key: [number; 32], ..PeerChange::default() }];
+        let portions: Vec<_> = (0..count).map(portion).collect();
+        let answer = controller.post(Request::Portions(portions.into_iter())).unwrap();
+        let Some(Mail { request: Request::Portions(portions), reply, asker }) = mailbox.next() else {
+            panic!("no letter of portions");
+        };
+        (answer, Unfinished { portions, reply, asker })
+    }
+
+    /// The portions made, and whether any are left; `refused` is refused.
+    fn go_on(letter: Unfinished, refused: u8, made: &mut Vec<u8>) -> Option<Unfinished> {
+        letter.go_on(|portion| {
+            let number = portion[0].public_key[0];
+            made.push(number);
+            Reply::Done(if number == refused { libc::ENOSPC } else { 0 })
+        })
+    }
+
+    #[test]
+    fn the_answer_comes_after_the_last_portion() {
+        let (answer, letter) = letter(3);
+        let mut made = Vec::new();
+        let letter = go_on(letter, 9, &mut made).unwrap();
+        let letter = go_on(letter, 9, &mut made).unwrap();
+        assert!(answer.answer.try_recv().is_err());
+        assert!(go_on(letter, 9, &mut made).is_none());
+        assert_eq!((answer.made.load(Ordering::Relaxed), answer.wait().unwrap().errno()), (3, 0));
+        assert_eq!(made, [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_refused_portion_is_the_last() {
+        let (answer, letter) = letter(3);
+        let mut made = Vec::new();
+        let letter = go_on(letter, 1, &mut made).unwrap();
+        assert!(go_on(letter, 1, &mut made).is_none());
+        assert_eq!((answer.wait().unwrap().errno(), &made[..]), (libc::ENOSPC, &[0, 1][..]));
+    }
+
+    #[test]
+    fn nothing_more_is_made_for_an_asker_that_has_given_up() {
+        let (answer, letter) = letter(3);
+        let mut made = Vec::new();
+        let letter = go_on(letter, 9, &mut made).unwrap();
+        drop(answer);
+        assert!(go_on(letter, 9, &mut made).is_none());
+        assert_eq!(made, [0]);
+    }
+
+    #[test]
+    fn an_asker_learns_that_its_letter_was_given_up() {
+        let (answer, letter) = letter(2);
+        let letter = go_on(letter, 9, &mut Vec::new()).unwrap();
+        drop(letter);
+        assert!(answer.wait().is_err());
     }
 }

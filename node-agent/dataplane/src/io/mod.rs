@@ -8,7 +8,6 @@ pub(crate) mod memory;
 pub(crate) mod merge;
 pub(crate) mod offloads;
 pub(crate) mod panics;
-mod portions;
 pub(crate) mod ring;
 pub(crate) mod signals;
 mod sockopt;

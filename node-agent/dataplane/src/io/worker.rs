@@ -2,16 +2,14 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, clock_gettime};
 
 use super::desk::{Acting, Desk};
-use super::mailbox::{DeviceState, Mail, Mailbox, Reply, Request, ShellState};
+use super::mailbox::{DeviceState, Mail, Mailbox, Reply, Request, ShellState, Unfinished};
 use super::panics::{Panics, Verdict};
-use super::portions::Portions;
 use super::ring::Neighbours;
 use super::tun::{Read, Tun};
 use super::udp::{self, BATCH, BUFFER_BYTES, Sockets};
@@ -69,8 +67,7 @@ pub(crate) struct Worker {
     more: bool,
     /// Somebody has acted for it since its last pass.
     was_asked: bool,
-    /// A letter about more peers than go into one pass, and who waits for its answer.
-    unfinished: Option<(Portions, SyncSender<Reply>)>,
+    unfinished: Option<Unfinished>,
     reading: Reading,
     end: Option<End>,
     /// It panicked too often, or the host failed it.
@@ -343,48 +340,28 @@ impl Worker {
         }
     }
 
-    /// Says whether there was anything to do: the next letter comes as soon as one is answered, or is there, or there is more to
-    /// do for one, or something waits for the journal.
+    /// Says whether there was a letter, or a portion of one: the next comes as soon as it is answered, or is there, or something
+    /// waits for the journal.
     fn read_mail(&mut self, now: Now, mailbox: &Mailbox) -> bool {
-        let was_unfinished = self.go_on(now);
+        let was_unfinished = self.unfinished.is_some();
+        if let Some(letter) = self.unfinished.take() {
+            self.unfinished = letter.go_on(|changes| self.change_peers(now, changes));
+        }
         for letters in 0..MAX_LETTERS {
-            let Some(Mail { request, reply }) = mailbox.next() else {
+            let Some(Mail { request, reply, asker }) = mailbox.next() else {
                 return letters > 0 || was_unfinished;
             };
-            if let Request::Peers(changes) = request {
-                // Whoever asks for peers awaits the answer before the next letter; but the order counts.
-                while self.go_on(now) {}
-                self.unfinished = Some((Portions::of(changes), reply));
-                self.go_on(now);
-                continue;
+            match request {
+                // If another was not finished, nobody waits for it: one set of peers is made at a time.
+                Request::Portions(portions) => self.unfinished = Some(Unfinished { portions, reply, asker }),
+                request => {
+                    let answer = self.handle(now, request);
+                    // The asker may have given up waiting.
+                    let _ = reply.try_send(answer);
+                }
             }
-            let answer = self.handle(now, request);
-            // The asker may have given up waiting.
-            let _ = reply.try_send(answer);
         }
         true
-    }
-
-    /// Makes a portion of the changes that are left; says whether there were any.
-    fn go_on(&mut self, now: Now) -> bool {
-        let Some((mut changes, reply)) = self.unfinished.take() else {
-            return false;
-        };
-        let errno = self.change_peers(now, changes.next());
-        if errno == 0 && !changes.is_empty() {
-            self.flush();
-            self.unfinished = Some((changes, reply));
-        } else {
-            let answer = self.changed(errno);
-            let _ = reply.try_send(answer);
-        }
-        true
-    }
-
-    fn changed(&mut self, errno: i32) -> Reply {
-        self.flush();
-        let settled = self.settle() == 0;
-        Reply::Changed { errno, notices: self.engine.take_notices(), settled }
     }
 
     fn handle(&mut self, now: Now, request: Request) -> Reply {
@@ -396,10 +373,9 @@ impl Worker {
                 return Reply::Peers { peers, next: next.map(u32::from) };
             }
             Request::Device(change) => self.change_device(now, change).map_or_else(|error| errno_of(&error), |()| 0),
-            Request::Peers(changes) => {
-                let errno = self.change_peers(now, changes.into_iter());
-                return self.changed(errno);
-            }
+            Request::Peers(changes) => return self.change_peers(now, changes),
+            // It is the mail's.
+            Request::Portions(_) => libc::EPROTO,
             Request::Notices(notices) => {
                 self.engine.on_notices(notices);
                 self.settle();
@@ -457,10 +433,16 @@ impl Worker {
         Ok(())
     }
 
-    fn change_peers(&mut self, now: Now, changes: impl Iterator<Item = PeerChange>) -> i32 {
-        let mut count = 0_usize;
-        for (number, change) in changes.enumerate() {
-            count = number + 1;
+    fn change_peers(&mut self, now: Now, changes: Vec<PeerChange>) -> Reply {
+        let errno = self.make_changes(now, changes);
+        self.flush();
+        let settled = self.settle() == 0;
+        Reply::Changed { errno, notices: self.engine.take_notices(), settled }
+    }
+
+    fn make_changes(&mut self, now: Now, changes: Vec<PeerChange>) -> i32 {
+        let slices = changes.len().div_ceil(MAX_SETTLED);
+        for (number, change) in changes.into_iter().enumerate() {
             if number % MAX_CHANGES == MAX_CHANGES - 1 {
                 self.engine.leave();
                 self.engine.enter();
@@ -481,7 +463,7 @@ impl Worker {
             }
         }
         // Removed means journaled, if the disk lets us; those that waited since before are left to later passes.
-        for _ in 0..count.div_ceil(MAX_SETTLED) {
+        for _ in 0..slices {
             if self.settle() != libc::EAGAIN {
                 break;
             }

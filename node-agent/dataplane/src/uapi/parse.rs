@@ -47,8 +47,7 @@ impl SetParser {
     /// # Errors
     /// [`Invalid`] when key or value are unknown; the request is to be refused as a whole.
     pub fn line(&mut self, line: &str) -> Result<(), Invalid> {
-        let end = memchr::memchr(b'=', line.as_bytes()).ok_or(Invalid)?;
-        let (key, value) = (&line[..end], &line[end + 1..]);
+        let (key, value) = line.split_once('=').ok_or(Invalid)?;
         if key == "public_key" {
             if self.request.peers.len() == MAX_PEERS {
                 return Err(Invalid);

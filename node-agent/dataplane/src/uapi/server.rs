@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 
 use super::parse::{Invalid, SetParser, SetRequest};
 use super::{SOCKET_DIR, format};
+use crate::change::PeerChange;
 use crate::io::fleet::Fleet;
 use crate::io::mailbox::{Reply, Request, WorkerGone};
 
@@ -31,8 +32,10 @@ const MAX_REQUEST: usize = 64 * 1024 * 1024;
 const READ_BYTES: usize = 64 * 1024;
 /// What the first may bring: most requests change a peer or two, and what holds them is zeroed before and after.
 const FIRST_READ_BYTES: usize = 4096;
-/// Peers asked of the worker at a time: less than a millisecond of its attention.
+/// Peers of a portion for the worker, or asked of it, at a time: less than a millisecond of its attention.
 const CHUNK: usize = 256;
+/// Prefixes after which no other peer belongs to the portion; of one peer there are no more at a time.
+const CHUNK_PREFIXES: usize = 2 * CHUNK;
 /// How long a client may be silent, or leave an answer unread.
 const CLIENT_SILENCE: Duration = Duration::from_secs(5);
 /// How long a client may take to send one request, or to read one answer.
@@ -240,8 +243,17 @@ impl Server {
         if replace_peers {
             self.done(Request::BeginReplace)?;
         }
-        if !peers.is_empty() {
-            errno = self.done(Request::Peers(peers))?;
+        let most = peers.len().min(CHUNK);
+        let mut peers = peers.into_iter().flat_map(|peer| peer.parts(CHUNK_PREFIXES)).peekable();
+        let first = chunk(&mut peers, most);
+        if peers.peek().is_some() {
+            let mut portions = vec![first];
+            while peers.peek().is_some() {
+                portions.push(chunk(&mut peers, CHUNK));
+            }
+            errno = self.done(Request::Portions(portions.into_iter()))?;
+        } else if !first.is_empty() {
+            errno = self.done(Request::Peers(first))?;
         }
         // What was begun is ended, even when a peer was refused; but that peer may be one of an earlier process.
         if replace_peers || (end_replace && errno == 0) {
@@ -257,6 +269,20 @@ impl Server {
     fn done(&self, request: Request) -> Result<i32, WorkerGone> {
         Ok(self.controller.ask(request)?.errno())
     }
+}
+
+/// `most` is how many there will be, most often.
+fn chunk(peers: &mut impl Iterator<Item = PeerChange>, most: usize) -> Vec<PeerChange> {
+    let mut chunk = Vec::with_capacity(most);
+    let mut prefixes = 0;
+    while chunk.len() < CHUNK
+        && prefixes < CHUNK_PREFIXES
+        && let Some(peer) = peers.next()
+    {
+        prefixes += peer.allowed_ips.len() + peer.removed_ips.len();
+        chunk.push(peer);
+    }
+    chunk
 }
 
 /// A client that reads a little now and then is not silent, but it must come to an end.
@@ -439,8 +465,15 @@ mod tests {
                         Reply::Done(0)
                     }
                     Request::Peers(changes) => {
+                        assert!(changes.len() <= CHUNK);
                         let mut apply = |change| engine.apply_peer(Now::default(), change, &mut out);
                         let done = changes.into_iter().try_for_each(&mut apply);
+                        Reply::Done(done.map_or(libc::ENOSPC, |()| 0))
+                    }
+                    Request::Portions(portions) => {
+                        assert!(portions.as_slice().iter().all(|portion| portion.len() <= CHUNK));
+                        let mut apply = |change| engine.apply_peer(Now::default(), change, &mut out);
+                        let done = portions.flatten().try_for_each(&mut apply);
                         Reply::Done(done.map_or(libc::ENOSPC, |()| 0))
                     }
                     Request::BeginReplace => {
@@ -569,7 +602,8 @@ mod tests {
                         Request::Device(_) => ("device", binds.next().unwrap()),
                         Request::Peers(_) => ("peers", 0),
                         Request::Stop => return letters,
-                        Request::BeginReplace
+                        Request::Portions(_)
+                        | Request::BeginReplace
                         | Request::EndReplace
                         | Request::Settle
                         | Request::Describe
@@ -623,6 +657,18 @@ mod tests {
             }
             Ok(len)
         }
+    }
+
+    #[test]
+    fn portions_are_bounded_in_peers_and_in_prefixes() {
+        let sizes = |prefixes: &[usize]| {
+            let peer = |len: &usize| PeerChange { removed_ips: vec![Default::default(); *len], ..Default::default() };
+            let mut peers = prefixes.iter().map(peer);
+            std::iter::from_fn(|| Some(chunk(&mut peers, CHUNK).len()).filter(|len| *len > 0)).collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(&[1; CHUNK + 1]), [CHUNK, 1]);
+        assert_eq!(sizes(&[CHUNK_PREFIXES - 1, 1, 5]), [2, 1]);
+        assert_eq!(sizes(&[9 * CHUNK_PREFIXES, 1]), [1, 1]);
     }
 
     /// A server on a path of its own, as in the process.

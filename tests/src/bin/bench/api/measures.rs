@@ -213,11 +213,11 @@ impl Bench {
     }
 
     async fn registrations(&mut self) -> Result<()> {
-        let first = self.register(self.size.registering, "one").await?;
-        refuse(&first)?;
+        let (first, steal) = self.first_registrations().await?;
         self.figure("registrations", "1/s", first.rate(), Some(Must::AtLeast(1000.0)));
         self.figure("registrations_p50", "ms", first.p50().context("nothing registered")?, None);
         self.figure("registrations_p99", "ms", first.p99().context("nothing registered")?, Some(Must::AtMost(100.0)));
+        self.figure("registrations_steal", "%", steal, None);
         if self.size.present > 0 {
             self.platform.region("few", &["wide"; SERVERS])?;
             self.fill_servers().await?;
@@ -227,6 +227,23 @@ impl Bench {
             self.compare("registrations_65000_present", "with few devices", &pairs)?;
         }
         Ok(())
+    }
+
+    /// Made again once, on servers with as much room, if the host took more than [`DISTURBED`]: the run of which it took less.
+    async fn first_registrations(&self) -> Result<(Load, f64)> {
+        let run = async |region: &str| {
+            let (load, steal) = measured(&async || self.register(self.size.registering, region).await).await?;
+            refuse(&load)?;
+            Ok::<_, anyhow::Error>((load, steal))
+        };
+        let first = run("one").await?;
+        if first.1 <= DISTURBED || !self.size.judged {
+            return Ok(first);
+        }
+        eprintln!("bench: the host took {:.0} % of the processors: once more", first.1);
+        self.platform.region("one-more", &["wide"; SERVERS])?;
+        let second = run("one-more").await?;
+        Ok(if second.1 < first.1 { second } else { first })
     }
 
     /// Registrations in two regions in turn, so that both meet the same machine, for at most so many seconds in each; the second
