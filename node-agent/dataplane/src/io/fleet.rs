@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::desk::Desk;
 use super::mailbox::{Controller, DeviceState, Reply, Request, WorkerGone, WorkerState};
@@ -163,28 +163,38 @@ impl Fleet {
                 }
                 Ok(Reply::Done(0))
             }
-            request => self.change(request),
-        }
-    }
-
-    fn change(&self, request: Request) -> Result<Reply, WorkerGone> {
-        let mut placement = self.placement.lock().unwrap_or_else(PoisonError::into_inner);
-        match request {
-            Request::Device(change) => self.device(&change),
-            Request::Peers(changes) => self.peers(&mut placement, changes),
+            Request::Device(change) => {
+                let _turn = self.placement();
+                self.device(&change)
+            }
+            Request::Peers(changes) => self.peers(&mut self.placement(), changes),
             Request::BeginReplace => {
+                let mut placement = self.placement();
                 placement.round += 1;
                 self.all(|| Request::BeginReplace)
             }
             Request::EndReplace => {
+                let mut placement = self.placement();
                 placement.replaced();
                 self.all(|| Request::EndReplace)
             }
-            Request::Settle => self.all(|| Request::Settle),
-            Request::Notices(notices) => self.notify(notices).map(Reply::Done),
-            Request::Stop => self.all(|| Request::Stop),
-            Request::Describe | Request::List { .. } | Request::Portions(_) => Ok(Reply::Done(libc::EPROTO)),
+            Request::Settle => {
+                let _turn = self.placement();
+                self.all(|| Request::Settle)
+            }
+            Request::Notices(notices) => {
+                let _turn = self.placement();
+                self.notify(notices).map(Reply::Done)
+            }
+            Request::Stop => {
+                let _turn = self.placement();
+                self.all(|| Request::Stop)
+            }
         }
+    }
+
+    fn placement(&self) -> MutexGuard<'_, Placement> {
+        self.placement.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Asks all at once; the first error counts, and `EAGAIN` only if there is no other.

@@ -351,15 +351,14 @@ impl Worker {
             let Some(Mail { request, reply, asker }) = mailbox.next() else {
                 return letters > 0 || was_unfinished;
             };
-            match request {
+            if let Request::Portions(portions) = request {
                 // If another was not finished, nobody waits for it: one set of peers is made at a time.
-                Request::Portions(portions) => self.unfinished = Some(Unfinished { portions, reply, asker }),
-                request => {
-                    let answer = self.handle(now, request);
-                    // The asker may have given up waiting.
-                    let _ = reply.try_send(answer);
-                }
+                self.unfinished = Some(Unfinished { portions, reply, asker });
+                continue;
             }
+            let answer = self.handle(now, request);
+            // The asker may have given up waiting.
+            let _ = reply.try_send(answer);
         }
         true
     }
