@@ -147,6 +147,31 @@ fn clients_that_change_peers_all_the_time_are_all_answered_and_stop_no_traffic()
     both.transfer(Inner::V4, 500_000).unwrap();
 }
 
+/// More than one pass of a worker changes: 256.
+#[test]
+fn a_set_of_many_peers_is_made_whole_or_as_far_as_the_first_that_is_refused() {
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    both.meet(Outer::V4).unwrap();
+    let set = |what: &dyn Fn(u32) -> String| {
+        let peers: String =
+            (0..700).map(|number| format!("public_key={:064x}\n{}\n", number + 1, what(number))).collect();
+        both.server.tunnel.set(&both.server.machine, &peers)
+    };
+    let others = || both.server.tunnel.get(&both.server.machine).unwrap().matches("public_key=").count() - 1;
+    let address = |number: u32| format!("allowed_ip=10.9.{}.{}/32", number >> 8, number & 255);
+    set(&address).unwrap();
+    assert_eq!(others(), 700);
+    set(&|_| "remove=true".to_owned()).unwrap();
+    assert_eq!(others(), 0);
+    let wide = |number| match number {
+        500 => format!("cvault_tenant={:032x}\nallowed_ip=10.10.0.0/24", 7),
+        number => address(number),
+    };
+    assert!(set(&wide).unwrap_err().to_string().contains("-22"), "a tenant's peer has single addresses");
+    assert!((256..512).contains(&others()), "{} were added", others());
+    both.transfer(Inner::V4, 500_000).unwrap();
+}
+
 /// Adds a peer of its own and removes it, again and again, and at least a hundred times.
 fn changes_a_peer(stream: &UnixStream, number: u8, stop: &AtomicBool) -> Result<()> {
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
