@@ -46,6 +46,10 @@ const LONGEST_NAME: usize = 64;
 #[derive(Debug)]
 pub struct Json<T>(pub T);
 
+/// An answer as it goes out. Those who get the same share it.
+#[derive(Debug, Clone)]
+pub struct Written(Bytes);
+
 /// Parameters of the path. A text that is no id of the right kind is 404: nothing has that address.
 #[derive(Debug)]
 pub struct Path<T>(pub T);
@@ -203,36 +207,43 @@ impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
 
 impl<T: serde::Serialize> IntoResponse for Json<T> {
     fn into_response(self) -> Response {
-        let body = match written(&self.0) {
-            Ok(body) => body,
-            Err(error) => return Problem::internal(&error).into_response(),
-        };
-        let mut headers = HeaderMap::with_capacity(USUAL_HEADERS);
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        let mut response = Response::new(body.into());
-        *response.headers_mut() = headers;
-        response
+        Written::json(&self.0).into_response()
     }
 }
 
-/// As JSON, in no more memory than it takes: an answer may wait for its client.
-fn written(answer: &impl serde::Serialize) -> serde_json::Result<Bytes> {
-    thread_local! {
-        static ROOM: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+impl Written {
+    /// As JSON, in no more memory than it takes: an answer may wait for its client.
+    ///
+    /// # Errors
+    /// INTERNAL: there is no JSON of it.
+    pub fn json(answer: &impl serde::Serialize) -> Result<Self, Problem> {
+        thread_local! {
+            static ROOM: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+        }
+        // what fails or panics half-way takes it along
+        let mut room = ROOM.take();
+        room.reserve(ANSWER_ROOM_BYTES);
+        serde_json::to_writer(&mut room, answer).map_err(|error| Problem::internal(&error))?;
+        if room.len() > ANSWER_ROOM_BYTES {
+            return Ok(Self(room.into()));
+        }
+        let body = Bytes::copy_from_slice(&room);
+        // there may be keys in it
+        room.fill(0);
+        room.clear();
+        ROOM.set(room);
+        Ok(Self(body))
     }
-    // what fails or panics half-way takes it along
-    let mut room = ROOM.take();
-    room.reserve(ANSWER_ROOM_BYTES);
-    serde_json::to_writer(&mut room, answer)?;
-    if room.len() > ANSWER_ROOM_BYTES {
-        return Ok(room.into());
+}
+
+impl IntoResponse for Written {
+    fn into_response(self) -> Response {
+        let mut headers = HeaderMap::with_capacity(USUAL_HEADERS);
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let mut response = Response::new(self.0.into());
+        *response.headers_mut() = headers;
+        response
     }
-    let body = Bytes::copy_from_slice(&room);
-    // there may be keys in it
-    room.fill(0);
-    room.clear();
-    ROOM.set(room);
-    Ok(body)
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
@@ -378,10 +389,10 @@ mod tests {
     #[test]
     fn an_answer_holds_nothing_of_another() {
         let long = "a".repeat(2 * ANSWER_ROOM_BYTES);
-        assert_eq!(written(&long).unwrap().len(), long.len() + 2);
-        assert_eq!(written(&["b"]).unwrap(), r#"["b"]"#);
-        let half = std::panic::catch_unwind(|| written(&Panics { secret: "a key", then: () }));
+        assert_eq!(Written::json(&long).unwrap().0.len(), long.len() + 2);
+        assert_eq!(Written::json(&["b"]).unwrap().0, r#"["b"]"#);
+        let half = std::panic::catch_unwind(|| Written::json(&Panics { secret: "a key", then: () }));
         assert!(half.is_err());
-        assert_eq!(written(&"c").unwrap(), r#""c""#);
+        assert_eq!(Written::json(&"c").unwrap().0, r#""c""#);
     }
 }

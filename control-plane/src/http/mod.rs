@@ -23,5 +23,5 @@ pub mod strangers;
 pub mod tls;
 pub mod trace;
 
-pub use extract::{Admin, Caller, ClientKey, Json, Path, Portal, Query, TenantKey};
+pub use extract::{Admin, Caller, ClientKey, Json, Path, Portal, Query, TenantKey, Written};
 pub use problem::Problem;

@@ -2,11 +2,13 @@
 
 use axum::extract::State;
 use cvault_types::server::{Server, ServerList};
+use time::OffsetDateTime;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
-use crate::http::{Caller, Json, Problem};
+use crate::http::{Caller, Problem, Written};
+use crate::servers;
 
 pub fn router() -> OpenApiRouter<App> {
     OpenApiRouter::new().routes(routes!(list))
@@ -15,9 +17,11 @@ pub fn router() -> OpenApiRouter<App> {
 /// The servers, by region, with their load.
 #[utoipa::path(get, path = "/api/v1/servers", tag = "servers", security(("api_key" = [], "user_token" = [])),
     responses((status = 200, body = ServerList)))]
-async fn list(State(app): State<App>, _caller: Caller) -> Result<Json<ServerList>, Problem> {
-    let now = app.clock.now();
-    let servers = app.server_list.servers(&app.db.sys).await?;
+async fn list(State(app): State<App>, _caller: Caller) -> Result<Written, Problem> {
+    app.server_list.servers(&app.db.sys, app.clock.now(), write).await
+}
+
+fn write(servers: &[servers::Server], now: OffsetDateTime) -> Result<Written, Problem> {
     let servers = servers
         .iter()
         .map(|server| Server {
@@ -28,5 +32,5 @@ async fn list(State(app): State<App>, _caller: Caller) -> Result<Json<ServerList
             region: server.region.clone(),
         })
         .collect();
-    Ok(Json(ServerList { servers }))
+    Written::json(&ServerList { servers })
 }

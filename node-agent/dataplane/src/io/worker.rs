@@ -533,6 +533,12 @@ impl Desk<Worker> {
             let now = worker.now();
             worker.wakes_ms = worker.next_ms(now);
             timeout_ms = worker.wakes_ms.saturating_sub(now.mono_ms);
+            let is_amid = worker.unfinished.is_some();
+            drop(worker);
+            if is_amid {
+                // Portion after portion would use up its turn, and then the packets wait for it.
+                std::thread::yield_now();
+            }
         }
     }
 }
