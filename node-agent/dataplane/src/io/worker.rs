@@ -536,7 +536,7 @@ impl Desk<Worker> {
             let is_amid = worker.unfinished.is_some();
             drop(worker);
             if is_amid {
-                // Portion after portion would use up its turn, and then the packets wait for it.
+                // Portion after portion would use up the thread's turn on its processor, which packets need before and after it.
                 std::thread::yield_now();
             }
         }

@@ -250,6 +250,7 @@ impl Server {
             let mut portions = vec![first];
             while peers.peek().is_some() {
                 portions.push(chunk(&mut peers, CHUNK));
+                // Who waits for this processor has a packet, most likely.
                 std::thread::yield_now();
             }
             errno = self.done(Request::Portions(portions.into_iter()))?;
@@ -418,10 +419,6 @@ impl<R: Read> Lines<R> {
             self.buffer.copy_within(self.unread.clone(), 0);
         }
         self.unread = 0..self.unread.len();
-        if self.buffer.len() == READ_BYTES {
-            // Many peers: whoever waits for this processor has packets, most likely.
-            std::thread::yield_now();
-        }
         let read = loop {
             match self.reader.read(&mut self.buffer[self.unread.end..]) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
