@@ -1,12 +1,17 @@
 //! `admin api-key …`: a tenant's keys, for the hour when it cannot do it itself.
 
 use cvault_types::TenantId;
+use cvault_types::api_key::CreateApiKey;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
 use serde_json::{Value, json};
+use time::Duration;
 
-use super::run::cli;
+use super::audit::moment;
+use super::run::{cli, refused};
 use super::{AdminError, ApiKeyCommand};
 use crate::app::App;
-use crate::auth::api_keys;
+use crate::auth::api_keys::{self, KeySettings};
 use crate::tenants;
 
 pub(super) async fn run(app: &App, command: ApiKeyCommand) -> Result<Value, AdminError> {
@@ -16,6 +21,25 @@ pub(super) async fn run(app: &App, command: ApiKeyCommand) -> Result<Value, Admi
             let mut tx = app.db.tenancy.begin(tenant).await?;
             let found = api_keys::list(&mut tx).await;
             Ok(json!({"api_keys": tx.finish(found).await?}))
+        }
+        ApiKeyCommand::Create { tenant, name, scopes, expires_at } => {
+            exists(app, tenant).await?;
+            let now = app.clock.now();
+            let expires_at = moment(expires_at)?;
+            let settings = KeySettings::parse(CreateApiKey { name, scopes, expires_at }, now).map_err(refused)?;
+            let mut tx = app.db.tenancy.begin(tenant).await?;
+            let mut rng = StdRng::from_os_rng();
+            let work = api_keys::add(&mut tx, &app.secrets, &settings, &cli(), now, &mut rng).await;
+            let (key, secret) = tx.finish(work).await?;
+            Ok(json!({"api_key": key, "api_secret": secret.expose()}))
+        }
+        ApiKeyCommand::Regenerate { tenant, id, grace } => {
+            let (now, grace) = (app.clock.now(), Duration::seconds(grace.into()));
+            let mut tx = app.db.tenancy.begin(tenant).await?;
+            let mut rng = StdRng::from_os_rng();
+            let work = api_keys::regenerate(&mut tx, &app.secrets, Some(id), grace, &cli(), now, &mut rng).await;
+            let (key, secret) = tx.finish(work).await?;
+            Ok(json!({"api_key": key, "api_secret": secret.expose()}))
         }
         ApiKeyCommand::Revoke { tenant, id } => {
             let mut tx = app.db.tenancy.begin(tenant).await?;

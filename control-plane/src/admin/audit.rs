@@ -21,7 +21,7 @@ pub(super) async fn run(app: &App, command: AuditCommand) -> Result<Value, Admin
     }
 }
 
-fn moment(text: Option<String>) -> Result<Option<OffsetDateTime>, AdminError> {
+pub(super) fn moment(text: Option<String>) -> Result<Option<OffsetDateTime>, AdminError> {
     let refused = || AdminError::Refused("a time must be of RFC 3339, such as 2026-11-01T00:00:00Z".to_owned());
     text.map(|text| OffsetDateTime::parse(&text, &Rfc3339)).transpose().map_err(|_| refused())
 }

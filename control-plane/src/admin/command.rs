@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Subcommand};
+use cvault_types::api_key::Scope;
 use cvault_types::tenant::UpdateTenantPolicy;
 use cvault_types::{ApiKeyId, MailId, PoolId, ServerId, TenantId};
 use ipnet::{Ipv4Net, Ipv6Net};
@@ -165,6 +166,28 @@ pub enum ApiKeyCommand {
         #[arg(long)]
         tenant: TenantId,
     },
+    /// Add a key and print it with its secret, once
+    Create {
+        #[arg(long)]
+        tenant: TenantId,
+        #[arg(long)]
+        name: String,
+        /// auth, users, usage, devices; all of them when not named
+        #[arg(long, value_name = "SCOPE", value_delimiter = ',', value_parser = scope)]
+        scopes: Option<Vec<Scope>>,
+        /// RFC 3339; never when not named
+        #[arg(long, value_name = "TIME")]
+        expires_at: Option<String>,
+    },
+    /// Give a key another secret and print it, once
+    Regenerate {
+        #[arg(long)]
+        tenant: TenantId,
+        id: ApiKeyId,
+        /// For which the old secret works too; at most a week
+        #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+        grace: u32,
+    },
     /// End a key at once
     Revoke {
         #[arg(long)]
@@ -173,12 +196,22 @@ pub enum ApiKeyCommand {
     },
 }
 
+fn scope(text: &str) -> Result<Scope, &'static str> {
+    Scope::parse(text).ok_or("must be auth, users, usage or devices")
+}
+
 #[derive(Debug, Subcommand)]
 pub enum PortalCommand {
     /// The accounts of a tenant
     List {
         #[arg(long)]
         tenant: TenantId,
+    },
+    /// Add an owner to a tenant, and mail them a link to choose their password
+    Create {
+        #[arg(long)]
+        tenant: TenantId,
+        email: String,
     },
     /// End somebody's sessions and let them log in no more
     Disable { email: String },
@@ -210,7 +243,8 @@ pub enum AuditCommand {
         #[arg(long, default_value_t = 50)]
         limit: u32,
     },
-    /// Recompute the chains of hashes; exit status 1 when an entry was changed, added or taken away
+    /// Recompute the chains of hashes; exit status 1 when an entry was changed, or put in or taken out
+    /// between others. That the newest are gone is seen by comparing with an export
     Verify {
         /// Only this tenant's
         #[arg(long)]

@@ -1,6 +1,6 @@
 //! `admin portal …`: the people of a tenant who use the portal.
 
-use cvault_types::{TenantAdminId, TenantId};
+use cvault_types::{TenantAdminId, TenantId, TenantRole};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use serde_json::{Value, json};
@@ -15,10 +15,19 @@ use crate::portal::accounts::{self, Owner};
 use crate::portal::links::{self, Purpose};
 use crate::portal::sessions::{self, End};
 use crate::tenancy::TenantTx;
+use crate::tenants;
 
 pub(super) async fn run(app: &App, command: PortalCommand) -> Result<Value, AdminError> {
     match command {
         PortalCommand::List { tenant } => list(app, tenant).await,
+        PortalCommand::Create { tenant, email } => {
+            tenants::get(app, tenant).await?;
+            let to = parse(&email)?;
+            let mut tx = app.db.tenancy.begin(tenant).await?;
+            let work = create(&mut tx, app, &to).await;
+            let admin = tx.finish(work).await?;
+            Ok(json!({"admin_id": admin, "role": TenantRole::Owner, "mail": "waiting"}))
+        }
         PortalCommand::Disable { email } => {
             let (owner, mut tx) = open(app, &email).await?;
             let work = async {
@@ -65,6 +74,14 @@ pub(super) async fn run(app: &App, command: PortalCommand) -> Result<Value, Admi
             Ok(json!({"admin_id": owner.admin, "sessions_ended": tx.finish(work).await?}))
         }
     }
+}
+
+/// An owner that has no password yet.
+async fn create(tx: &mut TenantTx, app: &App, email: &Email) -> Result<TenantAdminId, AdminError> {
+    let admin = accounts::create(tx, email, None, TenantRole::Owner, app.clock.now()).await?;
+    links::send(tx, app, admin, email, Purpose::ResetPassword, &mut StdRng::from_os_rng()).await?;
+    note(tx, "tenant_admin.create", admin, json!({"role": TenantRole::Owner})).await?;
+    Ok(admin)
 }
 
 async fn list(app: &App, tenant: TenantId) -> Result<Value, AdminError> {

@@ -21,6 +21,7 @@ use crate::http::Problem;
 use crate::ipam::{self, CreatePoolError, DeletePoolError, NewPool, Pool, PoolChange};
 use crate::keys::RotateError;
 use crate::mail::{EnqueueError, RetryError, SendError};
+use crate::portal::accounts::CreateError;
 use crate::serve::{self, StartError};
 use crate::servers::{self, CreateServerError, NewServer, Removal, RemoveServerError, ServerDetails, ServerFilter};
 use crate::tenants::{self, Actor, Settings, TenantError};
@@ -64,6 +65,8 @@ pub enum AdminError {
     Chain(Vec<Value>),
     #[error("nobody has a portal account with this address")]
     NoAccount,
+    #[error(transparent)]
+    Account(#[from] CreateError),
     #[error(transparent)]
     ApiKey(#[from] ManageError),
     #[error(transparent)]
@@ -175,7 +178,7 @@ async fn set_status(app: &App, id: TenantId, status: TenantStatus, actor: &Actor
     Ok(json!({"tenant_id": tenant.id, "status": tenant.status}))
 }
 
-fn refused(problem: Problem) -> AdminError {
+pub(super) fn refused(problem: Problem) -> AdminError {
     if problem.code() == ErrorCode::NotFound {
         AdminError::Tenant(TenantError::NotFound)
     } else {

@@ -16,9 +16,9 @@ use std::time::Instant;
 
 use cvault_types::api_key::Scope;
 use cvault_types::{ApiKeyId, ErrorCode, Secret, TenantId};
-use http::HeaderValue;
 use http::header::ORIGIN;
 use http::request::Parts;
+use http::{HeaderMap, HeaderValue};
 use rand::CryptoRng;
 use subtle::ConstantTimeEq;
 use time::OffsetDateTime;
@@ -130,13 +130,14 @@ pub fn scope_of(path: &str) -> Option<Scope> {
 /// nothing.
 ///
 /// # Errors
-/// `INVALID_API_KEY`, `TENANT_SUSPENDED`, `ORIGIN_NOT_ALLOWED`, `INSUFFICIENT_SCOPE`, `RATE_LIMITED`, what is wrong with the
-/// token, or the database's.
+/// `INVALID_API_KEY`, `TENANT_SUSPENDED`, `ORIGIN_NOT_ALLOWED`, `INSUFFICIENT_SCOPE`, `RATE_LIMITED`, `SECRET_KEY_IN_BROWSER`
+/// when an `Origin` header says that a browser sent the secret, what is wrong with the token, or the database's.
 pub async fn authenticate_user(
     app: &App,
     request: &Parts,
     claims: Result<ClientToken, Problem>,
 ) -> Result<ClientToken, Problem> {
+    refuse_secret_of_browser(&request.headers)?;
     let ip = Peer::of(request).ip();
     match &claims {
         Ok(claims) => {
@@ -170,17 +171,21 @@ pub async fn authenticate_user(
     Ok(claims)
 }
 
-/// For calls of the tenant's own backend: the secret is needed too.
-///
-/// # Errors
-/// As [`authenticate_user`], and `SECRET_KEY_IN_BROWSER` when an `Origin` header says a browser sent the secret.
-pub async fn authenticate_secret(app: &App, request: &Parts) -> Result<AuthenticatedKey, Problem> {
-    let headers = &request.headers;
+fn refuse_secret_of_browser(headers: &HeaderMap) -> Result<(), Problem> {
     if headers.contains_key(ORIGIN) && headers.contains_key(SECRET_HEADER) {
         return Err(Problem::new(ErrorCode::SecretKeyInBrowser).detail(
             "A browser sent the API secret. Anyone who uses that page can read it: revoke the key, and call from your server.",
         ));
     }
+    Ok(())
+}
+
+/// For calls of the tenant's own backend: the secret is needed too.
+///
+/// # Errors
+/// As [`authenticate_user`].
+pub async fn authenticate_secret(app: &App, request: &Parts) -> Result<AuthenticatedKey, Problem> {
+    refuse_secret_of_browser(&request.headers)?;
     let ip = Peer::of(request).ip();
     let credential = credential(request);
     app.throttles.before_credential(ip, credential)?;

@@ -165,7 +165,9 @@ fn default_detail(code: ErrorCode) -> &'static str {
         ErrorCode::TenantSuspended => "This tenant is suspended.",
         ErrorCode::NotFound => "There is nothing here under this address, or it is not yours.",
         ErrorCode::MethodNotAllowed => "This address does not answer this method.",
-        ErrorCode::PayloadTooLarge => "The body is larger than 1 MiB.",
+        ErrorCode::PayloadTooLarge => {
+            "The body is larger than 1 MiB, or, of somebody without credentials, than 16 KiB."
+        }
         ErrorCode::UnsupportedMediaType => "The body must be application/json.",
         ErrorCode::ValidationFailed => "Some fields are missing, unknown or out of bounds; see errors.",
         ErrorCode::HttpsRequired => {

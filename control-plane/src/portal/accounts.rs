@@ -119,7 +119,7 @@ pub async fn still_is(tx: &mut TenantTx, account: &Account) -> Result<bool, DbEr
     let row = sqlx::query!(
         "select admin_id from cvault.tenant_admins
          where tenant_id = $1 and admin_id = $2 and status = 'active' and password_changed_at is not distinct from $3
-         for share",
+         for no key update",
         tenant,
         account.id.uuid(),
         account.password_changed_at
@@ -129,14 +129,14 @@ pub async fn still_is(tx: &mut TenantTx, account: &Account) -> Result<bool, DbEr
     Ok(row.is_some())
 }
 
-/// Adds an account to the transaction's tenant.
+/// Adds an account to the transaction's tenant. Without a password nobody can log in to it until one is set.
 ///
 /// # Errors
 /// [`CreateError::EmailTaken`], also by another tenant's account.
 pub async fn create(
     tx: &mut TenantTx,
     email: &Email,
-    password_hash: &str,
+    password_hash: Option<&str>,
     role: TenantRole,
     now: OffsetDateTime,
 ) -> Result<TenantAdminId, CreateError> {
@@ -274,7 +274,7 @@ mod tests {
         let now = world.app.clock.now();
         let email = Email::parse("owner@example.com").unwrap();
         let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
-        let admin = create(&mut tx, &email, "old", TenantRole::Owner, now).await.unwrap();
+        let admin = create(&mut tx, &email, Some("old"), TenantRole::Owner, now).await.unwrap();
         let checked = load(&mut tx, admin).await.unwrap().unwrap();
         replace_hash(&mut tx, admin, "old", "old in another scheme").await.unwrap();
         assert!(still_is(&mut tx, &checked).await.unwrap(), "made anew, it is the same password");

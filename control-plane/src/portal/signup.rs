@@ -66,7 +66,7 @@ pub async fn sign_up(
         let actor = Actor { name: "signup".to_owned(), request_id: Some(request_id) };
         let (tenant, key) = tenants::create_in(&mut tx, app, form.settings, &actor, rng).await?;
         let now = app.clock.now();
-        let admin = accounts::create(&mut tx, &form.email, &form.password_hash, TenantRole::Owner, now).await?;
+        let admin = accounts::create(&mut tx, &form.email, Some(&form.password_hash), TenantRole::Owner, now).await?;
         let target = admin.to_string();
         let details = json!({"role": TenantRole::Owner});
         let entry = audit::Entry {

@@ -246,8 +246,10 @@ mod tests {
     use rand::rngs::StdRng;
 
     use super::*;
+    use crate::auth::email::Email;
     use crate::devices::{DeviceName, KeyRequest, NewDevice, RegisterError, Registration};
     use crate::testing::{World, eventually, request_id};
+    use crate::users::{self, ExternalId, VouchError};
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_registration_in_flight_does_not_survive_the_deletion_of_its_tenant() {
@@ -306,6 +308,27 @@ mod tests {
         delete(&world.app, person.tenant, &actor).await.unwrap();
         let nobody = TenantId::from_uuid(Uuid::now_v7());
         assert!(matches!(delete(&world.app, nobody, &actor).await, Err(TenantError::NotFound)));
+    }
+
+    #[tokio::test]
+    async fn a_user_whose_registration_was_let_in_before_the_deletion_of_its_tenant_is_not_made() {
+        let (world, _) = World::with_server().await;
+        let person = world.person().await;
+        let actor = Actor { name: "cli".to_owned(), request_id: None };
+        let (email, name) = (Email::parse("late@example.com").unwrap(), ExternalId::parse("late").unwrap());
+        let late = async || {
+            let now = world.app.clock.now();
+            let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
+            let refused = users::register(&mut tx, &email, "hash", now).await.unwrap_err();
+            assert!(matches!(refused, users::RegisterError::TenantClosed), "{refused}");
+            let refused = users::vouch(&mut tx, &name, &actor, now).await.unwrap_err();
+            assert!(matches!(refused, VouchError::TenantClosed), "{refused}");
+            tx.rollback().await.unwrap();
+        };
+        close(&world.app, person.tenant, &actor).await.unwrap();
+        late().await;
+        delete(&world.app, person.tenant, &actor).await.unwrap();
+        late().await;
     }
 
     #[tokio::test]

@@ -123,7 +123,11 @@ async fn move_all(app: &App, tenant: TenantId, which: Which) -> Result<u64, DbEr
         let now = app.clock.now();
         let mut tx = app.db.tenancy.begin(tenant).await?;
         let work = move_chunk(&mut tx, which, after, now).await;
-        let chunk = tx.finish(work).await?;
+        let chunk = match tx.finish(work).await {
+            // a server that was chosen has filled up or closed meanwhile: the next run chooses again
+            Err(error) if error.constraint() == Some("servers_open_for_peers") => return Ok(done),
+            chunk => chunk?,
+        };
         chunk.servers.iter().for_each(|server| app.nodes.server_changed(*server));
         done += chunk.servers.len() as u64;
         // those that no server takes now are passed over, and tried again by the next run
@@ -188,7 +192,12 @@ async fn move_chunk(
     after: Option<Placing>,
     now: OffsetDateTime,
 ) -> Result<Chunk, DbError> {
-    if which == Which::Placed && !is_closed(tx).await? {
+    let concerned = match which {
+        Which::Placed => is_closed(tx).await?,
+        Which::PlacedOfDisabled => true,
+        Which::SuspendedOfActive => !is_closed(tx).await?,
+    };
+    if !concerned {
         return Ok(Chunk::default());
     }
     let found = devices(tx, which, after).await?;
@@ -200,11 +209,11 @@ async fn move_chunk(
     Ok(Chunk { servers, more_after })
 }
 
-/// Whether the tenant is suspended or over its limit; it stays so until the transaction ends.
+/// Whether the tenant is suspended, gone or over its limit; it stays so until the transaction ends.
 async fn is_closed(tx: &mut TenantTx) -> Result<bool, DbError> {
     let tenant = tx.tenant().uuid();
     let closed = sqlx::query_scalar!(
-        r#"select status = 'suspended' or over_limit_since is not null as "closed!"
+        r#"select status not in ('active', 'trial') or over_limit_since is not null as "closed!"
            from cvault.tenants where tenant_id = $1 for share"#,
         tenant
     )
@@ -398,6 +407,7 @@ mod tests {
         used(2_000_000_000 - 1).await.unwrap();
         assert_eq!((mark().await, enforce(&world.app).await.unwrap()), (1, 1));
         assert_eq!((mark().await, peers(&world, server).await), (0, 0));
+        assert_eq!(enforce_users(&world.app, person.tenant).await.unwrap(), 0, "whose users change meanwhile");
         let refused = world.register(person, "another").await.map(drop).unwrap_err();
         let RegisterError::BandwidthLimit(used_up) = refused else { panic!("{refused}") };
         assert_eq!((used_up.max, used_up.used), (2_000_000_000, 2_000_000_000));
@@ -433,6 +443,7 @@ mod tests {
         set_status(&world, person, TenantStatus::Suspended).await;
         assert_eq!(enforce(&world.app).await.unwrap(), count as u64);
         assert_eq!(enforce(&world.app).await.unwrap(), 0);
+        assert_eq!(enforce_users(&world.app, person.tenant).await.unwrap(), 0, "whose users change meanwhile");
         assert_eq!(peers(&world, server).await, 1);
 
         set_status(&world, person, TenantStatus::Active).await;

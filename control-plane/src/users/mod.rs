@@ -25,6 +25,8 @@ pub enum RegisterError {
     EmailTaken,
     #[error("the tenant has {used} of {max} users")]
     LimitExceeded { max: i64, used: i64 },
+    #[error("the tenant is suspended or deleted")]
+    TenantClosed,
     #[error(transparent)]
     Db(#[from] DbError),
 }
@@ -34,6 +36,8 @@ pub enum RegisterError {
 enum RoomError {
     #[error("the tenant has {used} of {max} users")]
     LimitExceeded { max: i64, used: i64 },
+    #[error("the tenant is suspended or deleted")]
+    TenantClosed,
     #[error(transparent)]
     Db(#[from] DbError),
 }
@@ -42,6 +46,7 @@ impl From<RoomError> for RegisterError {
     fn from(error: RoomError) -> Self {
         match error {
             RoomError::LimitExceeded { max, used } => Self::LimitExceeded { max, used },
+            RoomError::TenantClosed => Self::TenantClosed,
             RoomError::Db(error) => Self::Db(error),
         }
     }
@@ -82,7 +87,7 @@ pub struct Login {
 /// limit together.
 ///
 /// # Errors
-/// [`RegisterError::EmailTaken`], [`RegisterError::LimitExceeded`], or the database's.
+/// By variant.
 pub async fn register(
     tx: &mut TenantTx,
     email: &Email,
@@ -112,23 +117,24 @@ pub async fn register(
     Ok(user)
 }
 
-/// Locks the tenant's row until the transaction ends, and checks that there is room for one more user.
+/// Locks the tenant's row until the transaction ends, and checks that it is open and has room for one more user: it may have
+/// been suspended or deleted since the request was let in, and nothing looks for users of a deleted one.
 async fn lock_for_new_user(tx: &mut TenantTx) -> Result<(), RoomError> {
     // who would wait only to be refused is refused now
-    check_limit(tx).await?;
+    check_room(tx).await?;
     let tenant = tx.tenant().uuid();
     // "no key": foreign keys of other transactions to this tenant do not wait
     sqlx::query!("select tenant_id from cvault.tenants where tenant_id = $1 for no key update", tenant)
         .fetch_one(tx.conn())
         .await
         .map_err(DbError::from)?;
-    check_limit(tx).await
+    check_room(tx).await
 }
 
-async fn check_limit(tx: &mut TenantTx) -> Result<(), RoomError> {
+async fn check_room(tx: &mut TenantTx) -> Result<(), RoomError> {
     let tenant = tx.tenant().uuid();
     let row = sqlx::query!(
-        r#"select t.user_limit, case when t.user_limit is not null then (
+        r#"select t.status in ('active', 'trial') as "open!", t.user_limit, case when t.user_limit is not null then (
                       select count(*) from cvault.users u
                       where u.tenant_id = t.tenant_id and u.status <> 'deleted' and u.deleting_since is null) end as used
            from cvault.tenants t where t.tenant_id = $1"#,
@@ -137,6 +143,9 @@ async fn check_limit(tx: &mut TenantTx) -> Result<(), RoomError> {
     .fetch_one(tx.conn())
     .await
     .map_err(DbError::from)?;
+    if !row.open {
+        return Err(RoomError::TenantClosed);
+    }
     match (row.user_limit.map(i64::from), row.used) {
         (Some(max), Some(used)) if used >= max => Err(RoomError::LimitExceeded { max, used }),
         _ => Ok(()),

@@ -17,6 +17,8 @@ pub enum VouchError {
     Disabled,
     #[error("the tenant has {used} of {max} users")]
     LimitExceeded { max: i64, used: i64 },
+    #[error("the tenant is suspended or deleted")]
+    TenantClosed,
     #[error(transparent)]
     Db(#[from] DbError),
 }
@@ -25,6 +27,7 @@ impl From<RoomError> for VouchError {
     fn from(error: RoomError) -> Self {
         match error {
             RoomError::LimitExceeded { max, used } => Self::LimitExceeded { max, used },
+            RoomError::TenantClosed => Self::TenantClosed,
             RoomError::Db(error) => Self::Db(error),
         }
     }

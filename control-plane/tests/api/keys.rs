@@ -389,6 +389,7 @@ async fn a_page_of_an_allowed_origin_reads_its_answers_and_another_is_refused() 
     devices(SHOP).header("origin", SHOP).refused(403, "ORIGIN_NOT_ALLOWED").await;
     let with_secret = platform.post(REGISTER, &json!({})).backend(&tenant).header("origin", SHOP);
     with_secret.refused(403, "SECRET_KEY_IN_BROWSER").await;
+    devices(SHOP).header("x-api-secret", &tenant.secret).refused(403, "SECRET_KEY_IN_BROWSER").await;
     set(&platform, &other, true, &[]).await;
     alone(&platform, &other, "a@example.com").header("origin", SHOP).refused(403, "ORIGIN_NOT_ALLOWED").await;
 }

@@ -316,7 +316,7 @@ async fn tenants(terminal: &Terminal<'_>) {
 }
 
 #[tokio::test]
-async fn keys_of_tenants_are_listed_and_revoked_from_the_command_line() {
+async fn keys_of_tenants_are_made_replaced_listed_and_revoked_from_the_command_line() {
     let platform = Platform::start().await;
     let id = text(&done(&platform, &["tenant", "create", "--name", "Acme"]), "tenant_id");
     let keys = done(&platform, &["api-key", "list", "--tenant", &id]);
@@ -324,6 +324,24 @@ async fn keys_of_tenants_are_listed_and_revoked_from_the_command_line() {
     assert!(!keys.to_string().contains("cvs_"), "{keys}");
     done(&platform, &["api-key", "revoke", "--tenant", &id, &key]);
     assert_eq!(done(&platform, &["api-key", "list", "--tenant", &id])["api_keys"], json!([]));
+
+    let create = ["api-key", "create", "--tenant", &id, "--name", "backend", "--scopes", "usage,users"];
+    let made = done(&platform, &create);
+    assert_eq!(made["api_key"]["scopes"], json!(["users", "usage"]), "{made}");
+    let usage = async |secret: &str| {
+        let call =
+            platform.call("GET", "/api/v1/usage").header("x-api-key", made["api_key"]["api_key"].as_str().unwrap());
+        call.header("x-api-secret", secret).send().await.status.as_u16()
+    };
+    let first = text(&made, "api_secret");
+    assert_eq!(usage(&first).await, 200);
+    let made_id = text(&made["api_key"], "id");
+    let replaced = done(&platform, &["api-key", "regenerate", "--tenant", &id, &made_id]);
+    assert_eq!((usage(&first).await, usage(&text(&replaced, "api_secret")).await), (401, 200));
+    for faulty in [["--scopes", "all"], ["--expires-at", "2020-01-01T00:00:00Z"], ["--expires-at", "soon"]] {
+        let (refusal, success) = admin(&platform, &[&create[..6], &faulty[..]].concat());
+        assert!(!success, "{refusal}");
+    }
 
     let entries = done(&platform, &["audit", "list", "--tenant", &id, "--action", "api_key.revoke"]);
     assert_eq!((&entries["entries"][0]["actor"], &entries["entries"][0]["target"]), (&json!("cli"), &json!(key)));
@@ -377,6 +395,13 @@ async fn a_portal_account_is_disabled_reset_and_logged_out_from_the_command_line
     let mails = done(&platform, &["mail", "list"]);
     let kinds: Vec<_> = mails["mails"].as_array().unwrap().iter().map(|mail| mail["kind"].clone()).collect();
     assert!(kinds.contains(&json!("reset_password")), "{mails}");
+    done(&platform, &["portal", "create", "--tenant", &tenant, "second@example.com"]);
+    let accounts = done(&platform, &["portal", "list", "--tenant", &tenant]);
+    assert_eq!(accounts["accounts"][1]["role"], "owner", "{accounts}");
+    let second = json!({"email": "second@example.com", "password": password});
+    assert_eq!(platform.post("/api/v1/tenant/auth/login", &second).send().await.status, 401, "it has no password yet");
+    let (refusal, success) = admin(&platform, &["portal", "create", "--tenant", &tenant, "owner@example.com"]);
+    assert!(!success, "{refusal}");
     let (refusal, success) = admin(&platform, &["portal", "disable", "nobody@example.com"]);
     assert!(!success && refusal.as_str().unwrap().contains("nobody has a portal account"), "{refusal}");
 }

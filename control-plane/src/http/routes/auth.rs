@@ -344,6 +344,7 @@ impl From<RegisterError> for Problem {
             RegisterError::LimitExceeded { max, used } => Self::new(ErrorCode::UserLimitExceeded)
                 .detail(format!("This tenant has {used} of {max} users. Remove one or raise the limit."))
                 .limit("users", max, used),
+            RegisterError::TenantClosed => Self::new(ErrorCode::TenantSuspended),
             RegisterError::Db(error) => error.into(),
         }
     }

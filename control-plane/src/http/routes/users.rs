@@ -191,6 +191,7 @@ impl From<VouchError> for Problem {
         match error {
             VouchError::Disabled => Self::new(ErrorCode::UserDisabled),
             VouchError::LimitExceeded { max, used } => users::RegisterError::LimitExceeded { max, used }.into(),
+            VouchError::TenantClosed => Self::new(ErrorCode::TenantSuspended),
             VouchError::Db(error) => error.into(),
         }
     }
