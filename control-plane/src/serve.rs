@@ -103,7 +103,7 @@ pub async fn run(config: ServeConfig) -> Result<(), StartError> {
     until(app, listeners, shutdown).await
 }
 
-/// Serves until `shutdown`: then no connection is taken, readiness fails, and running requests get 10 s.
+/// Serves until `shutdown`: then no connection is taken, idle ones are closed, and running requests get 10 s.
 ///
 /// # Errors
 /// [`StartError::Gateway`] when the gateway has failed, which ends everything else too.

@@ -184,6 +184,20 @@ pub(crate) fn request_id() -> RequestId {
     RequestId::from_uuid(Uuid::now_v7())
 }
 
+/// Until somebody in the world's database waits for a lock.
+pub(crate) async fn somebody_waits(superuser: &mut PgConnection) {
+    eventually("somebody waits for a lock", std::time::Duration::from_secs(5), async || {
+        sqlx::query_scalar(
+            "select exists (select from pg_locks l join pg_stat_activity a using (pid)
+                            where a.datname = current_database() and not l.granted)",
+        )
+        .fetch_one(&mut *superuser)
+        .await
+        .unwrap()
+    })
+    .await;
+}
+
 /// Kills the backends of `role` that wait for a lock, again and again until `done`; tells which ones.
 pub(crate) async fn kill_waiting(superuser: &mut PgConnection, role: &str, done: impl Fn() -> bool) -> BTreeSet<i32> {
     let mut killed = BTreeSet::new();

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, value_parser};
 use cvault_types::api_key::Scope;
 use cvault_types::tenant::UpdateTenantPolicy;
 use cvault_types::{ApiKeyId, MailId, PoolId, ServerId, TenantId};
@@ -185,7 +185,7 @@ pub enum ApiKeyCommand {
         tenant: TenantId,
         id: ApiKeyId,
         /// For which the old secret works too; at most a week
-        #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+        #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = value_parser!(u32).range(..=604_800))]
         grace: u32,
     },
     /// End a key at once
@@ -207,7 +207,7 @@ pub enum PortalCommand {
         #[arg(long)]
         tenant: TenantId,
     },
-    /// Add an owner to a tenant, and mail them a link to choose their password
+    /// Add an owner to a tenant, and mail them a link to choose their password, good for an hour (then `portal reset`)
     Create {
         #[arg(long)]
         tenant: TenantId,
@@ -243,8 +243,8 @@ pub enum AuditCommand {
         #[arg(long, default_value_t = 50)]
         limit: u32,
     },
-    /// Recompute the chains of hashes; exit status 1 when an entry was changed, or put in or taken out
-    /// between others. That the newest are gone is seen by comparing with an export
+    /// Recompute the chains of hashes; exit status 1 when one does not hold. They hold without the
+    /// newest entries, and for whoever can write to the table and makes them anew: keep what `audit list` says elsewhere
     Verify {
         /// Only this tenant's
         #[arg(long)]

@@ -15,13 +15,12 @@ use crate::portal::accounts::{self, Owner};
 use crate::portal::links::{self, Purpose};
 use crate::portal::sessions::{self, End};
 use crate::tenancy::TenantTx;
-use crate::tenants;
+use crate::tenants::{self, TenantError};
 
 pub(super) async fn run(app: &App, command: PortalCommand) -> Result<Value, AdminError> {
     match command {
         PortalCommand::List { tenant } => list(app, tenant).await,
         PortalCommand::Create { tenant, email } => {
-            tenants::get(app, tenant).await?;
             let to = parse(&email)?;
             let mut tx = app.db.tenancy.begin(tenant).await?;
             let work = create(&mut tx, app, &to).await;
@@ -78,6 +77,9 @@ pub(super) async fn run(app: &App, command: PortalCommand) -> Result<Value, Admi
 
 /// An owner that has no password yet.
 async fn create(tx: &mut TenantTx, app: &App, email: &Email) -> Result<TenantAdminId, AdminError> {
+    if !tenants::hold(tx).await? {
+        return Err(TenantError::NotFound.into());
+    }
     let admin = accounts::create(tx, email, None, TenantRole::Owner, app.clock.now()).await?;
     links::send(tx, app, admin, email, Purpose::ResetPassword, &mut StdRng::from_os_rng()).await?;
     note(tx, "tenant_admin.create", admin, json!({"role": TenantRole::Owner})).await?;

@@ -265,7 +265,32 @@ pub async fn delete_all(tx: &mut TenantTx) -> Result<(), DbError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::World;
+    use crate::testing::{World, somebody_waits};
+
+    #[tokio::test]
+    async fn logins_that_replace_an_old_hash_at_the_same_time_come_one_after_the_other() {
+        let world = World::new().await;
+        let person = world.person().await;
+        let email = Email::parse("owner@example.com").unwrap();
+        let begin = async || world.app.db.tenancy.begin(person.tenant).await.unwrap();
+        let mut tx = begin().await;
+        let admin = create(&mut tx, &email, Some("old"), TenantRole::Owner, world.app.clock.now()).await.unwrap();
+        let checked = load(&mut tx, admin).await.unwrap().unwrap();
+        tx.commit().await.unwrap();
+        let (mut first, mut second, mut superuser) = (begin().await, begin().await, world.superuser().await);
+        assert!(still_is(&mut first, &checked).await.unwrap());
+        let late = async {
+            assert!(still_is(&mut second, &checked).await.unwrap());
+            replace_hash(&mut second, admin, "old", "new").await.unwrap();
+            second.commit().await.unwrap();
+        };
+        let early = async {
+            somebody_waits(&mut superuser).await;
+            replace_hash(&mut first, admin, "old", "new").await.unwrap();
+            first.commit().await.unwrap();
+        };
+        tokio::join!(late, early);
+    }
 
     #[tokio::test]
     async fn a_password_that_was_changed_meanwhile_logs_nobody_in() {

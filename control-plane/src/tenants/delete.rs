@@ -239,16 +239,15 @@ async fn keep_answer(tx: &mut TenantTx, actor: &Actor, app: &App) -> Result<(), 
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use cvault_types::tenant::{TenantStatus, UpdateTenantRequest};
     use rand::SeedableRng as _;
     use rand::rngs::StdRng;
 
     use super::*;
+    use crate::auth::api_keys::{KeySettings, ManageError};
     use crate::auth::email::Email;
     use crate::devices::{DeviceName, KeyRequest, NewDevice, RegisterError, Registration};
-    use crate::testing::{World, eventually, request_id};
+    use crate::testing::{World, request_id, somebody_waits};
     use crate::users::{self, ExternalId, VouchError};
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -273,16 +272,7 @@ mod tests {
             async move { delete(&app, person.tenant, &Actor { name: "cli".to_owned(), request_id: None }).await }
         });
         let mut superuser = world.superuser().await;
-        eventually("the deletion waits for it", Duration::from_secs(5), async || {
-            sqlx::query_scalar!(
-                r#"select exists (select from pg_locks l join pg_stat_activity a using (pid)
-                                  where a.datname = current_database() and not l.granted) as "waits!""#
-            )
-            .fetch_one(&mut superuser)
-            .await
-            .unwrap()
-        })
-        .await;
+        somebody_waits(&mut superuser).await;
         flying.commit().await.unwrap();
         deleting.await.unwrap().unwrap();
         assert!(active_devices(app, person.tenant).await.unwrap().is_empty());
@@ -323,9 +313,20 @@ mod tests {
             assert!(matches!(refused, users::RegisterError::TenantClosed), "{refused}");
             let refused = users::vouch(&mut tx, &name, &actor, now).await.unwrap_err();
             assert!(matches!(refused, VouchError::TenantClosed), "{refused}");
+            let key = KeySettings { name: "late".to_owned(), scopes: Vec::new(), expires_at: None };
+            let (secrets, rng) = (&world.app.secrets, &mut StdRng::from_os_rng());
+            let refused = api_keys::add(&mut tx, secrets, &key, &actor, now, rng).await.map(drop).unwrap_err();
+            assert!(matches!(refused, ManageError::NoTenant), "{refused}");
             tx.rollback().await.unwrap();
         };
-        close(&world.app, person.tenant, &actor).await.unwrap();
+        let mut closing = world.app.db.tenancy.begin(person.tenant).await.unwrap();
+        close_in(&mut closing, &actor, world.app.clock.now()).await.unwrap();
+        let mut superuser = world.superuser().await;
+        let closed = async {
+            somebody_waits(&mut superuser).await;
+            closing.commit().await.unwrap();
+        };
+        tokio::join!(late(), closed);
         late().await;
         delete(&world.app, person.tenant, &actor).await.unwrap();
         late().await;

@@ -35,6 +35,24 @@ const GB: i64 = 1_000_000_000;
 /// Of a tenant's name.
 pub const NAME_RULE: &str = "must have 1 to 255 printable characters, and none that nobody sees";
 
+/// Whether the transaction's tenant is there, and nobody is deleting it; so it stays until the transaction ends, which others
+/// that ask this wait for.
+///
+/// # Errors
+/// Those of the database.
+pub async fn hold(tx: &mut TenantTx) -> Result<bool, DbError> {
+    let tenant = tx.tenant().uuid();
+    // "no key": foreign keys of other transactions to this tenant do not wait
+    let there = sqlx::query_scalar!(
+        r#"select status <> 'deleted' and deleting_since is null as "there!"
+           from cvault.tenants where tenant_id = $1 for no key update"#,
+        tenant
+    )
+    .fetch_optional(tx.conn())
+    .await?;
+    Ok(there.unwrap_or_default())
+}
+
 /// Who changes a tenant, for the audit log.
 #[derive(Debug, Clone)]
 pub struct Actor {

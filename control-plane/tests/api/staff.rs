@@ -327,22 +327,32 @@ async fn keys_of_tenants_are_made_replaced_listed_and_revoked_from_the_command_l
 
     let create = ["api-key", "create", "--tenant", &id, "--name", "backend", "--scopes", "usage,users"];
     let made = done(&platform, &create);
-    assert_eq!(made["api_key"]["scopes"], json!(["users", "usage"]), "{made}");
+    assert_eq!(made["scopes"], json!(["users", "usage"]), "{made}");
     let usage = async |secret: &str| {
-        let call =
-            platform.call("GET", "/api/v1/usage").header("x-api-key", made["api_key"]["api_key"].as_str().unwrap());
+        let call = platform.call("GET", "/api/v1/usage").header("x-api-key", made["api_key"].as_str().unwrap());
         call.header("x-api-secret", secret).send().await.status.as_u16()
     };
     let first = text(&made, "api_secret");
     assert_eq!(usage(&first).await, 200);
-    let made_id = text(&made["api_key"], "id");
+    let made_id = text(&made, "api_key_id");
     let replaced = done(&platform, &["api-key", "regenerate", "--tenant", &id, &made_id]);
     assert_eq!((usage(&first).await, usage(&text(&replaced, "api_secret")).await), (401, 200));
+    let again = done(&platform, &["api-key", "regenerate", "--tenant", &id, &made_id, "--grace", "60"]);
+    let both = (usage(&text(&replaced, "api_secret")).await, usage(&text(&again, "api_secret")).await);
+    assert_eq!(both, (200, 200));
+    let (refusal, success) =
+        admin(&platform, &["api-key", "regenerate", "--tenant", &id, &made_id, "--grace", "604801"]);
+    assert!(!success, "{refusal}");
     for faulty in [["--scopes", "all"], ["--expires-at", "2020-01-01T00:00:00Z"], ["--expires-at", "soon"]] {
         let (refusal, success) = admin(&platform, &[&create[..6], &faulty[..]].concat());
         assert!(!success, "{refusal}");
     }
 
+    for (action, count) in [("api_key.create", 1), ("api_key.regenerate", 2)] {
+        let entries = done(&platform, &["audit", "list", "--tenant", &id, "--action", action]);
+        let actors: Vec<_> = entries["entries"].as_array().unwrap().iter().map(|entry| &entry["actor"]).collect();
+        assert_eq!(actors, vec!["cli"; count], "{entries}");
+    }
     let entries = done(&platform, &["audit", "list", "--tenant", &id, "--action", "api_key.revoke"]);
     assert_eq!((&entries["entries"][0]["actor"], &entries["entries"][0]["target"]), (&json!("cli"), &json!(key)));
     assert_eq!(done(&platform, &["audit", "verify"])["broken"], json!([]));
@@ -398,6 +408,9 @@ async fn a_portal_account_is_disabled_reset_and_logged_out_from_the_command_line
     done(&platform, &["portal", "create", "--tenant", &tenant, "second@example.com"]);
     let accounts = done(&platform, &["portal", "list", "--tenant", &tenant]);
     assert_eq!(accounts["accounts"][1]["role"], "owner", "{accounts}");
+    let mails = done(&platform, &["mail", "list"]);
+    let resets = mails["mails"].as_array().unwrap().iter().filter(|mail| mail["kind"] == "reset_password").count();
+    assert_eq!(resets, 2, "{mails}");
     let second = json!({"email": "second@example.com", "password": password});
     assert_eq!(platform.post("/api/v1/tenant/auth/login", &second).send().await.status, 401, "it has no password yet");
     let (refusal, success) = admin(&platform, &["portal", "create", "--tenant", &tenant, "owner@example.com"]);

@@ -15,7 +15,7 @@ use crate::devices::DeviceName;
 use crate::http::Problem;
 use crate::keys::PlatformSecrets;
 use crate::tenancy::TenantTx;
-use crate::tenants::Actor;
+use crate::tenants::{self, Actor};
 
 /// Keys of a tenant that are not revoked.
 const MAX_KEYS: i64 = 100;
@@ -26,6 +26,8 @@ pub const MAX_GRACE: Duration = Duration::days(7);
 pub enum ManageError {
     #[error("there is no such key")]
     NotFound,
+    #[error("the tenant is deleted, or about to be")]
+    NoTenant,
     #[error("the tenant has {MAX_KEYS} keys")]
     TooMany,
     #[error("which of the tenant's keys is meant is not said")]
@@ -138,7 +140,7 @@ pub(super) async fn insert(
 /// Adds a key, and says so in the audit log.
 ///
 /// # Errors
-/// [`ManageError::TooMany`], or the database's.
+/// [`ManageError::TooMany`], [`ManageError::NoTenant`], or the database's.
 pub async fn add(
     tx: &mut TenantTx,
     secrets: &PlatformSecrets,
@@ -147,7 +149,10 @@ pub async fn add(
     now: OffsetDateTime,
     rng: &mut impl CryptoRng,
 ) -> Result<(ApiKey, Secret), ManageError> {
-    lock_tenant(tx).await?;
+    // racing creations count one after the other
+    if !tenants::hold(tx).await? {
+        return Err(ManageError::NoTenant);
+    }
     if list(tx).await?.len() >= usize::try_from(MAX_KEYS).unwrap_or(usize::MAX) {
         return Err(ManageError::TooMany);
     }
@@ -314,15 +319,6 @@ pub async fn revoke_all(tx: &mut TenantTx, now: OffsetDateTime) -> Result<(), Db
     Ok(())
 }
 
-/// So that racing creations count one after the other.
-async fn lock_tenant(tx: &mut TenantTx) -> Result<(), DbError> {
-    let tenant = tx.tenant().uuid();
-    sqlx::query!("select tenant_id from cvault.tenants where tenant_id = $1 for no key update", tenant)
-        .fetch_optional(tx.conn())
-        .await?;
-    Ok(())
-}
-
 async fn note(
     tx: &mut TenantTx,
     actor: &Actor,
@@ -344,6 +340,7 @@ impl From<ManageError> for Problem {
         use cvault_types::ErrorCode;
         match error {
             ManageError::NotFound => Self::new(ErrorCode::NotFound),
+            ManageError::NoTenant => Self::new(ErrorCode::TenantSuspended),
             ManageError::TooMany => Self::validation()
                 .detail(format!("This tenant has {MAX_KEYS} API keys, and may have no more. Revoke one."))
                 .limit("api_keys", MAX_KEYS, MAX_KEYS),
