@@ -184,16 +184,17 @@ pub(crate) fn request_id() -> RequestId {
     RequestId::from_uuid(Uuid::now_v7())
 }
 
-/// Until somebody in the world's database waits for a lock.
-pub(crate) async fn somebody_waits(superuser: &mut PgConnection) {
-    eventually("somebody waits for a lock", std::time::Duration::from_secs(5), async || {
-        sqlx::query_scalar(
-            "select exists (select from pg_locks l join pg_stat_activity a using (pid)
-                            where a.datname = current_database() and not l.granted)",
+/// Until `count` sessions of the world's database wait for a lock.
+pub(crate) async fn waiting(superuser: &mut PgConnection, count: i64) {
+    eventually("others wait for a lock", std::time::Duration::from_secs(5), async || {
+        let waiting: i64 = sqlx::query_scalar(
+            "select count(distinct pid) from pg_locks l join pg_stat_activity a using (pid)
+             where a.datname = current_database() and not l.granted",
         )
         .fetch_one(&mut *superuser)
         .await
-        .unwrap()
+        .unwrap();
+        waiting >= count
     })
     .await;
 }

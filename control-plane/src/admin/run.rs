@@ -322,7 +322,7 @@ fn print(answer: &Value, as_json: bool) -> io::Result<()> {
     out.flush()
 }
 
-/// `name: value` lines; a list is one line for each row.
+/// `name: value` lines; a list is one line for each row, one of words a line.
 fn for_people(answer: &Value) -> Vec<String> {
     let plain = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     let Some(fields) = answer.as_object() else { return vec![plain(answer)] };
@@ -330,6 +330,9 @@ fn for_people(answer: &Value) -> Vec<String> {
         .iter()
         .flat_map(|(name, value)| match value.as_array() {
             Some(rows) if rows.is_empty() => vec![format!("no {name}")],
+            Some(words) if words.iter().all(Value::is_string) => {
+                vec![format!("{name}: {}", words.iter().map(plain).collect::<Vec<_>>().join(","))]
+            }
             Some(rows) => rows
                 .iter()
                 .map(|row| {
@@ -340,4 +343,19 @@ fn for_people(answer: &Value) -> Vec<String> {
             None => vec![format!("{name}: {}", plain(value))],
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn people_read_a_line_for_each_value_and_each_row() {
+        let rows = json!([{"id": "a", "peers": 2}, {"id": "b", "peers": 0}]);
+        let answer = json!({"api_key": "k", "none": [], "rows": rows, "scopes": ["users", "usage"]});
+        assert_eq!(
+            for_people(&answer),
+            ["api_key: k", "no none", "id=a  peers=2", "id=b  peers=0", "scopes: users,usage"]
+        );
+    }
 }

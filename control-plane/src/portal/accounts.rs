@@ -265,7 +265,7 @@ pub async fn delete_all(tx: &mut TenantTx) -> Result<(), DbError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{World, somebody_waits};
+    use crate::testing::{World, waiting};
 
     #[tokio::test]
     async fn logins_that_replace_an_old_hash_at_the_same_time_come_one_after_the_other() {
@@ -285,7 +285,7 @@ mod tests {
             second.commit().await.unwrap();
         };
         let early = async {
-            somebody_waits(&mut superuser).await;
+            waiting(&mut superuser, 1).await;
             replace_hash(&mut first, admin, "old", "new").await.unwrap();
             first.commit().await.unwrap();
         };

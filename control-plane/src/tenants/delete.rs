@@ -247,7 +247,7 @@ mod tests {
     use crate::auth::api_keys::{KeySettings, ManageError};
     use crate::auth::email::Email;
     use crate::devices::{DeviceName, KeyRequest, NewDevice, RegisterError, Registration};
-    use crate::testing::{World, request_id, somebody_waits};
+    use crate::testing::{World, request_id, waiting};
     use crate::users::{self, ExternalId, VouchError};
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -272,7 +272,7 @@ mod tests {
             async move { delete(&app, person.tenant, &Actor { name: "cli".to_owned(), request_id: None }).await }
         });
         let mut superuser = world.superuser().await;
-        somebody_waits(&mut superuser).await;
+        waiting(&mut superuser, 1).await;
         flying.commit().await.unwrap();
         deleting.await.unwrap().unwrap();
         assert!(active_devices(app, person.tenant).await.unwrap().is_empty());
@@ -313,6 +313,11 @@ mod tests {
             assert!(matches!(refused, users::RegisterError::TenantClosed), "{refused}");
             let refused = users::vouch(&mut tx, &name, &actor, now).await.unwrap_err();
             assert!(matches!(refused, VouchError::TenantClosed), "{refused}");
+            tx.rollback().await.unwrap();
+        };
+        let late_key = async || {
+            let mut tx = world.app.db.tenancy.begin(person.tenant).await.unwrap();
+            let now = world.app.clock.now();
             let key = KeySettings { name: "late".to_owned(), scopes: Vec::new(), expires_at: None };
             let (secrets, rng) = (&world.app.secrets, &mut StdRng::from_os_rng());
             let refused = api_keys::add(&mut tx, secrets, &key, &actor, now, rng).await.map(drop).unwrap_err();
@@ -323,10 +328,10 @@ mod tests {
         close_in(&mut closing, &actor, world.app.clock.now()).await.unwrap();
         let mut superuser = world.superuser().await;
         let closed = async {
-            somebody_waits(&mut superuser).await;
+            waiting(&mut superuser, 2).await;
             closing.commit().await.unwrap();
         };
-        tokio::join!(late(), closed);
+        tokio::join!(late(), late_key(), closed);
         late().await;
         delete(&world.app, person.tenant, &actor).await.unwrap();
         late().await;

@@ -415,6 +415,14 @@ async fn a_portal_account_is_disabled_reset_and_logged_out_from_the_command_line
     assert_eq!(platform.post("/api/v1/tenant/auth/login", &second).send().await.status, 401, "it has no password yet");
     let (refusal, success) = admin(&platform, &["portal", "create", "--tenant", &tenant, "owner@example.com"]);
     assert!(!success, "{refusal}");
+    done(&platform, &["tenant", "delete", &tenant]);
+    for create in [
+        &["portal", "create", "--tenant", &tenant, "third@example.com"][..],
+        &["api-key", "create", "--tenant", &tenant, "--name", "k"],
+    ] {
+        let (refusal, success) = admin(&platform, create);
+        assert!(!success && refusal.as_str().unwrap().contains("there is no such tenant"), "{refusal}");
+    }
     let (refusal, success) = admin(&platform, &["portal", "disable", "nobody@example.com"]);
     assert!(!success && refusal.as_str().unwrap().contains("nobody has a portal account"), "{refusal}");
 }

@@ -26,7 +26,7 @@ pub const MAX_GRACE: Duration = Duration::days(7);
 pub enum ManageError {
     #[error("there is no such key")]
     NotFound,
-    #[error("the tenant is deleted, or about to be")]
+    #[error("there is no such tenant, or it is being deleted")]
     NoTenant,
     #[error("the tenant has {MAX_KEYS} keys")]
     TooMany,
