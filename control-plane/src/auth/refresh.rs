@@ -184,11 +184,9 @@ fn hash(secrets: &PlatformSecrets, token: &str) -> [u8; 32] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Person, World, eventually};
+    use crate::testing::{Person, World, waiting};
     use rand::SeedableRng;
     use rand::rngs::StdRng;
-
-    const DEADLINE: std::time::Duration = std::time::Duration::from_secs(10);
 
     struct Login {
         world: World,
@@ -216,21 +214,6 @@ mod tests {
         async fn take(&self, tx: &mut TenantTx, token: &Secret) -> Taken {
             take(tx, &self.world.app.secrets, token, self.now).await.unwrap()
         }
-
-        /// Until some transaction waits for a lock.
-        async fn somebody_waits(&self) {
-            let mut superuser = self.world.superuser().await;
-            eventually("a transaction waits for a lock", DEADLINE, async || {
-                sqlx::query_scalar::<_, bool>(
-                    "select exists (select from pg_locks l join pg_stat_activity a using (pid)
-                                    where not l.granted and a.datname = current_database())",
-                )
-                .fetch_one(&mut superuser)
-                .await
-                .unwrap()
-            })
-            .await;
-        }
     }
 
     /// While a token is exchanged, `revoke` runs; then the new token must be worthless.
@@ -253,7 +236,7 @@ mod tests {
             tx.commit().await.unwrap();
         };
         let finish = async {
-            login.somebody_waits().await;
+            waiting(&mut login.world.superuser().await, 1).await;
             exchange.commit().await.unwrap();
         };
         tokio::join!(revocation, finish);
