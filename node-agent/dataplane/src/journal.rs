@@ -207,13 +207,12 @@ impl Journal {
     /// When the file cannot be used.
     pub fn open(dir: &Path) -> io::Result<Self> {
         let file = options().open(dir.join(FILE_NAME))?;
-        let Closed { peers: mut ended, damaged, len, last_crc } = scan(file.try_clone()?, None)?;
+        let Closed { peers, damaged, len, last_crc } = scan(file.try_clone()?, None)?;
         if damaged > 0 {
             tracing::error!(damaged, "records in the journal of closed peers are damaged");
         }
         file.set_len(len)?;
-        let (ring, later) = Ring::open(dir)?;
-        ended.extend(later);
+        let (ring, ended) = Ring::open(dir, &peers)?;
         Ok(Self { dir: dir.to_owned(), file, len, last_crc, ring, ended })
     }
 
@@ -240,7 +239,7 @@ impl Journal {
         let Some(last) = records.last() else {
             return Ok(());
         };
-        self.ring.put(peers)?;
+        self.ring.make_room()?;
         let bytes = records.as_flattened();
         if let Err(error) = self.file.write_all_at(bytes, self.len) {
             self.file.set_len(self.len)?;
@@ -248,6 +247,7 @@ impl Journal {
         }
         self.len += bytes.len() as u64;
         self.last_crc = Some(crc32fast::hash(last));
+        self.ring.put(peers);
         Ok(())
     }
 
@@ -258,10 +258,12 @@ impl Journal {
     /// When the file cannot be cut; no record is lost then.
     pub fn acknowledge(&mut self, ack: JournalAck) -> io::Result<()> {
         if ack.len == self.len && Some(ack.last_crc) == self.last_crc {
+            self.ring.flush()?;
             self.file.set_len(0)?;
             self.len = 0;
             self.last_crc = None;
         } else if ack.len >= LONG_BYTES && self.begins_with(ack)? {
+            self.ring.flush()?;
             self.keep_behind(ack.len)?;
         }
         Ok(())
@@ -444,7 +446,7 @@ mod tests {
         assert_eq!(Journal::open(dir.path()).unwrap().take_ended(), [closed(1), closed(2)]);
         journal.append(&closed(3)).unwrap();
         let ended = Journal::open(dir.path()).unwrap().take_ended();
-        assert_eq!(ended, [3, 1, 2, 3].map(closed), "of one life the newest comes last");
+        assert_eq!(ended, [1, 2, 3].map(closed), "of one life the newest comes last");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::engine::{Engine, EngineConfig};
 use crate::io::desk::Desk;
 use crate::io::fleet::{Fleet, Found};
 use crate::io::mailbox::{Controller, Request, mailbox};
-use crate::io::memory::give_back_soon;
+use crate::io::memory::set_up_allocator;
 use crate::io::offloads::Offloads;
 use crate::io::ring::rings;
 use crate::io::signals;
@@ -208,7 +208,7 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
 
 fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     let termination = signals::termination()?;
-    give_back_soon();
+    set_up_allocator();
     harden()?;
     let (counters, mut journal) = open_state(options)?;
     let ended = journal.as_mut().map(Journal::take_ended).unwrap_or_default();

@@ -4,13 +4,14 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 
-const TOOLS: [(&str, &str); 10] = [
+const TOOLS: [(&str, &str); 11] = [
     ("ip", "iproute2"),
     ("nft", "nftables"),
     ("unshare", "util-linux"),
     ("nsenter", "util-linux"),
     ("sysctl", "procps"),
     ("ping", "iputils-ping"),
+    ("fping", "fping"),
     ("curl", "curl"),
     ("wg", "wireguard-tools"),
     ("wg-quick", "wireguard-tools"),

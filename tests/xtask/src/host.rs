@@ -21,12 +21,13 @@ struct Package {
 
 const DATABASE: Package = Package { name: "postgresql-15", file: "/usr/lib/postgresql/15/bin/postgres" };
 
-const LAB: [Package; 8] = [
+const LAB: [Package; 9] = [
     Package { name: "wireguard-tools", file: "/usr/bin/wg-quick" },
     Package { name: "wireguard-go", file: "/usr/bin/wireguard-go" },
     Package { name: "iproute2", file: "/sbin/ip" },
     Package { name: "nftables", file: "/usr/sbin/nft" },
     Package { name: "iputils-ping", file: "/bin/ping" },
+    Package { name: "fping", file: "/usr/bin/fping" },
     Package { name: "procps", file: "/sbin/sysctl" },
     Package { name: "curl", file: "/usr/bin/curl" },
     Package { name: "strace", file: "/usr/bin/strace" },

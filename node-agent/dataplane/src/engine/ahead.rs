@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 
 use super::Engine;
 
-/// Peers to be worked off: a tenth of a second in all, and 0.2 MB of secrets.
-const MAX_AHEAD: usize = 4096;
+/// Peers to be worked off: a third of a second in all, and 0.4 MB of secrets.
+const MAX_AHEAD: usize = 8192;
 /// Secrets at a time: some 0.4 ms, for which whatever arrives meanwhile has to wait.
 const AT_A_TIME: usize = 16;
 

@@ -13,17 +13,22 @@ use super::{ClosedPeer, RECORD_BYTES, options};
 const FILE_NAME: &str = "ended.ring";
 /// Ended lives that are remembered: 2 MiB.
 pub(crate) const MAX_ENDED: usize = 16_384;
+/// They are written together: a write of one takes as long.
+const TOGETHER: usize = 64;
 
 #[derive(Debug)]
 pub(super) struct Ring {
     file: File,
     /// Of the next record.
     number: u64,
+    /// Not written yet, and in the journal until they are.
+    waiting: Vec<ClosedPeer>,
 }
 
 impl Ring {
-    /// Opens or creates it in `dir`, with what it holds, the oldest first. What a crash has cut is of no use and left out.
-    pub(super) fn open(dir: &Path) -> io::Result<(Self, Vec<ClosedPeer>)> {
+    /// Opens or creates it in `dir`, beside a journal of which it has the front at least. With it goes all that is remembered,
+    /// the oldest first: what it holds, and then the journal. What a crash has cut is of no use and left out.
+    pub(super) fn open(dir: &Path, journal: &[ClosedPeer]) -> io::Result<(Self, Vec<ClosedPeer>)> {
         let mut file = options().open(dir.join(FILE_NAME))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
@@ -32,12 +37,31 @@ impl Ring {
         let mut ended: Vec<(u64, ClosedPeer)> = sound.collect();
         ended.sort_unstable_by_key(|(number, _)| *number);
         let number = ended.last().map_or(0, |(number, _)| number + 1);
-        Ok((Self { file, number }, ended.into_iter().map(|(_, peer)| peer).collect()))
+        let newest = ended.last().map(|(_, peer)| peer);
+        let known = journal.iter().position(|peer| Some(peer) == newest).map_or(0, |last| last + 1);
+        let ring = Self { file, number, waiting: journal[known..].to_vec() };
+        Ok((ring, ended.into_iter().map(|(_, peer)| peer).chain(journal.iter().copied()).collect()))
     }
 
+    /// Takes in what the journal holds now. To be called after [`Self::make_room`].
+    pub(super) fn put(&mut self, peers: &[ClosedPeer]) {
+        self.waiting.extend_from_slice(peers);
+    }
+
+    /// Writes what waits once it is much.
+    ///
     /// # Errors
-    /// When not all of them could be written; to be put again then.
-    pub(super) fn put(&mut self, mut peers: &[ClosedPeer]) -> io::Result<()> {
+    /// As of [`Self::flush`].
+    pub(super) fn make_room(&mut self) -> io::Result<()> {
+        if self.waiting.len() < TOGETHER { Ok(()) } else { self.flush() }
+    }
+
+    /// Writes what waits, so that the journal can lose it.
+    ///
+    /// # Errors
+    /// When not all of it could be written; it waits on then.
+    pub(super) fn flush(&mut self) -> io::Result<()> {
+        let mut peers = &self.waiting[..];
         while !peers.is_empty() {
             let place = self.number % MAX_ENDED as u64;
             let room = MAX_ENDED.saturating_sub(usize::try_from(place).map_err(io::Error::other)?);
@@ -47,6 +71,7 @@ impl Ring {
             self.number += records.len() as u64;
             peers = later;
         }
+        self.waiting = Vec::new();
         Ok(())
     }
 }
@@ -69,18 +94,44 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let most = MAX_ENDED as u64;
         let all: Vec<_> = (0..most + 10).map(ended).collect();
-        let (mut ring, before) = Ring::open(dir.path()).unwrap();
+        let put = |ring: &mut Ring, peers: &[ClosedPeer]| {
+            ring.put(peers);
+            ring.flush().unwrap();
+        };
+        let (mut ring, before) = Ring::open(dir.path(), &[]).unwrap();
         assert_eq!(before, []);
-        ring.put(&all[..MAX_ENDED - 1]).unwrap();
-        ring.put(&all[MAX_ENDED - 1..MAX_ENDED + 2]).unwrap();
-        let (mut ring, before) = Ring::open(dir.path()).unwrap();
+        put(&mut ring, &all[..MAX_ENDED - 1]);
+        put(&mut ring, &all[MAX_ENDED - 1..MAX_ENDED + 2]);
+        let (mut ring, before) = Ring::open(dir.path(), &[]).unwrap();
         assert_eq!(before, all[2..MAX_ENDED + 2]);
-        ring.put(&all[MAX_ENDED + 2..]).unwrap();
-        assert_eq!(Ring::open(dir.path()).unwrap().1, all[10..]);
+        put(&mut ring, &all[MAX_ENDED + 2..]);
+        assert_eq!(Ring::open(dir.path(), &[]).unwrap().1, all[10..]);
 
         ring.file.write_all_at(&[0xff; 70], 3 * RECORD_BYTES as u64 + 30).unwrap();
         let left: Vec<_> = all[10..].iter().filter(|peer| peer.generation != most + 3).copied().collect();
-        assert_eq!(Ring::open(dir.path()).unwrap().1, left);
+        assert_eq!(Ring::open(dir.path(), &[]).unwrap().1, left);
         assert_eq!(ring.file.metadata().unwrap().len(), most * RECORD_BYTES as u64);
+    }
+    #[test]
+    fn what_waits_is_written_with_others_and_taken_from_the_journal_after_a_crash() {
+        let dir = tempfile::tempdir().unwrap();
+        let all: Vec<_> = (0..TOGETHER as u64 + 2).map(ended).collect();
+        let written = || std::fs::metadata(dir.path().join(FILE_NAME)).unwrap().len() / RECORD_BYTES as u64;
+        let (mut ring, _) = Ring::open(dir.path(), &[]).unwrap();
+        for peer in &all[..TOGETHER] {
+            ring.make_room().unwrap();
+            ring.put(std::slice::from_ref(peer));
+        }
+        assert_eq!(written(), 0);
+        ring.make_room().unwrap();
+        ring.put(&all[TOGETHER..]);
+        assert_eq!(written(), TOGETHER as u64);
+        drop(ring);
+
+        let (mut ring, remembered) = Ring::open(dir.path(), &all).unwrap();
+        assert_eq!(remembered[..TOGETHER], all[..TOGETHER]);
+        assert_eq!(remembered[TOGETHER..], all, "of one life the newest comes last");
+        ring.flush().unwrap();
+        assert_eq!(Ring::open(dir.path(), &[]).unwrap().1, all, "nothing is written twice");
     }
 }

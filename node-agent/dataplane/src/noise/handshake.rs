@@ -4,7 +4,7 @@ use zeroize::Zeroizing;
 
 use super::cookies::MACS_BYTES;
 use super::keys::{Shared, agree, public, random};
-use super::symmetric::{derive, hash, seal, unseal};
+use super::symmetric::{Hmac, derive, hash, seal, unseal};
 
 /// Length of an initiation.
 pub(crate) const INITIATION_BYTES: usize = 148;
@@ -19,8 +19,9 @@ const TAI64_1970: u64 = 1 << 62;
 pub(crate) struct Local {
     private: Zeroizing<[u8; 32]>,
     public: [u8; 32],
-    /// Of the construction, and of what is known before any message to us.
-    chaining_key: [u8; 32],
+    /// Under the chaining key of the construction.
+    first: Hmac,
+    /// Of what is known before any message to us.
     hash: [u8; 32],
     /// Of the construction alone, for messages to others.
     hash_to: [u8; 32],
@@ -95,7 +96,7 @@ impl Local {
         let public = public(&private);
         let chaining_key = hash(CONSTRUCTION, &[]);
         let hash_to = hash(&chaining_key, IDENTIFIER);
-        Self { private, public, chaining_key, hash: hash(&hash_to, &public), hash_to }
+        Self { private, public, first: Hmac::new(&chaining_key), hash: hash(&hash_to, &public), hash_to }
     }
 
     pub(crate) fn public(&self) -> &[u8; 32] {
@@ -113,7 +114,7 @@ impl Local {
         let ephemeral: [u8; 32] = part(initiation, 8)?;
         let sealed = &initiation[40..88];
         let before = hash(&self.hash, &ephemeral);
-        let [chaining_key] = derive(&self.chaining_key, &ephemeral);
+        let [chaining_key] = self.first.derive(&ephemeral);
         let [chaining_key, key] = derive(&chaining_key, agree(&self.private, &ephemeral)?.as_bytes());
         let public_key = unseal(&key, sealed, &before)?;
         Some(Opened { public_key, chaining_key, hash: hash(&before, sealed) })
@@ -132,7 +133,7 @@ impl Local {
         let ephemeral = Zeroizing::new(random::<32>());
         let ephemeral_public = public(&ephemeral);
         let before = hash(&hash(&self.hash_to, &remote.public), &ephemeral_public);
-        let [chaining_key] = derive(&self.chaining_key, &ephemeral_public);
+        let [chaining_key] = self.first.derive(&ephemeral_public);
         let [chaining_key, key] = derive(&chaining_key, agree(&ephemeral, &remote.public)?.as_bytes());
         room[..4].copy_from_slice(&1_u32.to_le_bytes());
         room[4..8].copy_from_slice(&local_index.to_le_bytes());

@@ -1,9 +1,10 @@
 //! A session: the keys two sides have agreed on, and the counters that keep each message unique.
 
-use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+use ring::aead::{Aad, LessSafeKey, Nonce};
 
 use super::handshake::SessionKeys;
 use super::replay::Window;
+use super::symmetric::cipher;
 
 /// Bytes a data message has more than its packet.
 pub(crate) const OVERHEAD: usize = 32;
@@ -37,8 +38,8 @@ impl Session {
             is_ours,
             born_ms,
             remote_index: keys.remote_index,
-            sender: key(&keys.send),
-            receiver: key(&keys.receive),
+            sender: cipher(&keys.send),
+            receiver: cipher(&keys.receive),
             next_counter: 0,
             window: Window::new(),
         }
@@ -88,10 +89,6 @@ impl Session {
     pub(crate) fn skip_to(&mut self, counter: u64) {
         self.next_counter = counter;
     }
-}
-
-fn key(bytes: &[u8; 32]) -> LessSafeKey {
-    LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, bytes).expect("a key of 32 bytes"))
 }
 
 fn nonce(counter: u64) -> Nonce {

@@ -1,8 +1,9 @@
 //! The control socket: the WireGuard cross-platform protocol (<https://www.wireguard.com/xplatform/>) with CVault's keys.
 //!
-//! Clients get a thread each, a few at a time, with bounds on size and time: a slow or hostile one holds up neither
-//! packets nor the others. A request is read to its end before anything of it is applied.
+//! A few clients at a time, with bounds on size and time. One that wants more than a few peers changed, or is slow to say so,
+//! gets a thread: it holds up neither packets nor the others. A request is read to its end before anything of it is applied.
 
+mod door;
 pub(crate) mod format;
 mod parse;
 pub(crate) mod server;

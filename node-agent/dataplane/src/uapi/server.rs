@@ -7,11 +7,12 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
 
+use super::door::Door;
 use super::parse::{Invalid, SetParser, SetRequest};
 use super::{SOCKET_DIR, format};
 use crate::change::PeerChange;
@@ -19,11 +20,7 @@ use crate::io::fleet::Fleet;
 use crate::io::mailbox::{Reply, Request, WorkerGone};
 
 /// Clients served at the same time; more wait for the end of one, which is bounded in time.
-const MAX_CLIENTS: usize = 8;
-/// Threads that wait for clients, so that a request needs no new thread.
-const IDLE_THREADS: usize = 2;
-/// When there is no descriptor for another client.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+pub(super) const MAX_CLIENTS: usize = 8;
 /// The longest line is a key of 64 digits and its name.
 const MAX_LINE: usize = 256;
 /// 65,000 peers take about 26 MB.
@@ -31,13 +28,13 @@ const MAX_REQUEST: usize = 64 * 1024 * 1024;
 /// What one `read` may bring: a large request takes hundreds of them instead of thousands.
 const READ_BYTES: usize = 64 * 1024;
 /// What the first may bring: most requests change a peer or two, and what holds them is zeroed before and after.
-const FIRST_READ_BYTES: usize = 4096;
+pub(super) const SMALL_BYTES: usize = 4096;
 /// Peers of a portion for the worker, or asked of it, at a time: less than a millisecond of its attention.
 const CHUNK: usize = 256;
 /// Prefixes after which no other peer belongs to the portion; of one peer there are no more at a time.
 const CHUNK_PREFIXES: usize = 2 * CHUNK;
 /// How long a client may be silent, or leave an answer unread.
-const CLIENT_SILENCE: Duration = Duration::from_secs(5);
+pub(super) const CLIENT_SILENCE: Duration = Duration::from_secs(5);
 /// How long a client may take to send one request, or to read one answer.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -81,35 +78,9 @@ pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-#[derive(Default)]
-struct Threads {
-    all: usize,
-    idle: usize,
-}
-
-impl Threads {
-    /// One has a client; says whether another thread must wait in its place.
-    fn client(&mut self) -> bool {
-        self.idle -= 1;
-        self.idle == 0 && self.all < MAX_CLIENTS
-    }
-
-    /// One has no client any more; says whether it is of no use.
-    fn ends(&mut self) -> bool {
-        let ends = self.idle >= IDLE_THREADS;
-        if ends {
-            self.all -= 1;
-        } else {
-            self.idle += 1;
-        }
-        ends
-    }
-}
-
 /// What every client thread shares.
 pub(crate) struct Server {
     controller: Fleet,
-    threads: Mutex<Threads>,
     /// One `set` at a time: a replacement of all peers spans several letters to the worker.
     setting: Mutex<Device>,
 }
@@ -125,61 +96,31 @@ enum Device {
 
 impl Server {
     pub(crate) fn new(controller: Fleet) -> Arc<Self> {
-        Arc::new(Self { controller, threads: Mutex::default(), setting: Mutex::default() })
+        Arc::new(Self { controller, setting: Mutex::default() })
     }
 
     /// Serves clients from now on, on threads of its own, until the process ends.
     ///
     /// # Errors
-    /// When there is no thread to be had.
+    /// When there is no thread to be had, or the socket cannot be used.
     pub(crate) fn start(self: &Arc<Self>, listener: UnixListener) -> io::Result<()> {
-        self.add_thread(&Arc::new(listener))
-    }
-
-    fn add_thread(self: &Arc<Self>, listener: &Arc<UnixListener>) -> io::Result<()> {
-        let (server, listener) = (Arc::clone(self), Arc::clone(listener));
-        let mut threads = self.threads();
-        std::thread::Builder::new().name("uapi-client".into()).spawn(move || server.accept(&listener))?;
-        threads.all += 1;
-        threads.idle += 1;
+        let door = Door::new(Arc::clone(self), listener)?;
+        std::thread::Builder::new().name("uapi-door".into()).spawn(move || door.keep())?;
         Ok(())
     }
 
-    fn threads(&self) -> MutexGuard<'_, Threads> {
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// One thread: a client after the other, until enough others wait.
-    fn accept(self: &Arc<Self>, listener: &Arc<UnixListener>) {
-        loop {
-            let stream = match listener.accept() {
-                Ok((stream, _)) => stream,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => {
-                    tracing::warn!(%error, "a client of the control socket could not be accepted");
-                    std::thread::sleep(ACCEPT_PAUSE);
-                    continue;
-                }
-            };
-            let wants_another = self.threads().client();
-            if wants_another && let Err(error) = self.add_thread(listener) {
-                tracing::warn!(%error, "no thread for another client of the control socket");
-            }
-            match catch_unwind(AssertUnwindSafe(|| self.serve(&stream))) {
-                Ok(Ok(())) => {}
-                // it has read as much as it wanted
-                Ok(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe => {}
-                Ok(Err(error)) => tracing::debug!(%error, "a client of the control socket failed"),
-                Err(_) => tracing::error!("a request on the control socket panicked"),
-            }
-            drop(stream);
-            if self.threads().ends() {
-                return;
-            }
+    /// Serves one client to its end.
+    pub(super) fn attend(&self, stream: &UnixStream) {
+        match catch_unwind(AssertUnwindSafe(|| self.serve(stream))) {
+            Ok(Ok(())) => {}
+            // it has read as much as it wanted
+            Ok(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            Ok(Err(error)) => tracing::debug!(%error, "a client of the control socket failed"),
+            Err(_) => tracing::error!("a request on the control socket panicked"),
         }
     }
 
-    fn serve(&self, stream: &UnixStream) -> io::Result<()> {
+    fn serve(&self, mut stream: &UnixStream) -> io::Result<()> {
         stream.set_read_timeout(Some(CLIENT_SILENCE))?;
         stream.set_write_timeout(Some(CLIENT_SILENCE))?;
         let mut lines = Lines::new(stream);
@@ -191,17 +132,17 @@ impl Server {
                 Operation::Set => match read_set(&mut lines) {
                     Ok(request) => errno(self.set(request)),
                     Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                        answer(stream, libc::EINVAL)?;
+                        stream.write_all(answer(libc::EINVAL).as_bytes())?;
                         return Ok(());
                     }
                     Err(error) => return Err(error),
                 },
                 Operation::Unknown => {
-                    answer(stream, libc::EPROTO)?;
+                    stream.write_all(answer(libc::EPROTO).as_bytes())?;
                     return Ok(());
                 }
             };
-            answer(stream, errno)?;
+            stream.write_all(answer(errno).as_bytes())?;
         }
     }
 
@@ -226,6 +167,19 @@ impl Server {
             next = more;
         }
         Ok(Ok(0))
+    }
+
+    /// Does what `text` asks for and says how it ended, if that is no more than a change of a few peers, and nobody else is about
+    /// to change any. Bounded in time, but for a worker that does not answer.
+    pub(super) fn change_at_once(&self, text: &[u8]) -> Option<i32> {
+        let SetRequest { device, replace_peers: false, end_replace: false, peers } = only_request(text)? else {
+            return None;
+        };
+        let setting = self.setting.try_lock().ok()?;
+        if !device.is_empty() || *setting == Device::Pending {
+            return None;
+        }
+        Some(if peers.is_empty() { 0 } else { errno(self.done(Request::Peers(peers))) })
     }
 
     fn set(&self, request: SetRequest) -> Result<i32, WorkerGone> {
@@ -308,8 +262,8 @@ fn errno(result: Result<i32, WorkerGone>) -> i32 {
 }
 
 /// Errors are negative, as wireguard-go answers and `wg` expects.
-fn answer(mut stream: &UnixStream, errno: i32) -> io::Result<()> {
-    stream.write_all(format!("errno={}\n\n", -errno).as_bytes())
+pub(super) fn answer(errno: i32) -> String {
+    format!("errno={}\n\n", -errno)
 }
 
 /// The first line of a request.
@@ -352,6 +306,17 @@ pub(crate) fn requests(client: impl Read) -> Vec<SetRequest> {
     }
 }
 
+/// The `set` that a text is, all of it.
+fn only_request(text: &[u8]) -> Option<SetRequest> {
+    // And a byte, or it would look for more room before it finds the end.
+    let mut lines = Lines::with_room(text, text.len() + 1);
+    let Ok(Operation::Set) = operation(&mut lines) else {
+        return None;
+    };
+    let request = read_set(&mut lines).ok()?;
+    matches!(lines.next(), Ok(None)).then_some(request)
+}
+
 fn read_set<R: Read>(lines: &mut Lines<R>) -> io::Result<SetRequest> {
     let mut parser = SetParser::default();
     loop {
@@ -376,7 +341,12 @@ struct Lines<R> {
 
 impl<R: Read> Lines<R> {
     fn new(reader: R) -> Self {
-        let buffer = Zeroizing::new(vec![0; FIRST_READ_BYTES]);
+        Self::with_room(reader, SMALL_BYTES)
+    }
+
+    /// `room`: bytes that the first read may bring.
+    fn with_room(reader: R, room: usize) -> Self {
+        let buffer = Zeroizing::new(vec![0; room]);
         Self { reader, buffer, unread: 0..0, bytes_left: MAX_REQUEST, started: None }
     }
 
@@ -633,7 +603,7 @@ mod tests {
     #[test]
     fn lines_are_whole_however_much_comes_at_a_time() {
         let text: String = (0..3000).map(|number| format!("a={number}\n")).collect();
-        for piece in [1, 7, FIRST_READ_BYTES - 1, FIRST_READ_BYTES, FIRST_READ_BYTES + 1, READ_BYTES] {
+        for piece in [1, 7, SMALL_BYTES - 1, SMALL_BYTES, SMALL_BYTES + 1, READ_BYTES] {
             let pieces = text.as_bytes().chunks(piece).map(<[u8]>::to_vec).collect();
             let mut lines = Lines::new(Pieces(pieces));
             for number in 0..3000 {
@@ -715,6 +685,95 @@ mod tests {
         let waiting = thread::spawn(move || told(&path, "get=1\n\n"));
         silent.pop();
         assert!(waiting.join().unwrap().ends_with("errno=0\n\n"));
+    }
+
+    #[test]
+    fn clients_that_stay_silent_make_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = listening(dir.path());
+        let silent: Vec<_> = (0..MAX_CLIENTS).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        assert!(told(&path, "get=1\n\n").ends_with("errno=0\n\n"));
+        for mut client in silent {
+            assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn a_connection_is_answered_in_order_however_its_requests_come() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = listening(dir.path());
+        assert_eq!(told(&path, "set=1\n\n"), "errno=0\n\n");
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let mut say = |pieces: &[&str], answer: &str| {
+            for piece in pieces {
+                client.write_all(piece.as_bytes()).unwrap();
+            }
+            let mut got = vec![0; answer.len()];
+            client.read_exact(&mut got).unwrap();
+            assert_eq!(String::from_utf8(got).unwrap(), answer, "to {pieces:?}");
+        };
+        let one = format!("set=1\n{}\n", peers(1..2));
+        for _ in 0..3 {
+            say(&[&one], "errno=0\n\n");
+        }
+        say(&["set=1\n\n"], "errno=0\n\n");
+        say(&[&one, &one], "errno=0\n\nerrno=0\n\n");
+        say(&[&one[..20], &one[20..]], "errno=0\n\n");
+        say(&[&format!("{one}{one}get=1\n")], "errno=0\n\nerrno=0\n\n");
+        say(&["\nset=1\nnonsense=1\n\n"], "listen_port=51820\n");
+        let mut rest = String::new();
+        client.read_to_string(&mut rest).unwrap();
+        assert!(rest.ends_with("errno=0\n\nerrno=-22\n\n"), "{rest}");
+        assert_eq!(rest.matches("public_key=").count(), 1);
+    }
+
+    #[test]
+    fn who_reads_no_answers_is_let_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = listening(dir.path());
+        assert_eq!(told(&path, "set=1\n\n"), "errno=0\n\n");
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+        let error = loop {
+            if let Err(error) = client.write_all(b"set=1\n\n") {
+                break error;
+            }
+        };
+        assert!(matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset), "{error}");
+        assert_eq!(told(&path, "set=1\n\n"), "errno=0\n\n");
+    }
+
+    #[test]
+    fn only_a_whole_change_of_peers_that_nobody_is_ahead_of_is_made_at_once() {
+        let (controller, mailbox) = mailbox().unwrap();
+        let engine = thread::spawn(move || worker(&mailbox));
+        let server = Server::new(Fleet::new(vec![controller.clone()], vec![Arc::default()], 600, &[]));
+        let at_once = |text: &str| server.change_at_once(text.as_bytes());
+        let one = format!("set=1\n{}\n", peers(1..3));
+        assert_eq!(at_once(&one), None, "the device was not set up");
+        server.set(read(b"\n").unwrap()).unwrap();
+        assert_eq!(at_once(&one), Some(0));
+        assert_eq!(at_once(&format!("set=1\n{}\n", peers(1..9).repeat(2))), Some(0));
+        for other in [
+            "".to_owned(),
+            one[..one.len() - 1].to_owned(),
+            one.repeat(2),
+            format!("{one}s"),
+            "get=1\n\n".to_owned(),
+            "set=1\nlisten_port=1\n\n".to_owned(),
+            one.replace("set=1\n", "set=1\nreplace_peers=true\n"),
+            one.replace("set=1\n", "set=1\ncvault_end_replace=true\n"),
+            one.replace("public_key", "nonsense"),
+        ] {
+            assert_eq!(at_once(&other), None, "{other:?}");
+        }
+        let another = server.setting.lock().unwrap();
+        assert_eq!(at_once(&one), None);
+        drop(another);
+        assert_eq!(at_once(&one), Some(0));
+        assert!(controller.ask(Request::Stop).is_err(), "it stops without an answer");
+        engine.join().unwrap();
     }
 
     #[test]
