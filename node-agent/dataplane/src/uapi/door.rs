@@ -45,7 +45,13 @@ impl Door {
     /// When the socket cannot be used.
     pub(super) fn new(server: Arc<Server>, listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Self { server, listener, silent: Vec::new(), threads: Arc::default(), seen: Zeroizing::new([0; SMALL_BYTES]) })
+        Ok(Self {
+            server,
+            listener,
+            silent: Vec::new(),
+            threads: Arc::default(),
+            seen: Zeroizing::new([0; SMALL_BYTES]),
+        })
     }
 
     /// Until the process ends.
