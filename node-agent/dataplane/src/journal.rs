@@ -239,7 +239,6 @@ impl Journal {
         let Some(last) = records.last() else {
             return Ok(());
         };
-        self.ring.make_room()?;
         let bytes = records.as_flattened();
         if let Err(error) = self.file.write_all_at(bytes, self.len) {
             self.file.set_len(self.len)?;
@@ -258,12 +257,12 @@ impl Journal {
     /// When the file cannot be cut; no record is lost then.
     pub fn acknowledge(&mut self, ack: JournalAck) -> io::Result<()> {
         if ack.len == self.len && Some(ack.last_crc) == self.last_crc {
-            self.ring.flush()?;
+            self.ring.flush();
             self.file.set_len(0)?;
             self.len = 0;
             self.last_crc = None;
         } else if ack.len >= LONG_BYTES && self.begins_with(ack)? {
-            self.ring.flush()?;
+            self.ring.flush();
             self.keep_behind(ack.len)?;
         }
         Ok(())

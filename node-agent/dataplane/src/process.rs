@@ -208,11 +208,11 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
 
 fn serve(options: &TunnelOptions, path: &Path) -> Result<(), TunnelError> {
     let termination = signals::termination()?;
-    set_up_allocator();
+    let wanted = worker_count(options);
+    set_up_allocator(wanted);
     harden()?;
     let (counters, mut journal) = open_state(options)?;
     let ended = journal.as_mut().map(Journal::take_ended).unwrap_or_default();
-    let wanted = worker_count(options);
     let tun = Tun::open(TunConfig { name: &options.interface, offloads: offloads(options)?, queues: wanted > 1 })
         .map_err(|error| tun_error(&options.interface, error))?;
     let listener = server::bind(path).map_err(|source| {

@@ -8,9 +8,9 @@ use std::collections::VecDeque;
 
 use super::Engine;
 
-/// Peers to be worked off: a third of a second in all, and 0.4 MB of secrets.
+/// Peers to be worked off: a quarter of a second in all, and 0.4 MB of secrets.
 const MAX_AHEAD: usize = 8192;
-/// Secrets at a time: some 0.4 ms, for which whatever arrives meanwhile has to wait.
+/// Secrets at a time: some 0.5 ms, for which whatever arrives meanwhile has to wait.
 const AT_A_TIME: usize = 16;
 
 /// Slots whose secret may be missing.

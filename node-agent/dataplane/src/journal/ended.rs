@@ -37,30 +37,33 @@ impl Ring {
         let mut ended: Vec<(u64, ClosedPeer)> = sound.collect();
         ended.sort_unstable_by_key(|(number, _)| *number);
         let number = ended.last().map_or(0, |(number, _)| number + 1);
-        let newest = ended.last().map(|(_, peer)| peer);
-        let known = journal.iter().position(|peer| Some(peer) == newest).map_or(0, |last| last + 1);
-        let ring = Self { file, number, waiting: journal[known..].to_vec() };
-        Ok((ring, ended.into_iter().map(|(_, peer)| peer).chain(journal.iter().copied()).collect()))
+        let mut ended: Vec<_> = ended.into_iter().map(|(_, peer)| peer).collect();
+        let mut ring = Self { file, number, waiting: Vec::new() };
+        ring.put(&journal[known(&ended, journal)..]);
+        ended.extend(journal);
+        Ok((ring, ended))
     }
 
-    /// Takes in what the journal holds now. To be called after [`Self::make_room`].
+    /// Takes in what the journal holds now, and writes what waits once it is much. What cannot be written waits on: a full disk
+    /// must not keep the journal from being cut.
     pub(super) fn put(&mut self, peers: &[ClosedPeer]) {
         self.waiting.extend_from_slice(peers);
-    }
-
-    /// Writes what waits once it is much.
-    ///
-    /// # Errors
-    /// As of [`Self::flush`].
-    pub(super) fn make_room(&mut self) -> io::Result<()> {
-        if self.waiting.len() < TOGETHER { Ok(()) } else { self.flush() }
+        let excess = self.waiting.len().saturating_sub(MAX_ENDED);
+        self.waiting.drain(..excess);
+        if self.waiting.len() >= TOGETHER {
+            self.flush();
+        }
     }
 
     /// Writes what waits, so that the journal can lose it.
-    ///
-    /// # Errors
-    /// When not all of it could be written; it waits on then.
-    pub(super) fn flush(&mut self) -> io::Result<()> {
+    pub(super) fn flush(&mut self) {
+        match self.write() {
+            Ok(()) => self.waiting = Vec::new(),
+            Err(error) => tracing::error!(%error, "the ring of ended lives cannot be written"),
+        }
+    }
+
+    fn write(&mut self) -> io::Result<()> {
         let mut peers = &self.waiting[..];
         while !peers.is_empty() {
             let place = self.number % MAX_ENDED as u64;
@@ -71,9 +74,18 @@ impl Ring {
             self.number += records.len() as u64;
             peers = later;
         }
-        self.waiting = Vec::new();
         Ok(())
     }
+}
+
+/// How many records from the front of the journal the ring has: so many that its last ones are the same. One that is found too
+/// early writes some of them twice.
+fn known(ended: &[ClosedPeer], journal: &[ClosedPeer]) -> usize {
+    let is_known = |count: &usize| {
+        let fits = *count <= ended.len() || ended.len() >= MAX_ENDED;
+        fits && ended.iter().rev().zip(journal[..*count].iter().rev()).all(|(one, other)| one == other)
+    };
+    (1..=journal.len()).find(is_known).unwrap_or(0)
 }
 
 fn number_of(record: &[u8; RECORD_BYTES]) -> u64 {
@@ -96,7 +108,7 @@ mod tests {
         let all: Vec<_> = (0..most + 10).map(ended).collect();
         let put = |ring: &mut Ring, peers: &[ClosedPeer]| {
             ring.put(peers);
-            ring.flush().unwrap();
+            ring.flush();
         };
         let (mut ring, before) = Ring::open(dir.path(), &[]).unwrap();
         assert_eq!(before, []);
@@ -118,20 +130,49 @@ mod tests {
         let all: Vec<_> = (0..TOGETHER as u64 + 2).map(ended).collect();
         let written = || std::fs::metadata(dir.path().join(FILE_NAME)).unwrap().len() / RECORD_BYTES as u64;
         let (mut ring, _) = Ring::open(dir.path(), &[]).unwrap();
-        for peer in &all[..TOGETHER] {
-            ring.make_room().unwrap();
+        for peer in &all[..TOGETHER - 1] {
             ring.put(std::slice::from_ref(peer));
         }
         assert_eq!(written(), 0);
-        ring.make_room().unwrap();
-        ring.put(&all[TOGETHER..]);
+        for peer in &all[TOGETHER - 1..] {
+            ring.put(std::slice::from_ref(peer));
+        }
         assert_eq!(written(), TOGETHER as u64);
         drop(ring);
 
         let (mut ring, remembered) = Ring::open(dir.path(), &all).unwrap();
         assert_eq!(remembered[..TOGETHER], all[..TOGETHER]);
         assert_eq!(remembered[TOGETHER..], all, "of one life the newest comes last");
-        ring.flush().unwrap();
+        ring.flush();
         assert_eq!(Ring::open(dir.path(), &[]).unwrap().1, all, "nothing is written twice");
+    }
+
+    #[test]
+    fn lives_that_ended_alike_hide_none_between_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let (idle, used) = (ended(1), ended(2));
+        let (mut ring, _) = Ring::open(dir.path(), &[]).unwrap();
+        ring.put(&[idle]);
+        ring.flush();
+        let (mut ring, _) = Ring::open(dir.path(), &[used, idle]).unwrap();
+        ring.flush();
+        assert_eq!(Ring::open(dir.path(), &[]).unwrap().1, [idle, used, idle]);
+        assert_eq!(known(&[idle, used], &[idle, used, idle]), 2);
+        assert_eq!(known(&[idle, used, idle], &[idle, used, idle, used]), 1, "twice is not too often");
+        assert_eq!(known(&[], &[idle]), 0);
+    }
+
+    #[test]
+    fn a_ring_that_cannot_be_written_keeps_what_waits_in_bounds() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut ring, _) = Ring::open(dir.path(), &[]).unwrap();
+        ring.file = File::open(dir.path().join(FILE_NAME)).unwrap();
+        let all: Vec<_> = (0..MAX_ENDED as u64 + 10).map(ended).collect();
+        ring.put(&all[..100]);
+        ring.put(&all[100..]);
+        assert_eq!(ring.waiting, all[10..]);
+        ring.file = options().open(dir.path().join(FILE_NAME)).unwrap();
+        ring.flush();
+        assert_eq!(Ring::open(dir.path(), &[]).unwrap().1, all[10..]);
     }
 }

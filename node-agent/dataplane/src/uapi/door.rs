@@ -1,6 +1,6 @@
 //! Where clients come in. One thread waits for new ones and for those that say nothing, and makes a change of a few peers
-//! itself: that takes less time than to wake another thread, and who was woken by the end of one connection is awake for the
-//! next. Whoever wants more, or has not said all of it, gets a thread of its own.
+//! itself if the worker sleeps: that takes less time than to wake another thread, and who was woken by the end of one connection
+//! is awake for the next. It waits for nobody. Whoever wants more, or has not said all of it, gets a thread of its own.
 
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -15,8 +15,10 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::server::{CLIENT_SILENCE, MAX_CLIENTS, SMALL_BYTES, Server, answer};
 
-/// When there is no descriptor for another client, or no place.
-const PAUSE: Duration = Duration::from_millis(100);
+/// When there is no descriptor for another client.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How soon the end of a thread is noticed when there is no place for another client.
+const PLACE_PAUSE: Duration = Duration::from_millis(10);
 
 pub(super) struct Door {
     server: Arc<Server>,
@@ -33,10 +35,14 @@ struct Silent {
     until: Instant,
 }
 
-/// What becomes of a client that had something to say.
+/// What becomes of a client.
 enum Next {
+    /// It was served.
     Silence,
-    Thread,
+    /// Nothing can be read of it.
+    Nothing,
+    /// It is to be served by a thread, which has this to tell it first.
+    Thread(Option<String>),
     End,
 }
 
@@ -59,7 +65,7 @@ impl Door {
         loop {
             if let Err(error) = self.turn() {
                 tracing::warn!(%error, "a client of the control socket could not be accepted");
-                std::thread::sleep(PAUSE);
+                std::thread::sleep(ACCEPT_PAUSE);
             }
         }
     }
@@ -67,24 +73,27 @@ impl Door {
     /// Waits for something to happen, and sees to it.
     fn turn(&mut self) -> io::Result<()> {
         let now = Instant::now();
-        self.silent.retain(|silent| silent.until > now);
         let threads = Arc::strong_count(&self.threads) - 1;
         let is_full = self.silent.len() + threads >= MAX_CLIENTS;
-        let next_end = self.silent.iter().map(|silent| silent.until.duration_since(now)).min();
-        // The end of a thread wakes nobody.
-        let pause = (is_full && threads > 0).then_some(PAUSE);
-        let (silent, newcomer) = self.wait([next_end, pause].into_iter().flatten().min(), is_full)?;
+        let next_end = self.silent.iter().map(|silent| silent.until.saturating_duration_since(now)).min();
+        let place = (is_full && threads > 0).then_some(PLACE_PAUSE);
+        let (silent, newcomer) = self.wait([next_end, place].into_iter().flatten().min(), is_full)?;
         // In front of those that have hung up.
-        if newcomer {
-            match self.listener.accept() {
-                Ok((client, _)) => self.see_to(client),
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                Err(error) => return Err(error),
-            }
-        }
+        let accepted = if newcomer { self.accept() } else { Ok(()) };
         for index in silent.into_iter().rev() {
             let Silent { client, .. } = self.silent.swap_remove(index);
-            self.see_to(client);
+            self.see_to(client, false);
+        }
+        // Those that are left said nothing.
+        self.silent.retain(|silent| silent.until > now);
+        accepted
+    }
+
+    fn accept(&mut self) -> io::Result<()> {
+        match self.listener.accept() {
+            Ok((client, _)) => self.see_to(client, true),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(error) => return Err(error),
         }
         Ok(())
     }
@@ -105,46 +114,57 @@ impl Door {
         Ok(((0..self.silent.len()).filter(is_ready).collect(), is_ready(&self.silent.len())))
     }
 
-    fn see_to(&mut self, client: UnixStream) {
+    fn see_to(&mut self, client: UnixStream, is_new: bool) {
         match catch_unwind(AssertUnwindSafe(|| self.serve_at_once(&client))) {
-            Ok(Ok(Next::Silence)) => self.silent.push(Silent { client, until: Instant::now() + CLIENT_SILENCE }),
-            Ok(Ok(Next::Thread)) => self.give_thread(client),
+            Ok(Ok(Next::Nothing)) if !is_new => self.give_thread(client, None),
+            Ok(Ok(Next::Silence | Next::Nothing)) => {
+                self.silent.push(Silent { client, until: Instant::now() + CLIENT_SILENCE });
+            }
+            Ok(Ok(Next::Thread(owed))) => self.give_thread(client, owed),
             Ok(Ok(Next::End)) => {}
             Ok(Err(error)) => tracing::debug!(%error, "a client of the control socket failed"),
             Err(_) => tracing::error!("a request on the control socket panicked"),
         }
     }
 
-    /// Serves a request that is there and small.
+    /// Serves a request that is there, small, and can be served without waiting for anybody.
     fn serve_at_once(&mut self, client: &UnixStream) -> io::Result<Next> {
         // To take it out of the socket would wake a client that waits for the answer, at the cost of whoever makes it.
         let seen = match recv(client, &mut self.seen[..], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
             Ok((0, _)) => return Ok(Next::End),
             Ok((seen, _)) => seen,
-            Err(Errno::AGAIN) => return Ok(Next::Silence),
+            Err(Errno::AGAIN) => return Ok(Next::Nothing),
             Err(error) => return Err(error.into()),
         };
         let errno = self.server.change_at_once(&self.seen[..seen]);
         self.seen[..seen].zeroize();
         let Some(errno) = errno else {
-            return Ok(Next::Thread);
+            return Ok(Next::Thread(None));
         };
-        send(client, answer(errno).as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
-        recv(client, &mut self.seen[..seen], RecvFlags::DONTWAIT)?;
+        let answer = answer(errno);
+        let answered = send(client, answer.as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        let (taken, _) = recv(client, &mut self.seen[..seen], RecvFlags::DONTWAIT)?;
         self.seen[..seen].zeroize();
-        Ok(Next::Silence)
+        match answered {
+            Ok(sent) if sent == answer.len() && taken == seen => Ok(Next::Silence),
+            Err(Errno::AGAIN) if taken == seen => Ok(Next::Thread(Some(answer))),
+            Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(error) => Err(error.into()),
+        }
     }
 
-    fn give_thread(&self, client: UnixStream) {
-        let (server, place) = (Arc::clone(&self.server), Arc::clone(&self.threads));
+    fn give_thread(&self, client: UnixStream, owed: Option<String>) {
+        let client = Arc::new(client);
+        let (server, place, theirs) = (Arc::clone(&self.server), Arc::clone(&self.threads), Arc::clone(&client));
         let thread = std::thread::Builder::new().name("uapi-client".into()).spawn(move || {
-            server.attend(&client);
+            server.attend(&theirs, owed);
             // Or its place would be given away while it still has a descriptor.
-            drop(client);
+            drop(theirs);
             drop(place);
         });
         if let Err(error) = thread {
             tracing::warn!(%error, "no thread for a client of the control socket");
+            let _ = send(&*client, answer(libc::EAGAIN).as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
         }
     }
 }
