@@ -251,7 +251,8 @@ impl Journal {
     }
 
     /// Empties the journal if all of it has been taken over. If peers were closed since, they stay, and what is in
-    /// front of them goes once it is long. An acknowledgement of anything else does nothing.
+    /// front of them goes once it is long. An acknowledgement of anything else does nothing. What it holds is remembered first;
+    /// that this fails, on a full disk, must not keep it from making room.
     ///
     /// # Errors
     /// When the file cannot be cut; no record is lost then.
@@ -261,9 +262,12 @@ impl Journal {
             self.file.set_len(0)?;
             self.len = 0;
             self.last_crc = None;
+            // On a full disk there is room only now.
+            self.ring.flush();
         } else if ack.len >= LONG_BYTES && self.begins_with(ack)? {
             self.ring.flush();
             self.keep_behind(ack.len)?;
+            self.ring.flush();
         }
         Ok(())
     }

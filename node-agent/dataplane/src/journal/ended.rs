@@ -21,7 +21,7 @@ pub(super) struct Ring {
     file: File,
     /// Of the next record.
     number: u64,
-    /// Not written yet, and in the journal until they are.
+    /// Not written yet. In the journal, too, unless the ring could not be written when that was cut.
     waiting: Vec<ClosedPeer>,
 }
 
@@ -55,8 +55,11 @@ impl Ring {
         }
     }
 
-    /// Writes what waits, so that the journal can lose it.
+    /// Writes what waits, which is due before the journal loses it.
     pub(super) fn flush(&mut self) {
+        if self.waiting.is_empty() {
+            return;
+        }
         match self.write() {
             Ok(()) => self.waiting = Vec::new(),
             Err(error) => tracing::error!(%error, "the ring of ended lives cannot be written"),
@@ -78,14 +81,13 @@ impl Ring {
     }
 }
 
-/// How many records from the front of the journal the ring has: so many that its last ones are the same. One that is found too
-/// early writes some of them twice.
+/// How many records from the front of the journal the ring has: so many that its last ones are the same.
 fn known(ended: &[ClosedPeer], journal: &[ClosedPeer]) -> usize {
     let is_known = |count: &usize| {
         let fits = *count <= ended.len() || ended.len() >= MAX_ENDED;
         fits && ended.iter().rev().zip(journal[..*count].iter().rev()).all(|(one, other)| one == other)
     };
-    (1..=journal.len()).find(is_known).unwrap_or(0)
+    (1..=journal.len()).rev().find(is_known).unwrap_or(0)
 }
 
 fn number_of(record: &[u8; RECORD_BYTES]) -> u64 {
@@ -158,7 +160,7 @@ mod tests {
         ring.flush();
         assert_eq!(Ring::open(dir.path(), &[]).unwrap().1, [idle, used, idle]);
         assert_eq!(known(&[idle, used], &[idle, used, idle]), 2);
-        assert_eq!(known(&[idle, used, idle], &[idle, used, idle, used]), 1, "twice is not too often");
+        assert_eq!(known(&[idle, used, idle], &[idle, used, idle, used]), 3, "none is written twice");
         assert_eq!(known(&[], &[idle]), 0);
     }
 
@@ -171,6 +173,8 @@ mod tests {
         ring.put(&all[..100]);
         ring.put(&all[100..]);
         assert_eq!(ring.waiting, all[10..]);
+        ring.flush();
+        assert_eq!(ring.waiting, all[10..], "nothing is lost");
         ring.file = options().open(dir.path().join(FILE_NAME)).unwrap();
         ring.flush();
         assert_eq!(Ring::open(dir.path(), &[]).unwrap().1, all[10..]);
