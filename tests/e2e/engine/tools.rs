@@ -1,5 +1,9 @@
 //! `wg` on the engine: what it writes down can be read in again, and what it changes holds for the packets at once.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
 use cvault_tests::lab::{Lab, Network, eventually};
 use cvault_tests::platform::dropped;
@@ -167,6 +171,43 @@ fn a_request_that_cannot_be_granted_is_refused_with_the_systems_word() {
         );
     }
     assert!(both.client.pings("10.8.0.1"), "nothing of all that was applied");
+}
+
+#[test]
+fn each_small_change_on_one_connection_is_made_and_answered() {
+    let lab = Lab::build().unwrap();
+    let (machine, _) = lab.machine("server", Network::Servers, 10).unwrap();
+    let _tunnel = Tunnel::start(&machine, Program::Engine, "wg0").unwrap();
+    let connect = || {
+        let client = UnixStream::connect(machine.path("/run/wireguard/wg0.sock")).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        client
+    };
+    let answered = |client: &mut UnixStream, count: usize| {
+        let mut answers = vec![0; "errno=0\n\n".len() * count];
+        client.read_exact(&mut answers).unwrap();
+        assert_eq!(String::from_utf8(answers).unwrap(), "errno=0\n\n".repeat(count));
+    };
+    let peers = || machine.run("wg", ["show", "wg0", "peers"]).unwrap().lines().count();
+    let key = |number: usize| format!("public_key={number:064x}\n");
+    let mut client = connect();
+    client.write_all(b"set=1\n\n").unwrap();
+    answered(&mut client, 1);
+    // More answers than fit into a socket unread.
+    for number in 1..=300 {
+        write!(client, "set=1\n{}allowed_ip=10.9.{}.{}/32\n\n", key(number), number >> 8, number & 0xff).unwrap();
+    }
+    answered(&mut client, 300);
+    assert_eq!(peers(), 300);
+    // Each after the answer to the one before, on this connection and on one of its own.
+    let mut client = connect();
+    for number in 1..=300 {
+        let mut other = connect();
+        let client = if number % 3 == 0 { &mut other } else { &mut client };
+        client.write_all(format!("set=1\n{}remove=true\n\n", key(number)).as_bytes()).unwrap();
+        answered(client, 1);
+    }
+    assert_eq!(peers(), 0);
 }
 
 #[test]
