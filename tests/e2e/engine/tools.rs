@@ -1,6 +1,7 @@
 //! `wg` on the engine: what it writes down can be read in again, and what it changes holds for the packets at once.
 
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -195,7 +196,8 @@ fn each_small_change_on_one_connection_is_made_and_answered() {
     answered(&mut client, 1);
     // More answers than fit into a socket unread.
     for number in 1..=300 {
-        write!(client, "set=1\n{}allowed_ip=10.9.{}.{}/32\n\n", key(number), number >> 8, number & 0xff).unwrap();
+        let request = format!("set=1\n{}allowed_ip=10.9.{}.{}/32\n\n", key(number), number >> 8, number & 0xff);
+        client.write_all(request.as_bytes()).unwrap();
     }
     answered(&mut client, 300);
     assert_eq!(peers(), 300);
@@ -208,6 +210,8 @@ fn each_small_change_on_one_connection_is_made_and_answered() {
         answered(client, 1);
     }
     assert_eq!(peers(), 0);
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client.read(&mut [0]).unwrap(), 0, "no request is answered twice");
 }
 
 #[test]
