@@ -12,8 +12,8 @@ use crate::change::Secret;
 use crate::drops::Drop;
 use crate::engine::Now;
 pub(crate) use crate::noise::Stamp;
+use crate::noise::{Agreed, Initiated, Jar, Local, Opened, Proof, Remote, Seed, Session, Shared, Unopened, Warden};
 pub(crate) use crate::noise::{INITIATION_BYTES, OVERHEAD, REJECT_AFTER_MESSAGES, RESPONSE_BYTES};
-use crate::noise::{Initiated, Jar, Local, Opened, Proof, Proved, Remote, Seed, Session, Shared, Unopened, Warden};
 
 /// How old the timers may be when a tunnel is used.
 const FRESH_MS: u64 = 250;
@@ -88,14 +88,19 @@ impl Identity {
         }
     }
 
-    /// Whose initiation this claims to be. It changes nothing: any worker can say where it belongs.
-    pub(crate) fn open(&self, initiation: &[u8]) -> Option<Opened> {
-        self.local.open(initiation)
+    /// Whose initiations these claim to be. It changes nothing: any worker can say where they belong.
+    pub(crate) fn open_all(&self, initiations: &[&[u8]]) -> Vec<Option<Opened>> {
+        self.local.open_all(initiations)
     }
 
     /// The secret shared with a peer, worth keeping.
     pub(crate) fn shared_with(&self, public_key: &[u8; 32]) -> Option<Shared> {
         self.local.shared_with(public_key)
+    }
+
+    /// [`Self::shared_with`] each.
+    pub(crate) fn shared_with_all(&self, public_keys: &[[u8; 32]]) -> Vec<Option<Shared>> {
+        self.local.shared_with_all(public_keys)
     }
 }
 
@@ -284,9 +289,9 @@ impl Tunnel {
     }
 
     /// Answers an initiation of the peer. `room` must have at least [`MIN_ROOM`] bytes.
-    pub(crate) fn answer(&mut self, now: Now, proved: &Proved, room: &mut [u8]) -> Option<usize> {
+    pub(crate) fn answer(&mut self, now: Now, agreed: &Agreed, room: &mut [u8]) -> Option<usize> {
         let index = self.draw_index();
-        let keys = proved.respond(&self.remote, index, room)?;
+        let keys = agreed.respond(&self.remote, index, room)?;
         self.jar.sign(now.mono_ms, &mut room[..RESPONSE_BYTES]);
         self.next = Some(Box::new(Session::new(&keys, index, false, now.mono_ms)));
         self.previous = None;

@@ -8,9 +8,9 @@ use std::collections::VecDeque;
 
 use super::Engine;
 
-/// Peers to be worked off: a quarter of a second in all, and 0.4 MB of secrets.
+/// Peers to be worked off: a fifth of a second in all, and 0.4 MB of secrets.
 const MAX_AHEAD: usize = 8192;
-/// Secrets at a time: some 0.5 ms, for which whatever arrives meanwhile has to wait.
+/// Secrets at a time: some 0.4 ms, for which whatever arrives meanwhile has to wait.
 const AT_A_TIME: usize = 16;
 
 /// Slots whose secret may be missing.
@@ -37,14 +37,15 @@ impl Engine {
         let Some(identity) = &self.identity else {
             return;
         };
-        for _ in 0..AT_A_TIME {
-            let Some(slot) = self.ahead.0.pop_front() else {
-                return;
-            };
-            if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut()
-                && peer.static_shared.is_none()
-            {
-                peer.static_shared = identity.shared_with(&peer.public_key).map(Box::new);
+        let next = self.ahead.0.drain(..self.ahead.0.len().min(AT_A_TIME));
+        let wanting = |slot: u16| {
+            let peer = self.peers[usize::from(slot)].as_deref()?;
+            peer.static_shared.is_none().then_some((slot, peer.public_key))
+        };
+        let (slots, public_keys): (Vec<_>, Vec<_>) = next.filter_map(wanting).unzip();
+        for (slot, shared) in slots.into_iter().zip(identity.shared_with_all(&public_keys)) {
+            if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
+                peer.static_shared = shared.map(Box::new);
             }
         }
     }

@@ -349,6 +349,37 @@ fn a_thousand_clients_behind_one_address_all_connect_at_once() {
     assert!(passes > 100, "a few a pass, {passes}");
 }
 
+#[test]
+fn in_one_pass_each_is_answered_as_it_would_be_alone() {
+    let mut server = server_of_many(CounterTable::anonymous(16, [1; 16]).unwrap(), 6);
+    let mut clients: Vec<_> = (0..6).map(client_of).collect();
+    let initiations: Vec<_> = clients.iter_mut().map(initiation).collect();
+    let mut forged = initiations[3].clone();
+    forged[100] ^= 1;
+    sign(&mut forged);
+    // Twice the same, one of nobody, and one with a wrong timestamp before the genuine one.
+    let stranger = initiation(&mut client_of(77));
+    let order = [&initiations[0], &initiations[0], &stranger, &forged, &initiations[3], &junk(1), &initiations[5]];
+    for (port, message) in (1000..).zip(order) {
+        let from = SocketAddr::new(Ipv4Addr::new(198, 51, 100, 7).into(), port);
+        server.engine.on_udp(server.now, message, origin(from), &mut server.out);
+    }
+    assert!(!server.engine.on_handshakes(server.now, &mut server.out), "all in one pass");
+    let answers = server.sent();
+    let to: Vec<_> = answers.iter().map(|(to, _)| to.port()).collect();
+    assert_eq!(to, [1000, 1004, 1006]);
+    for ((_, answer), client) in answers.iter().zip([0, 3, 5]) {
+        let client = &mut clients[client];
+        client.udp(answer, SERVER);
+        let confirmation = client.sent().remove(0).1;
+        let addr = client.addr.to_string();
+        server.udp(&confirmation, &addr);
+    }
+    let confirmed = server.engine.peers(0, 100).0.into_iter().filter(|peer| peer.counts.last_handshake_ms > 0).count();
+    assert_eq!(confirmed, 3);
+    assert_eq!((server.drops(Drop::Handshake), server.drops(Drop::UnknownPeer)), (3, 1));
+}
+
 /// A hundred live clients, the death of the server, and how many milliseconds until each has a session with the next
 /// one. The first `lost` datagrams of the new server do not arrive.
 fn restart(lost: usize) -> Vec<u64> {

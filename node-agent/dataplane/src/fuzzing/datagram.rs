@@ -15,7 +15,7 @@ use super::server::Server;
 use crate::change::{PeerChange, Secret};
 use crate::ecn::Ecn;
 use crate::engine::{Origin, PeerView};
-use crate::noise::{Seed, Shared};
+use crate::noise::{Agreed, Seed, Shared};
 use crate::packet;
 use crate::tunnel::{Identity, MIN_ROOM, OVERHEAD, Received, Stamp, Tunnel};
 
@@ -265,11 +265,10 @@ impl Net {
         let now = self.server.now;
         let index = |at: usize| u32::from_le_bytes(message[at..at + 4].try_into().expect("four bytes"));
         let len = match message[0] {
-            1 => self
-                .identity
-                .open(message)
+            1 => (self.identity.open_all(&[message]).pop().flatten())
                 .and_then(|opened| opened.prove(&self.shared, message))
-                .and_then(|proved| self.client.answer(now, &proved, &mut room)),
+                .and_then(|proved| Agreed::all(vec![proved]).pop().flatten())
+                .and_then(|agreed| self.client.answer(now, &agreed, &mut room)),
             2 => match self.client.finish(now, index(8), message) {
                 Ok(()) => self.client.encrypt(&[], 0, &mut room),
                 Err(_) => None,

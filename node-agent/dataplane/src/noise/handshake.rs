@@ -3,7 +3,7 @@
 use zeroize::Zeroizing;
 
 use super::cookies::MACS_BYTES;
-use super::keys::{Shared, agree, public, random};
+use super::keys::{Shared, agree, agree_all, public, random};
 use super::symmetric::{Hmac, derive, hash, seal, unseal};
 
 /// Length of an initiation.
@@ -70,10 +70,19 @@ pub(crate) struct Opened {
 /// An initiation by whoever has the private key of the public one.
 pub(crate) struct Proved {
     pub(crate) timestamp: Timestamp,
+    public_key: [u8; 32],
     index: u32,
     ephemeral: [u8; 32],
     chaining_key: Zeroizing<[u8; 32]>,
     hash: [u8; 32],
+}
+
+/// An initiation that can be answered: the key of the answer is drawn.
+pub(crate) struct Agreed {
+    proved: Proved,
+    ephemeral_public: [u8; 32],
+    /// Between that key and the initiator's ephemeral and static ones.
+    shared: [Shared; 2],
 }
 
 /// What a handshake ends with.
@@ -108,14 +117,27 @@ impl Local {
         agree(&self.private, public_key)
     }
 
-    /// Whose initiation this claims to be. Costs one X25519. The MACs are the caller's business.
-    pub(crate) fn open(&self, initiation: &[u8]) -> Option<Opened> {
+    /// [`Self::shared_with`] each.
+    pub(crate) fn shared_with_all(&self, public_keys: &[[u8; 32]]) -> Vec<Option<Shared>> {
+        agree_all(&public_keys.iter().map(|key| (&*self.private, key)).collect::<Vec<_>>())
+    }
+
+    /// Whose initiations these claim to be. Costs one X25519 each. The MACs are the caller's business.
+    pub(crate) fn open_all(&self, initiations: &[&[u8]]) -> Vec<Option<Opened>> {
+        // A message without one is none, as one with a key of small order.
+        let ephemerals: Vec<_> = initiations.iter().map(|initiation| part(initiation, 8).unwrap_or_default()).collect();
+        let shared = self.shared_with_all(&ephemerals);
+        initiations.iter().zip(shared).map(|(initiation, shared)| self.open(initiation, &shared?)).collect()
+    }
+
+    /// `shared` is between our static key and the initiator's ephemeral one.
+    fn open(&self, initiation: &[u8], shared: &Shared) -> Option<Opened> {
         let initiation: &[u8; INITIATION_BYTES] = initiation.try_into().ok()?;
         let ephemeral: [u8; 32] = part(initiation, 8)?;
         let sealed = &initiation[40..88];
         let before = hash(&self.hash, &ephemeral);
         let [chaining_key] = self.first.derive(&ephemeral);
-        let [chaining_key, key] = derive(&chaining_key, agree(&self.private, &ephemeral)?.as_bytes());
+        let [chaining_key, key] = derive(&chaining_key, shared.as_bytes());
         let public_key = unseal(&key, sealed, &before)?;
         Some(Opened { public_key, chaining_key, hash: hash(&before, sealed) })
     }
@@ -169,6 +191,7 @@ impl Opened {
         let [chaining_key, key] = derive(&self.chaining_key, shared.as_bytes());
         Some(Proved {
             timestamp: Timestamp::of(unseal(&key, sealed, &self.hash)?),
+            public_key: self.public_key,
             index: u32::from_le_bytes(part(initiation, 4)?),
             ephemeral: part(initiation, 8)?,
             chaining_key,
@@ -177,24 +200,42 @@ impl Opened {
     }
 }
 
-impl Proved {
-    /// Writes the response without MACs. Costs two X25519 and a key.
+impl Agreed {
+    pub(crate) fn timestamp(&self) -> Timestamp {
+        self.proved.timestamp
+    }
+
+    /// Draws the keys of the answers. Costs two X25519 and a key each; `None` for keys of small order.
+    pub(crate) fn all(proved: Vec<Proved>) -> Vec<Option<Self>> {
+        let ephemerals: Vec<_> = proved.iter().map(|_| Zeroizing::new(random::<32>())).collect();
+        let pairs = ephemerals
+            .iter()
+            .zip(&proved)
+            .flat_map(|(ephemeral, proved)| [(&**ephemeral, &proved.ephemeral), (&**ephemeral, &proved.public_key)]);
+        let mut shared = agree_all(&pairs.collect::<Vec<_>>()).into_iter();
+        let agreed = |(proved, ephemeral): (Proved, &Zeroizing<[u8; 32]>)| {
+            let (with_ephemeral, with_static) = (shared.next()?, shared.next()?);
+            Some(Self { proved, ephemeral_public: public(ephemeral), shared: [with_ephemeral?, with_static?] })
+        };
+        proved.into_iter().zip(&ephemerals).map(agreed).collect()
+    }
+
+    /// Writes the response without MACs.
     pub(crate) fn respond(&self, remote: &Remote, local_index: u32, room: &mut [u8]) -> Option<SessionKeys> {
         let room = room.first_chunk_mut::<RESPONSE_BYTES>()?;
-        let ephemeral: Zeroizing<[u8; 32]> = Zeroizing::new(random());
-        let ephemeral_public = public(&ephemeral);
-        let before = hash(&self.hash, &ephemeral_public);
-        let [chaining_key] = derive(&self.chaining_key, &ephemeral_public);
-        let [chaining_key] = derive(&chaining_key, agree(&ephemeral, &self.ephemeral)?.as_bytes());
-        let [chaining_key] = derive(&chaining_key, agree(&ephemeral, &remote.public)?.as_bytes());
+        let Self { proved, ephemeral_public, shared: [with_ephemeral, with_static] } = self;
+        let before = hash(&proved.hash, ephemeral_public);
+        let [chaining_key] = derive(&proved.chaining_key, ephemeral_public);
+        let [chaining_key] = derive(&chaining_key, with_ephemeral.as_bytes());
+        let [chaining_key] = derive(&chaining_key, with_static.as_bytes());
         let [chaining_key, temporary, key] = derive(&chaining_key, &*remote.preshared);
         room[..4].copy_from_slice(&2_u32.to_le_bytes());
         room[4..8].copy_from_slice(&local_index.to_le_bytes());
-        room[8..12].copy_from_slice(&self.index.to_le_bytes());
-        room[12..44].copy_from_slice(&ephemeral_public);
+        room[8..12].copy_from_slice(&proved.index.to_le_bytes());
+        room[12..44].copy_from_slice(ephemeral_public);
         seal(&key, &[], &hash(&before, &*temporary), &mut room[44..RESPONSE_BYTES - MACS_BYTES]);
         let [receive, send] = derive(&chaining_key, &[]);
-        Some(SessionKeys { send, receive, remote_index: self.index })
+        Some(SessionKeys { send, receive, remote_index: proved.index })
     }
 }
 
@@ -246,6 +287,10 @@ mod tests {
 
     const NOW_MS: u64 = 1_800_000_000_000;
 
+    fn open(local: &Local, initiation: &[u8]) -> Option<Opened> {
+        local.open_all(&[initiation]).pop().unwrap()
+    }
+
     fn remote(local: &Local, other: &Local, preshared: u8) -> Remote {
         let shared = local.shared_with(&other.public).unwrap();
         Remote { public: other.public, preshared: Zeroizing::new([preshared; 32]), shared }
@@ -257,11 +302,12 @@ mod tests {
         let (to_bob, to_alice) = (remote(&alice, &bob, ours), remote(&bob, &alice, theirs));
         let mut initiation = [0; INITIATION_BYTES];
         let initiated = alice.initiate(&to_bob, 7, (&mut Stamp::default(), NOW_MS), &mut initiation).unwrap();
-        let opened = bob.open(&initiation).unwrap();
+        let opened = open(&bob, &initiation).unwrap();
         assert_eq!(opened.public_key, alice.public);
         let proved = opened.prove(&to_alice.shared, &initiation).unwrap();
         let mut response = [0; RESPONSE_BYTES];
-        let at_bob = proved.respond(&to_alice, 9, &mut response).unwrap();
+        let agreed = Agreed::all(vec![proved]).pop().unwrap().unwrap();
+        let at_bob = agreed.respond(&to_alice, 9, &mut response).unwrap();
         for at in (4..8).chain(12..60) {
             let mut changed = response;
             changed[at] ^= 1;
@@ -306,7 +352,7 @@ mod tests {
         let (mut room, mut theirs) = ([0; INITIATION_BYTES], vec![0; 200]);
 
         let initiation = written(tunn(2, 1).format_handshake_initiation(&mut theirs, false));
-        let opened = us.open(&initiation).unwrap();
+        let opened = open(&us, &initiation).unwrap();
         assert_eq!(opened.public_key, it.public);
         let proved = opened.prove(&to_it.shared, &initiation).unwrap();
         let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
@@ -328,7 +374,7 @@ mod tests {
             let stamp = (&mut Stamp::default(), NOW_MS);
             alice.initiate(&remote(&alice, &bob, 0), 7, stamp, &mut initiation).unwrap();
             let shared = bob.shared_with(&alice.public).unwrap();
-            bob.open(&initiation).unwrap().prove(&shared, &initiation).unwrap().timestamp
+            open(&bob, &initiation).unwrap().prove(&shared, &initiation).unwrap().timestamp
         };
         assert_eq!(timestamp(2), timestamp(3));
     }
@@ -339,18 +385,18 @@ mod tests {
         let to_bob = remote(&alice, &bob, 0);
         let mut initiation = [0; INITIATION_BYTES];
         alice.initiate(&to_bob, 7, (&mut Stamp::default(), NOW_MS), &mut initiation).unwrap();
-        assert!(eve.open(&initiation).is_none(), "another server");
-        assert!(bob.open(&initiation[..147]).is_none());
-        let opened = bob.open(&initiation).unwrap();
+        assert!(open(&eve, &initiation).is_none(), "another server");
+        assert!(open(&bob, &initiation[..147]).is_none());
+        let opened = open(&bob, &initiation).unwrap();
         assert!(opened.prove(&bob.shared_with(&eve.public).unwrap(), &initiation).is_none(), "the claim is not proved");
         let shared = bob.shared_with(&alice.public).unwrap();
         for at in 8..116 {
             let mut changed = initiation;
             changed[at] ^= 1;
-            assert!(bob.open(&changed).and_then(|opened| opened.prove(&shared, &changed)).is_none(), "byte {at}");
+            assert!(open(&bob, &changed).and_then(|opened| opened.prove(&shared, &changed)).is_none(), "byte {at}");
         }
         initiation[8..40].fill(0);
-        assert!(bob.open(&initiation).is_none(), "an ephemeral key of small order");
+        assert!(open(&bob, &initiation).is_none(), "an ephemeral key of small order");
         assert!(bob.shared_with(&[0; 32]).is_none());
     }
 

@@ -6,7 +6,17 @@
 use graviola::key_agreement::x25519::{PublicKey, StaticPrivateKey};
 use rand::TryRngCore;
 use rand::rngs::OsRng;
+use smallvec::SmallVec;
+use subtle::ConstantTimeEq;
 use zeroize::{Zeroize, ZeroizeOnDrop};
+
+#[cfg(target_arch = "x86_64")]
+use super::lanes::{self, LANES};
+#[cfg(not(target_arch = "x86_64"))]
+const LANES: usize = 1;
+
+/// For so many the lanes are quicker, even if not all are used.
+const WORTH_LANES: usize = 3;
 
 /// What two keys share. Never all zeroes.
 #[derive(Clone, Zeroize, ZeroizeOnDrop)]
@@ -35,6 +45,33 @@ pub(super) fn agree(private: &[u8; 32], public: &[u8; 32]) -> Option<Shared> {
     } else {
         agree_portably(private, public)
     }
+}
+
+/// [`agree`] for each pair of a private and a public key; where the processor can, four at a time, which takes some two thirds
+/// of the time.
+pub(super) fn agree_all(pairs: &[(&[u8; 32], &[u8; 32])]) -> Vec<Option<Shared>> {
+    pairs.chunks(LANES).flat_map(agree_some).collect()
+}
+
+fn agree_some(pairs: &[(&[u8; 32], &[u8; 32])]) -> SmallVec<[Option<Shared>; LANES]> {
+    agree_in_lanes(pairs).unwrap_or_else(|| pairs.iter().map(|(private, public)| agree(private, public)).collect())
+}
+
+#[cfg(target_arch = "x86_64")]
+fn agree_in_lanes(pairs: &[(&[u8; 32], &[u8; 32])]) -> Option<SmallVec<[Option<Shared>; LANES]>> {
+    if pairs.len() < WORTH_LANES {
+        return None;
+    }
+    // In lanes without a pair of their own the first is worked out again.
+    let pair = |lane: usize| pairs.get(lane).unwrap_or(&pairs[0]);
+    let products = lanes::multiply(std::array::from_fn(|lane| pair(lane).0), std::array::from_fn(|lane| pair(lane).1))?;
+    let shared = |product: &[u8; 32]| (!bool::from(product.ct_eq(&[0; 32]))).then(|| Shared(*product));
+    Some(products.iter().take(pairs.len()).map(shared).collect())
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn agree_in_lanes(_: &[(&[u8; 32], &[u8; 32])]) -> Option<SmallVec<[Option<Shared>; LANES]>> {
+    None
 }
 
 fn agree_portably(private: &[u8; 32], public: &[u8; 32]) -> Option<Shared> {
@@ -103,7 +140,50 @@ mod tests {
         }
     }
 
+    /// RFC 7748, section 5.2: what was said last is the next key, and the key before it the next point.
+    #[test]
+    fn a_thousand_of_rfc_7748_one_after_another() {
+        let nine = std::array::from_fn(|at| if at == 0 { 9 } else { 0 });
+        let (mut key, mut point) = (nine, nine);
+        for _ in 0..1000 {
+            let said = agree_all(&[(&key, &point); 4]).pop().flatten().unwrap();
+            (key, point) = (said.0, key);
+        }
+        assert_eq!(hex::encode(key), "684cf59ba83309552800ef566f2f4d3c1c3887c49360e3875f2eb94d99532c51");
+    }
+
+    /// Beside zero, one and the prime: those around the prime and its double, and the two others of small order.
+    #[test]
+    fn points_at_the_edges() {
+        let low = "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800";
+        let other_low = "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157";
+        let mut points: Vec<[u8; 32]> =
+            [low, other_low].iter().map(|text| hex::decode(text).unwrap().try_into().unwrap()).collect();
+        for last in [0x7f, 0xff] {
+            for first in 0xe0..=0xff {
+                let mut point = [0xff; 32];
+                (point[0], point[31]) = (first, last);
+                points.push(point);
+            }
+        }
+        points.extend((0..40).map(|first| std::array::from_fn(|at| if at == 0 { first } else { 0 })));
+        let private = [0x5a; 32];
+        let pairs: Vec<_> = points.iter().map(|point| (&private, point)).collect();
+        for (point, shared) in points.iter().zip(agree_all(&pairs)) {
+            let portable = agree_portably(&private, point);
+            assert_eq!(shared.map(|shared| shared.0), portable.map(|shared| shared.0), "{}", hex::encode(point));
+        }
+    }
+
     proptest! {
+        #[test]
+        fn many_are_as_each_by_itself(pairs: Vec<([u8; 32], [u8; 32])>) {
+            let shared = agree_all(&pairs.iter().map(|(private, public)| (private, public)).collect::<Vec<_>>());
+            let said: Vec<_> = shared.into_iter().map(|shared| shared.map(|shared| shared.0)).collect();
+            let portable = pairs.iter().map(|(private, public)| agree_portably(private, public));
+            prop_assert_eq!(said, portable.map(|shared| shared.map(|shared| shared.0)).collect::<Vec<_>>());
+        }
+
         #[test]
         fn both_say_the_same(private: [u8; 32], other: [u8; 32]) {
             let portable = x25519_dalek::PublicKey::from(&x25519_dalek::StaticSecret::from(private)).to_bytes();

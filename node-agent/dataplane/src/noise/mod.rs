@@ -4,13 +4,15 @@
 mod cookies;
 mod handshake;
 mod keys;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
 mod replay;
 mod session;
 mod symmetric;
 
 pub(crate) use cookies::{COOKIE_REPLY_BYTES, Jar, Proof, Seed, Warden};
 pub(crate) use handshake::{
-    INITIATION_BYTES, Initiated, Local, Opened, Proved, RESPONSE_BYTES, Remote, Stamp, Timestamp,
+    Agreed, INITIATION_BYTES, Initiated, Local, Opened, Proved, RESPONSE_BYTES, Remote, Stamp, Timestamp,
 };
 pub(crate) use keys::Shared;
 pub(crate) use session::{OVERHEAD, REJECT_AFTER_MESSAGES, Session, Unopened};
