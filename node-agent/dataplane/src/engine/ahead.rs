@@ -43,9 +43,9 @@ impl Engine {
             peer.static_shared.is_none().then_some((slot, peer.public_key))
         };
         let (slots, public_keys): (Vec<_>, Vec<_>) = next.filter_map(wanting).unzip();
-        for (slot, shared) in slots.into_iter().zip(identity.shared_with_all(&public_keys)) {
+        for (slot, shared) in slots.into_iter().zip(&identity.shared_with_all(&public_keys)) {
             if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
-                peer.static_shared = shared.map(Box::new);
+                peer.static_shared = shared.clone().map(Box::new);
             }
         }
     }

@@ -20,7 +20,7 @@ use crate::tunnel::{Admission, Gate, INITIATION_BYTES, MIN_ROOM, Tunnel};
 
 /// The least time between two initiations of one peer, as in the kernel.
 const INITIATION_GAP_MS: u64 = 20;
-/// Messages worked off in one pass, some 1.3 ms: enough to fill the lanes of key agreement twice.
+/// Messages worked off in one pass, some 1.3 ms. Initiations fill the lanes of key agreement twice to be opened, four times to be answered.
 const PER_PASS: usize = 8;
 
 /// A message that passed the gate.
@@ -41,7 +41,6 @@ enum Message {
 }
 
 /// Initiations to be answered.
-#[derive(Default)]
 struct Due {
     questions: Vec<Question>,
     /// Of each.
@@ -97,12 +96,14 @@ impl Engine {
             return false;
         }
         let batch: Vec<_> = std::iter::from_fn(|| self.handshakes.pop()).take(PER_PASS).collect();
-        let mut opened = self.open(&batch).into_iter();
-        let mut due = Due::default();
+        let opened = self.open(&batch);
+        let mut opened = opened.iter();
+        // Without growing: what a vector moves out of is not wiped.
+        let mut due = Due { questions: Vec::new(), proved: Vec::with_capacity(batch.len()) };
         for Waiting { origin, message, bytes, len } in &batch {
             let datagram = &bytes[..usize::from(*len)];
             let result = match message {
-                Message::Initiation => self.place(now, opened.next().flatten(), datagram, *origin, out, &mut due),
+                Message::Initiation => self.place(now, opened.next(), datagram, *origin, out, &mut due),
                 Message::Opened(opened) => self.place_opened(now, opened, datagram, *origin, out, &mut due),
                 Message::Response { index } => self.complete(now, datagram, *index, *origin, out),
             };
@@ -110,7 +111,7 @@ impl Engine {
                 self.drops.one(reason, datagram.len());
             }
         }
-        self.answer_all(now, due, out);
+        self.answer_all(now, &due, out);
         !self.handshakes.waiting.is_empty()
     }
 
@@ -196,7 +197,7 @@ impl Engine {
     fn place(
         &mut self,
         now: Now,
-        opened: Option<Opened>,
+        opened: Option<&Option<Opened>>,
         datagram: &[u8],
         origin: Origin,
         out: &mut Out,
@@ -205,13 +206,13 @@ impl Engine {
         if self.identity.is_none() {
             return Err(Drop::UnknownPeer);
         }
-        let opened = opened.ok_or(Drop::Handshake)?;
+        let opened = opened.and_then(Option::as_ref).ok_or(Drop::Handshake)?;
         let slot = *self.directory.get().by_key.get(&opened.public_key).ok_or(Drop::UnknownPeer)?;
         if !self.shard.owns(slot) {
-            self.hand_on(slot, ParcelKind::Initiation(origin, opened), datagram);
+            self.hand_on(slot, ParcelKind::Initiation(origin, opened.clone()), datagram);
             return Ok(());
         }
-        due.proved.push(self.prove(now, slot, &opened, datagram, out)?);
+        due.proved.push(self.prove(now, slot, opened, datagram, out)?);
         due.questions.push(Question { slot, origin, len: datagram.len() });
         Ok(())
     }
@@ -253,21 +254,23 @@ impl Engine {
         if !proved.timestamp.may_follow(Timestamp(self.counters.greatest_timestamp(slot))) {
             return Err(Drop::Replay);
         }
+        // Before the work of an answer.
+        out.net_room(MIN_ROOM).ok_or(Drop::TxNoRoom)?;
         // Another of the same pass comes too early now.
         peer.last_init_ms = Some(now.mono_ms);
         self.freshen(now, slot, out);
         Ok(proved)
     }
 
-    fn answer_all(&mut self, now: Now, due: Due, out: &mut Out) {
-        for (question, agreed) in due.questions.iter().zip(Agreed::all(due.proved)) {
-            if let Err(reason) = self.answer(now, question, agreed, out) {
+    fn answer_all(&mut self, now: Now, due: &Due, out: &mut Out) {
+        for (question, agreed) in due.questions.iter().zip(&Agreed::all(&due.proved)) {
+            if let Err(reason) = self.answer(now, question, agreed.as_ref(), out) {
                 self.drops.one(reason, question.len);
             }
         }
     }
 
-    fn answer(&mut self, now: Now, question: &Question, agreed: Option<Agreed>, out: &mut Out) -> Result<(), Drop> {
+    fn answer(&mut self, now: Now, question: &Question, agreed: Option<&Agreed>, out: &mut Out) -> Result<(), Drop> {
         let (slot, origin) = (question.slot, question.origin);
         let agreed = agreed.ok_or(Drop::Handshake)?;
         let index = self.index_of(slot);
@@ -278,7 +281,7 @@ impl Engine {
             peer.tunnel = Tunnel::to(peer, identity, index, now).map(Box::new);
         }
         let tunnel = peer.tunnel.as_mut().ok_or(Drop::Handshake)?;
-        let len = tunnel.answer(now, &agreed, room).ok_or(Drop::Handshake)?;
+        let len = tunnel.answer(now, agreed, room).ok_or(Drop::Handshake)?;
         peer.last_attempt_ms = now.mono_ms;
         self.counters.set_greatest_timestamp(slot, agreed.timestamp().0);
         // The answer goes where the question came from; the endpoint follows when the peer proves itself (trap 15).

@@ -13,11 +13,11 @@ use super::Now;
 use crate::limit::SourceLimit;
 use crate::noise::Seed;
 
-/// Messages that may wait: a second of one worker's work, 1.3 MB.
+/// Messages that may wait: less than a second of one worker's work, 1.3 MB.
 pub(super) const MAX_WAITING: usize = 4096;
 /// Packets held for all peers together: 4 MB at full size.
 pub(super) const MAX_HELD: usize = 2048;
-/// From so many on a cookie is demanded: what is left of 6,000 in a second when 4,000 are worked off.
+/// From so many on a cookie is demanded: what is left of 6,000 in a second when a busy processor works off 4,000.
 pub(super) const LOADED: usize = 2048;
 /// For how long after that, as in the kernel.
 const LOADED_MS: u64 = 1000;

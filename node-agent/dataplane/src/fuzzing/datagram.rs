@@ -267,7 +267,7 @@ impl Net {
         let len = match message[0] {
             1 => (self.identity.open_all(&[message]).pop().flatten())
                 .and_then(|opened| opened.prove(&self.shared, message))
-                .and_then(|proved| Agreed::all(vec![proved]).pop().flatten())
+                .and_then(|proved| Agreed::all(&[proved]).pop().flatten())
                 .and_then(|agreed| self.client.answer(now, &agreed, &mut room)),
             2 => match self.client.finish(now, index(8), message) {
                 Ok(()) => self.client.encrypt(&[], 0, &mut room),

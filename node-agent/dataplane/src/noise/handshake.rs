@@ -68,6 +68,7 @@ pub(crate) struct Opened {
 }
 
 /// An initiation by whoever has the private key of the public one.
+#[derive(Clone)]
 pub(crate) struct Proved {
     pub(crate) timestamp: Timestamp,
     public_key: [u8; 32],
@@ -127,7 +128,7 @@ impl Local {
         // A message without one is none, as one with a key of small order.
         let ephemerals: Vec<_> = initiations.iter().map(|initiation| part(initiation, 8).unwrap_or_default()).collect();
         let shared = self.shared_with_all(&ephemerals);
-        initiations.iter().zip(shared).map(|(initiation, shared)| self.open(initiation, &shared?)).collect()
+        initiations.iter().zip(&shared).map(|(initiation, shared)| self.open(initiation, shared.as_ref()?)).collect()
     }
 
     /// `shared` is between our static key and the initiator's ephemeral one.
@@ -206,18 +207,21 @@ impl Agreed {
     }
 
     /// Draws the keys of the answers. Costs two X25519 and a key each; `None` for keys of small order.
-    pub(crate) fn all(proved: Vec<Proved>) -> Vec<Option<Self>> {
+    pub(crate) fn all(proved: &[Proved]) -> Vec<Option<Self>> {
         let ephemerals: Vec<_> = proved.iter().map(|_| Zeroizing::new(random::<32>())).collect();
         let pairs = ephemerals
             .iter()
-            .zip(&proved)
+            .zip(proved)
             .flat_map(|(ephemeral, proved)| [(&**ephemeral, &proved.ephemeral), (&**ephemeral, &proved.public_key)]);
-        let mut shared = agree_all(&pairs.collect::<Vec<_>>()).into_iter();
-        let agreed = |(proved, ephemeral): (Proved, &Zeroizing<[u8; 32]>)| {
-            let (with_ephemeral, with_static) = (shared.next()?, shared.next()?);
-            Some(Self { proved, ephemeral_public: public(ephemeral), shared: [with_ephemeral?, with_static?] })
-        };
-        proved.into_iter().zip(&ephemerals).map(agreed).collect()
+        let shared = agree_all(&pairs.collect::<Vec<_>>());
+        let (both, _) = shared.as_chunks();
+        let keys = proved.iter().zip(&ephemerals);
+        keys.zip(both).map(|((proved, ephemeral), both)| Self::new(proved, ephemeral, both)).collect()
+    }
+
+    fn new(proved: &Proved, ephemeral: &[u8; 32], [one, other]: &[Option<Shared>; 2]) -> Option<Self> {
+        let shared = [one.clone()?, other.clone()?];
+        Some(Self { proved: proved.clone(), ephemeral_public: public(ephemeral), shared })
     }
 
     /// Writes the response without MACs.
@@ -306,7 +310,7 @@ mod tests {
         assert_eq!(opened.public_key, alice.public);
         let proved = opened.prove(&to_alice.shared, &initiation).unwrap();
         let mut response = [0; RESPONSE_BYTES];
-        let agreed = Agreed::all(vec![proved]).pop().unwrap().unwrap();
+        let agreed = Agreed::all(&[proved]).pop().unwrap().unwrap();
         let at_bob = agreed.respond(&to_alice, 9, &mut response).unwrap();
         for at in (4..8).chain(12..60) {
             let mut changed = response;

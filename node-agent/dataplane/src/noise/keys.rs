@@ -6,17 +6,10 @@
 use graviola::key_agreement::x25519::{PublicKey, StaticPrivateKey};
 use rand::TryRngCore;
 use rand::rngs::OsRng;
-use smallvec::SmallVec;
-use subtle::ConstantTimeEq;
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 #[cfg(target_arch = "x86_64")]
-use super::lanes::{self, LANES};
-#[cfg(not(target_arch = "x86_64"))]
-const LANES: usize = 1;
-
-/// For so many the lanes are quicker, even if not all are used.
-const WORTH_LANES: usize = 3;
+use super::lanes;
 
 /// What two keys share. Never all zeroes.
 #[derive(Clone, Zeroize, ZeroizeOnDrop)]
@@ -47,30 +40,28 @@ pub(super) fn agree(private: &[u8; 32], public: &[u8; 32]) -> Option<Shared> {
     }
 }
 
-/// [`agree`] for each pair of a private and a public key; where the processor can, four at a time, which takes some two thirds
-/// of the time.
+/// [`agree`] for each pair of a private and a public key; where the processor can, four at a time, which takes some three
+/// quarters of the time.
 pub(super) fn agree_all(pairs: &[(&[u8; 32], &[u8; 32])]) -> Vec<Option<Shared>> {
-    pairs.chunks(LANES).flat_map(agree_some).collect()
-}
-
-fn agree_some(pairs: &[(&[u8; 32], &[u8; 32])]) -> SmallVec<[Option<Shared>; LANES]> {
-    agree_in_lanes(pairs).unwrap_or_else(|| pairs.iter().map(|(private, public)| agree(private, public)).collect())
+    // Without growing: what it moves out of is not wiped.
+    let mut all = Vec::with_capacity(pairs.len());
+    let (fours, rest) = pairs.as_chunks();
+    for four in fours {
+        all.extend(agree_in_lanes(four).unwrap_or_else(|| four.map(|(private, public)| agree(private, public))));
+    }
+    all.extend(rest.iter().map(|(private, public)| agree(private, public)));
+    all
 }
 
 #[cfg(target_arch = "x86_64")]
-fn agree_in_lanes(pairs: &[(&[u8; 32], &[u8; 32])]) -> Option<SmallVec<[Option<Shared>; LANES]>> {
-    if pairs.len() < WORTH_LANES {
-        return None;
-    }
-    // In lanes without a pair of their own the first is worked out again.
-    let pair = |lane: usize| pairs.get(lane).unwrap_or(&pairs[0]);
-    let products = lanes::multiply(std::array::from_fn(|lane| pair(lane).0), std::array::from_fn(|lane| pair(lane).1))?;
-    let shared = |product: &[u8; 32]| (!bool::from(product.ct_eq(&[0; 32]))).then(|| Shared(*product));
-    Some(products.iter().take(pairs.len()).map(shared).collect())
+fn agree_in_lanes(pairs: &[(&[u8; 32], &[u8; 32]); 4]) -> Option<[Option<Shared>; 4]> {
+    use subtle::ConstantTimeEq;
+    let products = lanes::multiply(pairs.map(|(private, _)| private), pairs.map(|(_, public)| public))?;
+    Some(products.each_ref().map(|product| (!bool::from(product.ct_eq(&[0; 32]))).then(|| Shared(*product))))
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn agree_in_lanes(_: &[(&[u8; 32], &[u8; 32])]) -> Option<SmallVec<[Option<Shared>; LANES]>> {
+fn agree_in_lanes(_: &[(&[u8; 32], &[u8; 32]); 4]) -> Option<[Option<Shared>; 4]> {
     None
 }
 
@@ -127,6 +118,14 @@ mod tests {
         assert_eq!(public(&bob), bytes("de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f"));
         let shared = bytes("4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742");
         assert_eq!(agree(&bob, &alice).unwrap().0, shared);
+
+        let scalar = bytes("a546e36bf0527c9d3b16154b82465edd62144c0ac1fc5a18506a2244ba449ac4");
+        let point = bytes("e6db6867583030db3594c1a424b15f7c726624ec26b3353b10a903a6d0ab1c4c");
+        let product = bytes("c3da55379de9c6908e94ea4df28d084f32eccf03491c71f754b4075577a28552");
+        let (one, other) = ((&bob, &alice), (&scalar, &point));
+        let four = agree_all(&[one, other, other, one]);
+        let said: Vec<_> = four.iter().flatten().map(|shared| shared.0).collect();
+        assert_eq!(said, [shared, product, product, shared]);
     }
 
     #[test]
@@ -146,8 +145,9 @@ mod tests {
         let nine = std::array::from_fn(|at| if at == 0 { 9 } else { 0 });
         let (mut key, mut point) = (nine, nine);
         for _ in 0..1000 {
-            let said = agree_all(&[(&key, &point); 4]).pop().flatten().unwrap();
-            (key, point) = (said.0, key);
+            let four: Vec<_> = agree_all(&[(&key, &point); 4]).iter().flatten().map(|shared| shared.0).collect();
+            assert_eq!(four, [four[0]; 4]);
+            (key, point) = (four[0], key);
         }
         assert_eq!(hex::encode(key), "684cf59ba83309552800ef566f2f4d3c1c3887c49360e3875f2eb94d99532c51");
     }
@@ -168,10 +168,14 @@ mod tests {
         }
         points.extend((0..40).map(|first| std::array::from_fn(|at| if at == 0 { first } else { 0 })));
         let private = [0x5a; 32];
+        // All of them in lanes.
+        points.resize(points.len().next_multiple_of(4), [9; 32]);
         let pairs: Vec<_> = points.iter().map(|point| (&private, point)).collect();
         for (point, shared) in points.iter().zip(agree_all(&pairs)) {
-            let portable = agree_portably(&private, point);
-            assert_eq!(shared.map(|shared| shared.0), portable.map(|shared| shared.0), "{}", hex::encode(point));
+            let shared = shared.map(|shared| shared.0);
+            for other in [agree_portably(&private, point), agree(&private, point)] {
+                assert_eq!(shared, other.map(|other| other.0), "{}", hex::encode(point));
+            }
         }
     }
 

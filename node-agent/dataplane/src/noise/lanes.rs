@@ -367,7 +367,7 @@ mod tests {
         field
     }
 
-    /// Tight limbs are multiplied right, or no vector of the RFC would hold.
+    /// Tight limbs are multiplied right, or the thousand iterations of the RFC would not end where they do.
     #[target_feature(enable = "avx2")]
     fn loose_is_as_tight(one: [i64; LIMBS], other: [i64; LIMBS]) {
         let (one, other) = (field(one), field(other));
