@@ -7,7 +7,7 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Drop {
-    /// Not a WireGuard message, or of an impossible length.
+    /// Not a WireGuard message, or of an impossible length, or from port 0.
     Garbage,
     /// A handshake message whose MAC1 does not match our key.
     BadMac,

@@ -47,7 +47,8 @@ fn withstands(hostility: Hostility, reasons: &[&str]) -> Result<()> {
 
     newcomer(&both)?;
     drop(flood);
-    both.transfer(Inner::V4, 500_000)
+    both.transfer(Inner::V4, 500_000)?;
+    both.agree()
 }
 
 /// Somebody who has not been there before is let in while the flood lasts.
@@ -122,6 +123,7 @@ fn clients_of_the_control_socket_that_stall_lie_or_never_read_stop_no_traffic() 
     .unwrap();
     drop(held);
     both.transfer(Inner::V6, 500_000).unwrap();
+    both.agree().unwrap();
 }
 
 /// Some act for the worker while it sleeps, others have to wait for it.
@@ -145,6 +147,7 @@ fn clients_that_change_peers_all_the_time_are_all_answered_and_stop_no_traffic()
     let text = both.server.tunnel.get(&both.server.machine).unwrap();
     assert_eq!(text.matches("public_key=").count(), 1, "the client's: {text}");
     both.transfer(Inner::V4, 500_000).unwrap();
+    both.agree().unwrap();
 }
 
 /// More than one pass of a worker changes: 256.
@@ -170,6 +173,7 @@ fn a_set_of_many_peers_is_made_whole_or_as_far_as_the_first_that_is_refused() {
     assert!(set(&wide).unwrap_err().to_string().contains("-22"), "a tenant's peer has single addresses");
     assert!((256..512).contains(&others()), "{} were added", others());
     both.transfer(Inner::V4, 500_000).unwrap();
+    both.agree().unwrap();
 }
 
 /// Adds a peer of its own and removes it, again and again, and at least a hundred times.

@@ -32,6 +32,8 @@ fn inject(both: &Both, calls: &str, fault: &str) -> Result<Process> {
 fn survives(calls: &str, faults: &[&str]) -> Result<()> {
     let both = Both::start(Program::Engine, Program::WireguardGo)?;
     both.meet(Outer::V4)?;
+    let has_runs = || both.server.tunnel.figure(&both.server.machine, "cvault_offload_udp_gso");
+    let had_runs = has_runs()?;
     for fault in faults {
         let strace = inject(&both, calls, fault)?;
         for inner in [Inner::V4, Inner::V6] {
@@ -40,7 +42,22 @@ fn survives(calls: &str, faults: &[&str]) -> Result<()> {
         strace.end(&both.server.machine, Signal::Terminate)?;
     }
     both.server.tunnel.process().check_running()?;
-    both.transfer(Inner::V4, 4 * BYTES)
+    both.transfer(Inner::V4, 4 * BYTES)?;
+    ensure!(has_runs()? == had_runs, "runs of datagrams were given up for good");
+    both.agree()
+}
+
+#[test]
+fn it_runs_as_the_environment_says() {
+    let said = |name: &str| std::env::var(name).unwrap_or_default();
+    let workers = said("CVAULT_TUNNEL_WORKERS").parse().unwrap_or(1);
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    let figure = |name: &str| both.server.tunnel.figure(&both.server.machine, name).unwrap();
+    assert_eq!(figure("cvault_workers"), workers);
+    for name in said("CVAULT_TUNNEL_WITHOUT").split(',').filter(|name| !name.is_empty()) {
+        let shown = if name == "tun" { "tun_tso".to_owned() } else { name.replace('-', "_") };
+        assert_eq!(figure(&format!("cvault_offload_{shown}")), 0, "{name}");
+    }
 }
 
 #[test]
@@ -51,6 +68,13 @@ fn a_socket_that_refuses_now_and_then_costs_no_connection() {
         &["error=EIO:when=3+11", "error=EINVAL:when=3+11", "error=ENOBUFS:when=2+7", "error=EPERM:when=2+7"],
     )
     .unwrap();
+}
+
+#[test]
+fn a_socket_that_refuses_once_costs_no_offload() {
+    for fault in ["error=EIO:when=3", "error=EINVAL:when=3"] {
+        survives(SOCKET, &[fault]).unwrap();
+    }
 }
 
 #[test]

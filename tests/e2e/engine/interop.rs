@@ -46,7 +46,8 @@ fn everything_arrives(server: Program, client: Program) -> Result<()> {
         }
         ensure!(lost.len() == 2 && !lost.contains(&0), "{lost:?}");
         Ok(())
-    })
+    })?;
+    both.agree()
 }
 
 #[test]
@@ -119,7 +120,8 @@ fn roams(client: Program) -> Result<()> {
         Ok(())
     })?;
     is("[2001:db8:1::11]:40001")?;
-    download.finish()
+    download.finish()?;
+    both.agree()
 }
 
 #[test]
@@ -171,6 +173,7 @@ fn devices_behind_one_address_each_have_their_tunnel() {
     for number in 3..=5 {
         both.server.reaches(&format!("10.8.0.{number}"), 5).unwrap();
     }
+    both.agree().unwrap();
 }
 
 #[test]

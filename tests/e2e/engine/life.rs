@@ -28,6 +28,7 @@ fn another_port_under_traffic_costs_no_session_and_a_taken_one_changes_nothing()
     assert_eq!(seen().unwrap(), format!("{}:51821", both.server.at.v4));
     download.finish().unwrap();
     assert_eq!(server.last_handshake(machine, &both.client.keys).unwrap(), shaken, "the session is still the same");
+    both.agree().unwrap();
 
     // One that has had no port yet goes on asking for the same one.
     let late = Tunnel::start(machine, Program::Engine, "wg2").unwrap();
@@ -95,6 +96,7 @@ fn a_second_start_is_refused_and_the_first_goes_on() {
         assert!(error.contains("already served by another process"), "{error}");
     }
     both.transfer(Inner::V4, 500_000).unwrap();
+    both.agree().unwrap();
 }
 
 #[test]

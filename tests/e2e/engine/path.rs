@@ -72,7 +72,7 @@ fn passes_a_narrow_path(server: Program, client: Program) -> Result<()> {
             }
         }
     }
-    Ok(())
+    both.agree()
 }
 
 #[test]

@@ -238,4 +238,5 @@ fn the_mark_is_on_every_datagram_that_leaves() {
     both.transfer(Inner::V4, 1_000_000).unwrap();
     let after = counts().unwrap();
     assert!(after[0] > 0 && after[1] == before[1], "{before:?}, {after:?}");
+    both.agree().unwrap();
 }

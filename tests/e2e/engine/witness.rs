@@ -1,64 +1,8 @@
 //! The engine's counters beside those of the kernels on both sides, while TCP goes as fast as it can.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
-use cvault_tests::lab::quiescent;
 use cvault_tests::platform::Counters;
-use cvault_tests::tunnel::{Both, End, Inner, Outer, Program};
-
-/// Everything the engine says about bytes at one moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Account {
-    rx_inner: u64,
-    tx_inner: u64,
-    rx_packets: u64,
-    tx_packets: u64,
-    read: u64,
-    split: u64,
-    written: u64,
-    merged: u64,
-    /// What the kernel handed over and no peer got.
-    not_sent: u64,
-    kernel: Counters,
-}
-
-impl Account {
-    fn of(end: &End) -> Result<Self> {
-        let figure = |name: &str| end.tunnel.figure(&end.machine, name);
-        let text = end.tunnel.get(&end.machine)?;
-        let dropped = text.lines().filter_map(|line| {
-            let (reason, bytes) = line.strip_prefix("cvault_dropped_bytes_")?.split_once('=')?;
-            if reason.starts_with("tx_") { bytes.parse::<u64>().ok() } else { None }
-        });
-        Ok(Self {
-            rx_inner: figure("cvault_rx_inner")?,
-            tx_inner: figure("cvault_tx_inner")?,
-            rx_packets: figure("cvault_rx_packets")?,
-            tx_packets: figure("cvault_tx_packets")?,
-            read: figure("cvault_tun_read_bytes")?,
-            split: figure("cvault_tun_split_bytes")?,
-            written: figure("cvault_tun_written_bytes")?,
-            merged: figure("cvault_tun_merged_bytes")?,
-            not_sent: dropped.sum(),
-            kernel: Counters::read(&end.machine, "wg0")?,
-        })
-    }
-
-    /// When nothing is under way any more.
-    fn settled(end: &End) -> Result<Self> {
-        quiescent("the counters", Duration::from_millis(500), 20, || Self::of(end))
-    }
-
-    /// The kernel's counters of the interface are the witness; the engine tells only what merging and splitting saved.
-    fn agrees(&self) -> Result<()> {
-        ensure!(self.written == self.kernel.rx_bytes, "written to the interface: {self:?}");
-        ensure!(self.read == self.kernel.tx_bytes, "read from the interface: {self:?}");
-        ensure!(self.rx_inner == self.kernel.rx_bytes + self.merged, "from peers: {self:?}");
-        ensure!(self.tx_inner + self.not_sent == self.kernel.tx_bytes + self.split, "to peers: {self:?}");
-        Ok(())
-    }
-}
+use cvault_tests::tunnel::{Account, Both, Inner, Outer, Program};
 
 /// What the client's kernel got through wireguard-go, which hands over every packet by itself, is what the engine says it
 /// sent, but for packets lost between the two; these are of some size from a bare header to the MTU.
@@ -95,9 +39,7 @@ fn two_engines_and_their_kernels_agree_too() {
     let both = Both::start(Program::Engine, Program::Engine).unwrap();
     both.meet(Outer::V6).unwrap();
     both.transfer(Inner::V4, 30_000_000).unwrap();
-    for end in [&both.server, &both.client] {
-        Account::settled(end).unwrap().agrees().unwrap();
-    }
+    both.agree().unwrap();
 }
 
 #[test]
@@ -115,5 +57,5 @@ fn an_interface_set_down_and_up_again_in_the_middle_goes_on_and_counts_on() {
     download.finish().unwrap();
     both.transfer(Inner::V6, 500_000).unwrap();
     both.server.tunnel.process().check_running().unwrap();
-    Account::settled(&both.server).unwrap().agrees().unwrap();
+    both.agree().unwrap();
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Keys, Program, Tunnel, preshared_key};
+use super::{Account, Keys, Program, Tunnel, preshared_key};
 use crate::internet::Noise;
 use crate::lab::{Addresses, Lab, Machine, Network, Process, binary, eventually};
 
@@ -26,6 +26,7 @@ pub struct End {
     pub at: Addresses,
     pub keys: Keys,
     pub tunnel: Tunnel,
+    program: Program,
     host: u8,
 }
 
@@ -121,7 +122,7 @@ impl Both {
     fn end(lab: &Lab, name: &str, network: Network, host: u8, program: Program) -> Result<End> {
         let (machine, at) = lab.machine(name, network, 9 + host)?;
         let tunnel = Tunnel::start(&machine, program, "wg0")?;
-        Ok(End { machine, at, keys: Keys::random()?, tunnel, host })
+        Ok(End { machine, at, keys: Keys::random()?, tunnel, program, host })
     }
 
     /// Tells the client where the server is, and waits until echoes pass in both families.
@@ -159,6 +160,13 @@ impl Both {
         let body = format!("@{}", file.display());
         let arguments = ["-sSf", "-m", "100", "-H", "Expect:", "--data-binary", &body, &url];
         same("uploaded", count, &self.client.machine.run("curl", arguments)?)
+    }
+
+    /// Fails unless each engine has counted, to the byte, what the kernel counted at its interface. Not after a restart, or
+    /// when a peer was removed: what it had is not shown any more.
+    pub fn agree(&self) -> Result<()> {
+        let engines = [&self.server, &self.client].into_iter().filter(|end| end.program == Program::Engine);
+        engines.into_iter().try_for_each(|end| Account::settled(end)?.agrees())
     }
 
     /// Begins a download that takes some seconds, and waits until a part of it has arrived.

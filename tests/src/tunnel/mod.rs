@@ -1,5 +1,6 @@
 //! One WireGuard interface on a machine, run by the engine or by Debian's wireguard-go, and Debian's tools to speak to it.
 
+mod account;
 mod both;
 mod flood;
 mod keys;
@@ -11,6 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 
+pub use account::Account;
 pub use both::{Both, End, Inner, Outer};
 pub use flood::{Flood, Hostility};
 pub use keys::{Keys, preshared_key};

@@ -78,6 +78,9 @@ impl Engine {
         if !replace && add.is_empty() {
             return Ok(());
         }
+        if add.len() > MAX_OVERLAY {
+            return Err(TooMany);
+        }
         let mut overlay = if replace { Vec::new() } else { self.directory.get().overlay.clone() };
         for net in add {
             if !overlay.contains(&net.trunc()) {

@@ -177,6 +177,16 @@ fn what_was_recorded_is_refused_in_any_order_and_from_anywhere() {
 }
 
 #[test]
+fn nothing_is_taken_from_a_port_that_nothing_can_be_sent_to() {
+    let (mut server, mut client) = connected();
+    let data = encrypted(&mut client, &packet("10.8.0.2", "192.0.2.99", 100));
+    assert_eq!(fate(&mut server, &data, "198.51.100.7:0"), Some(Drop::Garbage));
+    assert_eq!(fate(&mut server, &data, CLIENT), None);
+    assert_eq!(server.delivered().len(), 1);
+    still_delivers(&mut server, &mut client);
+}
+
+#[test]
 fn a_genuine_message_under_any_other_index_of_the_peer_is_dropped() {
     let (mut server, mut client) = connected();
     let data = encrypted(&mut client, &packet("10.8.0.2", "192.0.2.99", 100));

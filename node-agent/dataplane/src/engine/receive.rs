@@ -47,7 +47,8 @@ fn message(datagram: &[u8]) -> Option<Message> {
 impl Engine {
     /// One datagram (one segment of a GRO buffer) from the network.
     pub fn on_udp(&mut self, now: Now, datagram: &[u8], origin: Origin, out: &mut Out) {
-        let kind = message(datagram);
+        // From port 0 nothing could be answered: the kernel refuses to send there.
+        let kind = if origin.from.port() == 0 { None } else { message(datagram) };
         if let Some(Message::Response { index } | Message::Cookie { index } | Message::Data { index, .. }) = kind
             && self.hand_on_datagram(index, origin, datagram)
         {

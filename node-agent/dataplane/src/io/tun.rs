@@ -174,9 +174,8 @@ impl Tun {
                     shell.tun_merged_bytes += (group.bytes - group.written) as u64;
                     engine.delivered(group.slot, group.packets as u64, group.bytes as u64);
                 }
-                Err(error) if group.packets > 1 && error.raw_os_error() == Some(libc::EINVAL) => {
-                    refused = true;
-                    self.write_apart(group, out, engine, shell);
+                Err(error) if group.packets > 1 && matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EIO)) => {
+                    refused |= self.write_apart(group, out, engine, shell);
                 }
                 Err(error) => {
                     tracing::trace!(%error, "a packet for the TUN was refused");
@@ -203,18 +202,21 @@ impl Tun {
         Ok(())
     }
 
-    /// Writes one by one what the kernel refuses together.
-    fn write_apart(&self, group: &Group, out: &Out, engine: &mut Engine, shell: &mut ShellState) {
+    /// Writes one by one what the kernel refuses together; says whether it took any so.
+    fn write_apart(&self, group: &Group, out: &Out, engine: &mut Engine, shell: &mut ShellState) -> bool {
+        let mut taken = false;
         for packet in self.merger.members(group).map(|number| out.tun()[number]) {
             let slices = [&[0; VIRTIO_NET_HDR_LEN], packet.of(out.tun_bytes())].map(IoSlice::new);
             let bytes = packet.len as u64;
             if self.device.send_vectored(&slices).is_ok() {
+                taken = true;
                 shell.tun_written_bytes += bytes;
                 engine.delivered(packet.slot, 1, bytes);
             } else {
                 engine.lost(Drop::TunWrite, packet.slot, 1, bytes);
             }
         }
+        taken
     }
 }
 

@@ -227,6 +227,7 @@ impl Half {
 
     fn send_run(&mut self, datagrams: &[Datagram], arena: &[u8], engine: &mut Engine, patience: &mut Patience) {
         let (mut unsticky, mut worn) = (false, false);
+        let segments = self.state.max_gso_segments();
         let run = attempt(
             datagrams,
             |these, from| {
@@ -245,7 +246,8 @@ impl Half {
             },
         );
         self.singly.learn(datagrams[0].to.ip(), run);
-        self.worn |= worn;
+        // quinn-udp gives offloads up for good, and may have sent what had failed by itself.
+        self.worn |= worn || self.state.max_gso_segments() < segments;
         if unsticky {
             self.mend();
         }

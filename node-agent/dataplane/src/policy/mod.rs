@@ -71,6 +71,9 @@ impl Policy {
     /// # Errors
     /// [`TooMany`].
     pub fn change(&mut self, now: Clock, change: PolicyChange) -> Result<(), TooMany> {
+        if change.hosts.len() > MAX_RULES {
+            return Err(TooMany);
+        }
         let mut hosts = if change.replace_hosts { Hosts::default() } else { self.hosts.clone() };
         if !change.hosts.into_iter().all(|address| hosts.add(address)) {
             return Err(TooMany);

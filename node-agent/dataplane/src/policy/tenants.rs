@@ -145,6 +145,10 @@ impl Tenants {
     pub fn change(&mut self, now: Clock, changes: Vec<TenantChange>) -> Result<(), TooMany> {
         let mut staged: HashMap<TenantId, TenantSettings> = HashMap::new();
         for change in changes {
+            // Before each is compared with all: there may be very many.
+            if change.allow_to.len() + change.deny_to.len() > MAX_RULES {
+                return Err(TooMany);
+            }
             let settings = staged.entry(change.tenant).or_insert_with(|| self.settings(change.tenant));
             change.apply(settings);
             if settings.allow_to.len() + settings.deny_to.len() > MAX_RULES {
@@ -351,6 +355,9 @@ mod tests {
         assert_eq!(tenants.change(NOW, many), Err(TooMany));
         assert!(tenants.configured().is_empty());
         tenants.change(NOW, vec![change(A, |c| c.deny_to = rules(256).collect())]).unwrap();
+        // To compare each with all of them would take hours.
+        let millions = change(B, |c| c.deny_to = rules(1 << 16).cycle().take(1 << 22).collect());
+        assert_eq!(tenants.change(NOW, vec![millions]), Err(TooMany));
     }
 
     #[test]
