@@ -311,7 +311,9 @@ impl Tunnel {
         }
         let keys = self.local.finish(&self.remote, initiated, response).ok_or(Drop::Decrypt)?;
         let session = Box::new(Session::new(&keys, index, true, now.mono_ms));
-        self.previous = self.next.take().or_else(|| self.current.take());
+        // One that is not in use after so long is unknown to the other side, which goes on in the one that is.
+        let next = self.next.take().filter(|next| now.mono_ms.saturating_sub(next.born_ms) < UNANSWERED_MS);
+        self.previous = next.or_else(|| self.current.take());
         self.current = Some(session);
         if is_last {
             self.under_way = None;
