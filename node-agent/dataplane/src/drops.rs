@@ -1,7 +1,7 @@
 //! Why packets are dropped, counted in packets and bytes.
 //!
-//! `Net*`-side reasons count UDP payload bytes; `Tun*`-side reasons count IP bytes, so that what the kernel queued to
-//! the TUN equals what was sent plus what was dropped.
+//! What came from the network counts UDP payload bytes until it is authenticated. What came from the TUN, whose reasons begin
+//! with `tx_`, counts IP bytes, so that what the kernel queued to the TUN equals what was sent plus what was dropped.
 
 /// A reason to drop a packet. The name is the suffix of the UAPI key `cvault_drop_<name>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,15 +63,17 @@ pub enum Drop {
     TxRateLimited,
     /// To the peer, and beyond its lease.
     TxLeaseEnded,
-    /// The worker it belongs to has too much waiting already.
+    /// The worker it belongs to has too much waiting already, or it belongs to another one meanwhile.
     Forward,
+    /// The same of a packet from the TUN, or from another peer.
+    TxForward,
     /// From a peer to another, and this was its last hop.
     HopLimit,
 }
 
 impl Drop {
     /// Every reason, in the order of the counters.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::Garbage,
         Self::BadMac,
         Self::SourceLimited,
@@ -101,6 +103,7 @@ impl Drop {
         Self::TxRateLimited,
         Self::TxLeaseEnded,
         Self::Forward,
+        Self::TxForward,
         Self::HopLimit,
     ];
 
@@ -137,6 +140,7 @@ impl Drop {
             Self::TxRateLimited => "tx_rate_limited",
             Self::TxLeaseEnded => "tx_lease_ended",
             Self::Forward => "forward",
+            Self::TxForward => "tx_forward",
             Self::HopLimit => "hop_limit",
         }
     }

@@ -10,10 +10,11 @@ use crate::ecn::Ecn;
 /// No peer: handshake replies to unknown places.
 pub(crate) const NO_SLOT: u16 = u16::MAX;
 
-const NET_BYTES: usize = 512 * 1024;
-/// All that the receive calls on two sockets may bring, behind what is there before it should be written.
+/// All that the receive calls on two sockets may bring, behind what is there before it should be sent or written: it may all be
+/// from peer to peer.
+const NET_BYTES: usize = 2 * 1024 * 1024;
 const TUN_BYTES: usize = 2 * 1024 * 1024;
-const TUN_FLUSH_BYTES: usize = 256 * 1024;
+const FLUSH_BYTES: usize = 256 * 1024;
 const MAX_TUN_PACKETS: usize = 2048;
 
 /// One datagram to send; its bytes are `Out::net_bytes()[start..start + len]`.
@@ -130,7 +131,7 @@ impl Out {
     /// Whether the shell should send before it feeds more.
     #[must_use]
     pub fn wants_flush(&self) -> bool {
-        self.used > NET_BYTES / 2 || self.tun_used > TUN_FLUSH_BYTES || self.tun.len() > MAX_TUN_PACKETS / 4
+        self.used > FLUSH_BYTES || self.tun_used > FLUSH_BYTES || self.tun.len() > MAX_TUN_PACKETS / 4
     }
 
     /// Room for a datagram of up to `len` bytes.

@@ -151,7 +151,9 @@ pub(crate) struct Tunnel {
     indices: u8,
     stamp: Stamp,
     current: Option<Box<Session>>,
-    previous: Option<Box<Session>>,
+    /// Those before, the youngest first: messages of them may still be under way. Two handshakes that cross end two each time,
+    /// and the other side may have gone on in the older one.
+    previous: [Option<Box<Session>>; 3],
     /// A session we answered with, until the initiator uses it.
     next: Option<Box<Session>>,
     under_way: Option<Box<UnderWay>>,
@@ -185,7 +187,7 @@ impl Tunnel {
             indices: 0,
             stamp,
             current: None,
-            previous: None,
+            previous: [None, None, None],
             next: None,
             under_way: None,
             updated_ms: now.mono_ms,
@@ -224,7 +226,7 @@ impl Tunnel {
     pub(crate) fn update(&mut self, now: Now, room: &mut [u8]) -> Timers {
         let since = |then: u64| now.mono_ms.saturating_sub(then);
         self.updated_ms = now.mono_ms;
-        for session in [&mut self.current, &mut self.previous, &mut self.next] {
+        for session in [&mut self.current, &mut self.next].into_iter().chain(&mut self.previous) {
             if session.as_ref().is_some_and(|session| since(session.born_ms) >= REJECT_AFTER_TIME_MS) {
                 *session = None;
             }
@@ -293,8 +295,9 @@ impl Tunnel {
         let index = self.draw_index();
         let keys = agreed.respond(&self.remote, index, room)?;
         self.jar.sign(now.mono_ms, &mut room[..RESPONSE_BYTES]);
-        self.next = Some(Box::new(Session::new(&keys, index, false, now.mono_ms)));
-        self.previous = None;
+        let former = self.next.replace(Box::new(Session::new(&keys, index, false, now.mono_ms)));
+        // The other side may have gone on in one that is older than ours.
+        self.retire(former.filter(|former| former.born_ms < self.current_born_ms()));
         self.unanswered_since_ms = None;
         Some(RESPONSE_BYTES)
     }
@@ -311,18 +314,24 @@ impl Tunnel {
         }
         let keys = self.local.finish(&self.remote, initiated, response).ok_or(Drop::Decrypt)?;
         let session = Box::new(Session::new(&keys, index, true, now.mono_ms));
-        // One that is not in use after so long is unknown to the other side, which goes on in the one that is.
-        let next = self.next.take().filter(|next| now.mono_ms.saturating_sub(next.born_ms) < UNANSWERED_MS);
-        self.previous = next.or_else(|| self.current.take());
-        self.current = Some(session);
+        let former = self.current.replace(session);
         if is_last {
             self.under_way = None;
         } else {
             under_way.earlier = None;
             under_way.is_answered = true;
         }
+        self.retire(former);
         self.began();
         Ok(())
+    }
+
+    /// Keeps a session for what is under way.
+    fn retire(&mut self, session: Option<Box<Session>>) {
+        if session.is_some() {
+            self.previous.rotate_right(1);
+            self.previous[0] = session;
+        }
     }
 
     fn began(&mut self) {
@@ -339,12 +348,9 @@ impl Tunnel {
     /// Opens a data message; `room` must be at least as long as it. `true`: it completes a handshake that the other
     /// side began.
     pub(crate) fn receive(&mut self, index: u32, message: &[u8], room: &mut [u8]) -> (Received, bool) {
-        let sessions = [(&mut self.current, false), (&mut self.next, true), (&mut self.previous, false)];
-        let found = sessions.into_iter().find_map(|(session, is_next)| {
-            let session = session.as_mut().filter(|session| session.local_index == index)?;
-            Some((session, is_next))
-        });
-        let Some((session, completes)) = found else {
+        let completes = self.is_confirmed(index);
+        let sessions = [&mut self.current, &mut self.next].into_iter().chain(&mut self.previous);
+        let Some(session) = sessions.flatten().find(|session| session.local_index == index) else {
             return (Received::Refused(Drop::NoSession), false);
         };
         let len = match session.open(message, room) {
@@ -353,8 +359,8 @@ impl Tunnel {
             Err(Unopened::Forged) => return (Received::Refused(Drop::Decrypt), false),
         };
         if completes {
-            self.previous = self.current.take();
-            self.current = self.next.take();
+            let former = std::mem::replace(&mut self.current, self.next.take());
+            self.retire(former);
             self.under_way = None;
             self.began();
         }
@@ -366,6 +372,16 @@ impl Tunnel {
         self.unconfirmed_since_ms.get_or_insert(self.updated_ms);
         let packet = crate::packet::len(&room[..len]).map_or(Received::Refused(Drop::Malformed), Received::Packet);
         (packet, completes)
+    }
+
+    /// Whether a message in this session confirms the one that we answered with. If ours was made after it, both sides go on in
+    /// their own.
+    fn is_confirmed(&self, index: u32) -> bool {
+        self.next.as_ref().is_some_and(|next| next.local_index == index && next.born_ms >= self.current_born_ms())
+    }
+
+    fn current_born_ms(&self) -> u64 {
+        self.current.as_ref().map_or(0, |current| current.born_ms)
     }
 
     /// Encrypts a packet (or a keepalive when it is empty). Needs a session and `padded(packet, mtu) + OVERHEAD` bytes.
@@ -386,7 +402,7 @@ impl Tunnel {
         std::mem::take(&mut self.wants_rekey)
     }
 
-    /// One that no session and no handshake of this tunnel has: there are at most five of them.
+    /// One that no session and no handshake of this tunnel has: there are at most seven of them.
     fn draw_index(&mut self) -> u32 {
         loop {
             self.indices = self.indices.wrapping_add(1);
@@ -398,7 +414,7 @@ impl Tunnel {
     }
 
     fn uses(&self, index: u32) -> bool {
-        let sessions = [&self.current, &self.previous, &self.next].into_iter().flatten();
+        let sessions = [&self.current, &self.next].into_iter().chain(&self.previous).flatten();
         let under_way = self.under_way.iter();
         let initiated = under_way.flat_map(|one| [Some(&one.initiated), one.earlier.as_ref()]).flatten();
         sessions

@@ -382,10 +382,13 @@ fn lives_through(seed: u64, days: &[(Weather, u32)]) -> Result<Net, TestCaseErro
     Ok(net)
 }
 
+fn day(lost: u32, twice: u32, corrupted: u32, roams: u32, delay_ms: u64) -> Weather {
+    Weather { lost, twice, corrupted, roams, delay_ms }
+}
+
 /// Found by the test above: a handshake ended the session in use, and kept one that the other side had never heard of.
 #[test]
 fn an_answer_that_went_astray_costs_no_packet_later() {
-    let day = |lost, twice, corrupted, roams, delay_ms| Weather { lost, twice, corrupted, roams, delay_ms };
     let days = [
         (day(36, 219, 947, 32, 10), 367),
         (day(996, 50, 865, 49, 300), 793),
@@ -394,4 +397,18 @@ fn an_answer_that_went_astray_costs_no_packet_later() {
         (day(165, 395, 511, 22, 3000), 186),
     ];
     lives_through(17_777_518_961_068_211_308, &days).unwrap();
+}
+
+/// Found by it too: both sides began a handshake within the same milliseconds, and what was under way in the session before
+/// arrived too late.
+#[test]
+fn two_handshakes_that_cross_cost_no_packet() {
+    let days = [
+        (day(707, 75, 319, 0, 300), 700),
+        (day(659, 254, 73, 20, 10), 106),
+        (day(427, 421, 311, 41, 10), 973),
+        (day(0, 102, 0, 0, 300), 331),
+        (day(24, 276, 527, 18, 10), 529),
+    ];
+    lives_through(17_606_585_245_907_271_290, &days).unwrap();
 }

@@ -163,12 +163,19 @@ impl Engine {
     fn renew(&mut self, slot: u16, change: &mut PeerChange) {
         change.replace_allowed_ips = true;
         change.persistent_keepalive.get_or_insert(0);
+        change.limits.default_the_rest();
         let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
             return;
         };
-        peer.tenant = None;
-        peer.policy.clear();
-        if change.preshared_key.is_none() && peer.preshared_key.take().is_some() {
+        let lost_key = change.preshared_key.is_none() && peer.preshared_key.take().is_some();
+        if peer.tenant.is_some() && peer.tenant != change.tenant {
+            peer.tenant = None;
+            peer.policy.leave_tenant();
+            if self.shard != Shard::ALONE {
+                self.directory.get_mut().tenants.remove(&slot);
+            }
+        }
+        if lost_key {
             self.drop_tunnel(slot);
         }
     }

@@ -385,13 +385,14 @@ fn when_the_tun_takes_nothing_more_packets_are_dropped_and_counted() {
 
 #[test]
 fn when_the_socket_takes_nothing_more_packets_and_handshakes_are_dropped_and_counted() {
+    const MORE_THAN_FIT: u64 = 2000;
     let (mut server, mut client) = connected();
     let down = packet("192.0.2.99", "10.8.0.2", 1400);
-    for _ in 0..1000 {
+    for _ in 0..MORE_THAN_FIT {
         server.tun(&down);
     }
     let sent = server.out.net().len() as u64;
-    assert_eq!(server.drops(Drop::TxNoRoom), 1000 - sent);
+    assert_eq!(server.drops(Drop::TxNoRoom), MORE_THAN_FIT - sent);
     server.peer(7, |_| {}).unwrap();
     let mut stranger = Host::new(7, ELSEWHERE);
     stranger.peer(1, |p| p.endpoint = Some(SERVER.parse().unwrap())).unwrap();
@@ -402,7 +403,7 @@ fn when_the_socket_takes_nothing_more_packets_and_handshakes_are_dropped_and_cou
     while server.out.net().len() as u64 - sent < 10 && refused == 0 {
         // Smaller ones still fit into what is left.
         server.tun(&packet("192.0.2.99", "10.8.0.2", 100));
-        refused = server.drops(Drop::TxNoRoom) + sent - 1000;
+        refused = server.drops(Drop::TxNoRoom) + sent - MORE_THAN_FIT;
     }
     assert_eq!(fate(&mut server, &initiation, ELSEWHERE), Some(Drop::TxNoRoom));
     let datagrams = server.sent();

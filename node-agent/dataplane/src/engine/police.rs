@@ -131,7 +131,7 @@ impl Engine {
         let addresses = packet::addresses(packet).ok_or(Drop::TxMalformed)?;
         let slot = self.directory.get().routes.host(addresses.destination).ok_or(Drop::TxNoRoute)?;
         if !self.shard.owns(slot) {
-            return Err(Drop::Forward);
+            return Err(Drop::TxForward);
         }
         // It may be somebody else's by now.
         if self.tenant_of(slot) != Some(tenant) {

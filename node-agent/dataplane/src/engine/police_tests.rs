@@ -517,6 +517,52 @@ fn limits_end_with_the_life_of_a_peer_and_survive_a_change() {
 }
 
 #[test]
+fn a_replacement_with_the_same_limits_fills_no_bucket() {
+    let mut net = Net::new();
+    let limits = PeerLimitsChange { rate_up: Some(1), ..Default::default() };
+    net.limit(2, limits);
+    net.tenant(THEIRS, |t| t.rate_up = Some(1));
+    for key in [2, 4] {
+        (0..256).for_each(|_| net.up(key, &udp(key, "192.0.2.9", 1024)));
+        assert_eq!((net.server.delivered().len(), net.blamed(key)), (256, vec![]));
+    }
+    net.server.engine.begin_replace();
+    for (key, tenant, limits) in [(2, OURS, limits), (4, THEIRS, Default::default())] {
+        net.server.set(net.now, key, |p| {
+            p.tenant = Some(tenant);
+            p.limits = limits;
+            p.allowed_ips = vec![format!("10.8.0.{key}/32").parse().unwrap()];
+        });
+    }
+    net.server.engine.end_replace();
+    for key in [2, 4] {
+        net.up(key, &udp(key, "192.0.2.9", 1024));
+        assert_eq!((net.server.delivered().len(), net.blamed(key)), (0, vec![(Drop::RateLimited, 1)]));
+    }
+}
+
+#[test]
+fn all_that_one_receive_brings_may_go_from_peer_to_peer() {
+    let mut net = Net::new();
+    net.tenant(OURS, |t| t.allow_intra = Some(true));
+    net.up(2, &udp(2, "10.8.0.3", 100));
+    net.client(3).delivered();
+    // What two sockets hand over in one call is a megabyte.
+    let (now, count) = (net.now, 1024 * 1024 / 1452);
+    for _ in 0..count {
+        let client = net.client(2);
+        client.engine.on_tun(now, &udp(2, "10.8.0.3", 1420), &mut client.out);
+        for (_, datagram) in client.sent() {
+            let origin = Origin { from: "198.51.100.2:1000".parse().unwrap(), to: None, ecn: Ecn::NotEct };
+            net.server.engine.on_udp(now, &datagram, origin, &mut net.server.out);
+        }
+    }
+    assert_eq!((net.server.out.net().len(), net.drops(Drop::TxNoRoom)), (count, 0));
+    net.carry();
+    assert_eq!(net.client(3).delivered().len(), count);
+}
+
+#[test]
 fn engines_that_share_rates_hold_one_limit_together() {
     let mut one = Net::new();
     let mut other = Net::new();

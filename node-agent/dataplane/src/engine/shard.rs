@@ -80,6 +80,16 @@ pub(crate) enum ParcelKind {
     Initiation(Origin, Opened),
 }
 
+impl ParcelKind {
+    /// The reason to count when such a one is lost on its way.
+    pub(crate) fn loss(&self) -> Drop {
+        match self {
+            Self::Packet | Self::Neighbour(_) => Drop::TxForward,
+            Self::Datagram(_) | Self::Initiation(..) => Drop::Forward,
+        }
+    }
+}
+
 impl Engine {
     /// Which slots this engine owns.
     pub(crate) fn shard(&self) -> Shard {
@@ -118,7 +128,7 @@ impl Engine {
             if matches!(again.kind, ParcelKind::Neighbour(_)) {
                 self.parcels.push(again);
             } else {
-                self.drops.one(Drop::Forward, again.bytes.len());
+                self.drops.one(again.kind.loss(), again.bytes.len());
             }
         }
     }
@@ -128,9 +138,10 @@ impl Engine {
         // As with other messages that only name it, a peer without a tunnel is not blamed.
         let peer = self.peers.get(usize::from(slot)).and_then(Option::as_deref);
         let named = if peer.is_some_and(|peer| peer.tunnel.is_some()) { astray.datagrams } else { 0 };
-        let packets = astray.packets + named;
-        if packets > 0 {
-            self.blame_for(slot, Drop::Forward, packets);
+        for (reason, lost) in [(Drop::TxForward, astray.packets), (Drop::Forward, named)] {
+            if lost > 0 {
+                self.blame_for(slot, reason, lost);
+            }
         }
     }
 

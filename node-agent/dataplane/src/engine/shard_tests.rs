@@ -295,6 +295,26 @@ fn peers_of_one_tenant_reach_each_other_wherever_they_are_served() {
 }
 
 #[test]
+fn a_replacement_without_its_tenant_takes_a_peer_from_its_neighbours_elsewhere() {
+    let mut server = Server::new(2, 512);
+    server.peer(1, 3, "10.8.0.3/32");
+    let slot = server.at(1, |engine, _| engine.directory.get().by_key[&public(3)]);
+    let tenant = |server: &mut Server| server.at(0, |engine, _| engine.directory.get().tenants.get(&slot).copied());
+    assert_eq!(tenant(&mut server), Some(TENANT));
+    let plain = PeerChange {
+        public_key: public(3),
+        allowed_ips: vec!["10.8.0.3/32".parse().unwrap()],
+        ..PeerChange::default()
+    };
+    server.at(1, |engine, out| {
+        engine.begin_replace();
+        engine.apply_peer(START, plain, out).unwrap();
+        engine.end_replace();
+    });
+    assert_eq!(tenant(&mut server), None);
+}
+
+#[test]
 fn a_prefix_that_moves_leaves_the_peer_of_the_other_worker() {
     let mut server = Server::new(2, 512);
     server.peer(0, 2, "10.8.0.2/32");
@@ -314,7 +334,7 @@ fn a_parcel_for_somebody_else_is_not_handed_on_for_ever() {
     let parcel = Parcel { to: 1, slot: 0, kind: ParcelKind::Packet, bytes };
     server.at(1, |engine, out| engine.on_parcel(START, &parcel, out));
     let drops = server.at(1, |engine, _| engine.device().drops);
-    assert_eq!(drops.get(Drop::Forward).packets, 1);
+    assert_eq!(drops.get(Drop::TxForward).packets, 1);
 }
 
 #[test]
@@ -351,7 +371,7 @@ fn what_goes_astray_between_workers_is_shown_at_the_peer_it_was_for() {
     let drops = |server: &mut Server, at, key| -> Vec<_> {
         server.view(at, key).drops.iter().flat_map(|drops| drops.reasons().collect::<Vec<_>>()).collect()
     };
-    assert_eq!(drops(&mut server, 1, 3), [(Drop::Forward, 2)]);
+    assert_eq!(drops(&mut server, 1, 3), [(Drop::TxForward, 2)]);
     assert!(drops(&mut server, 1, 4).is_empty() && drops(&mut server, 0, 2).is_empty());
 }
 

@@ -1,8 +1,10 @@
 //! All workers as one to the control socket: whom a peer belongs to, and one answer out of many.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ipnet::IpNet;
 
 use super::desk::Desk;
 use super::mailbox::{Controller, DeviceState, Reply, Request, WorkerGone, WorkerState};
@@ -53,6 +55,17 @@ struct Left {
     owner: u16,
 }
 
+/// What placing a peer has changed.
+#[derive(Clone, Copy, Debug)]
+struct Move {
+    key: [u8; 32],
+    owner: u16,
+    before: Option<Placed>,
+    /// The life of an earlier process that goes on.
+    left: Option<Left>,
+    is_made: bool,
+}
+
 impl Placement {
     fn new(count: u16, capacity: u32, found: &[Found]) -> Self {
         let shard = Shard { index: 0, count };
@@ -70,24 +83,60 @@ impl Placement {
         Self { shard, keys: HashMap::new(), left, load, room, round: 0 }
     }
 
-    /// The worker for a peer that is to be added or changed.
-    fn owner(&mut self, change: &PeerChange) -> u16 {
-        let placed = self.keys.get(&change.public_key).copied();
-        let lives = self.left.get(&change.public_key).map_or(&[][..], Vec::as_slice);
-        let generation = change.generation.unwrap_or(0);
-        let same_life = lives.iter().find(|left| left.generation == generation);
-        let owner = match (same_life, placed) {
-            (Some(left), _) => left.owner,
-            (None, Some(placed)) => placed.owner,
-            (None, None) if change.update_only => return 0,
+    /// Finds the worker for a peer that is to be added or changed.
+    fn place(&mut self, change: &PeerChange) -> Move {
+        let key = change.public_key;
+        let before = self.keys.get(&key).copied();
+        if before.is_none() && change.update_only {
+            return Move { key, owner: 0, before, left: None, is_made: false };
+        }
+        let left = self.take_left(&key, change.generation.unwrap_or(0));
+        let owner = match (left, before) {
+            // Its slot has been counted since the start.
+            (Some(left), None) => left.owner,
+            (Some(left), Some(before)) => {
+                self.add_load(before.owner, -1);
+                left.owner
+            }
+            (None, Some(before)) => before.owner,
             (None, None) => {
                 let owner = self.least_loaded();
-                self.load[usize::from(owner)] += 1;
+                self.add_load(owner, 1);
                 owner
             }
         };
-        self.keys.insert(change.public_key, Placed { owner, round: self.round });
-        owner
+        self.keys.insert(key, Placed { owner, round: self.round });
+        Move { key, owner, before, left, is_made: true }
+    }
+
+    /// The worker refused the peer.
+    fn take_back(&mut self, refused: &Move) {
+        let Move { key, owner, before, left, is_made: true } = *refused else {
+            return;
+        };
+        match (left, before) {
+            (Some(_), None) | (None, Some(_)) => {}
+            (Some(_), Some(before)) => self.add_load(before.owner, 1),
+            (None, None) => self.add_load(owner, -1),
+        }
+        match before {
+            Some(before) => _ = self.keys.insert(key, before),
+            None => _ = self.keys.remove(&key),
+        }
+        if let Some(left) = left {
+            self.left.entry(key).or_default().push(left);
+        }
+    }
+
+    fn take_left(&mut self, key: &[u8; 32], generation: u64) -> Option<Left> {
+        let lives = self.left.get_mut(key)?;
+        let at = lives.iter().position(|left| left.generation == generation)?;
+        Some(lives.swap_remove(at))
+    }
+
+    fn add_load(&mut self, owner: u16, peers: i32) {
+        let load = &mut self.load[usize::from(owner)];
+        *load = load.saturating_add_signed(peers);
     }
 
     /// The workers that may have something of the key.
@@ -109,11 +158,11 @@ impl Placement {
 
     /// The key is gone, and its last counters are safe.
     fn removed(&mut self, key: &[u8; 32]) {
-        if let Some(placed) = self.keys.remove(key) {
-            let load = &mut self.load[usize::from(placed.owner)];
-            *load = load.saturating_sub(1);
+        let placed = self.keys.remove(key).map(|placed| placed.owner);
+        let left = self.left.remove(key).into_iter().flatten().map(|left| left.owner);
+        for owner in placed.into_iter().chain(left) {
+            self.add_load(owner, -1);
         }
-        self.left.remove(key);
     }
 
     /// What was not named since the replacement began is gone.
@@ -253,37 +302,47 @@ impl Fleet {
             }
             if change.remove {
                 for owner in placement.owners(&change.public_key) {
-                    batch.add(owner, change.clone());
+                    batch.add(owner, change.clone(), None);
                 }
             } else {
-                let owner = placement.owner(&change);
-                batch.add(owner, change);
+                let placed = placement.place(&change);
+                batch.add(placed.owner, change, Some(placed));
             }
         }
         self.apply(placement, &mut batch).map(Reply::Done)
     }
 
     fn apply(&self, placement: &mut Placement, batch: &mut Batch) -> Result<i32, WorkerGone> {
-        let Batch { changes, removed, .. } = std::mem::replace(batch, Batch::new(self.workers.len()));
-        let posted: Vec<_> = (self.workers.iter().zip(changes))
-            .filter(|(_, changes)| !changes.is_empty())
-            .map(|(worker, changes)| worker.post(Request::Peers(changes)))
+        let Batch { letters, .. } = std::mem::replace(batch, Batch::new(self.workers.len()));
+        let posted: Vec<_> = (self.workers.iter().zip(letters))
+            .filter(|(_, letter)| !letter.changes.is_empty())
+            .map(|(worker, letter)| (worker.post(Request::Peers(letter.changes)), letter.placed))
             .collect();
         let mut worst = 0;
-        let mut settled = true;
         let mut all = Vec::new();
-        for answer in posted {
+        // A key may have been removed at several workers.
+        let (mut removed, mut kept) = (HashSet::new(), HashSet::new());
+        for (answer, placed) in posted {
             let reply = answer?.wait()?;
             worst = if worst == 0 { reply.errno() } else { worst };
-            if let Reply::Changed { notices, settled: this, .. } = reply {
-                settled &= this;
-                all.extend(notices);
+            let (made, settled) = match reply {
+                Reply::Changed { notices, settled, made, .. } => {
+                    all.extend(notices);
+                    (made, settled)
+                }
+                Reply::Done(_) | Reply::Device(_) | Reply::Peers { .. } => (0, false),
+            };
+            for (number, placed) in placed.into_iter().enumerate() {
+                match placed {
+                    Placing::Moved(_) if number < made => {}
+                    Placing::Moved(refused) => placement.take_back(&refused),
+                    Placing::Removed(key) if number < made && settled => _ = removed.insert(key),
+                    Placing::Removed(key) => _ = kept.insert(key),
+                }
             }
         }
         let told = self.notify(all)?;
-        if settled && worst == 0 {
-            removed.iter().for_each(|key| placement.removed(key));
-        }
+        removed.difference(&kept).for_each(|key| placement.removed(key));
         Ok(if worst == 0 { told } else { worst })
     }
 
@@ -351,30 +410,43 @@ impl Fleet {
 
 /// Changes that can be made at the same time.
 struct Batch {
-    changes: Vec<Vec<PeerChange>>,
-    keys: HashMap<[u8; 32], ()>,
-    nets: HashMap<ipnet::IpNet, ()>,
-    removed: Vec<[u8; 32]>,
+    /// To each worker.
+    letters: Vec<Letter>,
+    keys: HashSet<[u8; 32]>,
+    nets: HashSet<IpNet>,
+}
+
+/// Changes for one worker, and what each of them means to the placement.
+#[derive(Clone, Default)]
+struct Letter {
+    changes: Vec<PeerChange>,
+    placed: Vec<Placing>,
+}
+
+#[derive(Clone, Copy)]
+enum Placing {
+    Moved(Move),
+    Removed([u8; 32]),
 }
 
 impl Batch {
     fn new(workers: usize) -> Self {
-        Self { changes: vec![Vec::new(); workers], keys: HashMap::new(), nets: HashMap::new(), removed: Vec::new() }
+        Self { letters: vec![Letter::default(); workers], keys: HashSet::new(), nets: HashSet::new() }
     }
 
     /// Whether the order of this change and an earlier one matters.
     fn conflicts(&mut self, change: &PeerChange) -> bool {
-        self.keys.contains_key(&change.public_key)
-            || change.allowed_ips.iter().chain(&change.removed_ips).any(|net| self.nets.contains_key(&net.trunc()))
+        self.keys.contains(&change.public_key)
+            || change.allowed_ips.iter().chain(&change.removed_ips).any(|net| self.nets.contains(&net.trunc()))
     }
 
-    fn add(&mut self, owner: u16, change: PeerChange) {
-        self.keys.insert(change.public_key, ());
-        self.nets.extend(change.allowed_ips.iter().chain(&change.removed_ips).map(|net| (net.trunc(), ())));
-        if change.remove {
-            self.removed.push(change.public_key);
-        }
-        self.changes[usize::from(owner)].push(change);
+    /// `moved` unless the peer is removed.
+    fn add(&mut self, owner: u16, change: PeerChange, moved: Option<Move>) {
+        self.keys.insert(change.public_key);
+        self.nets.extend(change.allowed_ips.iter().chain(&change.removed_ips).map(IpNet::trunc));
+        let letter = &mut self.letters[usize::from(owner)];
+        letter.placed.push(moved.map_or(Placing::Removed(change.public_key), Placing::Moved));
+        letter.changes.push(change);
     }
 }
 
@@ -390,16 +462,39 @@ mod tests {
     fn new_keys_go_where_there_is_most_room_and_known_ones_stay() {
         let found = Found { public_key: [9; 32], generation: 5, slot: 1 };
         let mut placement = Placement::new(2, 512, &[found]);
-        assert_eq!(placement.owner(&change(1, 0)), 0);
-        assert_eq!(placement.owner(&change(2, 0)), 0, "the other one has the peer of the file");
-        assert_eq!(placement.owner(&change(3, 0)), 1);
-        assert_eq!(placement.owner(&change(9, 5)), 1, "it goes on in its slot");
-        assert_eq!(placement.owner(&change(1, 7)), 0);
+        assert_eq!(placement.place(&change(1, 0)).owner, 0);
+        assert_eq!(placement.place(&change(2, 0)).owner, 0, "the other one has the peer of the file");
+        assert_eq!(placement.place(&change(3, 0)).owner, 1);
+        assert_eq!(placement.place(&change(9, 5)).owner, 1, "it goes on in its slot");
+        assert_eq!(placement.place(&change(1, 7)).owner, 0);
         placement.removed(&[1; 32]);
         assert_eq!(placement.owners(&[1; 32]), Vec::<u16>::new());
         placement.round += 1;
-        placement.owner(&change(3, 0));
+        placement.place(&change(3, 0));
         placement.replaced();
         assert_eq!((placement.keys.len(), placement.load.as_slice()), (1, &[0, 1][..]));
+    }
+
+    #[test]
+    fn what_a_worker_refuses_leaves_no_trace() {
+        let found = |generation, slot| Found { public_key: [9; 32], generation, slot };
+        let mut placement = Placement::new(2, 512, &[found(5, 1), found(6, 0)]);
+        let update_only = PeerChange { update_only: true, ..change(7, 0) };
+        for change in [change(1, 0), change(9, 5), change(9, 7), update_only] {
+            let refused = placement.place(&change);
+            placement.take_back(&refused);
+            assert_eq!((placement.keys.len(), placement.load.as_slice()), (0, &[1, 1][..]));
+        }
+        placement.place(&change(9, 5));
+        let refused = placement.place(&change(9, 6));
+        assert_eq!(
+            (refused.owner, placement.load.as_slice()),
+            (0, &[1, 0][..]),
+            "the one life ends, the other goes on"
+        );
+        placement.take_back(&refused);
+        assert_eq!((placement.owners(&[9; 32]), placement.load.as_slice()), (vec![0, 1], &[1, 1][..]));
+        placement.removed(&[9; 32]);
+        assert_eq!((placement.owners(&[9; 32]).len(), placement.load.as_slice()), (0, &[0, 0][..]));
     }
 }

@@ -60,6 +60,8 @@ pub(crate) enum Reply {
     /// Peers were changed.
     Changed {
         errno: i32,
+        /// How many of the changes; the next one was refused.
+        made: usize,
         /// What other workers must hear before the change is answered.
         notices: Vec<Notice>,
         /// Whether all removed peers are in the journal.
@@ -104,6 +106,7 @@ impl DeviceState {
         shell.tun_uso &= more.tun_uso;
         shell.tun_merge &= more.tun_merge;
         shell.udp_gso &= more.udp_gso;
+        shell.udp_gso_refused += more.udp_gso_refused;
         shell.udp_gro &= more.udp_gro;
         shell.tun_read_bytes += more.tun_read_bytes;
         shell.tun_split_bytes += more.tun_split_bytes;
@@ -131,6 +134,8 @@ pub(crate) struct ShellState {
     pub(crate) tun_uso: bool,
     pub(crate) tun_merge: bool,
     pub(crate) udp_gso: bool,
+    /// Paths that refuse runs: datagrams go there singly.
+    pub(crate) udp_gso_refused: u64,
     pub(crate) udp_gro: bool,
     /// Read from the TUN (the kernel's `tx_bytes`), and header bytes added by splitting it.
     pub(crate) tun_read_bytes: u64,

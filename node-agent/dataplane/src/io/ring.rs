@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::mailbox::Mailbox;
-use crate::drops::Dropped;
+use crate::drops::Drops;
 use crate::engine::{Astray, Parcel};
 
 /// What may wait for one worker: a few milliseconds of a full link.
@@ -100,15 +100,14 @@ pub(crate) fn rings(mailboxes: &[Mailbox]) -> Vec<Neighbours> {
 
 impl Neighbours {
     /// Hands the parcels on, in order, and wakes whoever got some. Returns what found no room.
-    pub(crate) fn hand_on(&mut self, parcels: impl Iterator<Item = Parcel>) -> Dropped {
-        let mut lost = Dropped::default();
+    pub(crate) fn hand_on(&mut self, parcels: impl Iterator<Item = Parcel>) -> Drops {
+        let mut lost = Drops::default();
         for parcel in parcels {
-            let (to, len) = (usize::from(parcel.to), parcel.bytes.len());
+            let (to, len, loss) = (usize::from(parcel.to), parcel.bytes.len(), parcel.kind.loss());
             if self.outlets[to].put(parcel) {
                 self.touched[to] = true;
             } else {
-                lost.packets += 1;
-                lost.bytes += len as u64;
+                lost.one(loss, len);
             }
         }
         for (outlet, touched) in self.outlets.iter().zip(&mut self.touched) {
@@ -125,6 +124,7 @@ impl Neighbours {
 mod tests {
     use super::super::mailbox::mailbox;
     use super::*;
+    use crate::drops::{Drop, Dropped};
     use crate::engine::ParcelKind;
 
     fn parcel(len: usize, number: u8) -> Parcel {
@@ -137,11 +137,12 @@ mod tests {
         let mut ends = rings(&mailboxes);
         let lost = ends[0].hand_on((0..100).map(|number| parcel(60_000, number)));
         let fit = MAX_BYTES / 60_000;
-        assert_eq!((lost.packets, lost.bytes), (100 - fit as u64, (100 - fit as u64) * 60_000));
+        let packets = 100 - fit as u64;
+        assert_eq!(lost.get(Drop::TxForward), Dropped { packets, bytes: packets * 60_000 });
         let numbers: Vec<_> = std::iter::from_fn(|| ends[1].inbox.next()).map(|parcel| parcel.bytes[0]).collect();
         assert_eq!(numbers, (0..u8::try_from(fit).unwrap()).collect::<Vec<_>>());
         let lost = ends[0].hand_on((0..5000).map(|_| parcel(1, 0)));
-        assert_eq!(lost.packets, 5000 - MAX_PARCELS as u64, "bounded in number too");
+        assert_eq!(lost.get(Drop::TxForward).packets, 5000 - MAX_PARCELS as u64, "bounded in number too");
     }
 
     #[test]

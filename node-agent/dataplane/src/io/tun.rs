@@ -35,6 +35,8 @@ pub(crate) struct TunConfig<'a> {
 pub(crate) enum Read {
     Packet,
     Nothing,
+    /// A super-packet of this many bytes that cannot be split; it is gone.
+    Unsplittable(usize),
     /// The interface was deleted.
     Gone,
 }
@@ -150,9 +152,16 @@ impl Tun {
             return Ok(Read::Packet);
         }
         let whole = packet.len();
-        let total = split(&header, packet, each)?;
-        shell.tun_split_bytes += total.saturating_sub(whole) as u64;
-        Ok(Read::Packet)
+        match split(&header, packet, each) {
+            Ok(total) => {
+                shell.tun_split_bytes += total.saturating_sub(whole) as u64;
+                Ok(Read::Packet)
+            }
+            Err(error) => {
+                tracing::debug!(%error, ?header, "a super-packet could not be split");
+                Ok(Read::Unsplittable(whole))
+            }
+        }
     }
 
     /// Writes all packets of `out`, merged where they continue each other, and tells the engine what arrived.
@@ -218,6 +227,14 @@ impl Tun {
         }
         taken
     }
+}
+
+/// Counts what cannot be written any more.
+pub(crate) fn give_up(out: &mut Out, engine: &mut Engine) {
+    for packet in out.tun() {
+        engine.lost(Drop::TunWrite, packet.slot, 1, packet.len as u64);
+    }
+    out.clear_tun();
 }
 
 fn build(name: &str, offload: bool, queues: bool) -> io::Result<SyncDevice> {

@@ -84,6 +84,7 @@ impl Sockets {
     pub(crate) fn describe(&self, shell: &mut ShellState) {
         let mut halves = self.v4.iter().chain(&self.v6);
         shell.udp_gso = halves.clone().all(|half| half.max_segments() > 1);
+        shell.udp_gso_refused = halves.clone().map(|half| half.singly.paths()).sum();
         shell.udp_gro = halves.all(|half| half.allowed.udp_gro && half.state.gro_segments() > 1);
     }
 
@@ -285,22 +286,15 @@ impl Half {
     }
 }
 
-fn billed(datagram: &Datagram) -> usize {
-    match datagram.inner {
-        0 => datagram.len,
-        inner => inner,
-    }
-}
-
-/// Counts what cannot be sent while there are no sockets.
+/// Counts what cannot be sent any more, or while there are no sockets.
 pub(crate) fn give_up(out: &mut Out, engine: &mut Engine) {
     out.net().chunk_by(|one, other| one.slot == other.slot).for_each(|these| lose(engine, these));
     out.clear_net();
 }
 
-/// All of one peer.
+/// All of one peer. Handshakes and keepalives count without bytes: nothing from the TUN is in them.
 fn lose(engine: &mut Engine, datagrams: &[Datagram]) {
-    let bytes: usize = datagrams.iter().map(billed).sum();
+    let bytes: usize = datagrams.iter().map(|datagram| datagram.inner).sum();
     engine.lost(Drop::TxSend, datagrams[0].slot, datagrams.len() as u64, bytes as u64);
 }
 

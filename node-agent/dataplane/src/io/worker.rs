@@ -11,12 +11,12 @@ use super::desk::{Acting, Desk};
 use super::mailbox::{DeviceState, Mail, Mailbox, Reply, Request, ShellState, Unfinished};
 use super::panics::{Panics, Verdict};
 use super::ring::Neighbours;
-use super::tun::{Read, Tun};
+use super::tun::{self, Read, Tun};
 use super::udp::{self, BATCH, BUFFER_BYTES, Sockets};
 use super::wait::{Ready, Wait};
 use super::watch::Pulse;
 use crate::change::{DeviceChange, PeerChange, Refused, canonical};
-use crate::drops::Drop;
+use crate::drops::{Drop, Dropped};
 use crate::engine::{Engine, Now, Origin, Settled};
 use crate::journal::Journal;
 use crate::out::{NO_SLOT, Out};
@@ -169,8 +169,8 @@ impl Worker {
         if done.is_err() {
             self.shell.panics += 1;
             tracing::error!(panics = self.shell.panics, "the worker panicked; the packets it had are lost");
-            self.out.clear_net();
-            self.out.clear_tun();
+            udp::give_up(&mut self.out, &mut self.engine);
+            tun::give_up(&mut self.out, &mut self.engine);
             if self.panics.one(self.now().mono_ms) == Verdict::GiveUp {
                 self.gave_up = true;
             }
@@ -281,9 +281,9 @@ impl Worker {
                     self.end = Some(End::InterfaceGone);
                     return Ok(());
                 }
-                // What the kernel made and we cannot split; it is gone.
-                Err(error) if error.raw_os_error().is_none() => {
-                    tracing::debug!(%error, "a super-packet could not be split");
+                Ok(Read::Unsplittable(len)) => {
+                    self.reading.works();
+                    self.engine.lost(Drop::TxMalformed, NO_SLOT, 1, len as u64);
                 }
                 Err(error) => {
                     self.shell.tun_read_errors += 1;
@@ -306,9 +306,12 @@ impl Worker {
             let parcels = self.engine.take_parcels();
             self.shell.forwarded += parcels.len() as u64;
             let lost = self.neighbours.hand_on(parcels);
-            self.shell.forwarded -= lost.packets;
-            self.shell.ring_drops += lost.packets;
-            self.engine.lost(Drop::Forward, NO_SLOT, lost.packets, lost.bytes);
+            for reason in [Drop::Forward, Drop::TxForward] {
+                let Dropped { packets, bytes } = lost.get(reason);
+                self.shell.forwarded -= packets;
+                self.shell.ring_drops += packets;
+                self.engine.lost(reason, NO_SLOT, packets, bytes);
+            }
         }
         if !self.out.net().is_empty() {
             match &mut self.net.sockets {
@@ -433,13 +436,15 @@ impl Worker {
     }
 
     fn change_peers(&mut self, now: Now, changes: Vec<PeerChange>) -> Reply {
-        let errno = self.make_changes(now, changes);
+        let (made, errno) = self.make_changes(now, changes);
         self.flush();
         let settled = self.settle() == 0;
-        Reply::Changed { errno, notices: self.engine.take_notices(), settled }
+        Reply::Changed { errno, made, notices: self.engine.take_notices(), settled }
     }
 
-    fn make_changes(&mut self, now: Now, changes: Vec<PeerChange>) -> i32 {
+    /// Says how many were made, and the errno of the one that was refused.
+    fn make_changes(&mut self, now: Now, changes: Vec<PeerChange>) -> (usize, i32) {
+        let count = changes.len();
         let slices = changes.len().div_ceil(MAX_SETTLED);
         for (number, change) in changes.into_iter().enumerate() {
             if number % MAX_CHANGES == MAX_CHANGES - 1 {
@@ -453,9 +458,9 @@ impl Worker {
             while self.engine.waits_for_settling(&change) && self.settle() == libc::EAGAIN {}
             match self.engine.apply_peer(now, change, &mut self.out) {
                 Ok(()) => {}
-                Err(Refused::Full) => return libc::ENOSPC,
-                Err(Refused::Closing) => return libc::EBUSY,
-                Err(Refused::TenantPrefix) => return libc::EINVAL,
+                Err(Refused::Full) => return (number, libc::ENOSPC),
+                Err(Refused::Closing) => return (number, libc::EBUSY),
+                Err(Refused::TenantPrefix) => return (number, libc::EINVAL),
             }
             if self.out.wants_flush() {
                 self.flush();
@@ -467,7 +472,7 @@ impl Worker {
                 break;
             }
         }
-        0
+        (count, 0)
     }
 
     fn describe(&self) -> DeviceState {

@@ -61,6 +61,17 @@ struct Limits {
     lease: Option<Lease>,
 }
 
+impl PeerLimitsChange {
+    /// What is not named is to be as for a new peer. What was charged to limits that stay, stays charged.
+    pub(crate) fn default_the_rest(&mut self) {
+        let PeerLimits { rate_up, rate_down, lease, then } = PeerLimits::default();
+        self.rate_up.get_or_insert(rate_up);
+        self.rate_down.get_or_insert(rate_down);
+        self.lease.get_or_insert(lease);
+        self.then.get_or_insert(then);
+    }
+}
+
 impl PeerPolicy {
     /// Puts the peer under its tenant.
     pub fn belong_to(&mut self, tenant: TenantRef) {
@@ -73,10 +84,9 @@ impl PeerPolicy {
         self.tenant.as_ref()
     }
 
-    /// No tenant and no limits; what was dropped stays.
-    pub fn clear(&mut self) {
+    /// Takes the peer out of its tenant.
+    pub fn leave_tenant(&mut self) {
         self.tenant = None;
-        self.limits = None;
     }
 
     /// The limits as they were set.

@@ -44,6 +44,7 @@ pub(crate) fn device(state: &DeviceState) -> String {
     ] {
         line(&mut text, &format!("cvault_offload_{name}"), u8::from(on));
     }
+    line(&mut text, "cvault_offload_udp_gso_refused", shell.udp_gso_refused);
     line(&mut text, "cvault_tun_read_bytes", shell.tun_read_bytes);
     line(&mut text, "cvault_tun_split_bytes", shell.tun_split_bytes);
     line(&mut text, "cvault_tun_written_bytes", shell.tun_written_bytes);
