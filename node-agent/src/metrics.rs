@@ -52,6 +52,10 @@ fn install() -> anyhow::Result<PrometheusHandle> {
     describe_gauge!("cvault_tunnel_handshakes", "Handshakes of this tunnel process");
     describe_gauge!("cvault_tunnel_dropped_packets", "Packets this tunnel process dropped, by reason");
     describe_gauge!("cvault_tunnel_offload", "1 while the kernel offload is used, by name");
+    describe_gauge!(
+        "cvault_tunnel_udp_gso_refused_paths",
+        "Paths to which datagrams leave singly, as they take no runs"
+    );
     describe_histogram!(APPLY_SECONDS, "Time to apply one change to the engine");
     Ok(handle)
 }
@@ -94,4 +98,5 @@ pub(crate) fn tunnel(status: &DeviceStatus, spool_bytes: u64) {
     for (name, on) in &status.offloads {
         gauge!("cvault_tunnel_offload", "name" => name.clone()).set(*on as f64);
     }
+    gauge!("cvault_tunnel_udp_gso_refused_paths").set(status.udp_gso_refused_paths as f64);
 }

@@ -30,8 +30,9 @@ const GET_TIMEOUT: Duration = Duration::from_secs(20);
 /// The device part alone is answered at once.
 const DEVICE_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Tenants in one `set`: about 1 MiB of text at most.
+/// Tenants in one `set`, and prefixes of all of them: half of what the tunnel takes at once.
 const BATCH_TENANTS: usize = 500;
+const BATCH_TENANT_PREFIXES: usize = 2_048;
 /// What answers there gives a machine's secrets to whoever asks: closed to every tenant, also inside a prefix it may reach.
 const METADATA: [&str; 4] = ["169.254.0.0/16", "100.100.100.200/32", "192.0.0.192/32", "fd00:ec2::254/128"];
 
@@ -69,6 +70,8 @@ pub(crate) struct DeviceStatus {
     pub(crate) handshakes: u64,
     pub(crate) drops: BTreeMap<String, u64>,
     pub(crate) offloads: BTreeMap<String, u64>,
+    /// Paths to which datagrams leave singly though the sockets take runs.
+    pub(crate) udp_gso_refused_paths: u64,
 }
 
 /// A peer as the engine has it.
@@ -181,8 +184,11 @@ impl Uapi {
 
     /// What tenants may do; one without a policy has the defaults.
     pub(crate) async fn set_tenants(&self, tenants: &[(TenantId, Option<&Policy>)]) -> Result<(), UapiError> {
-        for batch in tenants.chunks(BATCH_TENANTS) {
+        let mut rest = tenants;
+        while !rest.is_empty() {
+            let (batch, others) = rest.split_at(tenant_batch(rest));
             self.set(&tenants_text(batch)).await?;
+            rest = others;
         }
         Ok(())
     }
@@ -303,6 +309,16 @@ fn removal_text(keys: &[PublicKey]) -> String {
     text
 }
 
+/// How many of the first tenants go into one `set`; no policy alone is too large.
+fn tenant_batch(tenants: &[(TenantId, Option<&Policy>)]) -> usize {
+    let mut prefixes = 0;
+    let fits = |(_, policy): &&(TenantId, Option<&Policy>)| {
+        prefixes += policy.map_or(0, |policy| policy.allow_to.len() + METADATA.len());
+        prefixes <= BATCH_TENANT_PREFIXES
+    };
+    tenants.iter().take(BATCH_TENANTS).take_while(fits).count().max(1)
+}
+
 fn tenants_text(tenants: &[(TenantId, Option<&Policy>)]) -> String {
     let mut text = String::from("set=1\n");
     for (tenant, policy) in tenants {
@@ -379,6 +395,8 @@ fn device_line(status: &mut DeviceStatus, key: &str, value: &str) -> Result<(), 
         status.drops.insert(reason.to_owned(), number()?);
     } else if let Some(name) = key.strip_prefix("cvault_offload_") {
         status.offloads.insert(name.to_owned(), number()?);
+    } else if key == "cvault_udp_gso_refused_paths" {
+        status.udp_gso_refused_paths = number()?;
     } else if key == "cvault_epoch" {
         status.epoch = Some(bytes(value)?);
     } else if key == "cvault_handshakes" {
@@ -483,6 +501,19 @@ mod tests {
             "04".repeat(16)
         );
         assert_eq!(tenants_text(&[([3; 16], policies.get(&[3; 16])), ([4; 16], None)]), expected);
+    }
+
+    #[test]
+    fn tenants_go_in_batches_that_the_tunnel_takes() {
+        let mut policies = crate::policies::Policies::default();
+        let allow_to: Vec<_> = (0..=255).map(|n| format!("10.20.{n}.0/24")).collect();
+        let wire =
+            cvault_node_protocol::v1::TenantPolicy { tenant_id: vec![3; 16].into(), allow_to, ..Default::default() };
+        policies.restore(vec![wire]).unwrap();
+        let wide = policies.get(&[3; 16]);
+        assert_eq!(tenant_batch(&[([3; 16], wide); 100]), 7, "7 of 260 prefixes each");
+        assert_eq!(tenant_batch(&[([3; 16], None); 600]), BATCH_TENANTS);
+        assert_eq!(tenant_batch(&[([3; 16], None), ([3; 16], wide)]), 2);
     }
 
     #[test]

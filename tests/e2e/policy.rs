@@ -3,6 +3,7 @@
 use anyhow::{Result, anyhow, ensure};
 use cvault_tests::lab::{HTTP_V4, eventually};
 use cvault_tests::platform::{Client, ControlOptions, Device, Platform, Server, Tenant, uapi};
+use cvault_tests::tunnel::Account;
 use serde_json::{Value, json};
 
 const INTERFACE: &str = "cv0";
@@ -106,7 +107,7 @@ fn change_policies(platform: &Platform) -> Result<()> {
     undisturbed.wait_for(10)?;
     let count = undisturbed.stop(&globex.client)?;
     ensure!(count.lost() == 0, "of another tenant's {} echoes {} were lost", count.sent, count.lost());
-    Ok(())
+    Account::settled(server.machine(), INTERFACE)?.agrees()
 }
 
 #[test]

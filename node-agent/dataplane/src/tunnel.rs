@@ -17,7 +17,7 @@ pub(crate) use crate::noise::{INITIATION_BYTES, OVERHEAD, REJECT_AFTER_MESSAGES,
 
 /// How old the timers may be when a tunnel is used.
 const FRESH_MS: u64 = 250;
-const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
+pub(crate) const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
 const REKEY_AFTER_TIME_MS: u64 = 120_000;
 const REJECT_AFTER_TIME_MS: u64 = 180_000;
 const REKEY_ATTEMPT_TIME_MS: u64 = 90_000;
@@ -411,6 +411,12 @@ impl Tunnel {
                 return index;
             }
         }
+    }
+
+    /// As if so many messages had been sent in the session.
+    #[cfg(test)]
+    pub(crate) fn skip_to(&mut self, counter: u64) {
+        self.current.as_mut().expect("a session").skip_to(counter);
     }
 
     fn uses(&self, index: u32) -> bool {

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use cvault_tests::lab::{Lab, Machine, Network, Signal, binary, eventually};
-use cvault_tests::tunnel::{Both, Inner, Keys, Outer, Program, Tunnel};
+use cvault_tests::tunnel::{Both, Inner, Keys, Outer, Program, Tunnel, closed};
 
 #[test]
 fn another_port_under_traffic_costs_no_session_and_a_taken_one_changes_nothing() {
@@ -61,6 +61,7 @@ fn with_another_private_key_only_who_knows_the_public_one_comes_in() {
     client.tunnel.load(&client.machine, "addconf", &as_new).unwrap();
     client.reaches("10.8.0.1", 15).unwrap();
     both.transfer(Inner::V6, 500_000).unwrap();
+    both.agree().unwrap();
 }
 
 #[test]
@@ -80,6 +81,8 @@ fn a_peer_removed_while_it_receives_stops_there_and_goes_on_when_it_is_back() {
         download.finish().unwrap();
     }
     server.process().check_running().unwrap();
+    assert_eq!(closed(machine, "wg0").unwrap().len(), 3, "each of its lives");
+    both.agree().unwrap();
 }
 
 fn server(lab: &Lab) -> Result<Machine> {

@@ -80,6 +80,7 @@ fn syncconf_leaves_the_session_of_a_peer_that_stays_and_ends_that_of_one_that_do
     let none = format!("[Interface]\nPrivateKey = {}\nListenPort = 51820\n", both.server.keys.private);
     server.load(machine, "syncconf", &none).unwrap();
     assert!(!both.client.pings("10.8.0.1"));
+    both.agree().unwrap();
 }
 
 /// A second client machine, with an interface and keys of its own.
@@ -118,6 +119,7 @@ fn an_address_that_moves_to_another_peer_takes_its_packets_along() {
         .unwrap();
     assert_eq!(server.shown(machine, "allowed-ips", &keys).unwrap(), "(none)");
     both.transfer(Inner::V4, 100_000).unwrap();
+    both.agree().unwrap();
 }
 
 #[test]
@@ -144,6 +146,7 @@ fn of_several_prefixes_the_longest_decides_where_a_packet_goes_and_where_it_may_
     // When the longer prefix goes, the wider one has it all.
     server.wg_set(machine, &format!("peer {} remove", keys.public)).unwrap();
     both.server.reaches("10.9.200.2", 5).unwrap();
+    both.agree().unwrap();
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use cvault_tests::lab::{Lab, Machine, Network, binary, eventually};
 use cvault_tests::platform::Client;
-use cvault_tests::tunnel::{Keys, Program, Tunnel, secret_file};
+use cvault_tests::tunnel::{Account, Keys, Program, Tunnel, secret_file};
 
 const NAME: &str = "cvault-tunnel";
 
@@ -82,6 +82,7 @@ fn as_a_client_it_takes_the_default_route_by_mark_and_gives_it_back() {
     client.upload(5_000_000).unwrap();
     let shown = gateway.run("wg", ["show", "wg0", "endpoints"]).unwrap();
     assert!(shown.contains(&client.addresses.v4), "outside it still comes from its own address: {shown}");
+    Account::settled(machine, "wgdef").unwrap().agrees().unwrap();
 
     wg_quick(machine, "down", &config).unwrap();
     is_gone(machine, "wgdef").unwrap();

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use cvault_dataplane::journal::{self, ClosedPeer};
 
-use super::End;
-use crate::lab::quiescent;
-use crate::platform::Counters;
+use super::Tunnel;
+use crate::lab::{Machine, quiescent};
+use crate::platform::{Counters, uapi};
 
-/// Everything the engine says about bytes at one moment.
+/// Everything the engine says about bytes at one moment: of the peers it has, and of those whose removal it has journaled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Account {
     pub rx_inner: u64,
@@ -19,44 +20,75 @@ pub struct Account {
     split: u64,
     written: u64,
     merged: u64,
-    /// What the kernel handed over and no peer got.
+    /// From peer to peer, past the kernel.
+    hairpin: u64,
+    /// What the kernel or a peer handed over and no peer got.
     not_sent: u64,
     kernel: Counters,
 }
 
 impl Account {
-    fn of(end: &End) -> Result<Self> {
-        let figure = |name: &str| end.tunnel.figure(&end.machine, name);
-        let text = end.tunnel.get(&end.machine)?;
+    fn of(machine: &Machine, interface: &str) -> Result<Self> {
+        let text = uapi(machine, interface, "get=1\n\n")?;
+        let figure = |name: &str| -> u64 {
+            let value = |line: &str| line.strip_prefix(name)?.strip_prefix('=')?.parse::<u64>().ok();
+            text.lines().filter_map(value).sum()
+        };
+        let closed = closed(machine, interface)?;
+        let both = |name, of: fn(&ClosedPeer) -> u64| figure(name) + closed.iter().map(of).sum::<u64>();
         let dropped = text.lines().filter_map(|line| {
             let (reason, bytes) = line.strip_prefix("cvault_dropped_bytes_")?.split_once('=')?;
             if reason.starts_with("tx_") { bytes.parse::<u64>().ok() } else { None }
         });
         Ok(Self {
-            rx_inner: figure("cvault_rx_inner")?,
-            tx_inner: figure("cvault_tx_inner")?,
-            rx_packets: figure("cvault_rx_packets")?,
-            tx_packets: figure("cvault_tx_packets")?,
-            read: figure("cvault_tun_read_bytes")?,
-            split: figure("cvault_tun_split_bytes")?,
-            written: figure("cvault_tun_written_bytes")?,
-            merged: figure("cvault_tun_merged_bytes")?,
+            rx_inner: both("cvault_rx_inner", |peer| peer.counts.rx_inner),
+            tx_inner: both("cvault_tx_inner", |peer| peer.counts.tx_inner),
+            rx_packets: both("cvault_rx_packets", |peer| peer.counts.rx_packets),
+            tx_packets: both("cvault_tx_packets", |peer| peer.counts.tx_packets),
+            read: figure("cvault_tun_read_bytes"),
+            split: figure("cvault_tun_split_bytes"),
+            written: figure("cvault_tun_written_bytes"),
+            merged: figure("cvault_tun_merged_bytes"),
+            hairpin: figure("cvault_hairpin_bytes"),
             not_sent: dropped.sum(),
-            kernel: Counters::read(&end.machine, "wg0")?,
+            kernel: Counters::read(machine, interface)?,
         })
     }
 
-    /// When nothing is under way any more.
-    pub fn settled(end: &End) -> Result<Self> {
-        quiescent("the counters", Duration::from_millis(500), 20, || Self::of(end))
+    /// When nothing is under way any more. The process must have been the interface's only one.
+    pub fn settled(machine: &Machine, interface: &str) -> Result<Self> {
+        quiescent("the counters", Duration::from_millis(500), 20, || Self::of(machine, interface))
     }
 
     /// The kernel's counters of the interface are the witness; the engine tells only what merging and splitting saved.
     pub fn agrees(&self) -> Result<()> {
         ensure!(self.written == self.kernel.rx_bytes, "written to the interface: {self:?}");
         ensure!(self.read == self.kernel.tx_bytes, "read from the interface: {self:?}");
-        ensure!(self.rx_inner == self.kernel.rx_bytes + self.merged, "from peers: {self:?}");
-        ensure!(self.tx_inner + self.not_sent == self.kernel.tx_bytes + self.split, "to peers: {self:?}");
+        let from_peers = self.kernel.rx_bytes + self.merged + self.hairpin;
+        ensure!(self.rx_inner == from_peers, "from peers: {self:?}");
+        let to_peers = self.kernel.tx_bytes + self.split + self.hairpin;
+        ensure!(self.tx_inner + self.not_sent == to_peers, "to peers: {self:?}");
         Ok(())
     }
+}
+
+impl Account {
+    /// After processes were killed: the bytes from peers that the kernel took and no process has counted. Nothing may have been
+    /// merged or passed from peer to peer.
+    pub fn uncounted(&self) -> Result<u64> {
+        ensure!(self.tx_inner <= self.kernel.tx_bytes, "more was counted than there was to send: {self:?}");
+        let uncounted = self.kernel.rx_bytes.checked_sub(self.rx_inner);
+        uncounted.with_context(|| format!("more was counted than was written: {self:?}"))
+    }
+}
+
+/// The peers removed from a tunnel of [`Tunnel::start_counting`] or [`Tunnel::start_persistent`].
+pub fn closed(machine: &Machine, interface: &str) -> Result<Vec<ClosedPeer>> {
+    let path = Tunnel::state(machine, interface).join(journal::FILE_NAME);
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let closed = journal::JournalReader::new(path).read()?;
+    ensure!(closed.damaged == 0, "{} records are damaged", closed.damaged);
+    Ok(closed.peers)
 }

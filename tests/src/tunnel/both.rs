@@ -121,7 +121,7 @@ impl Both {
 
     fn end(lab: &Lab, name: &str, network: Network, host: u8, program: Program) -> Result<End> {
         let (machine, at) = lab.machine(name, network, 9 + host)?;
-        let tunnel = Tunnel::start(&machine, program, "wg0")?;
+        let tunnel = Tunnel::start_counting(&machine, program, "wg0")?;
         Ok(End { machine, at, keys: Keys::random()?, tunnel, program, host })
     }
 
@@ -162,11 +162,10 @@ impl Both {
         same("uploaded", count, &self.client.machine.run("curl", arguments)?)
     }
 
-    /// Fails unless each engine has counted, to the byte, what the kernel counted at its interface. Not after a restart, or
-    /// when a peer was removed: what it had is not shown any more.
+    /// Fails unless each engine has counted, to the byte, what the kernel counted at its interface. Not after a restart.
     pub fn agree(&self) -> Result<()> {
         let engines = [&self.server, &self.client].into_iter().filter(|end| end.program == Program::Engine);
-        engines.into_iter().try_for_each(|end| Account::settled(end)?.agrees())
+        engines.into_iter().try_for_each(|end| Account::settled(&end.machine, "wg0")?.agrees())
     }
 
     /// Begins a download that takes some seconds, and waits until a part of it has arrived.

@@ -8,11 +8,12 @@ mod load;
 
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 
-pub use account::Account;
+pub use account::{Account, closed};
 pub use both::{Both, End, Inner, Outer};
 pub use flood::{Flood, Hostility};
 pub use keys::{Keys, preshared_key};
@@ -44,13 +45,32 @@ impl Tunnel {
         Self::answering(machine, interface, process)
     }
 
+    /// The same; an engine journals its removed peers.
+    pub fn start_counting(machine: &Machine, program: Program, interface: &str) -> Result<Self> {
+        match program {
+            Program::Engine => Self::start_with_state(machine, interface, &[]),
+            Program::WireguardGo => Self::start(machine, program, interface),
+        }
+    }
+
     /// The engine as the agent starts it: interface and counters outlive the process.
     pub fn start_persistent(machine: &Machine, interface: &str) -> Result<Self> {
-        let state = machine.dir().join("state");
+        Self::start_with_state(machine, interface, &["--persist"])
+    }
+
+    fn start_with_state(machine: &Machine, interface: &str, options: &[&str]) -> Result<Self> {
+        let state = Self::state(machine, interface);
         std::fs::create_dir_all(&state)?;
         let state = state.display().to_string();
-        let process = Self::spawn_engine(machine, interface, &["--persist", "--state-dir", &state])?;
+        let options = [&["--state-dir", state.as_str()], options].concat();
+        let process = Self::spawn_engine(machine, interface, &options)?;
         Self::answering(machine, interface, process)
+    }
+
+    /// Where an engine that was started so keeps its counters and its journal.
+    #[must_use]
+    pub fn state(machine: &Machine, interface: &str) -> PathBuf {
+        machine.dir().join(format!("{interface}.state"))
     }
 
     fn spawn_engine(machine: &Machine, interface: &str, options: &[&str]) -> Result<Process> {

@@ -9,7 +9,7 @@ use crate::change::{PeerChange, Refused};
 use crate::ecn::Ecn;
 use crate::noise::Seed;
 use crate::policy::PeerLimitsChange;
-use crate::tunnel::REJECT_AFTER_MESSAGES;
+use crate::tunnel::{REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES};
 
 pub(super) const SERVER: &str = "192.0.2.1:51820";
 pub(super) const CLIENT: &str = "198.51.100.7:40000";
@@ -316,6 +316,46 @@ fn counters_at_the_end_of_their_range_are_refused() {
         server.udp(&datagram, CLIENT);
     }
     assert_eq!(server.drops(Drop::Replay), 2);
+}
+
+#[test]
+fn after_so_many_messages_either_side_makes_a_new_session() {
+    let directions = [packet("192.0.2.99", "10.8.0.2", 100), packet("10.8.0.2", "192.0.2.99", 100)];
+    for (sender, packet) in directions.into_iter().enumerate() {
+        let mut hosts = <[Host; 2]>::from(connected());
+        let later = |hosts: &mut [Host; 2]| hosts.iter_mut().for_each(|host| host.tick(10_000));
+        let skip = |hosts: &mut [Host; 2], counter| {
+            let tunnel = hosts[sender].engine.peers.iter_mut().flatten().find_map(|peer| peer.tunnel.as_mut());
+            tunnel.unwrap().skip_to(counter);
+        };
+        let leaving = |hosts: &[Host; 2]| {
+            let out = &hosts[sender].out;
+            out.net().iter().map(|datagram| out.net_bytes()[datagram.start]).collect::<Vec<_>>()
+        };
+        let arrived = |hosts: &mut [Host; 2]| {
+            let [server, client] = hosts;
+            settle(server, client);
+            hosts[1 - sender].delivered().len()
+        };
+
+        later(&mut hosts);
+        arrived(&mut hosts);
+        skip(&mut hosts, REKEY_AFTER_MESSAGES - 1);
+        hosts[sender].tun(&packet);
+        assert_eq!(leaving(&hosts), [4], "the last one that may wait");
+        hosts[sender].tun(&packet);
+        assert_eq!(leaving(&hosts), [4, 4, 1], "a new session is asked for, and the old one goes on");
+        let handshakes = hosts[0].engine.device().handshakes;
+        assert_eq!(arrived(&mut hosts), 2);
+        assert_eq!(hosts[0].engine.device().handshakes, handshakes + 1);
+
+        later(&mut hosts);
+        arrived(&mut hosts);
+        skip(&mut hosts, REJECT_AFTER_MESSAGES);
+        hosts[sender].tun(&packet);
+        assert_eq!(leaving(&hosts), [1], "nothing leaves in the old one");
+        assert_eq!(arrived(&mut hosts), 1, "what waited is not lost");
+    }
 }
 
 #[test]

@@ -32,8 +32,6 @@ pub struct DeviceView {
     pub live_peers: usize,
     /// The server's own addresses.
     pub hosts: Vec<IpAddr>,
-    /// Tenants with settings of their own.
-    pub tenants: Vec<(TenantId, TenantSettings)>,
     /// What went from peer to peer without the TUN.
     pub hairpin: Dropped,
 }
@@ -77,9 +75,16 @@ impl Engine {
             peers: self.directory.get().by_key.len(),
             live_peers: self.live.len(),
             hosts: self.policy.hosts.listed().to_vec(),
-            tenants: self.policy.tenants.configured(),
             hairpin: self.hairpin.passed(),
         }
+    }
+
+    /// Up to `limit` tenants with settings of their own, from entry `from` on, and the entry to go on with.
+    #[must_use]
+    pub fn tenants(&self, from: usize, limit: usize) -> (Vec<(TenantId, TenantSettings)>, Option<usize>) {
+        let mut configured = self.policy.tenants.configured(from);
+        let tenants = configured.by_ref().take(limit).map(|(_, id, settings)| (id, settings.clone())).collect();
+        (tenants, configured.next().map(|(entry, ..)| entry))
     }
 
     /// Up to `limit` peers from slot `from` on, and the slot to go on with.

@@ -9,11 +9,12 @@ use crate::counters::CounterTable;
 use crate::engine::{Engine, EngineConfig, Now, PeerView};
 use crate::io::mailbox::{DeviceState, ShellState};
 use crate::out::Out;
+use crate::policy::{MAX_TENANTS, TenantId, TenantSettings};
 use crate::uapi::server::requests;
 use crate::uapi::{SetRequest, format};
 
 /// What `get` says and `set` does not take.
-const READ_ONLY: [&str; 17] = [
+const READ_ONLY: [&str; 18] = [
     "last_handshake_time_",
     "tx_bytes",
     "rx_bytes",
@@ -26,6 +27,7 @@ const READ_ONLY: [&str; 17] = [
     "cvault_handshakes",
     "cvault_drop",
     "cvault_offload_",
+    "cvault_udp_gso_",
     "cvault_tun_",
     "cvault_panics",
     "cvault_hairpin_",
@@ -81,7 +83,10 @@ fn told(requests: Vec<SetRequest>) -> String {
     let (mut peers, more) = engine.peers(0, 1000);
     assert_eq!((peers.len(), more), (state.view.peers, None));
     peers.sort_by_key(|peer| peer.public_key);
-    said(&state, &peers)
+    let (mut tenants, more) = engine.tenants(0, MAX_TENANTS);
+    assert_eq!(more, None);
+    tenants.sort_unstable_by_key(|(id, _)| *id);
+    said(&state, &tenants, &peers)
 }
 
 /// As the server and the worker do it.
@@ -111,8 +116,9 @@ fn tell(engine: &mut Engine, state: &mut DeviceState, request: SetRequest, out: 
     }
 }
 
-fn said(state: &DeviceState, peers: &[PeerView]) -> String {
+fn said(state: &DeviceState, tenants: &[(TenantId, TenantSettings)], peers: &[PeerView]) -> String {
     let mut text = format::device(state);
+    tenants.iter().for_each(|(id, settings)| format::tenant(&mut text, id, settings));
     peers.iter().for_each(|peer| format::peer(&mut text, peer));
     let kept = text.lines().filter(|line| !READ_ONLY.iter().any(|key| line.starts_with(key)));
     kept.map(|line| format!("{line}\n")).collect()

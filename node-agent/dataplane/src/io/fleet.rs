@@ -208,6 +208,8 @@ impl Fleet {
                 }
             }
             Request::List { from, limit } => self.list(from, limit),
+            // All have the same.
+            Request::Tenants { .. } => self.workers[0].ask(request),
             Request::Portions(portions) => {
                 for changes in portions {
                     let reply = self.ask(Request::Peers(changes))?;
@@ -330,7 +332,7 @@ impl Fleet {
                     all.extend(notices);
                     (made, settled)
                 }
-                Reply::Done(_) | Reply::Device(_) | Reply::Peers { .. } => (0, false),
+                Reply::Done(_) | Reply::Device(_) | Reply::Tenants { .. } | Reply::Peers { .. } => (0, false),
             };
             for (number, placed) in placed.into_iter().enumerate() {
                 match placed {

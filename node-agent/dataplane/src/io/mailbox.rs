@@ -12,6 +12,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::change::{DeviceChange, PeerChange};
 use crate::engine::{DeviceView, Notice, PeerView};
+use crate::policy::{TenantId, TenantSettings};
 
 /// Requests that may wait. Callers block when it is full: they are control threads, never the data path.
 const BOUND: usize = 16;
@@ -33,6 +34,12 @@ pub(crate) enum Request {
     /// Go on journaling removed peers; `EAGAIN` while there are more.
     Settle,
     Describe,
+    /// Tenants with settings of their own.
+    Tenants {
+        /// An entry.
+        from: usize,
+        limit: usize,
+    },
     List {
         /// A slot; of several workers, with the worker above it.
         from: u32,
@@ -68,6 +75,10 @@ pub(crate) enum Reply {
         settled: bool,
     },
     Device(Box<DeviceState>),
+    Tenants {
+        tenants: Vec<(TenantId, TenantSettings)>,
+        next: Option<usize>,
+    },
     Peers {
         peers: Vec<PeerView>,
         next: Option<u32>,
@@ -78,7 +89,7 @@ impl Reply {
     pub(crate) fn errno(&self) -> i32 {
         match self {
             Self::Done(errno) | Self::Changed { errno, .. } => *errno,
-            Self::Device(_) | Self::Peers { .. } => libc::EPROTO,
+            Self::Device(_) | Self::Tenants { .. } | Self::Peers { .. } => libc::EPROTO,
         }
     }
 }

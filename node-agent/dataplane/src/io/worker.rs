@@ -369,6 +369,10 @@ impl Worker {
     fn handle(&mut self, now: Now, request: Request) -> Reply {
         let errno = match request {
             Request::Describe => return Reply::Device(Box::new(self.describe())),
+            Request::Tenants { from, limit } => {
+                let (tenants, next) = self.engine.tenants(from, limit);
+                return Reply::Tenants { tenants, next };
+            }
             Request::List { from, limit } => {
                 let from = u16::try_from(from).unwrap_or(u16::MAX);
                 let (peers, next) = self.engine.peers(from, limit);

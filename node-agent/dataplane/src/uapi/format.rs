@@ -44,7 +44,7 @@ pub(crate) fn device(state: &DeviceState) -> String {
     ] {
         line(&mut text, &format!("cvault_offload_{name}"), u8::from(on));
     }
-    line(&mut text, "cvault_offload_udp_gso_refused", shell.udp_gso_refused);
+    line(&mut text, "cvault_udp_gso_refused_paths", shell.udp_gso_refused);
     line(&mut text, "cvault_tun_read_bytes", shell.tun_read_bytes);
     line(&mut text, "cvault_tun_split_bytes", shell.tun_split_bytes);
     line(&mut text, "cvault_tun_written_bytes", shell.tun_written_bytes);
@@ -53,9 +53,6 @@ pub(crate) fn device(state: &DeviceState) -> String {
     line(&mut text, "cvault_panics", shell.panics);
     line(&mut text, "cvault_hairpin_packets", view.hairpin.packets);
     line(&mut text, "cvault_hairpin_bytes", view.hairpin.bytes);
-    for (id, settings) in &view.tenants {
-        tenant(&mut text, id, settings);
-    }
     line(&mut text, "cvault_workers", state.workers.len());
     for (number, worker) in state.workers.iter().enumerate() {
         line(&mut text, &format!("cvault_worker_{number}_forwarded"), worker.forwarded);
@@ -66,7 +63,7 @@ pub(crate) fn device(state: &DeviceState) -> String {
 }
 
 /// As a `set` would say it.
-fn tenant(text: &mut String, id: &TenantId, settings: &TenantSettings) {
+pub(crate) fn tenant(text: &mut String, id: &TenantId, settings: &TenantSettings) {
     line(text, "cvault_tenant_settings", hex::encode(id));
     line(text, "cvault_allow_intra", settings.allow_intra);
     line(text, "cvault_tenant_rate_up", settings.rate_up);
@@ -225,6 +222,6 @@ mod tests {
         text.lines().for_each(|line| parser.line(line).unwrap());
         let mut tenants = Tenants::default();
         tenants.change(Clock(0), parser.finish().device.policy.tenants).unwrap();
-        assert_eq!(tenants.configured(), [([7; 16], settings)]);
+        assert_eq!(tenants.configured(0).collect::<Vec<_>>(), [(0, [7; 16], &settings)]);
     }
 }

@@ -8,13 +8,16 @@ use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketType, socket};
 
 use crate::change::{DeviceChange, PeerChange, Secret, canonical};
+use crate::policy::TenantChange;
 use crate::policy::lease::Then;
-use crate::policy::{MAX_TENANTS, TenantChange};
 
 /// More peers than this are no sensible request: twice the capacity.
 const MAX_PEERS: usize = 131_072;
 /// Lines of one request that carry prefixes, for all peers together.
 const MAX_PREFIXES: usize = 1 << 20;
+/// Sections for tenants in one request, and lines of all of them that carry prefixes: they are applied together, in milliseconds.
+const MAX_SECTIONS: usize = 1024;
+const MAX_SECTION_PREFIXES: usize = 4096;
 
 /// A line that cannot be understood. The answer is `errno=-22` (`EINVAL`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -39,6 +42,7 @@ pub struct SetRequest {
 pub struct SetParser {
     request: SetRequest,
     prefixes: usize,
+    section_prefixes: usize,
 }
 
 impl SetParser {
@@ -59,6 +63,12 @@ impl SetParser {
         if matches!(key, "allowed_ip" | "cvault_overlay" | "cvault_host" | "cvault_allow_to" | "cvault_deny_to") {
             self.prefixes += 1;
             if self.prefixes > MAX_PREFIXES {
+                return Err(Invalid);
+            }
+        }
+        if matches!(key, "cvault_allow_to" | "cvault_deny_to") {
+            self.section_prefixes += 1;
+            if self.section_prefixes > MAX_SECTION_PREFIXES {
                 return Err(Invalid);
             }
         }
@@ -89,7 +99,7 @@ fn device_line(request: &mut SetRequest, key: &str, value: &str) -> Result<(), I
         "cvault_host" => device.policy.hosts.push(number(value)?),
         "cvault_replace_hosts" => device.policy.replace_hosts = truth(value)?,
         "cvault_tenant_settings" => {
-            if device.policy.tenants.len() == MAX_TENANTS {
+            if device.policy.tenants.len() == MAX_SECTIONS {
                 return Err(Invalid);
             }
             device.policy.tenants.push(TenantChange { tenant: tenant(value)?, ..TenantChange::default() });
@@ -379,6 +389,12 @@ mod tests {
         let mut parser = SetParser::default();
         assert!((0..MAX_PREFIXES).all(|_| parser.line("cvault_overlay=10.0.0.0/8").is_ok()));
         assert_eq!(parser.line("cvault_overlay=10.0.0.0/8"), Err(Invalid));
+        let mut parser = SetParser::default();
+        let section = format!("cvault_tenant_settings={}", "01".repeat(16));
+        assert!((0..MAX_SECTIONS).all(|_| parser.line(&section).is_ok()));
+        assert_eq!(parser.line(&section), Err(Invalid));
+        assert!((0..MAX_SECTION_PREFIXES).all(|_| parser.line("cvault_deny_to=10.0.0.0/8").is_ok()));
+        assert_eq!(parser.line("cvault_allow_to=10.0.0.0/8"), Err(Invalid));
     }
 
     proptest! {

@@ -32,6 +32,7 @@ pub(super) const SMALL_BYTES: usize = 4096;
 /// Peers of a portion for the worker, or asked of it, at a time: less than a millisecond of its attention.
 const CHUNK: usize = 256;
 /// Prefixes after which no other peer belongs to the portion; of one peer there are no more at a time.
+const CHUNK_TENANTS: usize = 64;
 const CHUNK_PREFIXES: usize = 2 * CHUNK;
 /// How long a client may be silent, or leave an answer unread.
 pub(super) const CLIENT_SILENCE: Duration = Duration::from_secs(5);
@@ -155,6 +156,20 @@ impl Server {
             return Ok(Err(WorkerGone));
         };
         write_until(stream, Zeroizing::new(format::device(&state)).as_bytes(), until)?;
+        let mut next = Some(0);
+        while let Some(from) = next {
+            let Ok(Reply::Tenants { tenants, next: more }) =
+                self.controller.ask(Request::Tenants { from, limit: CHUNK_TENANTS })
+            else {
+                return Ok(Err(WorkerGone));
+            };
+            let mut text = String::new();
+            for (id, settings) in &tenants {
+                format::tenant(&mut text, id, settings);
+            }
+            write_until(stream, text.as_bytes(), until)?;
+            next = more;
+        }
         let mut next = Some(0);
         let mut text = Zeroizing::new(String::with_capacity(CHUNK * 600));
         while let Some(from) = next {
@@ -442,6 +457,7 @@ mod tests {
                 let reply = match mail.request {
                     Request::Device(change) => {
                         change.private_key.iter().for_each(|key| engine.set_private_key(key));
+                        engine.change_policy(Now::default(), change.policy).unwrap();
                         Reply::Done(0)
                     }
                     Request::Peers(changes) => {
@@ -475,6 +491,10 @@ mod tests {
                         shell: ShellState::default(),
                         workers: Vec::new(),
                     })),
+                    Request::Tenants { from, limit } => {
+                        let (tenants, next) = engine.tenants(from, limit);
+                        Reply::Tenants { tenants, next }
+                    }
                     Request::List { from, limit } => {
                         let (peers, next) = engine.peers(u16::try_from(from).unwrap(), limit);
                         Reply::Peers { peers, next: next.map(u32::from) }
@@ -568,6 +588,16 @@ mod tests {
     }
 
     #[test]
+    fn all_tenants_are_read_though_few_at_a_time() {
+        let sections: String =
+            (1..=3 * CHUNK_TENANTS).map(|n| format!("cvault_tenant_settings={n:032x}\ncvault_smtp=allow\n")).collect();
+        let answer = talk(&format!("set=1\n{sections}\nget=1\n\n"));
+        let mut read: Vec<_> = answer.lines().filter_map(|line| line.strip_prefix("cvault_tenant_settings=")).collect();
+        read.sort_unstable();
+        assert_eq!(read, (1..=3 * CHUNK_TENANTS).map(|n| format!("{n:032x}")).collect::<Vec<_>>());
+    }
+
+    #[test]
     fn the_workers_hear_of_the_device_only_when_something_is_asked_of_it_or_was_not_done() {
         let (controller, mailbox) = mailbox().unwrap();
         // The port is taken at first.
@@ -587,6 +617,7 @@ mod tests {
                         | Request::EndReplace
                         | Request::Settle
                         | Request::Describe
+                        | Request::Tenants { .. }
                         | Request::List { .. }
                         | Request::Notices(_) => panic!("nothing else is asked"),
                     };
