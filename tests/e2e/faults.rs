@@ -91,6 +91,14 @@ impl Scene {
 fn tunnels_go_on_to_the_last_packet_while_agent_control_plane_and_postgresql_are_killed() {
     let (scene, mut server) = scene().unwrap();
     scene
+        .without_a_lost_packet("agent restarted", || {
+            server.stop_agent()?;
+            scene.client.echo(HTTP_V4, ECHOES, SIZE)?;
+            server.start_agent()?;
+            scene.converges(&server, "after the new agent")
+        })
+        .unwrap();
+    scene
         .without_a_lost_packet("agent killed", || {
             server.kill_agent()?;
             scene.client.echo(HTTP_V4, ECHOES, SIZE)?;

@@ -148,6 +148,11 @@ impl Server {
         self.agent.end(&self.machine, Signal::Kill)
     }
 
+    /// Asks the control process to end, as an upgrade does.
+    pub fn stop_agent(&self) -> Result<()> {
+        self.agent.end(&self.machine, Signal::Terminate)
+    }
+
     pub fn start_agent(&mut self) -> Result<()> {
         self.agent = start_agent(&self.machine, &self.program, &self.state_dir.display().to_string())?;
         Ok(())

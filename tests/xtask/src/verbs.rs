@@ -18,6 +18,7 @@ const QUERIES: &str = ".sqlx";
 const OTHER_TUNNELS: [(&str, &str); 2] =
     [("CVAULT_TUNNEL_WORKERS", "2"), ("CVAULT_TUNNEL_WITHOUT", "tun,tun-merge,udp-gso,udp-gro")];
 const DATA_PATH: [&str; 4] = ["engine", "tenants", "policy", "faults"];
+const FUZZ: &str = "node-agent/dataplane/fuzz/Cargo.toml";
 /// Tests that build network namespaces.
 const NEED_ROOT: &str = "cvault-tests/lab,cvault-node-agent/lab";
 
@@ -66,7 +67,9 @@ pub(crate) fn check() -> Result<()> {
 pub(crate) fn lint() -> Result<()> {
     host::run(&mut host::cargo(&["fmt", "--all", "--check"]))?;
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--features", NEED_ROOT, "--", "-D", "warnings"];
-    host::run(&mut host::cargo(&clippy))
+    host::run(&mut host::cargo(&clippy))?;
+    // A workspace of its own: nothing else notices when its lock file is out of date.
+    host::run(&mut host::cargo(&["fetch", "--quiet", "--locked", "--manifest-path", FUZZ]))
 }
 
 pub(crate) fn openapi() -> Result<()> {

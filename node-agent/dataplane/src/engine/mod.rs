@@ -156,6 +156,8 @@ pub struct Engine {
     /// Slots with a tunnel or a persistent keepalive: the only ones with timers.
     live: Vec<u16>,
     sweep_at: usize,
+    /// How many of them are to be visited before the next slice.
+    slice_left: usize,
     next_second_ms: u64,
     next_slice_ms: u64,
     callbacks: Callbacks,
@@ -226,6 +228,7 @@ impl Engine {
             handshakes: Handshakes::with(load),
             live: Vec::new(),
             sweep_at: 0,
+            slice_left: 0,
             next_second_ms: 0,
             next_slice_ms: 0,
             callbacks: Callbacks::default(),

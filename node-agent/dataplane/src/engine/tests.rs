@@ -319,6 +319,30 @@ fn counters_at_the_end_of_their_range_are_refused() {
 }
 
 #[test]
+fn handshakes_due_with_many_peers_at_once_are_begun_a_few_at_a_time() {
+    const PEERS: u16 = 600;
+    let mut server = Host::with(CounterTable::anonymous(PEERS.into(), [1; 16]).unwrap(), 1, SERVER);
+    for number in 0..PEERS {
+        let mut public_key = [9; 32];
+        public_key[..2].copy_from_slice(&number.to_le_bytes());
+        let endpoint = Some(format!("198.51.100.7:{}", 10_000 + number).parse().unwrap());
+        let peer = PeerChange { public_key, endpoint, persistent_keepalive: Some(25), ..PeerChange::default() };
+        server.engine.apply_peer(server.now, peer, &mut server.out).unwrap();
+    }
+    let (mut begun, mut passed_ms) = (0, 0);
+    while passed_ms < 1500 {
+        let ms = server.engine.tick_interval_ms();
+        server.tick(ms);
+        passed_ms += ms;
+        let sent = server.sent();
+        assert!(sent.len() <= 10, "{} at once", sent.len());
+        assert!(sent.iter().all(|(_, datagram)| datagram[0] == 1));
+        begun += sent.len();
+    }
+    assert_eq!(begun, usize::from(PEERS), "each once in little more than a second");
+}
+
+#[test]
 fn after_so_many_messages_either_side_makes_a_new_session() {
     let directions = [packet("192.0.2.99", "10.8.0.2", 100), packet("10.8.0.2", "192.0.2.99", 100)];
     for (sender, packet) in directions.into_iter().enumerate() {

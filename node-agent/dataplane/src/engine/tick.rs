@@ -4,19 +4,19 @@ use std::collections::VecDeque;
 
 use super::{Engine, Now, push};
 use crate::out::Out;
-use crate::tunnel::MIN_ROOM;
+use crate::tunnel::{INITIATION_BYTES, MIN_ROOM};
 
 /// How often live peers are looked after.
 const TICK_MS: u64 = 100;
-/// How often peers are called back while there are any to call.
-const CALLBACK_TICK_MS: u64 = 10;
+/// How often handshakes are begun while there are more to begin.
+const BUSY_TICK_MS: u64 = 10;
 const SECOND_MS: u64 = 1000;
 /// Ticks in which every live peer is visited once, so that its timers are at most a second old.
 const SLICES: usize = 10;
 /// A tunnel without session and without any handshake message for so long is dropped.
 const IDLE_MS: u64 = 200_000;
-/// Call-backs at a time: 1,000 a second, each of which costs some 150 µs.
-const CALLBACKS_PER_TICK: usize = 10;
+/// Handshakes begun at a time, call-backs and others each: 1,000 a second, each of which costs some 150 µs.
+const BEGUN_PER_TICK: usize = 10;
 /// After how long an unanswered one is repeated, and how often: the protocol would wait for five seconds.
 const CALLBACK_AGAIN_MS: u64 = 300;
 const CALLBACK_REPEATS: u8 = 3;
@@ -49,8 +49,8 @@ impl Engine {
     /// In how many milliseconds [`Self::on_tick`] is due after the last one.
     #[must_use]
     pub fn tick_interval_ms(&self) -> u64 {
-        if !self.callbacks.first.is_empty() {
-            CALLBACK_TICK_MS
+        if !self.callbacks.first.is_empty() || self.slice_left > 0 {
+            BUSY_TICK_MS
         } else if self.live.is_empty() {
             SECOND_MS
         } else {
@@ -64,17 +64,19 @@ impl Engine {
             self.next_second_ms = now.mono_ms + 1000;
             self.handshakes.load.refill(now);
         }
-        if self.callbacks.first.is_empty() || now.mono_ms >= self.next_slice_ms {
+        let is_done = self.callbacks.first.is_empty() && self.slice_left == 0;
+        if is_done || now.mono_ms >= self.next_slice_ms {
             self.next_slice_ms = now.mono_ms + TICK_MS;
-            self.visit_slice(now, out);
+            self.slice_left = self.live.len().div_ceil(SLICES);
         }
+        self.visit_slice(now, out);
         if self.identity.is_some() {
             self.call_back(now, out);
         }
     }
 
     fn call_back(&mut self, now: Now, out: &mut Out) {
-        for _ in 0..CALLBACKS_PER_TICK {
+        for _ in 0..BEGUN_PER_TICK {
             if let Some(Again { slot, repeats_left, .. }) = self.callbacks.next_again(now) {
                 self.repeat_callback(now, slot, repeats_left, out);
             } else if let Some(slot) = self.callbacks.first.pop_front() {
@@ -114,14 +116,19 @@ impl Engine {
     }
 
     fn visit_slice(&mut self, now: Now, out: &mut Out) {
-        for _ in 0..self.live.len().div_ceil(SLICES) {
+        let mut begun = 0;
+        while self.slice_left > 0 && begun < BEGUN_PER_TICK {
             if self.live.is_empty() {
+                self.slice_left = 0;
                 break;
             }
+            self.slice_left -= 1;
             self.sweep_at = if self.sweep_at >= self.live.len() { 0 } else { self.sweep_at };
             let slot = self.live[self.sweep_at];
             self.sweep_at += 1;
+            let sent = out.net().len();
             self.visit(now, slot, out);
+            begun += out.net()[sent..].iter().filter(|datagram| datagram.len == INITIATION_BYTES).count();
         }
     }
 
