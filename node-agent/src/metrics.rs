@@ -56,6 +56,10 @@ fn install() -> anyhow::Result<PrometheusHandle> {
         "cvault_tunnel_udp_gso_refused_paths",
         "Paths to which datagrams leave singly, as they take no runs"
     );
+    describe_gauge!(
+        "cvault_tunnel_socket_drops",
+        "Datagrams the kernel dropped before this tunnel process received them"
+    );
     describe_histogram!(APPLY_SECONDS, "Time to apply one change to the engine");
     Ok(handle)
 }
@@ -98,5 +102,6 @@ pub(crate) fn tunnel(status: &DeviceStatus, spool_bytes: u64) {
     for (name, on) in &status.offloads {
         gauge!("cvault_tunnel_offload", "name" => name.clone()).set(*on as f64);
     }
+    gauge!("cvault_tunnel_socket_drops").set(status.socket_drops as f64);
     gauge!("cvault_tunnel_udp_gso_refused_paths").set(status.udp_gso_refused_paths as f64);
 }

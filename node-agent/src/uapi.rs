@@ -72,6 +72,8 @@ pub(crate) struct DeviceStatus {
     pub(crate) offloads: BTreeMap<String, u64>,
     /// Paths to which datagrams leave singly though the sockets take runs.
     pub(crate) udp_gso_refused_paths: u64,
+    /// Datagrams that the kernel dropped before the tunnel received them.
+    pub(crate) socket_drops: u64,
 }
 
 /// A peer as the engine has it.
@@ -397,6 +399,8 @@ fn device_line(status: &mut DeviceStatus, key: &str, value: &str) -> Result<(), 
         status.offloads.insert(name.to_owned(), number()?);
     } else if key == "cvault_udp_gso_refused_paths" {
         status.udp_gso_refused_paths = number()?;
+    } else if key == "cvault_socket_drops" {
+        status.socket_drops = number()?;
     } else if key == "cvault_epoch" {
         status.epoch = Some(bytes(value)?);
     } else if key == "cvault_handshakes" {

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Instant;
 
 use cvault_dataplane::policy::{
-    Clock, Direction, Hosts, PeerLimitsChange, PeerPolicy, Policy, PolicyChange, TenantChange,
+    Clock, Direction, Hosts, PeerLimitsChange, PeerPolicy, Policy, PolicyChange, TenantChange, Tenants,
 };
 
 const PEERS: usize = 256;
@@ -21,18 +21,21 @@ const ATTEMPTS: usize = 7;
 fn main() -> std::io::Result<()> {
     let wanted = std::env::args().skip(1).find(|arg| !arg.starts_with("--")).unwrap_or_default();
     let mut report = std::io::stdout().lock();
-    for (name, ipv6, rules, limits) in [
-        ("defaults, IPv4", false, 0, false),
-        ("defaults, IPv6", true, 0, false),
-        ("all limits, IPv4", false, 0, true),
-        ("all limits, IPv6", true, 0, true),
-        ("all limits, 256 rules, IPv4", false, 240, true),
-        ("all limits, 256 rules, IPv6", true, 240, true),
+    for (name, ipv6, rules, limits, workers) in [
+        ("defaults, IPv4", false, 0, false, 1),
+        ("defaults, IPv6", true, 0, false, 1),
+        ("all limits, IPv4", false, 0, true, 1),
+        ("all limits, IPv6", true, 0, true, 1),
+        ("all limits, 256 rules, IPv4", false, 240, true, 1),
+        ("all limits, 256 rules, IPv6", true, 240, true, 1),
+        ("all limits, two workers, IPv4", false, 0, true, 2),
+        ("all limits, two workers, IPv6", true, 0, true, 2),
     ] {
         if !name.contains(&wanted) {
             continue;
         }
         let (policy, mut peers) = world(rules, limits);
+        let _colleagues: Vec<_> = (1..workers).map(|_| colleague(&policy, rules, limits)).collect();
         let packets: Vec<_> =
             (0..PACKETS).map(|n| packet(u16::try_from(n * 1021).expect("64 packets"), ipv6)).collect();
         let mut best = |judged| {
@@ -45,13 +48,15 @@ fn main() -> std::io::Result<()> {
     Ok(())
 }
 
-fn world(rules: u8, limits: bool) -> (Policy, Vec<PeerPolicy>) {
-    let mut policy = Policy::default();
-    let rate = limits.then_some(1 << 50);
+fn rate(limits: bool) -> Option<u64> {
+    limits.then_some(1 << 50)
+}
+
+fn settings(rules: u8, limits: bool) -> PolicyChange {
     let tenant = |id: u8| TenantChange {
         tenant: [id; 16],
-        rate_up: rate,
-        rate_down: rate,
+        rate_up: rate(limits),
+        rate_down: rate(limits),
         allow_to: (0..rules / 16 + 1).map(|n| format!("10.{n}.0.0/16").parse().expect("a prefix")).collect(),
         deny_to: (0..rules / 2)
             .flat_map(|n| [format!("{}.{n}.0.0/25", 100 + n), format!("2001:{n:x}::/48")])
@@ -62,13 +67,25 @@ fn world(rules: u8, limits: bool) -> (Policy, Vec<PeerPolicy>) {
     let hosts = (0..4).flat_map(|n| {
         [Ipv4Addr::new(192, 0, 2, n).into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, n.into()).into()]
     });
-    let change = PolicyChange { replace_hosts: false, hosts: hosts.collect(), tenants: (1..17).map(tenant).collect() };
-    policy.change(Clock(0), change).expect("few rules");
+    PolicyChange { replace_hosts: false, hosts: hosts.collect(), tenants: (1..17).map(tenant).collect() }
+}
+
+/// Another worker with the same tenants, which does nothing: the limits of tenants are shared with it.
+fn colleague(policy: &Policy, rules: u8, limits: bool) -> Policy {
+    let mut other = Policy { tenants: Tenants::sharing(policy.tenants.shared()), ..Policy::default() };
+    other.change(Clock(0), settings(rules, limits)).expect("few rules");
+    other
+}
+
+fn world(rules: u8, limits: bool) -> (Policy, Vec<PeerPolicy>) {
+    let mut policy = Policy::default();
+    policy.change(Clock(0), settings(rules, limits)).expect("few rules");
     let peers = (0..=u8::MAX).map(|n| {
         let mut peer = PeerPolicy::default();
         peer.belong_to(policy.tenants.hold([n % 16 + 1; 16]));
         if limits {
-            let all = PeerLimitsChange { rate_up: rate, rate_down: rate, lease: Some(Some(u64::MAX)), then: None };
+            let (rate_up, rate_down) = (rate(limits), rate(limits));
+            let all = PeerLimitsChange { rate_up, rate_down, lease: Some(Some(u64::MAX)), then: None };
             peer.limit(Clock(0), all, || 0);
         }
         peer

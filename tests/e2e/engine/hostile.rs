@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use cvault_tests::lab::{Network, eventually};
+use cvault_tests::lab::{Machine, Network, Signal, eventually};
 use cvault_tests::platform::dropped;
 use cvault_tests::tunnel::{Both, Flood, Hostility, Inner, Keys, Outer, Program, Tunnel};
 
@@ -65,6 +65,38 @@ fn newcomer(both: &Both) -> Result<()> {
     tunnel.load(&machine, "setconf", &text)?;
     machine.sh("ip addr add 10.8.0.9/16 dev wg0; ip link set wg0 up")?;
     eventually("the newcomer is let in", 30, || machine.run("ping", ["-c1", "-W1", "10.8.0.1"]).map(drop))
+}
+
+/// More than the buffer of a socket holds, and more than the queue of the interface.
+#[test]
+fn full_queues_cost_what_finds_no_room_and_nothing_else() {
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    both.meet(Outer::V4).unwrap();
+    let (server, machine) = (&both.server.tunnel, &both.server.machine);
+    let shaken = server.last_handshake(machine, &both.client.keys).unwrap();
+    let (stranger, _) = both.lab.machine("stranger", Network::Clients, 66).unwrap();
+    server.process().signal(machine, Signal::Stop).unwrap();
+    let filled = fill(&both, &stranger);
+    server.process().signal(machine, Signal::Continue).unwrap();
+    filled.unwrap();
+
+    both.client.reaches("10.8.0.1", 20).unwrap();
+    assert!(server.figure(machine, "cvault_socket_drops").unwrap() > 500);
+    both.transfer(Inner::V4, 2_000_000).unwrap();
+    assert_eq!(server.last_handshake(machine, &both.client.keys).unwrap(), shaken, "the session is still the same");
+    both.agree().unwrap();
+}
+
+fn fill(both: &Both, stranger: &Machine) -> Result<()> {
+    let target: SocketAddr = format!("{}:51820", both.server.at.v4).parse()?;
+    let flood = Flood::start(stranger, target, both.server.keys.public_bytes(), Hostility::Garbage)?;
+    flood.sends(30_000)?;
+    drop(flood);
+    // One socket each: what is queued for the interface fills the buffer of its sender.
+    both.server.machine.run("bash", ["-c", "for i in {1..3000}; do echo $i > /dev/udp/10.8.0.2/9; done"])?;
+    let dropped = both.server.machine.run("cat", ["/sys/class/net/wg0/statistics/tx_dropped"])?;
+    ensure!(dropped.trim().parse::<u64>()? > 1000, "the interface dropped {dropped}");
+    Ok(())
 }
 
 #[test]

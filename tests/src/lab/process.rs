@@ -6,6 +6,7 @@ use std::process::{Child, Stdio};
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, kill_process};
 
 use super::{Machine, eventually_some};
 
@@ -77,7 +78,13 @@ impl Process {
     }
 
     pub fn signal(&self, machine: &Machine, signal: Signal) -> Result<()> {
-        machine.kill(signal, &self.pid(machine)?)
+        machine.kill(signal, &self.pid(machine)?)?;
+        if matches!(signal, Signal::Continue) {
+            // Who entered the machine for it has stopped with it.
+            let entered = self.entered.lock().expect("no holder of this lock panics");
+            kill_process(Pid::from_child(&entered), rustix::process::Signal::CONT)?;
+        }
+        Ok(())
     }
 
     /// Sends `signal` and waits until the process has ended.

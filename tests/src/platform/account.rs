@@ -39,9 +39,6 @@ pub struct Device {
     pub body: Value,
 }
 
-/// A handful of small packets.
-const SLACK: u64 = 2_000;
-
 /// Billed bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
@@ -58,11 +55,10 @@ impl Usage {
 
     /// Fails unless the bill agrees with what both kernels counted.
     ///
-    /// The server's count (`Server::counters_on_wire`) may be off by the headers of aggregated UDP and by packets that are
-    /// nobody's: `SLACK`. The client's kernel has also counted what never arrived: no more than it sent may be billed, and
+    /// With the server's count (`Server::counters_on_wire`) to the byte. The client's kernel has also counted what never arrived: no more than it sent may be billed, and
     /// no less than it received.
     pub fn check_against(self, server: Counters, client: Counters) -> Result<()> {
-        let agrees = self.rx.abs_diff(server.rx_bytes) <= SLACK && self.tx.abs_diff(server.tx_bytes) <= SLACK;
+        let agrees = self.rx == server.rx_bytes && self.tx == server.tx_bytes;
         if !agrees || self.rx > client.tx_bytes || self.tx < client.rx_bytes {
             bail!("billed {self:?}, counted by the server's kernel {server:?}, by the client's {client:?}");
         }

@@ -11,9 +11,6 @@ use crate::lab::{self, Addresses, Lab, Machine, Network, Process, Signal, eventu
 /// The tunnel's interface on a server.
 pub(super) const INTERFACE: &str = "cv0";
 
-/// IPv4 20, TCP 20, the timestamp option 12.
-const TCP_HEADERS: u64 = 52;
-
 pub struct Server {
     pub id: String,
     pub addresses: Addresses,
@@ -30,31 +27,29 @@ pub struct Tally {
     kernel: Counters,
     rx_packets: u64,
     tx_packets: u64,
-    /// What the kernel handed to the engine and no peer got: multicast of the server's own, for one.
-    nobodys: Dropped,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Dropped {
-    packets: u64,
-    bytes: u64,
+    /// Bytes of headers that merging saved, and that splitting added.
+    merged: u64,
+    split: u64,
+    /// From peer to peer, past the kernel.
+    hairpin: u64,
+    /// What the kernel or a peer handed to the engine and no peer got: multicast of the server's own, for one.
+    not_sent: u64,
 }
 
 impl Tally {
     /// What the kernel counted, with the packets that it or the engine aggregates (TSO, GRO) counted as they are on the wire.
     ///
-    /// An aggregate is one packet with one header to the kernel; the engine tells how many it was. They are taken
-    /// for TCP over IPv4 with timestamps, as the lab's transfers are; two DNS questions in one aggregate make it 24 too many.
+    /// An aggregate is one packet with one header to the kernel; the engine tells how many it was, and what the headers of the
+    /// others are. The tunnel's process must be the same.
     pub fn on_wire_since(self, before: Self) -> Counters {
-        let mut kernel = self.kernel - before.kernel;
-        kernel.tx_bytes -= self.nobodys.bytes - before.nobodys.bytes;
-        kernel.tx_packets -= self.nobodys.packets - before.nobodys.packets;
-        let (rx_packets, tx_packets) = (self.rx_packets - before.rx_packets, self.tx_packets - before.tx_packets);
+        let since = |of: fn(&Self) -> u64| of(&self) - of(&before);
+        let kernel = self.kernel - before.kernel;
+        let hairpin = since(|tally| tally.hairpin);
         Counters {
-            rx_bytes: kernel.rx_bytes + TCP_HEADERS * rx_packets.saturating_sub(kernel.rx_packets),
-            tx_bytes: kernel.tx_bytes + TCP_HEADERS * tx_packets.saturating_sub(kernel.tx_packets),
-            rx_packets,
-            tx_packets,
+            rx_bytes: kernel.rx_bytes + since(|tally| tally.merged) + hairpin,
+            tx_bytes: kernel.tx_bytes + since(|tally| tally.split) + hairpin - since(|tally| tally.not_sent),
+            rx_packets: since(|tally| tally.rx_packets),
+            tx_packets: since(|tally| tally.tx_packets),
         }
     }
 }
@@ -122,10 +117,19 @@ impl Server {
         let sum = |name: &str| -> u64 {
             text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('=')?.parse::<u64>().ok()).sum()
         };
-        let nobodys =
-            Dropped { packets: sum("cvault_drop_tx_no_route"), bytes: sum("cvault_dropped_bytes_tx_no_route") };
-        let (rx_packets, tx_packets) = (sum("cvault_rx_packets"), sum("cvault_tx_packets"));
-        Ok(Tally { kernel, rx_packets, tx_packets, nobodys })
+        let not_sent = text.lines().filter_map(|line| {
+            let (_, bytes) = line.strip_prefix("cvault_dropped_bytes_tx_")?.split_once('=')?;
+            bytes.parse::<u64>().ok()
+        });
+        Ok(Tally {
+            kernel,
+            rx_packets: sum("cvault_rx_packets"),
+            tx_packets: sum("cvault_tx_packets"),
+            merged: sum("cvault_tun_merged_bytes"),
+            split: sum("cvault_tun_split_bytes"),
+            hairpin: sum("cvault_hairpin_bytes"),
+            not_sent: not_sent.sum(),
+        })
     }
 
     /// As `Tally::on_wire_since`, from the beginning.

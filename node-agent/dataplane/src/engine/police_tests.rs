@@ -408,6 +408,33 @@ fn rates_hold_for_each_direction_and_family_over_seconds() {
 }
 
 #[test]
+fn a_tenants_rates_hold_over_seconds_however_its_peers_share_them() {
+    const BITS: u64 = 8_000_000;
+    let mut net = Net::new();
+    net.tenant(OURS, |t| {
+        t.rate_up = Some(BITS);
+        t.rate_down = Some(BITS / 2);
+    });
+    let (mut up, mut down) = (0, 0);
+    for ms in 0..3500_u64 {
+        net.later(1);
+        // By turns one of them is silent; together they send three times the rate.
+        for key in [2, 2, 3].map(|key| if ms / 700 % 2 == 0 { key } else { 5 - key }) {
+            net.up(key, &udp(key, "192.0.2.9", 1000));
+        }
+        net.down(&packet("192.0.2.9", &own(if ms % 3 == 0 { 2 } else { 3 }, "192.0.2.9"), 17, 53, 1000));
+        net.down(&packet("192.0.2.9", &own(2, "192.0.2.9"), 17, 53, 1000));
+        let (received, sent) = (net.server.delivered().len(), [2, 3].map(|key| net.client(key).delivered().len()));
+        if ms >= 500 {
+            up += received;
+            down += sent[0] + sent[1];
+        }
+    }
+    let close = |packets: usize, expected: f64| (packets as f64 - expected).abs() <= expected * 0.02;
+    assert!(close(up, 3000.0) && close(down, 1500.0), "{up} up, {down} down");
+}
+
+#[test]
 fn a_tenants_rate_holds_for_all_its_peers_together() {
     let mut net = Net::new();
     net.tenant(OURS, |t| {
@@ -498,6 +525,30 @@ fn a_lease_that_ended_throttles_if_told_so() {
     }
     assert!((790..=800).contains(&up) && (790..=800).contains(&down), "{up} and {down} of 8,000 bytes a second");
     assert_eq!(net.view(2).limits.then, Then::Throttle(64_000));
+}
+
+#[test]
+fn a_flow_that_reaches_the_end_of_its_lease_goes_on_at_the_throttles_rate() {
+    const LEFT: u64 = 100_500;
+    const THROTTLE: u64 = 800_000;
+    let mut net = Net::new();
+    let throttle = Some(Then::Throttle(THROTTLE));
+    let lease = Some(Some(net.total(2) + LEFT));
+    net.limit(2, PeerLimitsChange { lease, then: throttle, ..Default::default() });
+    let (mut passed, mut ended_ms) = (0, 0);
+    for ms in 1..=5000_u64 {
+        net.later(1);
+        net.up(2, &udp(2, "192.0.2.9", 1000));
+        passed += net.server.delivered().len() as u64;
+        if passed * 1000 + 1000 > LEFT && ended_ms == 0 {
+            ended_ms = ms;
+            assert_eq!(passed, LEFT / 1000, "the lease ends at its number");
+        }
+    }
+    assert_eq!(ended_ms, 100, "and nothing held the flow up until then");
+    let throttled = (passed - LEFT / 1000) as f64 * 8000.0;
+    let expected = THROTTLE as f64 * (5000 - ended_ms) as f64 / 1000.0;
+    assert!((throttled - expected).abs() <= expected * 0.02, "{throttled} of {expected} bits");
 }
 
 #[test]

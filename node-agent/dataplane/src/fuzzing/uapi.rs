@@ -14,7 +14,7 @@ use crate::uapi::server::requests;
 use crate::uapi::{SetRequest, format};
 
 /// What `get` says and `set` does not take.
-const READ_ONLY: [&str; 18] = [
+const READ_ONLY: [&str; 19] = [
     "last_handshake_time_",
     "tx_bytes",
     "rx_bytes",
@@ -30,6 +30,7 @@ const READ_ONLY: [&str; 18] = [
     "cvault_udp_gso_",
     "cvault_tun_",
     "cvault_panics",
+    "cvault_socket_drops",
     "cvault_hairpin_",
     "cvault_worker",
     "protocol_version",

@@ -125,6 +125,7 @@ impl DeviceState {
         shell.tun_merged_bytes += more.tun_merged_bytes;
         shell.tun_read_errors += more.tun_read_errors;
         shell.panics += more.panics;
+        shell.socket_drops += more.socket_drops;
     }
 }
 
@@ -157,6 +158,8 @@ pub(crate) struct ShellState {
     /// Calls to read the TUN that failed.
     pub(crate) tun_read_errors: u64,
     pub(crate) panics: u64,
+    /// Datagrams that the kernel dropped before they were received.
+    pub(crate) socket_drops: u64,
     /// See [`WorkerState`].
     pub(crate) forwarded: u64,
     pub(crate) ring_drops: u64,

@@ -1,5 +1,5 @@
 //! Socket options that no safe crate offers.
-#![expect(unsafe_code, reason = "setsockopt has no safe wrapper for these options")]
+#![expect(unsafe_code, reason = "there is no safe wrapper for these options")]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -28,6 +28,21 @@ pub(crate) fn disable_gro(socket: &impl AsFd) -> io::Result<()> {
 pub(crate) fn force_buffers(socket: &impl AsFd, receive: i32, send: i32) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, receive)?;
     set(socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, send)
+}
+
+/// Datagrams that the kernel has dropped at this socket: there was no room, or they were damaged. `SO_MEMINFO` of socket(7).
+pub(crate) fn dropped(socket: &impl AsFd) -> io::Result<u32> {
+    /// `SK_MEMINFO_DROPS`, the last of the figures.
+    const DROPS: usize = 8;
+    let mut figures = [0_u32; DROPS + 1];
+    let mut len = libc::socklen_t::try_from(size_of_val(&figures)).expect("36 fits");
+    // SAFETY: the descriptor is open for as long as `socket` is borrowed, and the kernel writes at most `len` bytes to a pointer
+    // to a live array of that size, and the length to one to a live `socklen_t`, before the call returns.
+    let done = unsafe {
+        let (level, name) = (libc::SOL_SOCKET, libc::SO_MEMINFO);
+        libc::getsockopt(socket.as_fd().as_raw_fd(), level, name, (&raw mut figures).cast(), &raw mut len)
+    };
+    if done == 0 { Ok(figures[DROPS]) } else { Err(io::Error::last_os_error()) }
 }
 
 fn set(socket: &impl AsFd, level: i32, name: i32, value: i32) -> io::Result<()> {

@@ -88,6 +88,12 @@ impl Sockets {
         shell.udp_gro = halves.all(|half| half.allowed.udp_gro && half.state.gro_segments() > 1);
     }
 
+    /// Datagrams that the kernel has dropped before they were received.
+    pub(crate) fn dropped(&self) -> u64 {
+        let halves = self.v4.iter().chain(&self.v6);
+        halves.filter_map(|half| sockopt::dropped(&half.socket).ok()).map(u64::from).sum()
+    }
+
     /// Receives from the sockets that are `ready`, in the order of [`Self::fds`], into `buffers` ([`BATCH`] ×
     /// [`BUFFER_BYTES`]), handing each datagram to `each`. What did not fill them has nothing more and is not ready any
     /// more; says whether anything is.
@@ -107,6 +113,9 @@ impl Sockets {
                 // A super-packet may end with a shorter message of another kind: every segment is looked at.
                 for segment in buffer[..meta.len].chunks(meta.stride.max(1)) {
                     each(segment, meta);
+                }
+                if meta.len == 0 {
+                    each(&[], meta);
                 }
             }
         }
@@ -354,6 +363,24 @@ mod tests {
         assert_eq!((shown(&engine, 0), shown(&engine, 1)), (vec![(Drop::TxSend, 2)], vec![(Drop::TxSend, 4)]));
         assert_eq!(engine.device().drops.get(Drop::TxSend), Dropped { packets: 8, bytes: 800 });
         assert_eq!(engine.peers(0, 4).0[0].counts.tx_inner, 100);
+    }
+
+    #[test]
+    fn what_the_kernel_drops_and_what_is_empty_is_seen() {
+        const SENT: u64 = 1000;
+        let sockets = Sockets::bind(0, 0, Offloads::without("").unwrap(), Shard::ALONE).unwrap();
+        let sender = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        sender.connect(("127.0.0.1", sockets.port())).unwrap();
+        sender.send(&[]).unwrap();
+        for _ in 1..SENT {
+            sender.send(&[7; 60_000]).unwrap();
+        }
+        let mut lengths = Vec::new();
+        let (mut ready, mut buffers) = ([true; 2], vec![0; BATCH * BUFFER_BYTES]);
+        while sockets.receive(&mut ready, &mut buffers, |datagram, _| lengths.push(datagram.len())) {}
+        assert_eq!((lengths[0], lengths[1]), (0, 60_000));
+        assert!(sockets.dropped() > 0, "more was sent than the buffer holds");
+        assert_eq!(lengths.len() as u64 + sockets.dropped(), SENT);
     }
 
     fn datagram(to: &str, len: usize) -> Datagram {

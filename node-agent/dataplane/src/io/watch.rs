@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 const STALLED_MS: u64 = 2_000;
 /// Nobody waits longer for a worker that hangs: the process ends, to be started anew from its counter file.
 const STUCK_MS: u64 = 10_000;
+/// No more than this counts between two looks: in a longer time the host stood still, and everything on it.
+const LONGEST_MS: u64 = 1_000;
 
 /// What a worker shows of itself, and the watch of it.
 #[derive(Debug, Default)]
@@ -46,12 +48,13 @@ pub(crate) struct Watch {
 #[derive(Clone, Copy, Debug, Default)]
 struct Seen {
     passes: u64,
-    at_ms: u64,
+    looked_ms: u64,
+    silent_ms: u64,
 }
 
 impl Watch {
     pub(crate) fn new(pulse: Arc<Pulse>, now_ms: u64) -> Self {
-        Self { pulse, seen: Seen { passes: 0, at_ms: now_ms } }
+        Self { pulse, seen: Seen { looked_ms: now_ms, ..Seen::default() } }
     }
 
     /// To be called now and then, each time after the worker was poked.
@@ -63,10 +66,10 @@ impl Watch {
 }
 
 fn verdict(seen: &mut Seen, passes: u64, now_ms: u64) -> Health {
-    if passes != seen.passes {
-        *seen = Seen { passes, at_ms: now_ms };
-    }
-    match now_ms.saturating_sub(seen.at_ms) {
+    let since_ms = now_ms.saturating_sub(seen.looked_ms).min(LONGEST_MS);
+    let silent_ms = if passes == seen.passes { seen.silent_ms + since_ms } else { 0 };
+    *seen = Seen { passes, looked_ms: now_ms, silent_ms };
+    match silent_ms {
         STUCK_MS.. => Health::Stuck,
         STALLED_MS.. => Health::Stalled,
         _ => Health::Well,
@@ -79,13 +82,21 @@ mod tests {
 
     #[test]
     fn a_worker_is_stalled_after_two_seconds_and_stuck_after_ten() {
-        let mut seen = Seen { passes: 7, at_ms: 1_000 };
-        assert_eq!(verdict(&mut seen, 7, 2_999), Health::Well);
-        assert_eq!(verdict(&mut seen, 7, 3_000), Health::Stalled);
-        assert_eq!(verdict(&mut seen, 8, 3_500), Health::Well, "it came back");
-        assert_eq!(verdict(&mut seen, 8, 5_499), Health::Well);
-        assert_eq!(verdict(&mut seen, 8, 13_499), Health::Stalled);
-        assert_eq!(verdict(&mut seen, 8, 13_500), Health::Stuck);
-        assert_eq!(verdict(&mut seen, 8, 1_000), Health::Well, "a clock that goes back proves nothing");
+        let mut seen = Seen { passes: 7, looked_ms: 1_000, silent_ms: 0 };
+        let at = |seen: &mut Seen, passes, seconds: u64| verdict(seen, passes, seconds * 1_000);
+        assert_eq!(at(&mut seen, 7, 2), Health::Well);
+        assert_eq!(at(&mut seen, 7, 3), Health::Stalled);
+        assert_eq!(at(&mut seen, 8, 4), Health::Well, "it came back");
+        assert_eq!(at(&mut seen, 8, 5), Health::Well);
+        assert!((6..14).all(|seconds| at(&mut seen, 8, seconds) == Health::Stalled));
+        assert_eq!(at(&mut seen, 8, 1), Health::Stalled, "a clock that goes back proves nothing");
+        assert_eq!(at(&mut seen, 8, 2), Health::Stuck);
+    }
+
+    #[test]
+    fn a_host_that_stood_still_for_an_hour_ends_no_process() {
+        let mut seen = Seen { passes: 7, looked_ms: 1_000, silent_ms: 0 };
+        assert_eq!(verdict(&mut seen, 7, 3_601_000), Health::Well);
+        assert_eq!(verdict(&mut seen, 8, 3_601_500), Health::Well);
     }
 }

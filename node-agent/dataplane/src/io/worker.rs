@@ -109,6 +109,8 @@ struct Net {
     fwmark: u32,
     /// The port that was asked for last, taken or not; 0 is any.
     port: u16,
+    /// Datagrams that the kernel dropped at earlier sockets.
+    dropped: u64,
 }
 
 impl Worker {
@@ -431,7 +433,8 @@ impl Worker {
             let (offloads, shard) = (self.tun.offloads(), self.engine.shard());
             let sockets = Sockets::bind(port, self.net.fwmark, offloads, shard)?;
             self.wait.add_sockets(&sockets)?;
-            self.net.sockets = Some(sockets);
+            let former = self.net.sockets.replace(sockets);
+            self.net.dropped += former.map_or(0, |former| former.dropped());
         }
         if let (Some(ack), Some(journal)) = (change.journal_ack, &self.journal) {
             journal.lock().unwrap_or_else(PoisonError::into_inner).acknowledge(ack)?;
@@ -484,6 +487,7 @@ impl Worker {
         self.tun.describe(&mut shell);
         if let Some(sockets) = &self.net.sockets {
             sockets.describe(&mut shell);
+            shell.socket_drops = self.net.dropped + sockets.dropped();
         }
         DeviceState {
             view: self.engine.device(),
