@@ -25,7 +25,7 @@ const REKEY_TIMEOUT_MS: u64 = 5_000;
 const KEEPALIVE_TIMEOUT_MS: u64 = 10_000;
 /// So long after data was sent, and nothing received since, the session is taken for lost.
 const UNANSWERED_MS: u64 = KEEPALIVE_TIMEOUT_MS + REKEY_TIMEOUT_MS;
-/// An initiator that only receives renews the session at this age.
+/// An initiator renews the session when something comes in it at this age.
 const REKEY_ON_RECEIVE_MS: u64 = REJECT_AFTER_TIME_MS - UNANSWERED_MS;
 /// Room that every message but data fits in.
 pub(crate) const MIN_ROOM: usize = INITIATION_BYTES;
@@ -135,6 +135,11 @@ struct UnderWay {
     sent_ms: u64,
 }
 
+/// As the protocol mixes it in: all zeroes are none.
+fn preshared(psk: Option<&Secret>) -> Zeroizing<[u8; 32]> {
+    psk.map_or_else(|| Zeroizing::new([0; 32]), |psk| psk.0.clone())
+}
+
 /// How long a packet becomes, so that its length says less about it (section 5.4.6): a multiple of 16, but no more than
 /// what the interface takes.
 pub(crate) fn padded(len: usize, mtu: usize) -> usize {
@@ -178,7 +183,7 @@ impl Tunnel {
         stamp: Stamp,
         now: Now,
     ) -> Self {
-        let preshared = psk.map_or_else(|| Zeroizing::new([0; 32]), |psk| psk.0.clone());
+        let preshared = preshared(psk);
         Self {
             local: Arc::clone(&identity.local),
             remote: Remote { public: *peer, preshared, shared },
@@ -246,12 +251,8 @@ impl Tunnel {
                 self.under_way = None;
             }
         } else {
-            let aged = self
-                .current
-                .as_ref()
-                .is_some_and(|session| session.is_ours && self.heard && since(session.born_ms) >= REKEY_ON_RECEIVE_MS);
             unanswered = self.unanswered_since_ms.is_some_and(|then| since(then) >= UNANSWERED_MS);
-            wants_session = aged || unanswered || std::mem::take(&mut self.wants_rekey);
+            wants_session = unanswered || std::mem::take(&mut self.wants_rekey);
         }
         if wants_session {
             self.unanswered_since_ms = None;
@@ -365,10 +366,11 @@ impl Tunnel {
             self.began();
         }
         self.unanswered_since_ms = None;
+        self.wants_rekey |= self.is_aged(REKEY_ON_RECEIVE_MS);
         if len == 0 {
             return (Received::Nothing, completes);
         }
-        self.heard = true;
+        self.heard |= self.current.as_ref().is_some_and(|session| session.local_index == index);
         self.unconfirmed_since_ms.get_or_insert(self.updated_ms);
         let packet = crate::packet::len(&room[..len]).map_or(Received::Refused(Drop::Malformed), Received::Packet);
         (packet, completes)
@@ -388,13 +390,24 @@ impl Tunnel {
     pub(crate) fn encrypt(&mut self, packet: &[u8], mtu: usize, room: &mut [u8]) -> Option<usize> {
         let session = self.current.as_mut()?;
         let len = session.seal(packet, padded(packet.len(), mtu), room)?;
-        let age_ms = self.updated_ms.saturating_sub(session.born_ms);
-        self.wants_rekey |= session.sent() > REKEY_AFTER_MESSAGES || session.is_ours && age_ms >= REKEY_AFTER_TIME_MS;
+        let is_used_up = session.sent() > REKEY_AFTER_MESSAGES;
+        self.wants_rekey |= is_used_up || self.is_aged(REKEY_AFTER_TIME_MS);
         self.unconfirmed_since_ms = None;
         if !packet.is_empty() {
             self.unanswered_since_ms.get_or_insert(self.updated_ms);
         }
         Some(len)
+    }
+
+    /// Whether we began the session, and so long ago.
+    fn is_aged(&self, age_ms: u64) -> bool {
+        let session = self.current.as_ref().filter(|session| session.is_ours);
+        session.is_some_and(|session| self.updated_ms.saturating_sub(session.born_ms) >= age_ms)
+    }
+
+    /// For the handshakes to come; the sessions there are go on.
+    pub(crate) fn set_preshared_key(&mut self, psk: Option<&Secret>) {
+        self.remote.preshared = preshared(psk);
     }
 
     /// Whether a new session is due, by age or by messages sent.

@@ -208,6 +208,37 @@ fn a_set_of_many_peers_is_made_whole_or_as_far_as_the_first_that_is_refused() {
     both.agree().unwrap();
 }
 
+#[test]
+fn peers_with_very_many_prefixes_come_change_and_go_while_traffic_flows() {
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    both.meet(Outer::V4).unwrap();
+    let (server, machine) = (&both.server.tunnel, &both.server.machine);
+    let before = machine.run("wg", ["showconf", "wg0"]).unwrap();
+    let download = both.begin_download(12_000_000, "2M").unwrap();
+    let wide = |number: u8| {
+        let prefix = |n: u32| format!("allowed_ip={}.{}.{}.{}/32\n", 10 + number, n >> 16, n >> 8 & 255, n & 255);
+        (0..20_000).map(prefix).fold(format!("public_key={number:064x}\n"), |text, line| text + &line)
+    };
+    let listed = || {
+        let text = server.get(machine).unwrap();
+        text.lines().filter(|line| line.starts_with("allowed_ip=1") && !line.starts_with("allowed_ip=10.")).count()
+    };
+    server.set(machine, &(wide(1) + &wide(2))).unwrap();
+    assert_eq!(listed(), 40_000);
+    let few = format!("public_key={:064x}\nreplace_allowed_ips=true\nallowed_ip=11.0.0.0/8\n", 1);
+    server.set(machine, &few).unwrap();
+    assert_eq!(listed(), 20_001);
+    server.set(machine, &(wide(1) + &wide(3))).unwrap();
+    let gone = |number: u8| format!("public_key={number:064x}\nremove=true\n");
+    server.set(machine, &(gone(1) + &gone(2))).unwrap();
+    assert_eq!(listed(), 20_000, "the third is left");
+    server.set(machine, &wide(1)).unwrap();
+    server.load(machine, "setconf", &before).unwrap();
+    assert_eq!(listed(), 0);
+    download.finish().unwrap();
+    both.agree().unwrap();
+}
+
 /// Adds a peer of its own and removes it, again and again, and at least a hundred times.
 fn changes_a_peer(stream: &UnixStream, number: u8, stop: &AtomicBool) -> Result<()> {
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;

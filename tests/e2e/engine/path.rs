@@ -1,6 +1,7 @@
 //! Sizes: what fits passes whole, what does not is answered with the size that would, and outside anything may be cut.
 
 use anyhow::{Result, bail};
+use cvault_tests::lab::Machine;
 use cvault_tests::tunnel::{Both, Inner, Outer, Program};
 
 /// An IPv4 header and an ICMP header; an IPv6 header and an ICMPv6 header.
@@ -8,7 +9,7 @@ const HEADERS: [usize; 2] = [28, 48];
 const MTU: usize = 1420;
 
 /// A ping that must not be cut; what it printed, answered or not.
-fn uncut(machine: &cvault_tests::lab::Machine, address: &str, payload: usize) -> Result<String> {
+fn uncut(machine: &Machine, address: &str, payload: usize) -> Result<String> {
     machine.sh(&format!("ping -c1 -W2 -M do -s {payload} {address} 2>&1 || true"))
 }
 
@@ -83,4 +84,37 @@ fn over_a_path_narrower_than_its_datagrams_everything_still_passes() {
 #[test]
 fn over_a_narrow_path_the_engine_passes_as_the_client_too() {
     passes_a_narrow_path(Program::WireguardGo, Program::Engine).unwrap();
+}
+
+/// What the rules of a chain have counted, in order.
+fn counted(machine: &Machine, chain: &str) -> Result<Vec<u64>> {
+    let text = machine.run("nft", ["list", "chain", "inet", "marks", chain])?;
+    let counts = text.lines().filter_map(|line| line.split("counter packets ").nth(1)?.split(' ').next()?.parse().ok());
+    Ok(counts.collect())
+}
+
+#[test]
+fn congestion_marks_pass_both_ways_and_the_class_of_service_stays_inside() {
+    for (outer, header) in [(Outer::V4, "ip"), (Outer::V6, "ip6")] {
+        let both = Both::start(Program::Engine, Program::Engine).unwrap();
+        let (internet, server) = (both.lab.internet(), &both.server.machine);
+        let way = format!(
+            "add table inet marks; add chain inet marks way {{ type filter hook forward priority 0; }}
+             add rule inet marks way udp sport 51820 {header} dscp cs0 {header} ecn ect1 counter
+             add rule inet marks way udp sport 51820 {header} dscp != cs0 counter
+             add rule inet marks way udp dport 51820 {header} ecn ect0 {header} ecn set ce"
+        );
+        let end = "add table inet marks; add chain inet marks end { type filter hook input priority 0; }
+                   add rule inet marks end iifname wg0 ip ecn ce counter; add rule inet marks end iifname wg0 ip ecn ect0 counter";
+        internet.sh(&format!("nft '{way}'")).unwrap();
+        server.sh(&format!("nft '{end}'")).unwrap();
+        both.meet(outer).unwrap();
+        // Expedited forwarding with ECT(1), and best effort with ECT(0).
+        server.run("ping", ["-c5", "-i0.2", "-W2", "-Q0xb9", "10.8.0.2"]).unwrap();
+        let seen = counted(internet, "way").unwrap();
+        assert!(seen[0] >= 5 && seen[1] == 0, "{outer:?}: {seen:?}");
+        both.client.machine.run("ping", ["-c5", "-i0.2", "-W2", "-Q0x02", "10.8.0.1"]).unwrap();
+        assert_eq!(counted(server, "end").unwrap(), [5, 0], "{outer:?}: each was marked on the way");
+        both.agree().unwrap();
+    }
 }

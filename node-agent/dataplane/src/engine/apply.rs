@@ -5,6 +5,7 @@ use ipnet::IpNet;
 use smallvec::SmallVec;
 
 use super::police::total;
+use super::trim::AT_ONCE;
 use super::{Closing, Engine, Life, Now, Peer, Shard};
 use crate::allowed::is_host;
 use crate::change::{PeerChange, Refused, Secret};
@@ -167,7 +168,9 @@ impl Engine {
         let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
             return;
         };
-        let lost_key = change.preshared_key.is_none() && peer.preshared_key.take().is_some();
+        let wanted = change.preshared_key.as_ref().filter(|psk| !psk.is_zero());
+        let other_key = peer.preshared_key.as_deref() != wanted;
+        peer.preshared_key = wanted.cloned().map(Box::new);
         if peer.tenant.is_some() && peer.tenant != change.tenant {
             peer.tenant = None;
             peer.policy.leave_tenant();
@@ -175,7 +178,7 @@ impl Engine {
                 self.directory.get_mut().tenants.remove(&slot);
             }
         }
-        if lost_key {
+        if other_key {
             self.drop_tunnel(slot);
         }
     }
@@ -261,10 +264,16 @@ impl Engine {
     /// After [`Self::end_replace`]: closes peers until `limit` wait for the journal. While that cannot be written the
     /// rest goes on.
     fn sweep(&mut self, limit: usize) {
+        let mut left = AT_ONCE;
         while self.ending && self.closing.len() < limit {
             if let Some((_, slot)) = self.parked.pop_first() {
                 self.close(slot);
-            } else if let Some(slot) = self.replace.next_unnamed(self.unused) {
+            } else if let Some(slot) = self.next_to_sweep() {
+                left -= self.take_prefixes(slot, left);
+                if self.prefixes_of(slot) > 0 {
+                    self.sweeping = Some(slot);
+                    return;
+                }
                 self.remove(slot);
             } else {
                 self.ending = false;
@@ -272,7 +281,13 @@ impl Engine {
         }
     }
 
-    fn check_tenant(&self, existing: Option<u16>, change: &PeerChange) -> Result<(), Refused> {
+    fn next_to_sweep(&mut self) -> Option<u16> {
+        // It may have been named again since.
+        let begun = self.sweeping.take().filter(|slot| self.replace.is_unnamed(*slot));
+        begun.or_else(|| self.replace.next_unnamed(self.unused))
+    }
+
+    pub(super) fn check_tenant(&self, existing: Option<u16>, change: &PeerChange) -> Result<(), Refused> {
         let peer = existing.and_then(|slot| self.peers[usize::from(slot)].as_deref());
         let had_tenant = peer.is_some_and(|peer| peer.tenant.is_some());
         let tenant = had_tenant || change.tenant.is_some();
@@ -403,10 +418,15 @@ impl Engine {
             return;
         }
         peer.preshared_key = psk.map(Box::new);
-        if peer.tunnel.is_some() {
-            // The session was made with the old key: end it, and offer a new one if we know where the peer is.
-            self.drop_tunnel(slot);
-            self.initiate(now, slot, out);
+        match peer.tunnel.as_deref_mut() {
+            // As in the kernel the session goes on, until the next handshake.
+            Some(tunnel) if tunnel.has_session() => tunnel.set_preshared_key(peer.preshared_key.as_deref()),
+            Some(_) => {
+                // It may be for the old key that there is none yet.
+                self.drop_tunnel(slot);
+                self.initiate(now, slot, out);
+            }
+            None => {}
         }
     }
 
@@ -418,6 +438,7 @@ impl Engine {
         }
         if let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() {
             peer.allowed_ips.push(net);
+            self.most_prefixes = self.most_prefixes.max(peer.allowed_ips.len());
         }
         let (ours, elsewhere) = former.map_or((None, None), |former| {
             if self.shard.owns(former) { (Some(former), None) } else { (None, Some(former)) }

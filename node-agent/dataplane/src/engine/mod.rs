@@ -26,6 +26,7 @@ mod shard_tests;
 #[cfg(test)]
 mod tests;
 mod tick;
+mod trim;
 mod view;
 
 use std::collections::{BTreeMap, HashSet};
@@ -144,6 +145,10 @@ pub struct Engine {
     replace: Replace,
     /// Peers that were not added again are being closed.
     ending: bool,
+    /// One of them that has too many prefixes to be closed at once.
+    sweeping: Option<u16>,
+    /// No peer has had more.
+    most_prefixes: usize,
     shard: Shard,
     directory: Hold,
     /// What belongs to other workers: messages, and changes of their peers.
@@ -218,6 +223,8 @@ impl Engine {
             closing_lives: HashSet::default(),
             replace: Replace::new(capacity),
             ending: false,
+            sweeping: None,
+            most_prefixes: 0,
             shard,
             directory,
             parcels: Vec::new(),

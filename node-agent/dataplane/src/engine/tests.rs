@@ -343,6 +343,52 @@ fn handshakes_due_with_many_peers_at_once_are_begun_a_few_at_a_time() {
 }
 
 #[test]
+fn very_many_prefixes_go_a_few_at_a_time_before_the_change_that_ends_them() {
+    const PREFIXES: u32 = 10_000;
+    let nets = || (0..PREFIXES).map(|n| IpNet::new(Ipv4Addr::from(0x0b00_0000 + n).into(), 32).unwrap()).collect();
+    let mut server = Host::new(1, SERVER);
+    let few = || vec!["11.0.0.0/8".parse().unwrap()];
+    let of = |change: &dyn Fn(&mut PeerChange)| {
+        let mut one = PeerChange { public_key: public(7), ..PeerChange::default() };
+        change(&mut one);
+        [one]
+    };
+    let replaces = |one: &mut PeerChange, nets| (one.replace_allowed_ips, one.allowed_ips) = (true, nets);
+    let wide: [&dyn Fn(&mut PeerChange); 2] = [&|one| one.remove = true, &|one| replaces(one, few())];
+    for change in wide {
+        server.peer(7, |p| p.allowed_ips = nets()).unwrap();
+        assert!(!server.engine.are_heavy(&of(&|one| replaces(one, nets()))), "they are the same");
+        assert!(!server.engine.are_heavy(&of(&|one| (one.tenant, one.allowed_ips) = (Some(TENANT), few()))), "refused");
+        let change = of(change);
+        let mut times = 0;
+        while server.engine.are_heavy(&change) {
+            server.engine.trim(&change[0]);
+            times += 1;
+        }
+        assert_eq!((times, server.view(7).allowed_ips.len()), (2, 10_000 - 2 * 4096));
+        let [change] = change;
+        let left = change.allowed_ips.clone();
+        server.engine.apply_peer(server.now, change, &mut server.out).unwrap();
+        closed(&mut server);
+        let views = server.engine.peers(0, 10).0;
+        assert!(views.iter().all(|view| view.allowed_ips == left), "all others are gone");
+        assert_eq!(server.engine.directory.get().routes.find("11.0.0.7".parse().unwrap()).is_some(), !left.is_empty());
+    }
+
+    server.peer(7, |p| (p.replace_allowed_ips, p.allowed_ips) = (true, nets())).unwrap();
+    server.peer(8, |p| p.allowed_ips = vec!["10.8.0.8/32".parse().unwrap()]).unwrap();
+    server.engine.begin_replace();
+    server.peer(8, |p| p.allowed_ips = vec!["10.8.0.8/32".parse().unwrap()]).unwrap();
+    server.engine.end_replace();
+    let mut slices = 1;
+    while server.engine.settle(100, |_| Ok::<(), ()>(())).unwrap() == Settled::More {
+        slices += 1;
+    }
+    assert_eq!((slices, server.engine.peers(0, 10).0.len()), (3, 1));
+    assert!(server.engine.directory.get().routes.find("11.0.0.7".parse().unwrap()).is_none());
+}
+
+#[test]
 fn after_so_many_messages_either_side_makes_a_new_session() {
     let directions = [packet("192.0.2.99", "10.8.0.2", 100), packet("10.8.0.2", "192.0.2.99", 100)];
     for (sender, packet) in directions.into_iter().enumerate() {
@@ -415,6 +461,100 @@ fn a_wrong_preshared_key_gives_no_session_and_the_right_one_does() {
     client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
     settle(&mut server, &mut client);
     assert_eq!(server.delivered().len(), 1);
+}
+
+#[test]
+fn another_preshared_key_holds_from_the_next_handshake_on() {
+    let (mut server, mut client) = connected();
+    let handshakes = server.engine.device().handshakes;
+    let (up, down) = (packet("10.8.0.2", "192.0.2.99", 100), packet("192.0.2.99", "10.8.0.2", 100));
+    let both_ways = |server: &mut Host, client: &mut Host| {
+        client.tun(&up);
+        server.tun(&down);
+        settle(server, client);
+        (server.delivered().len(), client.delivered().len())
+    };
+    server.peer(2, |p| p.preshared_key = Some(secret(50))).unwrap();
+    assert_eq!(both_ways(&mut server, &mut client), (1, 1));
+    pass(&mut server, &mut client, 119);
+    client.peer(1, |p| p.preshared_key = Some(secret(50))).unwrap();
+    assert_eq!(both_ways(&mut server, &mut client), (1, 1));
+    assert_eq!(server.engine.device().handshakes, handshakes, "in the same session");
+    pass(&mut server, &mut client, 2);
+    assert_eq!(both_ways(&mut server, &mut client), (1, 1));
+    assert_eq!(server.engine.device().handshakes, handshakes + 1, "with the new key on both sides");
+    server.peer(2, |p| p.preshared_key = Some(secret(51))).unwrap();
+    pass(&mut server, &mut client, 121);
+    both_ways(&mut server, &mut client);
+    pass(&mut server, &mut client, 60);
+    assert_eq!(both_ways(&mut server, &mut client), (0, 0), "only one side has it");
+}
+
+/// Seconds in which both do what is due, and talk.
+fn pass(server: &mut Host, client: &mut Host, seconds: u64) {
+    for _ in 0..seconds * 10 {
+        server.tick(100);
+        client.tick(100);
+        settle(server, client);
+    }
+}
+
+#[test]
+fn who_began_a_session_renews_it_by_age_when_it_is_used_and_nobody_else_does() {
+    let (up, down) = (packet("10.8.0.2", "192.0.2.99", 100), packet("192.0.2.99", "10.8.0.2", 100));
+    // After so many seconds, what is sent by whom, and whether a new session is made of it within a second.
+    for (seconds, from_initiator, renews) in
+        [(118, true, false), (121, true, true), (121, false, false), (163, false, false), (166, false, true)]
+    {
+        let (mut server, mut client) = connected();
+        pass(&mut server, &mut client, seconds);
+        let handshakes = server.engine.device().handshakes;
+        if from_initiator {
+            client.tun(&up)
+        } else {
+            server.tun(&down)
+        }
+        pass(&mut server, &mut client, 1);
+        let made = server.engine.device().handshakes - handshakes;
+        assert_eq!(made, u64::from(renews), "{seconds} s, from the initiator: {from_initiator}");
+        assert_eq!(server.delivered().len() + client.delivered().len(), 1);
+    }
+}
+
+#[test]
+fn a_session_that_nobody_uses_ends_in_silence_after_three_minutes() {
+    let (mut server, mut client) = connected();
+    pass(&mut server, &mut client, 15);
+    let wire = |host: &Host, key| (host.view(key).counts.rx_wire, host.view(key).counts.tx_wire);
+    let before = (wire(&server, 2), wire(&client, 1));
+    pass(&mut server, &mut client, 163);
+    let live = |host: &Host| {
+        host.engine.peers.iter().flatten().any(|peer| peer.tunnel.as_ref().is_some_and(|t| t.has_session()))
+    };
+    assert!(live(&server) && live(&client));
+    pass(&mut server, &mut client, 4);
+    assert!(!live(&server) && !live(&client));
+    assert_eq!((wire(&server, 2), wire(&client, 1)), before);
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    settle(&mut server, &mut client);
+    assert_eq!(server.delivered().len(), 1, "and there is a new one when it is wanted");
+}
+
+#[test]
+fn a_handshake_that_nobody_answers_is_repeated_for_ninety_seconds_and_given_up() {
+    let (_, mut client) = pair();
+    client.tun(&packet("10.8.0.2", "192.0.2.99", 100));
+    let mut sent_at = Vec::new();
+    for ms in (0..150_000_u64).step_by(100) {
+        sent_at.extend(client.sent().iter().map(|_| ms));
+        client.tick(100);
+        if ms == 85_000 {
+            assert_eq!(client.drops(Drop::TxNoSession), 0);
+        }
+    }
+    assert!(sent_at.windows(2).all(|two| (5_000..=5_500).contains(&(two[1] - two[0]))), "{sent_at:?}");
+    assert!((84_000..=90_000).contains(sent_at.last().unwrap()), "{sent_at:?}");
+    assert_eq!(client.drops(Drop::TxNoSession), 1, "what waited is dropped with it");
 }
 
 #[test]

@@ -11,6 +11,8 @@ use super::mailbox::{Controller, Reply, Request};
 pub(crate) trait Acting {
     /// Does what was asked for.
     fn act(&mut self, request: Request) -> Reply;
+    /// Whether that, small as it looks, takes no longer than packets can wait.
+    fn is_brief(&self, request: &Request) -> bool;
     /// It does nothing any more.
     fn has_ended(&self) -> bool;
     /// Something has to be done before its thread wakes by itself.
@@ -53,7 +55,7 @@ impl<A: Acting> Desk<A> {
         let Ok(mut acting) = self.acting.try_lock() else {
             return ControlFlow::Continue(request);
         };
-        if acting.has_ended() {
+        if acting.has_ended() || !acting.is_brief(&request) {
             return ControlFlow::Continue(request);
         }
         let reply = acting.act(request);
@@ -76,6 +78,7 @@ mod tests {
     #[derive(Default)]
     struct Recorder {
         acted: usize,
+        tedious: bool,
         ended: bool,
         due: bool,
     }
@@ -84,6 +87,10 @@ mod tests {
         fn act(&mut self, _: Request) -> Reply {
             self.acted += 1;
             Reply::Done(0)
+        }
+
+        fn is_brief(&self, _: &Request) -> bool {
+            !self.tedious
         }
 
         fn has_ended(&self) -> bool {
@@ -143,9 +150,13 @@ mod tests {
     }
 
     #[test]
-    fn one_that_has_ended_answers_nothing() {
-        let (desk, _mailbox) = desk(Recorder { ended: true, ..Recorder::default() });
-        assert!(!is_served(&desk, one()));
+    fn one_that_has_ended_answers_nothing_nor_does_one_to_whom_it_would_take_long() {
+        for recorder in
+            [Recorder { ended: true, ..Recorder::default() }, Recorder { tedious: true, ..Recorder::default() }]
+        {
+            let (desk, _mailbox) = desk(recorder);
+            assert!(!is_served(&desk, one()));
+        }
     }
 
     #[test]

@@ -86,6 +86,20 @@ pub(crate) enum Reply {
 }
 
 impl Reply {
+    /// This one and that of the portions before, together.
+    fn after(self, earlier: Option<Self>) -> Self {
+        match (self, earlier) {
+            (
+                Self::Changed { errno, made, notices, settled },
+                Some(Self::Changed { made: before, notices: mut all, settled: were_settled, .. }),
+            ) => {
+                all.extend(notices);
+                Self::Changed { errno, made: before + made, notices: all, settled: settled && were_settled }
+            }
+            (reply, _) => reply,
+        }
+    }
+
     pub(crate) fn errno(&self) -> i32 {
         match self {
             Self::Done(errno) | Self::Changed { errno, .. } => *errno,
@@ -174,18 +188,47 @@ pub(crate) struct Mail {
 
 /// A letter of portions, some of which were made.
 pub(crate) struct Unfinished {
-    pub(crate) portions: vec::IntoIter<Vec<PeerChange>>,
-    pub(crate) reply: SyncSender<Reply>,
-    pub(crate) asker: Weak<AtomicU32>,
+    portions: vec::IntoIter<Vec<PeerChange>>,
+    reply: SyncSender<Reply>,
+    asker: Weak<AtomicU32>,
+    /// What the portions have brought that were made.
+    so_far: Option<Reply>,
 }
 
 impl Unfinished {
+    pub(crate) fn new(
+        portions: vec::IntoIter<Vec<PeerChange>>,
+        reply: SyncSender<Reply>,
+        asker: Weak<AtomicU32>,
+    ) -> Self {
+        Self { portions, reply, asker, so_far: None }
+    }
+
+    /// What is to be made next.
+    pub(crate) fn next(&self) -> &[PeerChange] {
+        self.portions.as_slice().first().map_or(&[], Vec::as_slice)
+    }
+
+    /// Makes each change of the next portion a portion.
+    pub(crate) fn split_next(&mut self) {
+        let next = self.portions.next().unwrap_or_default();
+        let singles = next.into_iter().map(|change| vec![change]);
+        self.portions = singles.chain(self.portions.by_ref()).collect::<Vec<_>>().into_iter();
+    }
+
+    /// Shows the asker that something is done for it. Nothing is left to do if it has given up.
+    pub(crate) fn wait(self) -> Option<Self> {
+        self.asker.upgrade()?.fetch_add(1, Ordering::Relaxed);
+        Some(self)
+    }
+
     /// Makes the next portion. What is left is nothing once all are made, or one was refused, or the asker has given up.
     pub(crate) fn go_on(mut self, make: impl FnOnce(Vec<PeerChange>) -> Reply) -> Option<Self> {
         let made = self.asker.upgrade()?;
-        let reply = make(self.portions.next()?);
+        let reply = make(self.portions.next()?).after(self.so_far.take());
         made.fetch_add(1, Ordering::Relaxed);
         if reply.errno() == 0 && self.portions.len() > 0 {
+            self.so_far = Some(reply);
             return Some(self);
         }
         // The asker may have given up waiting.
@@ -306,7 +349,7 @@ mod tests {
         let Some(Mail { request: Request::Portions(portions), reply, asker }) = mailbox.next() else {
             panic!("no letter of portions");
         };
-        (answer, Unfinished { portions, reply, asker })
+        (answer, Unfinished::new(portions, reply, asker))
     }
 
     /// The portions made, and whether any are left; `refused` is refused.
@@ -328,6 +371,20 @@ mod tests {
         assert!(go_on(letter, 9, &mut made).is_none());
         assert_eq!((answer.made.load(Ordering::Relaxed), answer.wait().unwrap().errno()), (3, 0));
         assert_eq!(made, [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_portion_that_is_split_is_answered_as_one() {
+        let (answer, letter) = letter(2);
+        let changed =
+            |errno, settled| Reply::Changed { errno, made: 1, notices: vec![Notice::Remove { slot: 7 }], settled };
+        let mut letter = letter.wait().unwrap();
+        letter.split_next();
+        assert_eq!((letter.next().len(), letter.portions.len()), (1, 2));
+        let letter = letter.go_on(|_| changed(0, false)).unwrap();
+        assert!(letter.go_on(|_| changed(7, true)).is_none());
+        let Ok(Reply::Changed { errno, made, notices, settled }) = answer.wait() else { panic!("another answer") };
+        assert_eq!((errno, made, notices.len(), settled), (7, 2, 2, false));
     }
 
     #[test]

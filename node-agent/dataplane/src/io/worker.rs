@@ -350,15 +350,20 @@ impl Worker {
     fn read_mail(&mut self, now: Now, mailbox: &Mailbox) -> bool {
         let was_unfinished = self.unfinished.is_some();
         if let Some(letter) = self.unfinished.take() {
-            self.unfinished = letter.go_on(|changes| self.change_peers(now, changes));
+            self.unfinished = self.go_on(now, letter);
         }
         for letters in 0..MAX_LETTERS {
             let Some(Mail { request, reply, asker }) = mailbox.next() else {
                 return letters > 0 || was_unfinished;
             };
+            // If another was not finished, nobody waits for it: one set of peers is made at a time.
             if let Request::Portions(portions) = request {
-                // If another was not finished, nobody waits for it: one set of peers is made at a time.
-                self.unfinished = Some(Unfinished { portions, reply, asker });
+                self.unfinished = Some(Unfinished::new(portions, reply, asker));
+                continue;
+            }
+            let is_brief = self.is_brief(&request);
+            if let (Request::Peers(changes), false) = (&request, is_brief) {
+                self.unfinished = Some(Unfinished::new(vec![changes.clone()].into_iter(), reply, asker));
                 continue;
             }
             let answer = self.handle(now, request);
@@ -366,6 +371,18 @@ impl Worker {
             let _ = reply.try_send(answer);
         }
         true
+    }
+
+    /// Makes the next portion of a letter, or prepares what would hold packets up.
+    fn go_on(&mut self, now: Now, mut letter: Unfinished) -> Option<Unfinished> {
+        if !self.engine.are_heavy(letter.next()) {
+            return letter.go_on(|changes| self.change_peers(now, changes));
+        }
+        match letter.next() {
+            [change] => self.engine.trim(change),
+            _ => letter.split_next(),
+        }
+        letter.wait()
     }
 
     fn handle(&mut self, now: Now, request: Request) -> Reply {
@@ -508,6 +525,13 @@ impl Acting for Worker {
         self.more |= !matches!(reply, Some(Reply::Changed { settled: true, .. }));
         self.plan_tick(now);
         reply.unwrap_or(Reply::Done(libc::EIO))
+    }
+
+    fn is_brief(&self, request: &Request) -> bool {
+        let Request::Peers(changes) = request else {
+            return true;
+        };
+        !self.engine.are_heavy(changes)
     }
 
     fn has_ended(&self) -> bool {
