@@ -48,7 +48,7 @@ impl Scene {
         pings.wait_for(25)?;
         broken()?;
         pings.wait_for(25)?;
-        let count = pings.stop(&self.client)?;
+        let count = pings.stop(self.client.machine())?;
         if count.lost() > 0 {
             bail!("{what}: {} of {} echoes lost", count.lost(), count.sent);
         }
@@ -135,7 +135,7 @@ fn a_killed_tunnel_process_comes_back_and_bills_at_most_a_batch_too_little() {
     server.kill_tunnel().unwrap();
     pings.wait_for(50).unwrap();
     assert_ne!(server.tunnel_pid().unwrap(), killed);
-    let count = pings.stop(&scene.client).unwrap();
+    let count = pings.stop(scene.client.machine()).unwrap();
     println!("a tunnel killed beside its agent: {} echoes lost, one each 20 ms", count.lost());
     assert!(count.lost() < 500, "the tunnel was away for more than ten seconds: {count:?}");
 

@@ -105,7 +105,7 @@ fn change_policies(platform: &Platform) -> Result<()> {
         Ok(())
     })?;
     undisturbed.wait_for(10)?;
-    let count = undisturbed.stop(&globex.client)?;
+    let count = undisturbed.stop(globex.client.machine())?;
     ensure!(count.lost() == 0, "of another tenant's {} echoes {} were lost", count.sent, count.lost());
     Account::settled(server.machine(), INTERFACE)?.agrees()
 }
@@ -180,7 +180,7 @@ fn use_up(platform: &Platform) -> Result<()> {
     }
     ensure!(!acme.client.pings(HTTP_V4), "an echo beyond the limit was answered");
 
-    let count = undisturbed.stop(&globex.client)?;
+    let count = undisturbed.stop(globex.client.machine())?;
     ensure!(count.lost() == 0, "of another tenant's {} echoes {} were lost", count.sent, count.lost());
     globex.client.silence()?;
     // the witness: the kernel's counters of the tunnel's interface

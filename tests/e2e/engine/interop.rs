@@ -1,8 +1,8 @@
 //! The engine and Debian's wireguard-go, either of them in either role.
 
-use anyhow::{Context, Result, ensure};
-use cvault_tests::lab::eventually;
-use cvault_tests::tunnel::{Both, Inner, Keys, Outer, Program, Tunnel, preshared_key};
+use anyhow::{Context, Result, anyhow, ensure};
+use cvault_tests::lab::{Network, eventually};
+use cvault_tests::tunnel::{Both, Flood, Hostility, Inner, Keys, Outer, Program, Tunnel, preshared_key};
 
 const BYTES: u64 = 8_000_000;
 const FEWER_BYTES: u64 = 1_000_000;
@@ -198,4 +198,43 @@ fn a_persistent_keepalive_is_sent_without_traffic_by_either_side() {
             from.tunnel.wg_set(&from.machine, &format!("peer {} persistent-keepalive off", to.keys.public)).unwrap();
         }
     }
+}
+
+#[test]
+fn wireguard_go_under_load_asks_for_a_cookie_and_the_engine_brings_it() {
+    let both = Both::start(Program::WireguardGo, Program::Engine).unwrap();
+    let server = &both.server;
+    // Cookie replies, those to the client, and initiations of the client with a second MAC.
+    server
+        .machine
+        .sh(&format!(
+            "nft 'add table inet cookies
+                  add chain inet cookies out {{ type filter hook output priority 0; }}
+                  add chain inet cookies in {{ type filter hook input priority 0; }}
+                  add rule inet cookies out udp sport 51820 @th,64,8 3 counter
+                  add rule inet cookies out ip daddr {client} udp sport 51820 @th,64,8 3 counter
+                  add rule inet cookies in ip saddr {client} udp dport 51820 @th,64,8 1 @th,1120,128 != 0 counter'",
+            client = both.client.at.v4
+        ))
+        .unwrap();
+    let counted = || -> Result<[u64; 3]> {
+        let text = server.machine.run("nft", ["list", "table", "inet", "cookies"])?;
+        let counts = text.split("counter packets ").skip(1).filter_map(|rest| rest.split(' ').next()?.parse().ok());
+        counts.collect::<Vec<_>>().try_into().map_err(|_| anyhow!("nft said: {text}"))
+    };
+    let (stranger, _) = both.lab.machine("stranger", Network::Clients, 66).unwrap();
+    let target = format!("{}:51820", server.at.v4).parse().unwrap();
+    let key = server.keys.public_bytes();
+    let floods = [(); 4].map(|()| Flood::start(&stranger, target, key, Hostility::Initiations).unwrap());
+    eventually("it is under load", 60, || {
+        ensure!(counted()?[0] > 1000, "{:?}", counted()?);
+        Ok(())
+    })
+    .unwrap();
+    both.meet(Outer::V4).unwrap();
+    let [_, asked, brought] = counted().unwrap();
+    assert!(asked > 0 && brought > 0, "cookies: {asked} asked for, {brought} brought");
+    drop(floods);
+    both.transfer(Inner::V4, FEWER_BYTES).unwrap();
+    both.agree().unwrap();
 }

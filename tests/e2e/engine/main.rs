@@ -2,6 +2,7 @@
 //!
 //! `CVAULT_TUNNEL_WORKERS` and `CVAULT_TUNNEL_WITHOUT` choose how the engine runs, the same tests for every choice.
 
+mod age;
 mod agent;
 mod hostile;
 mod injected;

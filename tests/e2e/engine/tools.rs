@@ -224,8 +224,8 @@ fn the_mark_is_on_every_datagram_that_leaves() {
     both.server
         .machine
         .sh("nft 'add table inet marks; add chain inet marks out { type filter hook output priority 0; }
-             add rule inet marks out udp sport 51820 meta mark 0x77 counter
-             add rule inet marks out udp sport 51820 meta mark != 0x77 counter'")
+             add rule inet marks out udp sport 51820-51821 meta mark 0x77 counter
+             add rule inet marks out udp sport 51820-51821 meta mark != 0x77 counter'")
         .unwrap();
     let counts = || -> Result<Vec<u64>> {
         let text = both.server.machine.run("nft", ["list", "chain", "inet", "marks", "out"])?;
@@ -241,5 +241,11 @@ fn the_mark_is_on_every_datagram_that_leaves() {
     both.transfer(Inner::V4, 1_000_000).unwrap();
     let after = counts().unwrap();
     assert!(after[0] > 0 && after[1] == before[1], "{before:?}, {after:?}");
+    // Other sockets.
+    both.server.tunnel.wg_set(&both.server.machine, "listen-port 51821").unwrap();
+    both.server.reaches("10.8.0.2", 5).unwrap();
+    both.transfer(Inner::V4, 1_000_000).unwrap();
+    let moved = counts().unwrap();
+    assert!(moved[0] > after[0] && moved[1] == before[1], "{after:?}, {moved:?}");
     both.agree().unwrap();
 }

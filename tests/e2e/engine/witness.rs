@@ -1,11 +1,11 @@
 //! The engine's counters beside those of the kernels on both sides, while TCP goes as fast as it can.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
-use cvault_tests::lab::quiescent;
+use cvault_tests::lab::{eventually, promptly, quiescent};
 use cvault_tests::platform::Counters;
-use cvault_tests::tunnel::{Account, Both, Inner, Outer, Program};
+use cvault_tests::tunnel::{Account, Both, End, Flood, Hostility, Inner, Outer, Program};
 
 /// What the client's kernel got through wireguard-go, which hands over every packet by itself, is what the engine says it
 /// sent, but for packets lost between the two; these are of some size from a bare header to the MTU.
@@ -99,5 +99,71 @@ fn an_interface_set_down_and_up_again_in_the_middle_goes_on_and_counts_on() {
     download.finish().unwrap();
     both.transfer(Inner::V6, 500_000).unwrap();
     both.server.tunnel.process().check_running().unwrap();
+    both.agree().unwrap();
+}
+
+const RATE_UP: u64 = 4_000_000;
+const RATE_DOWN: u64 = 6_000_000;
+/// Of what a rate lets through, whether it holds is told from so many seconds' worth.
+const WINDOW_S: u64 = 2;
+const ERROR: f64 = 0.02;
+
+/// IP bits each second that arrive at an interface, as the kernel counts them; an engine tells what merging has saved.
+fn arriving(end: &End, rate: u64) -> Result<f64> {
+    let arrived = || -> Result<u64> {
+        let merged = end.tunnel.figure(&end.machine, "cvault_tun_merged_bytes").unwrap_or(0);
+        Ok(Counters::read(&end.machine, "wg0")?.rx_bytes + merged)
+    };
+    let (begun, before) = (Instant::now(), arrived()?);
+    let (bytes, took) = promptly("packets arrive", 60, || {
+        let (bytes, took) = (arrived()? - before, begun.elapsed());
+        ensure!(bytes >= WINDOW_S * rate / 8, "{bytes} bytes");
+        Ok((u32::try_from(bytes)?, took))
+    })?;
+    Ok(f64::from(bytes) * 8.0 / took.as_secs_f64())
+}
+
+/// The first window may hold what was saved up, and another a moment without a processor.
+fn rates_hold(both: &Both) -> Result<()> {
+    for (end, rate) in [(&both.server, RATE_UP), (&both.client, RATE_DOWN)] {
+        eventually("the rate holds", 60, || {
+            let seen = arriving(end, rate)?;
+            let error = seen / f64::from(u32::try_from(rate)?) - 1.0;
+            println!("at a rate of {rate} bit/s {seen:.0} arrive: {:+.2} %", error * 100.0);
+            ensure!(error.abs() <= ERROR, "{seen:.0} bit/s at {rate}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_rates_of_a_peer_and_of_its_tenant_are_what_arrives_each_second() {
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    both.meet(Outer::V4).unwrap();
+    let (server, client) = (&both.server, &both.client);
+    // Nobody answers there.
+    client
+        .machine
+        .sh(&format!(
+            "wg set wg0 peer {} allowed-ips 10.8.0.0/16,fd00:cafe::/64,203.0.113.9/32; ip route add 203.0.113.9/32 dev wg0",
+            server.keys.public
+        ))
+        .unwrap();
+    let flood = |end: &End, target: &str| {
+        Flood::start(&end.machine, target.parse().unwrap(), server.keys.public_bytes(), Hostility::Garbage).unwrap()
+    };
+    let floods = [flood(client, "203.0.113.9:9"), flood(server, "10.8.0.2:9")];
+    let (tenant, key) = (format!("{:032x}", 7), &client.keys.public_hex);
+    let rates = |prefix: &str, up, down| format!("{prefix}rate_up={up}\n{prefix}rate_down={down}\n");
+    let of_peer = format!("public_key={key}\n{}", rates("cvault_", RATE_UP, RATE_DOWN));
+    server.tunnel.set(&server.machine, &of_peer).unwrap();
+    rates_hold(&both).unwrap();
+    let of_tenant = rates("cvault_tenant_", RATE_UP, RATE_DOWN);
+    let none_of_peer = format!("public_key={key}\ncvault_tenant={tenant}\n{}", rates("cvault_", 0, 0));
+    let lines = format!("cvault_tenant_settings={tenant}\n{of_tenant}{none_of_peer}");
+    server.tunnel.set(&server.machine, &lines).unwrap();
+    rates_hold(&both).unwrap();
+    drop(floods);
     both.agree().unwrap();
 }

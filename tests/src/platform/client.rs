@@ -236,8 +236,7 @@ impl Client {
 
     /// Echo requests every 20 ms until they are stopped.
     pub fn start_pings(&self, address: &str) -> Result<Pings> {
-        let process = self.machine.spawn("ping", "ping", ["-i", "0.02", "-n", address], [])?;
-        Ok(Pings { process })
+        Pings::start(&self.machine, address)
     }
 
     /// Stops the keepalives (which carry no bytes) and lets nothing but them leave, so that counts can be compared.
@@ -272,6 +271,11 @@ impl PingCount {
 }
 
 impl Pings {
+    /// An echo request every 20 ms.
+    pub fn start(machine: &Machine, address: &str) -> Result<Self> {
+        Ok(Self { process: machine.spawn("ping", "ping", ["-i", "0.02", "-n", address], [])? })
+    }
+
     /// How many answers there are so far.
     pub fn answers(&self) -> u64 {
         answered(&self.log()).count() as u64
@@ -286,8 +290,8 @@ impl Pings {
         })
     }
 
-    pub fn stop(self, client: &Client) -> Result<PingCount> {
-        self.process.end(client.machine(), Signal::Interrupt)?;
+    pub fn stop(self, machine: &Machine) -> Result<PingCount> {
+        self.process.end(machine, Signal::Interrupt)?;
         let log = self.log();
         std::fs::remove_file(self.process.log())?;
         Ok(PingCount {

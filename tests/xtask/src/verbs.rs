@@ -18,6 +18,8 @@ const QUERIES: &str = ".sqlx";
 const OTHER_TUNNELS: [(&str, &str); 2] =
     [("CVAULT_TUNNEL_WORKERS", "2"), ("CVAULT_TUNNEL_WITHOUT", "tun,tun-merge,udp-gso,udp-gro")];
 const DATA_PATH: [&str; 4] = ["engine", "tenants", "policy", "faults"];
+/// One for each processor of a small machine, and one that waits for two minutes.
+const DATA_PATH_THREADS: &str = "3";
 const FUZZ: &str = "node-agent/dataplane/fuzz/Cargo.toml";
 /// Tests that build network namespaces.
 const NEED_ROOT: &str = "cvault-tests/lab,cvault-node-agent/lab";
@@ -40,7 +42,8 @@ pub(crate) fn test() -> Result<()> {
         println!("xtask: the data path once more with {variable}={value}");
         let tests = ["test", "--package", "cvault-tests", "--features", "lab", "--no-fail-fast"];
         let data_path = DATA_PATH.iter().flat_map(|suite| ["--test", suite]);
-        host::run(host::cargo(&tests).args(data_path).env(variable, value).env("CVAULT_BIN_DIR", &binaries))?;
+        let environment = [(variable, value), ("RUST_TEST_THREADS", DATA_PATH_THREADS)];
+        host::run(host::cargo(&tests).args(data_path).envs(environment).env("CVAULT_BIN_DIR", &binaries))?;
     }
     Ok(())
 }

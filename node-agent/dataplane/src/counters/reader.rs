@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use memmap2::MmapOptions;
 
-use super::words::{Header, Words, read_header, slots};
+use super::words::{Header, TIMESTAMP_WORD, Words, base, read_header, slots};
 use super::{CounterFileError, Epoch, PeerCounters};
 
 /// The reader's side, for the control process. Values are at most one pass of the worker old.
@@ -57,6 +57,11 @@ impl CounterReader {
     /// All occupied slots.
     pub fn peers(&self) -> impl Iterator<Item = PeerCounters> {
         slots(self.header.capacity).filter_map(|slot| self.peer(slot))
+    }
+
+    /// The greatest timestamp of each peer's initiations, once for every life it has.
+    pub(super) fn timestamps(&self) -> impl Iterator<Item = ([u8; 32], u64)> {
+        self.peers().map(|peer| (peer.public_key, self.words.get(base(peer.slot) + TIMESTAMP_WORD)))
     }
 
     /// One slot, if it is occupied.

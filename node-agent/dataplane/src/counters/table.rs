@@ -10,11 +10,11 @@ use std::sync::atomic::{Ordering, fence};
 
 use memmap2::{MmapMut, MmapOptions};
 
-use super::previous::make_room;
+use super::previous::{make_room, previous_files};
 use super::words::{
     COUNTS_WORD, OCCUPIED, TIMESTAMP_WORD, VACANT, Words, base, file_len, read_header, slots, write_header,
 };
-use super::{Counts, Epoch, FILE_NAME, Field, PeerCounters, previous_file_name};
+use super::{CounterReader, Counts, Epoch, FILE_NAME, Field, PeerCounters, previous_file_name};
 
 /// The writer's side, owned by the worker.
 pub struct CounterTable {
@@ -23,7 +23,7 @@ pub struct CounterTable {
     capacity: u32,
     /// Held for its lock: two writers would corrupt each other's counters.
     _file: Option<File>,
-    /// From before the host booted.
+    /// From earlier epochs.
     former: Timestamps,
 }
 
@@ -49,21 +49,21 @@ impl CounterTable {
     /// When the directory cannot be used or another process holds the file.
     pub fn open(dir: &Path, capacity: u32, boot_id: [u8; 16], new_epoch: Epoch) -> io::Result<Self> {
         let path = dir.join(FILE_NAME);
-        let mut former = Timestamps::new();
         match lock(&path) {
             Ok(file) => {
                 let words = Words { map: MmapOptions::new().map_raw(&file)?, writable: true };
                 if let Some(header) = read_header(&words) {
                     if header.boot_id == boot_id && header.capacity == capacity {
+                        let former = timestamps_before(dir)?;
                         return Ok(Self { words, epoch: header.epoch, capacity, _file: Some(file), former });
                     }
-                    former = timestamps(&words, header.capacity);
                     keep(dir, &path, header.epoch)?;
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
+        let former = timestamps_before(dir)?;
         Ok(Self { former, ..Self::create(dir, capacity, boot_id, new_epoch)? })
     }
 
@@ -79,7 +79,7 @@ impl CounterTable {
         Ok(Self { words, epoch, capacity, _file: Some(file), former: Timestamps::new() })
     }
 
-    /// Timestamps of the peers that the counters from before the boot knew: an initiation of then is no newer now.
+    /// Timestamps of the peers in the files of earlier epochs: an initiation of then is no newer now.
     pub(crate) fn take_former(&mut self) -> Timestamps {
         std::mem::take(&mut self.former)
     }
@@ -178,14 +178,21 @@ impl CounterTable {
     }
 }
 
-fn timestamps(words: &Words, capacity: u32) -> Timestamps {
+/// Of all earlier epochs of which the files are there: a process that ended before it was told of its peers kept none.
+fn timestamps_before(dir: &Path) -> io::Result<Timestamps> {
     let mut greatest = Timestamps::new();
-    for peer in slots(capacity).filter_map(|slot| words.peer(slot)) {
-        let timestamp = words.get(base(peer.slot) + TIMESTAMP_WORD);
-        let known = greatest.entry(peer.public_key).or_default();
-        *known = timestamp.max(*known);
+    for path in previous_files(dir)? {
+        match CounterReader::open(&path) {
+            Ok(reader) => {
+                for (public_key, timestamp) in reader.timestamps() {
+                    let known = greatest.entry(public_key).or_default();
+                    *known = timestamp.max(*known);
+                }
+            }
+            Err(error) => tracing::warn!(%error, file = %path.display(), "timestamps of an earlier boot are lost"),
+        }
     }
-    greatest
+    Ok(greatest)
 }
 
 /// Renames the file of an epoch that has ended, so that its last values can still be reported.
@@ -212,7 +219,6 @@ fn lock(path: &Path) -> io::Result<File> {
 mod tests {
     use std::os::unix::fs::MetadataExt;
 
-    use super::super::{CounterReader, previous_files};
     use super::*;
 
     const BOOT: [u8; 16] = [7; 16];
@@ -299,6 +305,22 @@ mod tests {
             .map(|peer| peer.counts.tx_inner)
             .collect();
         assert_eq!(kept, [1, 2], "oldest first");
+    }
+
+    #[test]
+    fn timestamps_outlive_a_reboot_and_the_processes_that_did_not_learn_of_their_peer() {
+        let dir = tempfile::tempdir().unwrap();
+        let boot = |boot: u8| CounterTable::open(dir.path(), 64, [boot; 16], [boot; 16]).unwrap();
+        for (number, timestamp) in [(1, 9), (2, 7)] {
+            let table = boot(number);
+            table.occupy(0, &KEY, 1);
+            table.set_greatest_timestamp(0, timestamp);
+        }
+        for _ in 0..3 {
+            assert_eq!(boot(3).take_former(), Timestamps::from([(KEY, 9)]));
+        }
+        std::fs::write(dir.path().join(previous_file_name([1; 16])), "torn").unwrap();
+        assert_eq!(boot(3).take_former(), Timestamps::from([(KEY, 7)]), "what cannot be read stops nobody");
     }
 
     #[test]

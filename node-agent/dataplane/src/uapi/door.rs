@@ -19,6 +19,9 @@ use super::server::{CLIENT_SILENCE, MAX_CLIENTS, SMALL_BYTES, Server, answer};
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How soon the end of a thread is noticed when there is no place for another client.
 const PLACE_PAUSE: Duration = Duration::from_millis(10);
+/// How long the door stays awake after a change, for the next: a client on another processor would have to wake it for each,
+/// which takes longer than to make one.
+const WAKEFUL: Duration = Duration::from_micros(150);
 
 pub(super) struct Door {
     server: Arc<Server>,
@@ -28,6 +31,7 @@ pub(super) struct Door {
     threads: Arc<()>,
     /// Of one request, while it is looked at.
     seen: Zeroizing<[u8; SMALL_BYTES]>,
+    awake_until: Option<Instant>,
 }
 
 struct Silent {
@@ -57,6 +61,7 @@ impl Door {
             silent: Vec::new(),
             threads: Arc::default(),
             seen: Zeroizing::new([0; SMALL_BYTES]),
+            awake_until: None,
         })
     }
 
@@ -105,13 +110,25 @@ impl Door {
             ends.push(PollFd::new(&self.listener, PollFlags::IN));
         }
         let patience = patience.map(|patience| Timespec::try_from(patience).expect("a few seconds"));
-        match poll(&mut ends, patience.as_ref()) {
+        match self.poll(&mut ends, patience.as_ref()) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok((Vec::new(), false)),
             Err(error) => return Err(error.into()),
         }
         let is_ready = |index: &usize| ends.get(*index).is_some_and(|end| !end.revents().is_empty());
         Ok(((0..self.silent.len()).filter(is_ready).collect(), is_ready(&self.silent.len())))
+    }
+
+    /// Looks again and again for a moment after a change, and sleeps then.
+    fn poll(&self, ends: &mut [PollFd<'_>], patience: Option<&Timespec>) -> Result<usize, Errno> {
+        while self.awake_until.is_some_and(|until| Instant::now() < until) {
+            match poll(ends, Some(&Timespec::default()))? {
+                // Whoever wants this processor has it first, packets and the client itself.
+                0 => std::thread::yield_now(),
+                ready => return Ok(ready),
+            }
+        }
+        poll(ends, patience)
     }
 
     fn see_to(&mut self, client: UnixStream, is_new: bool) {
@@ -141,6 +158,7 @@ impl Door {
         let Some(errno) = errno else {
             return Ok(Next::Thread(None));
         };
+        self.awake_until = Some(Instant::now() + WAKEFUL);
         let answer = answer(errno);
         let answered = send(client, answer.as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
         let (taken, _) = recv(client, &mut self.seen[..seen], RecvFlags::DONTWAIT)?;

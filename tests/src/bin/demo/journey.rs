@@ -201,7 +201,7 @@ fn delete_device(show: &mut Show, platform: &Platform, client: &Client, user: &U
         }
         let before = pings.answers();
         let after = lab::quiescent("traffic stops", Duration::from_secs(1), 10, || Ok(pings.answers()))? - before;
-        pings.stop(client)?;
+        pings.stop(client.machine())?;
         show.fact("echoes after that answer", &format!("{after}, of 50 sent in a second"));
         if client.pings(lab::HTTP_V4) {
             bail!("the deleted device still carries traffic");
