@@ -223,11 +223,11 @@ impl Uapi {
         tokio::time::timeout(SET_TIMEOUT, exchange).await.unwrap_or(Err(UapiError::Timeout))
     }
 
-    /// The device's own values; the connection is closed where the peers begin.
+    /// The device's own values; the connection is closed where those of tenants and peers begin, which may be very many.
     pub(crate) async fn device(&self) -> Result<DeviceStatus, UapiError> {
         let mut status = DeviceStatus::default();
         self.get(DEVICE_TIMEOUT, |key, value| {
-            if key == "public_key" {
+            if matches!(key, "cvault_tenant_settings" | "public_key") {
                 return Ok(Next::Stop);
             }
             device_line(&mut status, key, value).map(|()| Next::More)

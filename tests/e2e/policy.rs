@@ -44,6 +44,12 @@ fn figure(server: &Server, name: &str) -> Result<u64> {
     Ok(text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('=')?.parse::<u64>().ok()).sum())
 }
 
+/// Nobody takes mail there, and says so.
+fn reaches_mail(member: &Member) -> Result<bool> {
+    let dial = format!("timeout 2 bash -c 'exec 3<>/dev/tcp/{HTTP_V4}/25' 2>&1 || true");
+    Ok(member.client.machine().sh(&dial)?.contains("refused"))
+}
+
 fn holds(what: &str, condition: impl Fn() -> bool) -> Result<()> {
     eventually(what, 10, || if condition() { Ok(()) } else { Err(anyhow!("not yet")) })
 }
@@ -83,6 +89,21 @@ fn change_policies(platform: &Platform) -> Result<()> {
     let refused = json!({ "policy": { "allow_private_destinations": [format!("{METADATA}/32")] } });
     let answer = platform.http.send(&platform.admin.update_tenant_request(&tenant, &refused))?;
     ensure!(answer.status == 422 || answer.status == 400, "{}", answer.text());
+    let own = server.machine().sh("ip -o -4 addr show up0 | awk '{ split($4, a, \"/\"); print a[1] }'")?;
+    let before = server.dropped("destination")?;
+    ensure!(!acme.client.pings(own.trim()), "the server itself was reached at {own}");
+    ensure!(server.dropped("destination")? > before, "who else kept {own} from answering?");
+
+    // mail
+    let before = server.dropped("port")?;
+    ensure!(!reaches_mail(&acme)?, "tenants send no mail by default");
+    ensure!(server.dropped("port")? > before, "who else kept the mail back?");
+    patch(platform, &tenant, &json!({ "policy": { "allow_smtp": true } }))?;
+    eventually("mail is let through", 10, || {
+        ensure!(reaches_mail(&acme)?);
+        Ok(())
+    })?;
+    ensure!(!reaches_mail(&globex)?, "another tenant's device sent mail too");
 
     // rates
     let before = server.dropped("tx_rate_limited")?;

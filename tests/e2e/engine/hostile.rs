@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use cvault_tests::lab::{Machine, Network, Signal, eventually};
-use cvault_tests::platform::dropped;
+use cvault_tests::platform::{Pings, dropped};
 use cvault_tests::tunnel::{Both, Flood, Hostility, Inner, Keys, Outer, Program, Tunnel};
 
 /// How much more memory a flood may take. The engine's buffers are of fixed size and filled by the first traffic.
@@ -37,8 +37,11 @@ fn withstands(hostility: Hostility, reasons: &[&str]) -> Result<()> {
     flood.sends(5_000)?;
     both.transfer(Inner::V4, 4_000_000)?;
     both.transfer(Inner::V6, 4_000_000)?;
+    let pings = Pings::start(&both.client.machine, "10.8.0.1")?;
     flood.sends(5_000)?;
-    ensure!(both.client.pings("10.8.0.1"), "the tunnel is quiet");
+    pings.wait_for(100)?;
+    let count = pings.stop(&both.client.machine)?;
+    ensure!(count.lost() == 0, "of {} echoes {} were lost", count.sent, count.lost());
     ensure!(server.last_handshake(machine, &both.client.keys)? == shaken, "it had to shake hands again");
     let now = memory_kb(&both)?;
     ensure!(now < before + MORE_MEMORY_KB, "memory grew from {before} to {now} KB");

@@ -1,5 +1,7 @@
 //! System calls that fail or hang under traffic: `strace` puts the fault into one worker of a live engine.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result, ensure};
 use cvault_tests::lab::{Process, Signal, eventually};
 use cvault_tests::tunnel::{Both, Inner, Outer, Program};
@@ -10,6 +12,7 @@ const BYTES: u64 = 1_000_000;
 const SOCKET: &str = "sendmsg,sendmmsg,sendto";
 const TUN: &str = "write,writev";
 const TUN_READ: &str = "read,readv";
+const RECEIVE: &str = "recvmsg,recvmmsg";
 
 /// Until the returned process ends, `fault` is put into the calls of the server's first worker.
 fn inject(both: &Both, calls: &str, fault: &str) -> Result<Process> {
@@ -18,7 +21,8 @@ fn inject(both: &Both, calls: &str, fault: &str) -> Result<Process> {
     let worker = machine.sh(&format!("grep -l '^tunnel-worker-0$' /proc/{pid}/task/*/comm | cut -d/ -f5"))?;
     let worker = worker.trim();
     let (trace, inject) = (format!("trace={calls}"), format!("inject={calls}:{fault}"));
-    let arguments = ["-q", "-o", "/dev/null", "-p", worker, "-e", &trace, "-e", &inject];
+    let calls = log(both).display().to_string();
+    let arguments = ["-q", "-o", &calls, "-p", worker, "-e", &trace, "-e", &inject];
     let strace = machine.spawn("strace", "strace", arguments, [])?;
     eventually("strace has its hands on the worker", 20, || {
         strace.check_running()?;
@@ -27,6 +31,11 @@ fn inject(both: &Both, calls: &str, fault: &str) -> Result<Process> {
         Ok(())
     })?;
     Ok(strace)
+}
+
+/// What the worker called.
+fn log(both: &Both) -> PathBuf {
+    both.server.machine.dir().join("calls")
 }
 
 fn survives(calls: &str, faults: &[&str]) -> Result<()> {
@@ -40,6 +49,8 @@ fn survives(calls: &str, faults: &[&str]) -> Result<()> {
             both.transfer(inner, BYTES).with_context(|| format!("{calls}: {fault}"))?;
         }
         strace.end(&both.server.machine, Signal::Terminate)?;
+        let faults = std::fs::read_to_string(log(&both))?.matches("(INJECTED)").count();
+        ensure!(faults > 0, "{calls}: {fault}: no call was met");
     }
     both.server.tunnel.process().check_running()?;
     both.transfer(Inner::V4, 4 * BYTES)?;
@@ -85,6 +96,11 @@ fn a_tun_that_refuses_now_and_then_costs_no_connection() {
 #[test]
 fn a_tun_that_cannot_be_read_now_and_then_costs_no_connection() {
     survives(TUN_READ, &["error=EIO:when=3+11", "error=EINVAL:when=3+11", "error=ENOMEM:when=2+3"]).unwrap();
+}
+
+#[test]
+fn a_socket_that_cannot_be_read_now_and_then_costs_no_connection() {
+    survives(RECEIVE, &["error=EIO:when=3+11", "error=EINVAL:when=3+11", "error=ENOMEM:when=2+3"]).unwrap();
 }
 
 #[test]

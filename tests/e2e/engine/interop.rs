@@ -83,6 +83,7 @@ fn without_the_right_preshared_key_there_is_no_session_either_way() {
     let right = cvault_tests::tunnel::secret_file(&both.client.machine, "psk", &both.preshared_key).unwrap();
     both.client.tunnel.wg_set(&both.client.machine, &format!("peer {server_key} preshared-key {right}")).unwrap();
     both.client.reaches("10.8.0.1", 20).unwrap();
+    both.agree().unwrap();
 }
 
 /// The client gets another address and another port in the middle of a download.
@@ -197,6 +198,7 @@ fn a_persistent_keepalive_is_sent_without_traffic_by_either_side() {
             .unwrap();
             from.tunnel.wg_set(&from.machine, &format!("peer {} persistent-keepalive off", to.keys.public)).unwrap();
         }
+        both.agree().unwrap();
     }
 }
 

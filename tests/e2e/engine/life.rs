@@ -2,7 +2,8 @@
 
 use anyhow::{Result, ensure};
 use cvault_tests::lab::{Lab, Machine, Network, Signal, binary, eventually};
-use cvault_tests::tunnel::{Both, Inner, Keys, Outer, Program, Tunnel, closed};
+use cvault_tests::platform::Counters;
+use cvault_tests::tunnel::{Both, Flood, Hostility, Inner, Keys, Outer, Program, Tunnel, closed};
 
 #[test]
 fn another_port_under_traffic_costs_no_session_and_a_taken_one_changes_nothing() {
@@ -46,7 +47,11 @@ fn with_another_private_key_only_who_knows_the_public_one_comes_in() {
     both.meet(Outer::V4).unwrap();
     let (server, machine) = (&both.server.tunnel, &both.server.machine);
     let new = Keys::random().unwrap();
+    let download = both.begin_download(20_000_000, "2M").unwrap();
     server.set(machine, &format!("private_key={}\n", new.private_hex)).unwrap();
+    assert!(!both.client.pings("10.8.0.1"), "the session was of the former key");
+    assert!(download.is_under_way());
+    drop(download);
     assert_eq!(machine.run("wg", ["show", "wg0", "public-key"]).unwrap().trim(), new.public);
     // A new client of the old key is not let in.
     let client = &both.client;
@@ -61,6 +66,39 @@ fn with_another_private_key_only_who_knows_the_public_one_comes_in() {
     client.tunnel.load(&client.machine, "addconf", &as_new).unwrap();
     client.reaches("10.8.0.1", 15).unwrap();
     both.transfer(Inner::V6, 500_000).unwrap();
+    both.agree().unwrap();
+}
+
+#[test]
+fn a_peer_removed_while_it_sends_is_heard_no_more_until_it_is_back() {
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    both.meet(Outer::V4).unwrap();
+    let (server, machine) = (&both.server.tunnel, &both.server.machine);
+    let before = machine.run("wg", ["showconf", "wg0"]).unwrap();
+    let flood = Flood::start(
+        &both.client.machine,
+        "10.8.0.1:9".parse().unwrap(),
+        both.server.keys.public_bytes(),
+        Hostility::Garbage,
+    )
+    .unwrap();
+    let heard = || Counters::read(machine, "wg0").unwrap().rx_packets;
+    for _ in 0..3 {
+        flood.sends(500).unwrap();
+        server.wg_set(machine, &format!("peer {} remove", both.client.keys.public)).unwrap();
+        let last = heard();
+        flood.sends(500).unwrap();
+        assert_eq!(heard(), last, "nothing more came through");
+        server.load(machine, "setconf", &before).unwrap();
+        both.server.reaches("10.8.0.2", 15).unwrap();
+        eventually("it is heard again", 20, || {
+            ensure!(heard() > last + 100);
+            Ok(())
+        })
+        .unwrap();
+    }
+    drop(flood);
+    assert_eq!(closed(machine, "wg0").unwrap().len(), 3, "each of its lives");
     both.agree().unwrap();
 }
 

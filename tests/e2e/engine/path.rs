@@ -48,6 +48,7 @@ fn a_packet_of_exactly_the_mtu_passes_uncut_and_one_byte_more_is_told_the_mtu() 
             internet.sh("ip route flush cache; ip -6 route flush cache").unwrap();
         }
     }
+    both.agree().unwrap();
 }
 
 /// Everything from the internet machine to its servers, and back, goes through 1400 bytes.

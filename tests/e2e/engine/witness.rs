@@ -105,7 +105,7 @@ fn an_interface_set_down_and_up_again_in_the_middle_goes_on_and_counts_on() {
 const RATE_UP: u64 = 4_000_000;
 const RATE_DOWN: u64 = 6_000_000;
 /// Of what a rate lets through, whether it holds is told from so many seconds' worth.
-const WINDOW_S: u64 = 2;
+const WINDOW_S: u64 = 1;
 const ERROR: f64 = 0.02;
 
 /// IP bits each second that arrive at an interface, as the kernel counts them; an engine tells what merging has saved.

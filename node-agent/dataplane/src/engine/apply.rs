@@ -101,6 +101,11 @@ impl Engine {
         self.replace.begin();
     }
 
+    /// Nobody knows which peers were to be added again: none goes.
+    pub fn abandon_replace(&mut self) {
+        self.replace.abandon();
+    }
+
     /// Closes every peer that was not added again, those of an earlier process included: [`Self::settle`] does it.
     pub fn end_replace(&mut self) {
         self.replace.end();
@@ -152,7 +157,7 @@ impl Engine {
     }
 
     /// A new peer has a generation even if none is given.
-    fn is_life(&self, slot: u16, known: bool, generation: Option<u64>) -> bool {
+    pub(super) fn is_life(&self, slot: u16, known: bool, generation: Option<u64>) -> bool {
         let peer = self.peers[usize::from(slot)].as_deref();
         match generation {
             None if known => true,
@@ -186,8 +191,7 @@ impl Engine {
     /// Whether [`Self::settle`] must come first, because the change needs what a removed peer still holds.
     #[must_use]
     pub fn waits_for_settling(&self, change: &PeerChange) -> bool {
-        let full = self.free.is_empty() && self.unused >= self.counters.capacity();
-        !self.closing.is_empty() && (full || self.closing_lives.contains(&life_of(change)))
+        !self.closing.is_empty() && (self.is_full() || self.closing_lives.contains(&life_of(change)))
     }
 
     /// What the changes since the last call did to peers of other workers.
@@ -269,7 +273,7 @@ impl Engine {
             if let Some((_, slot)) = self.parked.pop_first() {
                 self.close(slot);
             } else if let Some(slot) = self.next_to_sweep() {
-                left -= self.take_prefixes(slot, left);
+                left -= self.take_prefixes(slot, left, &[]);
                 if self.prefixes_of(slot) > 0 {
                     self.sweeping = Some(slot);
                     return;
@@ -296,6 +300,17 @@ impl Engine {
             return Err(Refused::TenantPrefix);
         }
         Ok(())
+    }
+
+    /// Whether [`Self::insert`] finds a slot.
+    pub(super) fn has_slot_for(&self, change: &PeerChange) -> bool {
+        let life = life_of(change);
+        let is_free = self.parked.contains_key(&life) || !self.is_full();
+        is_free && !self.closing_lives.contains(&life)
+    }
+
+    fn is_full(&self) -> bool {
+        self.free.is_empty() && self.unused >= self.counters.capacity()
     }
 
     /// A slot for a new peer: its own from before, or a free one.

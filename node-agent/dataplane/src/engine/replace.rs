@@ -29,6 +29,12 @@ impl Replace {
         self.stage = Stage::Naming;
     }
 
+    pub(super) fn abandon(&mut self) {
+        if self.stage == Stage::Naming {
+            self.stage = Stage::None;
+        }
+    }
+
     /// From now on [`Self::next_unnamed`] finds those that were not named. Without [`Self::begin`] there are none.
     pub(super) fn end(&mut self) {
         if self.stage == Stage::Naming {
@@ -74,6 +80,9 @@ mod tests {
         assert!(!replace.is_unnamed(1), "without a replacement nobody has to be named");
         replace.end();
         assert_eq!(swept(&mut replace, 65_535), [0; 0]);
+        replace.begin();
+        replace.abandon();
+        assert!(!replace.is_unnamed(1));
         replace.begin();
         assert!(replace.is_unnamed(1));
         (0..65_535).filter(|slot| ![3, 65_534].contains(slot)).for_each(|slot| replace.name(slot));

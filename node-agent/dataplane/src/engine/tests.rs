@@ -354,14 +354,19 @@ fn very_many_prefixes_go_a_few_at_a_time_before_the_change_that_ends_them() {
         [one]
     };
     let replaces = |one: &mut PeerChange, nets| (one.replace_allowed_ips, one.allowed_ips) = (true, nets);
-    let wide: [&dyn Fn(&mut PeerChange); 2] = [&|one| one.remove = true, &|one| replaces(one, few())];
+    let is_heavy = |server: &Host, changes: &[PeerChange]| server.engine.light(changes) < changes.len();
+    let wide: [&dyn Fn(&mut PeerChange); 3] = [&|one| one.remove = true, &|one| replaces(one, few()), &|one| {
+        (one.generation, one.allowed_ips) = (Some(7), few())
+    }];
     for change in wide {
+        server.peer(7, |p| p.remove = true).unwrap();
+        closed(&mut server);
         server.peer(7, |p| p.allowed_ips = nets()).unwrap();
-        assert!(!server.engine.are_heavy(&of(&|one| replaces(one, nets()))), "they are the same");
-        assert!(!server.engine.are_heavy(&of(&|one| (one.tenant, one.allowed_ips) = (Some(TENANT), few()))), "refused");
+        assert!(!is_heavy(&server, &of(&|one| replaces(one, nets()))), "they are the same");
+        assert!(!is_heavy(&server, &of(&|one| (one.tenant, one.allowed_ips) = (Some(TENANT), few()))), "refused");
         let change = of(change);
         let mut times = 0;
-        while server.engine.are_heavy(&change) {
+        while is_heavy(&server, &change) {
             server.engine.trim(&change[0]);
             times += 1;
         }
@@ -374,6 +379,33 @@ fn very_many_prefixes_go_a_few_at_a_time_before_the_change_that_ends_them() {
         assert!(views.iter().all(|view| view.allowed_ips == left), "all others are gone");
         assert_eq!(server.engine.directory.get().routes.find("11.0.0.7".parse().unwrap()).is_some(), !left.is_empty());
     }
+
+    server.peer(7, |p| (p.replace_allowed_ips, p.allowed_ips) = (true, nets())).unwrap();
+    let last: IpNet = nets().pop().unwrap();
+    let [narrowed] =
+        of(&|one| (one.generation, one.replace_allowed_ips, one.allowed_ips) = (Some(7), true, vec![last]));
+    while is_heavy(&server, std::slice::from_ref(&narrowed)) {
+        server.engine.trim(&narrowed);
+        assert!(server.engine.directory.get().routes.owner(last).is_some(), "what is named stays");
+    }
+    server.engine.apply_peer(server.now, narrowed, &mut server.out).unwrap();
+    closed(&mut server);
+    assert_eq!(server.view(7).allowed_ips, [last]);
+
+    let mut crowded = Host::new(1, SERVER);
+    crowded.peer(7, |p| p.allowed_ips = nets()).unwrap();
+    let next_life = of(&|one| (one.generation, one.replace_allowed_ips, one.allowed_ips) = (Some(8), true, few()));
+    let fills = |number: u32| {
+        let mut public_key = [0; 32];
+        public_key[..4].copy_from_slice(&number.to_le_bytes());
+        PeerChange { public_key, ..PeerChange::default() }
+    };
+    assert!(is_heavy(&crowded, &next_life));
+    let refused = (1..).map(fills).find_map(|one| crowded.engine.apply_peer(crowded.now, one, &mut crowded.out).err());
+    assert_eq!(refused, Some(Refused::Full));
+    assert!(!is_heavy(&crowded, &next_life), "it will be refused");
+    crowded.engine.apply_peer(crowded.now, next_life[0].clone(), &mut crowded.out).unwrap_err();
+    assert_eq!(crowded.view(7).allowed_ips.len(), 10_000, "nothing of it was applied");
 
     server.peer(7, |p| (p.replace_allowed_ips, p.allowed_ips) = (true, nets())).unwrap();
     server.peer(8, |p| p.allowed_ips = vec!["10.8.0.8/32".parse().unwrap()]).unwrap();

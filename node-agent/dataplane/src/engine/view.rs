@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 
 use super::Engine;
+use super::trim::AT_ONCE;
 use crate::change::Secret;
 use crate::counters::{Counts, Epoch};
 use crate::drops::{Dropped, Drops};
@@ -87,17 +88,18 @@ impl Engine {
         (tenants, configured.next().map(|(entry, ..)| entry))
     }
 
-    /// Up to `limit` peers from slot `from` on, and the slot to go on with.
+    /// Up to `limit` peers from slot `from` on, fewer if they have very many prefixes, and the slot to go on with.
     #[must_use]
     pub fn peers(&self, from: u16, limit: usize) -> (Vec<PeerView>, Option<u16>) {
-        let mut views = Vec::new();
+        let (mut views, mut prefixes) = (Vec::new(), 0);
         for slot in from..=u16::MAX {
             if u32::from(slot) >= self.unused.min(self.counters.capacity()) {
                 break;
             }
-            if views.len() == limit {
+            if views.len() == limit || prefixes > AT_ONCE {
                 return (views, Some(slot));
             }
+            prefixes += self.prefixes_of(slot);
             views.extend(self.view(slot));
         }
         (views, None)

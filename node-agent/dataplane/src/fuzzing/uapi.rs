@@ -30,7 +30,7 @@ const READ_ONLY: [&str; 19] = [
     "cvault_udp_gso_",
     "cvault_tun_",
     "cvault_panics",
-    "cvault_socket_drops",
+    "cvault_socket_",
     "cvault_hairpin_",
     "cvault_worker",
     "protocol_version",

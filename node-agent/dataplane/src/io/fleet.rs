@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use ipnet::IpNet;
 
 use super::desk::Desk;
-use super::mailbox::{Controller, DeviceState, Reply, Request, WorkerGone, WorkerState};
+use super::mailbox::{Answer, Controller, DeviceState, Reply, Request, WorkerGone, WorkerState};
 use super::watch::Pulse;
 use super::worker::Worker;
 use crate::change::{DeviceChange, PeerChange};
@@ -90,7 +90,9 @@ impl Placement {
         if before.is_none() && change.update_only {
             return Move { key, owner: 0, before, left: None, is_made: false };
         }
-        let left = self.take_left(&key, change.generation.unwrap_or(0));
+        // Whoever names no life of a peer that there is means the one it has.
+        let names_life = before.is_none() || (change.generation.is_some() && !change.update_only);
+        let left = if names_life { self.take_left(&key, change.generation.unwrap_or(0)) } else { None };
         let owner = match (left, before) {
             // Its slot has been counted since the start.
             (Some(left), None) => left.owner,
@@ -105,7 +107,9 @@ impl Placement {
                 owner
             }
         };
-        self.keys.insert(key, Placed { owner, round: self.round });
+        // A replacement does not take an update for its naming the peer.
+        let round = before.filter(|_| change.update_only).map_or(self.round, |before| before.round);
+        self.keys.insert(key, Placed { owner, round });
         Move { key, owner, before, left, is_made: true }
     }
 
@@ -125,6 +129,13 @@ impl Placement {
         }
         if let Some(left) = left {
             self.left.entry(key).or_default().push(left);
+        }
+    }
+
+    /// The worker has not said what it did: whoever may have something of the key is still known.
+    fn leave_open(&mut self, unanswered: &Move) {
+        if let Move { left: Some(_), before: Some(_), .. } = unanswered {
+            self.take_back(unanswered);
         }
     }
 
@@ -229,6 +240,10 @@ impl Fleet {
                 placement.round += 1;
                 self.all(|| Request::BeginReplace)
             }
+            Request::AbandonReplace => {
+                let _turn = self.placement();
+                self.all(|| Request::AbandonReplace)
+            }
             Request::EndReplace => {
                 let mut placement = self.placement();
                 placement.replaced();
@@ -320,12 +335,21 @@ impl Fleet {
             .filter(|(_, letter)| !letter.changes.is_empty())
             .map(|(worker, letter)| (worker.post(Request::Peers(letter.changes)), letter.placed))
             .collect();
-        let mut worst = 0;
+        let (mut worst, mut is_gone) = (0, false);
         let mut all = Vec::new();
         // A key may have been removed at several workers.
         let (mut removed, mut kept) = (HashSet::new(), HashSet::new());
         for (answer, placed) in posted {
-            let reply = answer?.wait()?;
+            let Ok(reply) = answer.and_then(Answer::wait) else {
+                is_gone = true;
+                for placed in placed {
+                    match placed {
+                        Placing::Moved(unanswered) => placement.leave_open(&unanswered),
+                        Placing::Removed(key) => _ = kept.insert(key),
+                    }
+                }
+                continue;
+            };
             worst = if worst == 0 { reply.errno() } else { worst };
             let (made, settled) = match reply {
                 Reply::Changed { notices, settled, made, .. } => {
@@ -345,6 +369,9 @@ impl Fleet {
         }
         let told = self.notify(all)?;
         removed.difference(&kept).for_each(|key| placement.removed(key));
+        if is_gone {
+            return Err(WorkerGone);
+        }
         Ok(if worst == 0 { told } else { worst })
     }
 
@@ -475,6 +502,32 @@ mod tests {
         placement.place(&change(3, 0));
         placement.replaced();
         assert_eq!((placement.keys.len(), placement.load.as_slice()), (1, &[0, 1][..]));
+    }
+
+    #[test]
+    fn a_change_that_names_no_life_is_for_the_one_there_is() {
+        let mut placement = Placement::new(2, 512, &[Found { public_key: [9; 32], generation: 0, slot: 1 }]);
+        assert_eq!(placement.place(&change(9, 7)).owner, 0);
+        let wg = PeerChange { generation: None, ..change(9, 0) };
+        for later in
+            [PeerChange { update_only: true, ..wg.clone() }, PeerChange { update_only: true, ..change(9, 0) }, wg]
+        {
+            assert_eq!(placement.place(&later).owner, 0);
+        }
+        let revived = placement.place(&change(9, 0));
+        assert_eq!(revived.owner, 1, "it is named");
+        placement.leave_open(&revived);
+        assert_eq!(placement.owners(&[9; 32]), [0, 1], "either may have it");
+    }
+
+    #[test]
+    fn an_update_alone_is_not_named_in_a_replacement() {
+        let mut placement = Placement::new(2, 512, &[]);
+        placement.place(&change(1, 0));
+        placement.round += 1;
+        placement.place(&PeerChange { update_only: true, ..change(1, 0) });
+        placement.replaced();
+        assert_eq!((placement.keys.len(), placement.load.as_slice()), (0, &[0, 0][..]));
     }
 
     #[test]

@@ -30,6 +30,8 @@ pub(crate) enum Request {
     /// The same of many, a portion in each pass. The first change that is refused is the last.
     Portions(vec::IntoIter<Vec<PeerChange>>),
     BeginReplace,
+    /// As if it had not been begun; the peers named in it stay as they were made.
+    AbandonReplace,
     EndReplace,
     /// Go on journaling removed peers; `EAGAIN` while there are more.
     Settle,
@@ -138,6 +140,7 @@ impl DeviceState {
         shell.tun_written_bytes += more.tun_written_bytes;
         shell.tun_merged_bytes += more.tun_merged_bytes;
         shell.tun_read_errors += more.tun_read_errors;
+        shell.socket_read_errors += more.socket_read_errors;
         shell.panics += more.panics;
         shell.socket_drops += more.socket_drops;
     }
@@ -171,6 +174,8 @@ pub(crate) struct ShellState {
     pub(crate) tun_merged_bytes: u64,
     /// Calls to read the TUN that failed.
     pub(crate) tun_read_errors: u64,
+    /// Calls to receive from a socket that failed.
+    pub(crate) socket_read_errors: u64,
     pub(crate) panics: u64,
     /// Datagrams that the kernel dropped before they were received.
     pub(crate) socket_drops: u64,
@@ -209,11 +214,12 @@ impl Unfinished {
         self.portions.as_slice().first().map_or(&[], Vec::as_slice)
     }
 
-    /// Makes each change of the next portion a portion.
-    pub(crate) fn split_next(&mut self) {
-        let next = self.portions.next().unwrap_or_default();
-        let singles = next.into_iter().map(|change| vec![change]);
-        self.portions = singles.chain(self.portions.by_ref()).collect::<Vec<_>>().into_iter();
+    /// Makes the first changes of the next portion a portion of their own.
+    pub(crate) fn split_next(&mut self, count: usize) {
+        let mut first = self.portions.next().unwrap_or_default();
+        let rest = first.split_off(count.min(first.len()));
+        let parts = [first, rest].into_iter().filter(|part| !part.is_empty());
+        self.portions = parts.chain(self.portions.by_ref()).collect::<Vec<_>>().into_iter();
     }
 
     /// Shows the asker that something is done for it. Nothing is left to do if it has given up.
@@ -375,13 +381,16 @@ mod tests {
 
     #[test]
     fn a_portion_that_is_split_is_answered_as_one() {
-        let (answer, letter) = letter(2);
+        let (answer, mut letter) = letter(1);
+        let three = [1, 2, 3].map(|number| PeerChange { public_key: [number; 32], ..PeerChange::default() });
+        letter.portions = vec![three.to_vec()].into_iter();
         let changed =
             |errno, settled| Reply::Changed { errno, made: 1, notices: vec![Notice::Remove { slot: 7 }], settled };
         let mut letter = letter.wait().unwrap();
-        letter.split_next();
+        letter.split_next(1);
         assert_eq!((letter.next().len(), letter.portions.len()), (1, 2));
         let letter = letter.go_on(|_| changed(0, false)).unwrap();
+        assert!(letter.next().iter().map(|change| change.public_key).eq([[2; 32], [3; 32]]));
         assert!(letter.go_on(|_| changed(7, true)).is_none());
         let Ok(Reply::Changed { errno, made, notices, settled }) = answer.wait() else { panic!("another answer") };
         assert_eq!((errno, made, notices.len(), settled), (7, 2, 2, false));

@@ -97,16 +97,22 @@ impl Sockets {
     /// Receives from the sockets that are `ready`, in the order of [`Self::fds`], into `buffers` ([`BATCH`] ×
     /// [`BUFFER_BYTES`]), handing each datagram to `each`. What did not fill them has nothing more and is not ready any
     /// more; says whether anything is.
+    ///
+    /// # Errors
+    /// That of the last socket that could not be read; the others were.
     pub(crate) fn receive(
         &self,
         ready: &mut [bool; 2],
         buffers: &mut [u8],
         mut each: impl FnMut(&[u8], &RecvMeta),
-    ) -> bool {
-        let mut more = false;
+    ) -> io::Result<bool> {
+        let (mut more, mut error) = (false, None);
         for (half, ready) in self.v4.iter().chain(&self.v6).zip(ready).filter(|(_, ready)| **ready) {
             let mut meta = [RecvMeta::default(); BATCH];
-            let count = half.receive(buffers, &mut meta).unwrap_or(0);
+            let count = half.receive(buffers, &mut meta).unwrap_or_else(|failed| {
+                error = Some(failed).filter(|failed| failed.kind() != io::ErrorKind::WouldBlock).or(error.take());
+                0
+            });
             *ready = count == BATCH;
             more |= *ready;
             for (buffer, meta) in buffers.chunks_exact(BUFFER_BYTES).zip(&meta).take(count) {
@@ -119,7 +125,7 @@ impl Sockets {
                 }
             }
         }
-        more
+        error.map_or(Ok(more), Err)
     }
 
     /// Sends all datagrams of `out`, runs to one endpoint in one call, and tells the engine what left.
@@ -377,7 +383,7 @@ mod tests {
         }
         let mut lengths = Vec::new();
         let (mut ready, mut buffers) = ([true; 2], vec![0; BATCH * BUFFER_BYTES]);
-        while sockets.receive(&mut ready, &mut buffers, |datagram, _| lengths.push(datagram.len())) {}
+        while sockets.receive(&mut ready, &mut buffers, |datagram, _| lengths.push(datagram.len())).unwrap() {}
         assert_eq!((lengths[0], lengths[1]), (0, 60_000));
         assert!(sockets.dropped() > 0, "more was sent than the buffer holds");
         assert_eq!(lengths.len() as u64 + sockets.dropped(), SENT);

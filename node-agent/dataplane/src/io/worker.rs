@@ -69,12 +69,13 @@ pub(crate) struct Worker {
     was_asked: bool,
     unfinished: Option<Unfinished>,
     reading: Reading,
+    receiving: Reading,
     end: Option<End>,
     /// It panicked too often, or the host failed it.
     gave_up: bool,
 }
 
-/// The errors that the TUN has answered with since it last did as asked.
+/// The errors that the TUN, or a socket, has answered with since it last did as asked.
 #[derive(Debug, Default)]
 struct Reading {
     since_ms: u64,
@@ -143,6 +144,7 @@ impl Worker {
             was_asked: false,
             unfinished: None,
             reading: Reading::default(),
+            receiving: Reading::default(),
             end: None,
             gave_up: false,
         })
@@ -206,7 +208,7 @@ impl Worker {
             mailbox.clear_wake();
         }
         let mut more = self.receive_parcels(now);
-        self.receive(now, ready.sockets);
+        self.receive(now, ready.sockets)?;
         if ready.tun {
             self.read_tun(now)?;
         }
@@ -251,23 +253,29 @@ impl Worker {
         true
     }
 
-    fn receive(&mut self, now: Now, mut ready: [bool; 2]) {
+    fn receive(&mut self, now: Now, mut ready: [bool; 2]) -> io::Result<()> {
         for _ in 0..MAX_RECEIVES {
-            let Some(sockets) = &self.net.sockets else {
-                return;
+            let Some(sockets) = self.net.sockets.as_ref().filter(|_| ready.contains(&true)) else {
+                return Ok(());
             };
             let (engine, out) = (&mut self.engine, &mut self.out);
             let more = sockets.receive(&mut ready, &mut self.buffers, |segment, meta| {
                 let origin = Origin { from: canonical(meta.addr), to: meta.dst_ip, ecn: udp::ecn(meta) };
                 engine.on_udp(now, segment, origin, out);
             });
+            match more {
+                Ok(_) => self.receiving.works(),
+                Err(error) => {
+                    self.shell.socket_read_errors += 1;
+                    tracing::debug!(%error, "a socket could not be read");
+                    return if self.receiving.fails(now) { Err(error) } else { Ok(()) };
+                }
+            }
             if self.out.wants_flush() {
                 self.flush();
             }
-            if !more {
-                return;
-            }
         }
+        Ok(())
     }
 
     fn read_tun(&mut self, now: Now) -> io::Result<()> {
@@ -375,12 +383,11 @@ impl Worker {
 
     /// Makes the next portion of a letter, or prepares what would hold packets up.
     fn go_on(&mut self, now: Now, mut letter: Unfinished) -> Option<Unfinished> {
-        if !self.engine.are_heavy(letter.next()) {
-            return letter.go_on(|changes| self.change_peers(now, changes));
-        }
+        let light = self.engine.light(letter.next());
         match letter.next() {
+            changes if light == changes.len() => return letter.go_on(|changes| self.change_peers(now, changes)),
             [change] => self.engine.trim(change),
-            _ => letter.split_next(),
+            _ => letter.split_next(light.max(1)),
         }
         letter.wait()
     }
@@ -408,6 +415,10 @@ impl Worker {
             }
             Request::BeginReplace => {
                 self.engine.begin_replace();
+                0
+            }
+            Request::AbandonReplace => {
+                self.engine.abandon_replace();
                 0
             }
             Request::EndReplace => {
@@ -531,7 +542,7 @@ impl Acting for Worker {
         let Request::Peers(changes) = request else {
             return true;
         };
-        !self.engine.are_heavy(changes)
+        self.engine.light(changes) == changes.len()
     }
 
     fn has_ended(&self) -> bool {

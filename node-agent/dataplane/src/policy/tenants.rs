@@ -217,7 +217,10 @@ impl Tenants {
     fn set(&mut self, now: Clock, id: TenantId, settings: TenantSettings) {
         let index = self.index(id);
         let tenant = &mut self.all[index as usize];
-        tenant.destinations = Destinations::new(settings.smtp, &settings.allow_to, &settings.deny_to);
+        let rules = |of: &TenantSettings| (of.smtp, of.allow_to == settings.allow_to, of.deny_to == settings.deny_to);
+        if rules(&tenant.settings) != rules(&settings) {
+            tenant.destinations = Destinations::new(settings.smtp, &settings.allow_to, &settings.deny_to);
+        }
         tenant.rates = [Rate::bits_per_second(settings.rate_up), Rate::bits_per_second(settings.rate_down)];
         let limited = tenant.rates.iter().any(Option::is_some);
         let left = !limited && tenant.buckets.take().is_some();

@@ -50,6 +50,7 @@ pub(crate) fn device(state: &DeviceState) -> String {
     line(&mut text, "cvault_tun_written_bytes", shell.tun_written_bytes);
     line(&mut text, "cvault_tun_merged_bytes", shell.tun_merged_bytes);
     line(&mut text, "cvault_tun_read_errors", shell.tun_read_errors);
+    line(&mut text, "cvault_socket_read_errors", shell.socket_read_errors);
     line(&mut text, "cvault_panics", shell.panics);
     line(&mut text, "cvault_socket_drops", shell.socket_drops);
     line(&mut text, "cvault_hairpin_packets", view.hairpin.packets);

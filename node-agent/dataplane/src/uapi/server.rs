@@ -205,10 +205,9 @@ impl Server {
     fn set(&self, request: SetRequest) -> Result<i32, WorkerGone> {
         let mut setting = self.setting.lock().unwrap_or_else(PoisonError::into_inner);
         let SetRequest { device, replace_peers, end_replace, peers } = request;
-        let mut errno = 0;
         if *setting == Device::Pending || !device.is_empty() {
             *setting = Device::Pending;
-            errno = self.done(Request::Device(device))?;
+            let errno = self.done(Request::Device(device))?;
             if errno != 0 {
                 return Ok(errno);
             }
@@ -217,6 +216,25 @@ impl Server {
         if replace_peers {
             self.done(Request::BeginReplace)?;
         }
+        let made = self.make(peers);
+        if made.is_err() && replace_peers {
+            // Who was named in what the worker did not answer is not to be taken for removed.
+            self.done(Request::AbandonReplace)?;
+        }
+        let mut errno = made?;
+        // What was begun is ended, even when a peer was refused; but that peer may be one of an earlier process.
+        if replace_peers || (end_replace && errno == 0) {
+            let mut settled = self.done(Request::EndReplace)?;
+            while settled == libc::EAGAIN {
+                settled = self.done(Request::Settle)?;
+            }
+            errno = if errno == 0 { settled } else { errno };
+        }
+        Ok(errno)
+    }
+
+    /// Adds, changes and removes peers, in portions if they are many.
+    fn make(&self, peers: Vec<PeerChange>) -> Result<i32, WorkerGone> {
         let most = peers.len().min(CHUNK);
         let mut peers = peers.into_iter().flat_map(|peer| peer.parts(CHUNK_PREFIXES)).peekable();
         let first = chunk(&mut peers, most);
@@ -227,19 +245,12 @@ impl Server {
                 // Who waits for this processor has a packet, most likely.
                 std::thread::yield_now();
             }
-            errno = self.done(Request::Portions(portions.into_iter()))?;
+            self.done(Request::Portions(portions.into_iter()))
         } else if !first.is_empty() {
-            errno = self.done(Request::Peers(first))?;
+            self.done(Request::Peers(first))
+        } else {
+            Ok(0)
         }
-        // What was begun is ended, even when a peer was refused; but that peer may be one of an earlier process.
-        if replace_peers || (end_replace && errno == 0) {
-            let mut settled = self.done(Request::EndReplace)?;
-            while settled == libc::EAGAIN {
-                settled = self.done(Request::Settle)?;
-            }
-            errno = if errno == 0 { settled } else { errno };
-        }
-        Ok(errno)
     }
 
     fn done(&self, request: Request) -> Result<i32, WorkerGone> {
@@ -503,6 +514,10 @@ mod tests {
                         engine.on_notices(notices);
                         Reply::Done(0)
                     }
+                    Request::AbandonReplace => {
+                        engine.abandon_replace();
+                        Reply::Done(0)
+                    }
                     Request::Stop => return,
                 };
                 mail.reply.send(reply).unwrap();
@@ -614,6 +629,7 @@ mod tests {
                         Request::Stop => return letters,
                         Request::Portions(_)
                         | Request::BeginReplace
+                        | Request::AbandonReplace
                         | Request::EndReplace
                         | Request::Settle
                         | Request::Describe
