@@ -129,8 +129,7 @@ fn rates_hold(both: &Both) -> Result<()> {
         eventually("the rate holds", 60, || {
             let seen = arriving(end, rate)?;
             let error = seen / f64::from(u32::try_from(rate)?) - 1.0;
-            println!("at a rate of {rate} bit/s {seen:.0} arrive: {:+.2} %", error * 100.0);
-            ensure!(error.abs() <= ERROR, "{seen:.0} bit/s at {rate}");
+            ensure!(error.abs() <= ERROR, "{seen:.0} bit/s at {rate}: {:+.2} %", error * 100.0);
             Ok(())
         })?;
     }

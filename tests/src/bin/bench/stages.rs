@@ -130,10 +130,11 @@ fn scale(engine: &Engine, plan: &Plan, sheet: &mut Sheet) -> Result<()> {
     }
     let singles = plan.peers..plan.peers + plan.single_changes;
     if plan.wants(&["peer_add_p50", "peer_add_p99", "peer_remove_p50"]) {
-        let adds = each(singles.clone(), |number| server.set(&config::idle_peers(CHANGE, number..number + 1), SOON))?;
+        let client = server.beside()?;
+        let adds = each(singles.clone(), |number| client.set(&config::idle_peers(CHANGE, number..number + 1), SOON))?;
         put_quantile(sheet, "peer_add_p50", &adds, 50)?;
         put_quantile(sheet, "peer_add_p99", &adds, 99)?;
-        let removals = each(singles, |number| server.set(&config::removal(number), SOON))?;
+        let removals = each(singles, |number| client.set(&config::removal(number), SOON))?;
         put_quantile(sheet, "peer_remove_p50", &removals, 50)?;
     }
     if plan.wants(&["peers_set_again"]) {
