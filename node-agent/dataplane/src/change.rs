@@ -27,6 +27,18 @@ impl Secret {
         Self(Zeroizing::new(bytes))
     }
 
+    /// A private key as everybody keeps it: the bits that X25519 does not use are set as RFC 7748 (section 5) says. All zeroes
+    /// stay what they are.
+    #[must_use]
+    pub fn private_key(bytes: [u8; 32]) -> Self {
+        let mut secret = Self::new(bytes);
+        if !secret.is_zero() {
+            secret.0[0] &= 0xf8;
+            secret.0[31] = secret.0[31] & 0x7f | 0x40;
+        }
+        secret
+    }
+
     /// All zeroes: the protocol's way to say "none".
     #[must_use]
     pub fn is_zero(&self) -> bool {

@@ -1,8 +1,11 @@
 //! The engine and Debian's wireguard-go, either of them in either role.
 
+use std::net::SocketAddr;
+
 use anyhow::{Context, Result, anyhow, ensure};
-use cvault_tests::lab::{Network, eventually};
-use cvault_tests::tunnel::{Both, Flood, Hostility, Inner, Keys, Outer, Program, Tunnel, preshared_key};
+use cvault_tests::lab::{Machine, Network, Signal, eventually};
+use cvault_tests::platform::dropped;
+use cvault_tests::tunnel::{Both, End, Flood, Hostility, Inner, Keys, Outer, Program, Tunnel, preshared_key};
 
 const BYTES: u64 = 8_000_000;
 const FEWER_BYTES: u64 = 1_000_000;
@@ -202,41 +205,92 @@ fn a_persistent_keepalive_is_sent_without_traffic_by_either_side() {
     }
 }
 
-#[test]
-fn wireguard_go_under_load_asks_for_a_cookie_and_the_engine_brings_it() {
-    let both = Both::start(Program::WireguardGo, Program::Engine).unwrap();
-    let server = &both.server;
-    // Cookie replies, those to the client, and initiations of the client with a second MAC.
-    server
-        .machine
+/// Counts at an end what somebody who asks it in does about cookies.
+fn watch_cookies(at: &End, guest: &str) -> Result<()> {
+    at.machine
         .sh(&format!(
             "nft 'add table inet cookies
                   add chain inet cookies out {{ type filter hook output priority 0; }}
                   add chain inet cookies in {{ type filter hook input priority 0; }}
                   add rule inet cookies out udp sport 51820 @th,64,8 3 counter
-                  add rule inet cookies out ip daddr {client} udp sport 51820 @th,64,8 3 counter
-                  add rule inet cookies in ip saddr {client} udp dport 51820 @th,64,8 1 @th,1120,128 != 0 counter'",
-            client = both.client.at.v4
+                  add rule inet cookies out ip daddr {guest} udp sport 51820 @th,64,8 3 counter
+                  add rule inet cookies in ip saddr {guest} udp dport 51820 @th,64,8 1 counter
+                  add rule inet cookies in ip saddr {guest} udp dport 51820 @th,64,8 1 @th,1120,128 != 0 counter'",
         ))
-        .unwrap();
-    let counted = || -> Result<[u64; 3]> {
-        let text = server.machine.run("nft", ["list", "table", "inet", "cookies"])?;
-        let counts = text.split("counter packets ").skip(1).filter_map(|rest| rest.split(' ').next()?.parse().ok());
-        counts.collect::<Vec<_>>().try_into().map_err(|_| anyhow!("nft said: {text}"))
-    };
+        .map(drop)
+}
+
+/// What [`watch_cookies`] has counted.
+struct Cookies {
+    /// Cookie replies to anybody.
+    replies: u64,
+    /// Those to the guest.
+    asked: u64,
+    /// The guest's initiations.
+    initiations: u64,
+    /// Those with a second MAC.
+    brought: u64,
+}
+
+fn cookies(at: &End) -> Result<Cookies> {
+    let text = at.machine.run("nft", ["list", "table", "inet", "cookies"])?;
+    let counts = text.split("counter packets ").skip(1).filter_map(|rest| rest.split(' ').next()?.parse().ok());
+    let [replies, asked, initiations, brought] =
+        counts.collect::<Vec<_>>().try_into().map_err(|_| anyhow!("nft said: {text}"))?;
+    Ok(Cookies { replies, asked, initiations, brought })
+}
+
+#[test]
+fn wireguard_go_under_load_asks_for_a_cookie_and_the_engine_brings_it() {
+    let both = Both::start(Program::WireguardGo, Program::Engine).unwrap();
+    let server = &both.server;
+    watch_cookies(server, &both.client.at.v4).unwrap();
     let (stranger, _) = both.lab.machine("stranger", Network::Clients, 66).unwrap();
     let target = format!("{}:51820", server.at.v4).parse().unwrap();
     let key = server.keys.public_bytes();
     let floods = [(); 4].map(|()| Flood::start(&stranger, target, key, Hostility::Initiations).unwrap());
     eventually("it is under load", 60, || {
-        ensure!(counted()?[0] > 1000, "{:?}", counted()?);
+        let replies = cookies(server)?.replies;
+        ensure!(replies > 1000, "{replies}");
         Ok(())
     })
     .unwrap();
     both.meet(Outer::V4).unwrap();
-    let [_, asked, brought] = counted().unwrap();
+    let Cookies { asked, brought, .. } = cookies(server).unwrap();
     assert!(asked > 0 && brought > 0, "cookies: {asked} asked for, {brought} brought");
     drop(floods);
     both.transfer(Inner::V4, FEWER_BYTES).unwrap();
     both.agree().unwrap();
+}
+
+/// It is held still until more initiations wait for it than it works off at once, and wireguard-go's comes behind them.
+#[test]
+fn the_engine_under_load_asks_for_a_cookie_and_wireguard_go_brings_it() {
+    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
+    let (server, client) = (&both.server, &both.client);
+    watch_cookies(server, &client.at.v4).unwrap();
+    let (stranger, _) = both.lab.machine("stranger", Network::Clients, 66).unwrap();
+    let target = format!("{}:51820", server.at.v4).parse().unwrap();
+    server.tunnel.process().signal(&server.machine, Signal::Stop).unwrap();
+    let held = hold_initiations(&both, &stranger, target);
+    server.tunnel.process().signal(&server.machine, Signal::Continue).unwrap();
+    held.unwrap();
+    // It says it again after five seconds, by then with what it was asked for.
+    client.reaches("10.8.0.1", 30).unwrap();
+    let Cookies { asked, brought, .. } = cookies(server).unwrap();
+    assert!(asked > 0 && brought > 0, "cookies: {asked} asked for, {brought} brought");
+    assert!(dropped(&server.machine, "wg0", "under_load").unwrap() > 1000, "of all the others");
+    both.transfer(Inner::V4, FEWER_BYTES).unwrap();
+    both.agree().unwrap();
+}
+
+fn hold_initiations(both: &Both, stranger: &Machine, target: SocketAddr) -> Result<()> {
+    let (server, client) = (&both.server, &both.client);
+    let flood = Flood::start(stranger, target, server.keys.public_bytes(), Hostility::Initiations)?;
+    flood.sends(6_000)?;
+    drop(flood);
+    client.tunnel.wg_set(&client.machine, &format!("peer {} endpoint {target}", server.keys.public))?;
+    ensure!(!client.pings("10.8.0.1"), "who is held still answers nobody");
+    ensure!(cookies(server)?.initiations > 0, "its initiation has not come");
+    Ok(())
 }

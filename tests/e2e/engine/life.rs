@@ -1,43 +1,60 @@
 //! Beginnings, ends, and changes to the interface while it carries traffic.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use cvault_tests::lab::{Lab, Machine, Network, Signal, binary, eventually};
 use cvault_tests::platform::Counters;
 use cvault_tests::tunnel::{Both, Flood, Hostility, Inner, Keys, Outer, Program, Tunnel, closed};
 
 #[test]
 fn another_port_under_traffic_costs_no_session_and_a_taken_one_changes_nothing() {
-    let both = Both::start(Program::Engine, Program::WireguardGo).unwrap();
-    both.meet(Outer::V4).unwrap();
+    for outer in [Outer::V4, Outer::V6] {
+        changes_port(outer).unwrap();
+    }
+}
+
+fn changes_port(outer: Outer) -> Result<()> {
+    let both = Both::start(Program::Engine, Program::WireguardGo)?;
+    both.meet(outer)?;
     let (server, machine) = (&both.server.tunnel, &both.server.machine);
-    let shaken = server.last_handshake(machine, &both.client.keys).unwrap();
-    let download = both.begin_download(10_000_000, "2M").unwrap();
+    let shaken = server.last_handshake(machine, &both.client.keys)?;
+    let download = both.begin_download(10_000_000, "2M")?;
 
-    let other = Tunnel::start(machine, Program::WireguardGo, "wg1").unwrap();
-    other.wg_set(machine, "listen-port 51999").unwrap();
-    machine.sh("ip link set wg1 up").unwrap();
-    let refused = server.wg_set(machine, "listen-port 51999").unwrap_err().to_string();
-    assert!(refused.contains("in use"), "{refused}");
-    assert_eq!(machine.run("wg", ["show", "wg0", "listen-port"]).unwrap().trim(), "51820");
-    download.progress().unwrap();
-    assert!(both.client.pings("10.8.0.1"));
+    let other = Tunnel::start(machine, Program::WireguardGo, "wg1")?;
+    other.wg_set(machine, "listen-port 51999")?;
+    machine.sh("ip link set wg1 up")?;
+    let refused = server.wg_set(machine, "listen-port 51999").err().context("the port is taken")?.to_string();
+    ensure!(refused.contains("in use"), "{refused}");
+    ensure!(machine.run("wg", ["show", "wg0", "listen-port"])?.trim() == "51820");
+    download.progress()?;
+    ensure!(both.client.pings("10.8.0.1"));
 
-    server.wg_set(machine, "listen-port 51821").unwrap();
+    server.wg_set(machine, "listen-port 51821")?;
     // The client learns of it from the next packet the server sends.
-    both.server.reaches("10.8.0.2", 5).unwrap();
-    let seen = || both.client.tunnel.shown(&both.client.machine, "endpoints", &both.server.keys);
-    assert_eq!(seen().unwrap(), format!("{}:51821", both.server.at.v4));
-    download.finish().unwrap();
-    assert_eq!(server.last_handshake(machine, &both.client.keys).unwrap(), shaken, "the session is still the same");
-    both.agree().unwrap();
+    both.server.reaches("10.8.0.2", 5)?;
+    let seen = both.client.tunnel.shown(&both.client.machine, "endpoints", &both.server.keys)?;
+    let expected = match outer {
+        Outer::V4 => format!("{}:51821", both.server.at.v4),
+        Outer::V6 => format!("[{}]:51821", both.server.at.v6),
+    };
+    ensure!(seen == expected, "{seen} for {expected}");
+    download.finish()?;
+    ensure!(server.last_handshake(machine, &both.client.keys)? == shaken, "it had to shake hands again");
+    both.agree()
+}
 
-    // One that has had no port yet goes on asking for the same one.
-    let late = Tunnel::start(machine, Program::Engine, "wg2").unwrap();
+#[test]
+fn who_got_no_port_goes_on_asking_for_the_same_one() {
+    let lab = Lab::build().unwrap();
+    let machine = server(&lab).unwrap();
+    let holder = Tunnel::start(&machine, Program::WireguardGo, "wg1").unwrap();
+    holder.wg_set(&machine, "listen-port 51999").unwrap();
+    machine.sh("ip link set wg1 up").unwrap();
+    let late = Tunnel::start(&machine, Program::Engine, "wg2").unwrap();
     let (own, peer) = (Keys::random().unwrap(), format!("public_key={}\n", Keys::random().unwrap().public_hex));
-    late.set(machine, &format!("private_key={}\nlisten_port=51999\n", own.private_hex)).unwrap_err();
-    late.set(machine, &peer).unwrap_err();
+    late.set(&machine, &format!("private_key={}\nlisten_port=51999\n", own.private_hex)).unwrap_err();
+    late.set(&machine, &peer).unwrap_err();
     machine.sh("ip link del wg1").unwrap();
-    eventually("the port is free", 20, || late.set(machine, &peer)).unwrap();
+    eventually("the port is free", 20, || late.set(&machine, &peer)).unwrap();
     assert_eq!(machine.run("wg", ["show", "wg2", "listen-port"]).unwrap().trim(), "51999");
 }
 

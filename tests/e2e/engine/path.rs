@@ -1,7 +1,7 @@
 //! Sizes: what fits passes whole, what does not is answered with the size that would, and outside anything may be cut.
 
-use anyhow::{Result, bail};
-use cvault_tests::lab::Machine;
+use anyhow::{Result, bail, ensure};
+use cvault_tests::lab::{Machine, eventually};
 use cvault_tests::tunnel::{Both, Inner, Outer, Program};
 
 /// An IPv4 header and an ICMP header; an IPv6 header and an ICMPv6 header.
@@ -51,17 +51,19 @@ fn a_packet_of_exactly_the_mtu_passes_uncut_and_one_byte_more_is_told_the_mtu() 
     both.agree().unwrap();
 }
 
-/// Everything from the internet machine to its servers, and back, goes through 1400 bytes.
-fn narrow(both: &Both) -> Result<()> {
-    both.lab
-        .internet()
-        .sh("for port in /sys/class/net/servers/brif/*; do ip link set \"${port##*/}\" mtu 1400; done; ip link set servers mtu 1400")?;
-    both.server.machine.sh("ip link set up0 mtu 1400").map(drop)
+/// Everything from the internet machine to its servers, and back, goes through so many bytes.
+fn make_path(both: &Both, mtu: usize) -> Result<()> {
+    both.lab.internet().sh(&format!(
+        "for port in /sys/class/net/servers/brif/*; do ip link set \"${{port##*/}}\" mtu {mtu}; done; ip link set servers mtu {mtu}"
+    ))?;
+    both.server.machine.sh(&format!("ip link set up0 mtu {mtu}")).map(drop)
 }
 
 fn passes_a_narrow_path(server: Program, client: Program) -> Result<()> {
     let both = Both::start(server, client)?;
-    narrow(&both)?;
+    make_path(&both, 1400)?;
+    let figure = |name: &str| both.server.tunnel.figure(&both.server.machine, name);
+    let has_runs = server == Program::Engine && figure("cvault_offload_udp_gso")? == 1;
     for outer in [Outer::V4, Outer::V6] {
         both.meet(outer)?;
         for (family, headers) in [Inner::V4, Inner::V6].into_iter().zip(HEADERS) {
@@ -73,6 +75,23 @@ fn passes_a_narrow_path(server: Program, client: Program) -> Result<()> {
                 bail!("{outer:?}, {family:?}: {whole}");
             }
         }
+        if has_runs {
+            let (paths, offload) = (figure("cvault_udp_gso_refused_paths")?, figure("cvault_offload_udp_gso")?);
+            ensure!(paths > 0 && offload == 1, "the kernel takes no runs there: {paths} paths, {offload}");
+        }
+    }
+    if has_runs {
+        make_path(&both, 1500)?;
+        both.server.machine.sh("ip route flush cache; ip -6 route flush cache")?;
+        eventually("runs leave again", 60, || {
+            for outer in [Outer::V4, Outer::V6] {
+                both.meet(outer)?;
+                both.transfer(Inner::V4, 2_000_000)?;
+            }
+            let paths = figure("cvault_udp_gso_refused_paths")?;
+            ensure!(paths == 0, "{paths} paths");
+            Ok(())
+        })?;
     }
     both.agree()
 }

@@ -1,9 +1,9 @@
 //! wg-quick with the engine as its userspace implementation, under the name by which it is installed for that.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use cvault_tests::lab::{Lab, Machine, Network, binary, eventually};
 use cvault_tests::platform::Client;
-use cvault_tests::tunnel::{Account, Keys, Program, Tunnel, secret_file};
+use cvault_tests::tunnel::{Account, Keys, Program, Tunnel, preshared_key, secret_file};
 
 const NAME: &str = "cvault-tunnel";
 
@@ -12,9 +12,9 @@ fn install(machine: &Machine) -> Result<()> {
     machine.sh(&format!("ln -sf {program} /run/lab/bin/{NAME}")).map(drop)
 }
 
-fn wg_quick(machine: &Machine, verb: &str, config: &str) -> Result<String> {
+fn wg_quick(machine: &Machine, implementation: &str, verb: &str, config: &str) -> Result<String> {
     let mut command = machine.command("wg-quick");
-    command.args([verb, config]).env("WG_QUICK_USERSPACE_IMPLEMENTATION", NAME);
+    command.args([verb, config]).env("WG_QUICK_USERSPACE_IMPLEMENTATION", implementation);
     machine.finish(&format!("wg-quick {verb}"), command)
 }
 
@@ -66,7 +66,7 @@ fn as_a_client_it_takes_the_default_route_by_mark_and_gives_it_back() {
     )
     .unwrap();
     assert_eq!(client.address_v4().unwrap(), client.addresses.v4);
-    wg_quick(machine, "up", &config).unwrap();
+    wg_quick(machine, NAME, "up", &config).unwrap();
     assert!(machine.run("pgrep", ["-f", "node-agent tunnel wgdef"]).is_ok(), "the engine runs it");
     let mark = machine.run("wg", ["show", "wgdef", "fwmark"]).unwrap();
     assert!(mark.trim().starts_with("0x"), "{mark}");
@@ -84,7 +84,7 @@ fn as_a_client_it_takes_the_default_route_by_mark_and_gives_it_back() {
     assert!(shown.contains(&client.addresses.v4), "outside it still comes from its own address: {shown}");
     Account::settled(machine, "wgdef").unwrap().agrees().unwrap();
 
-    wg_quick(machine, "down", &config).unwrap();
+    wg_quick(machine, NAME, "down", &config).unwrap();
     is_gone(machine, "wgdef").unwrap();
     let after = machine.sh("ip rule; ip -6 rule; ip route show table all; cat /etc/resolv.conf").unwrap();
     assert_eq!(after, before, "routing is as it was");
@@ -96,38 +96,66 @@ fn up_save_strip_and_down_do_what_they_do_with_wireguard_go() {
     let lab = Lab::build().unwrap();
     let (machine, _) = lab.machine("server", Network::Servers, 10).unwrap();
     install(&machine).unwrap();
-    let (own, first, second) = (Keys::random().unwrap(), Keys::random().unwrap(), Keys::random().unwrap());
-    let text = format!(
-        "[Interface]\nAddress = 10.8.0.1/16\nSaveConfig = true\nPostUp = touch /run/was-up\nListenPort = 51820\nPrivateKey = {}\n\n\
-         [Peer]\nPublicKey = {}\nAllowedIPs = 10.8.0.2/32\n",
-        own.private, first.public
+    // Else the kernel gives each interface a link-local address at random.
+    machine.sh("sysctl -qw net.ipv6.conf.default.addr_gen_mode=1").unwrap();
+    let peers = [Keys::random().unwrap(), Keys::random().unwrap()];
+    let config = format!(
+        "[Interface]\nAddress = 10.8.0.1/16, fd00:cafe::1/64\nSaveConfig = true\nPostUp = touch /run/was-up\nFwMark = 0x99\n\
+         ListenPort = 51820\nPrivateKey = {}\n\n[Peer]\nPublicKey = {}\nAllowedIPs = 10.8.0.2/32\nEndpoint = 192.0.2.1:1\n",
+        // Not as `wg genkey` makes them: it has bits that are not used.
+        preshared_key().unwrap(),
+        peers[0].public
     );
-    let config = secret_file(&machine, "wgsave.conf", &text).unwrap();
-    let stripped = wg_quick(&machine, "strip", &config).unwrap();
-    assert!(
-        stripped.contains(&own.private) && !stripped.contains("Address") && !stripped.contains("PostUp"),
-        "stripped"
-    );
+    let ours = session(&machine, NAME, &config, &peers).unwrap();
+    let theirs = session(&machine, "wireguard-go", &config, &peers).unwrap();
+    for (ours, theirs) in ours.iter().zip(&theirs) {
+        assert_eq!(ours, theirs);
+    }
+    assert_eq!(ours.len(), theirs.len());
+    let [_stripped, _came_up, shown, .., saved_on_the_way_down, restored] = &ours[..] else { panic!("{ours:?}") };
+    assert!(shown.iter().any(|line| line.contains(&peers[0].public)), "{shown:?}");
+    let names = |text: &[String], keys: &Keys| text.iter().any(|line| line.contains(&keys.public));
+    for text in [saved_on_the_way_down, restored] {
+        assert!(!names(text, &peers[0]) && names(text, &peers[1]), "{text:?}");
+    }
+}
 
-    wg_quick(&machine, "up", &config).unwrap();
-    assert!(machine.run("test", ["-e", "/run/was-up"]).is_ok());
-    let again = wg_quick(&machine, "up", &config).unwrap_err().to_string();
-    assert!(again.contains("already exists"), "{again}");
-    assert!(machine.run("wg", ["show", "wgsave", "peers"]).unwrap().contains(&first.public));
-
-    machine.sh(&format!("wg set wgsave peer {} allowed-ips 10.8.0.3/32,10.77.0.0/24", second.public)).unwrap();
-    wg_quick(&machine, "save", &config).unwrap();
-    let saved = std::fs::read_to_string(&config).unwrap();
-    assert!(saved.contains(&second.public) && saved.contains("10.77.0.0/24") && saved.contains(&own.private), "saved");
-
+/// What each step of a configuration's life printed and left behind.
+fn session(machine: &Machine, implementation: &str, config: &str, peers: &[Keys; 2]) -> Result<Vec<Vec<String>>> {
+    let path = secret_file(machine, "wgsave.conf", config)?;
+    let quick = |verb: &str| wg_quick(machine, implementation, verb, &path);
+    let everything = || -> Result<Vec<String>> {
+        let text = machine.sh(
+            "wg showconf wgsave; ip -brief address show dev wgsave scope global; ip -6 route show dev wgsave; ip route show dev wgsave
+             cat /sys/class/net/wgsave/mtu; ls /run/was-up",
+        )?;
+        Ok(sorted(&text))
+    };
+    let mut seen = vec![sorted(&quick("strip")?)];
+    machine.sh("rm -f /run/was-up")?;
+    quick("up")?;
+    let again = quick("up").err().context("it is up already")?.to_string();
+    seen.push(sorted(again.split("wg-quick up").last().unwrap_or_default()));
+    seen.push(everything()?);
+    let [first, second] = peers;
+    machine.sh(&format!("wg set wgsave peer {} allowed-ips 10.8.0.3/32,10.77.0.0/24", second.public))?;
+    quick("save")?;
+    seen.push(sorted(&std::fs::read_to_string(&path)?));
     // What is not saved by hand is saved on the way down.
-    machine.sh(&format!("wg set wgsave peer {} remove", first.public)).unwrap();
-    wg_quick(&machine, "down", &config).unwrap();
-    is_gone(&machine, "wgsave").unwrap();
-    assert!(!std::fs::read_to_string(&config).unwrap().contains(&first.public));
-    wg_quick(&machine, "up", &config).unwrap();
-    assert_eq!(machine.run("wg", ["show", "wgsave", "peers"]).unwrap().trim(), second.public);
-    assert!(machine.run("ip", ["route"]).unwrap().contains("10.77.0.0/24 dev wgsave"));
-    wg_quick(&machine, "down", &config).unwrap();
-    is_gone(&machine, "wgsave").unwrap();
+    machine.sh(&format!("wg set wgsave peer {} remove", first.public))?;
+    quick("down")?;
+    is_gone(machine, "wgsave")?;
+    seen.push(sorted(&std::fs::read_to_string(&path)?));
+    quick("up")?;
+    seen.push(everything()?);
+    quick("down")?;
+    is_gone(machine, "wgsave")?;
+    Ok(seen)
+}
+
+/// Peers and addresses may be told in any order.
+fn sorted(text: &str) -> Vec<String> {
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    lines.sort_unstable();
+    lines
 }

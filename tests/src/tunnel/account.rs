@@ -73,6 +73,17 @@ impl Account {
 }
 
 impl Account {
+    /// [`Self::agrees`], of what came after the account of a process that was killed when nothing was under way.
+    pub fn agrees_since(&self, killed: &Self) -> Result<()> {
+        let kernel = Counters {
+            rx_bytes: self.kernel.rx_bytes - killed.kernel.rx_bytes,
+            tx_bytes: self.kernel.tx_bytes - killed.kernel.tx_bytes,
+            ..self.kernel
+        };
+        let (rx_inner, tx_inner) = (self.rx_inner - killed.rx_inner, self.tx_inner - killed.tx_inner);
+        Self { rx_inner, tx_inner, kernel, ..self.clone() }.agrees()
+    }
+
     /// After processes were killed: the bytes from peers that the kernel took and no process has counted. Nothing may have been
     /// merged or passed from peer to peer.
     pub fn uncounted(&self) -> Result<u64> {

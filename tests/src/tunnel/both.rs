@@ -164,7 +164,7 @@ impl Both {
 
     /// Fails unless each engine has counted, to the byte, what the kernel counted at its interface. Not after a restart.
     pub fn agree(&self) -> Result<()> {
-        let engines = [&self.server, &self.client].into_iter().filter(|end| end.program == Program::Engine);
+        let engines = [&self.server, &self.client].into_iter().filter(|end| end.program != Program::WireguardGo);
         engines.into_iter().try_for_each(|end| Account::settled(&end.machine, "wg0")?.agrees())
     }
 

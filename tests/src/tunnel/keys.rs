@@ -16,8 +16,12 @@ pub struct Keys {
 }
 
 impl Keys {
+    /// As `wg genkey` makes them: the bits that are not used are set (RFC 7748, section 5).
     pub fn random() -> Result<Self> {
-        Ok(Self::of(&StaticSecret::from(random()?)))
+        let mut secret: [u8; 32] = random()?;
+        secret[0] &= 0xf8;
+        secret[31] = secret[31] & 0x7f | 0x40;
+        Ok(Self::of(&StaticSecret::from(secret)))
     }
 
     #[must_use]

@@ -26,6 +26,8 @@ use crate::platform::uapi;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
     Engine,
+    /// The engine with these offloads left out, as `CVAULT_TUNNEL_WITHOUT` names them, whatever the tests' own environment says.
+    EngineWithout(&'static str),
     WireguardGo,
 }
 
@@ -39,7 +41,8 @@ impl Tunnel {
     /// Starts the program in the foreground and waits until its socket answers.
     pub fn start(machine: &Machine, program: Program, interface: &str) -> Result<Self> {
         let process = match program {
-            Program::Engine => Self::spawn_engine(machine, interface, &[])?,
+            Program::Engine => Self::spawn_engine(machine, interface, &[], None)?,
+            Program::EngineWithout(offloads) => Self::spawn_engine(machine, interface, &[], Some(offloads))?,
             Program::WireguardGo => machine.spawn(interface, "wireguard-go", ["-f", interface], [])?,
         };
         Self::answering(machine, interface, process)
@@ -48,22 +51,23 @@ impl Tunnel {
     /// The same; an engine journals its removed peers.
     pub fn start_counting(machine: &Machine, program: Program, interface: &str) -> Result<Self> {
         match program {
-            Program::Engine => Self::start_with_state(machine, interface, &[]),
+            Program::Engine => Self::start_with_state(machine, interface, &[], None),
+            Program::EngineWithout(offloads) => Self::start_with_state(machine, interface, &[], Some(offloads)),
             Program::WireguardGo => Self::start(machine, program, interface),
         }
     }
 
     /// The engine as the agent starts it: interface and counters outlive the process.
     pub fn start_persistent(machine: &Machine, interface: &str) -> Result<Self> {
-        Self::start_with_state(machine, interface, &["--persist"])
+        Self::start_with_state(machine, interface, &["--persist"], None)
     }
 
-    fn start_with_state(machine: &Machine, interface: &str, options: &[&str]) -> Result<Self> {
+    fn start_with_state(machine: &Machine, interface: &str, options: &[&str], without: Option<&str>) -> Result<Self> {
         let state = Self::state(machine, interface);
         std::fs::create_dir_all(&state)?;
         let state = state.display().to_string();
         let options = [&["--state-dir", state.as_str()], options].concat();
-        let process = Self::spawn_engine(machine, interface, &options)?;
+        let process = Self::spawn_engine(machine, interface, &options, without)?;
         Self::answering(machine, interface, process)
     }
 
@@ -73,10 +77,11 @@ impl Tunnel {
         machine.dir().join(format!("{interface}.state"))
     }
 
-    fn spawn_engine(machine: &Machine, interface: &str, options: &[&str]) -> Result<Process> {
+    fn spawn_engine(machine: &Machine, interface: &str, options: &[&str], without: Option<&str>) -> Result<Process> {
         let arguments = ["tunnel", "--foreground"].iter().chain(options).copied().chain([interface]);
-        let environment = [("CVAULT_LOG", "debug"), ("CVAULT_LOG_FORMAT", "text")];
-        machine.spawn(interface, &binary("cvault-node-agent")?, arguments, environment)
+        let log = [("CVAULT_LOG", "debug"), ("CVAULT_LOG_FORMAT", "text")];
+        let without = without.map(|offloads| ("CVAULT_TUNNEL_WITHOUT", offloads));
+        machine.spawn(interface, &binary("cvault-node-agent")?, arguments, log.into_iter().chain(without))
     }
 
     fn answering(machine: &Machine, interface: &str, process: Process) -> Result<Self> {
@@ -115,17 +120,23 @@ impl Tunnel {
 
     /// The value of a key of one peer.
     pub fn peer(&self, machine: &Machine, keys: &Keys, name: &str) -> Result<Option<String>> {
-        let text = self.get(machine)?;
-        let section = text.split("public_key=").find(|section| section.starts_with(&keys.public_hex));
-        let section = section.context("no such peer")?;
-        Ok(section.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).map(str::to_owned))
+        Ok(value(&self.section(machine, keys)?, name).map(str::to_owned))
     }
 
     pub fn last_handshake(&self, machine: &Machine, keys: &Keys) -> Result<Option<SystemTime>> {
-        let part = |name: &str| -> Result<u64> { Ok(self.peer(machine, keys, name)?.unwrap_or_default().parse()?) };
+        // Of one answer: between two there may be a handshake.
+        let section = self.section(machine, keys)?;
+        let part = |name| -> Result<u64> { Ok(value(&section, name).unwrap_or_default().parse()?) };
         let since = Duration::from_secs(part("last_handshake_time_sec")?)
             + Duration::from_nanos(part("last_handshake_time_nsec")?);
         Ok((!since.is_zero()).then(|| UNIX_EPOCH + since))
+    }
+
+    /// What is told of one peer.
+    fn section(&self, machine: &Machine, keys: &Keys) -> Result<String> {
+        let text = self.get(machine)?;
+        let section = text.split("public_key=").find(|section| section.starts_with(&keys.public_hex));
+        Ok(section.context("no such peer")?.to_owned())
     }
 
     /// `wg set <interface> …`.
@@ -149,6 +160,10 @@ impl Tunnel {
         let file = secret_file(machine, &format!("{}.{how}", self.interface), text)?;
         machine.run("wg", [how, &self.interface, &file]).map(drop)
     }
+}
+
+fn value<'a>(section: &'a str, name: &str) -> Option<&'a str> {
+    section.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
 }
 
 /// Writes what only root may read into the machine's folder; its path.

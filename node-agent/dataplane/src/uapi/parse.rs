@@ -88,7 +88,7 @@ impl SetParser {
 fn device_line(request: &mut SetRequest, key: &str, value: &str) -> Result<(), Invalid> {
     let device = &mut request.device;
     match key {
-        "private_key" => device.private_key = Some(Secret::new(hex_bytes(value)?)),
+        "private_key" => device.private_key = Some(Secret::private_key(hex_bytes(value)?)),
         "listen_port" => device.listen_port = Some(number(value)?),
         "fwmark" => device.fwmark = Some(if value.is_empty() { 0 } else { number(value)? }),
         "replace_peers" => request.replace_peers = truth(value)?,
@@ -276,6 +276,20 @@ mod tests {
         assert_eq!((first.generation, first.persistent_keepalive), (Some(7), Some(25)));
         assert_eq!(first.tenant.unwrap()[15], 15);
         assert!(second.remove && !first.remove);
+    }
+
+    #[test]
+    fn a_private_key_is_kept_as_it_is_used() {
+        let kept = |hex: &str| parse(&format!("private_key={hex}")).unwrap().device.private_key.unwrap();
+        let mut used = [0xff; 32];
+        (used[0], used[31]) = (0xf8, 0x7f);
+        assert_eq!(kept(&"ff".repeat(32)), Secret::new(used));
+        (used[0], used[31]) = (0x08, 0x40);
+        used[1..31].fill(0);
+        assert_eq!(kept(&format!("0f{}", "00".repeat(31))), Secret::new(used));
+        assert!(kept(&"00".repeat(32)).is_zero(), "none");
+        let preshared = parse(&format!("public_key={KEY}\npreshared_key={}", "ff".repeat(32))).unwrap();
+        assert_eq!(preshared.peers[0].preshared_key, Some(Secret::new([0xff; 32])), "these are no numbers");
     }
 
     #[test]
