@@ -1,9 +1,14 @@
 //! Beginnings, ends, and changes to the interface while it carries traffic.
 
+use std::net::Ipv4Addr;
+
 use anyhow::{Context, Result, ensure};
 use cvault_tests::lab::{Lab, Machine, Network, Signal, binary, eventually};
 use cvault_tests::platform::Counters;
-use cvault_tests::tunnel::{Both, Flood, Hostility, Inner, Keys, Outer, Program, Tunnel, closed};
+use cvault_tests::tunnel::{Account, Both, Flood, Hostility, Inner, Keys, Load, Outer, Program, Tunnel, closed};
+
+/// More than one for each worker.
+const PEERS: usize = 6;
 
 #[test]
 fn another_port_under_traffic_costs_no_session_and_a_taken_one_changes_nothing() {
@@ -43,19 +48,39 @@ fn changes_port(outer: Outer) -> Result<()> {
 }
 
 #[test]
-fn who_got_no_port_goes_on_asking_for_the_same_one() {
+fn who_got_no_port_goes_on_asking_for_the_same_one_and_then_serves_every_peer() {
     let lab = Lab::build().unwrap();
-    let machine = server(&lab).unwrap();
+    let (machine, at) = lab.machine("server", Network::Servers, 10).unwrap();
+    let (clients, _) = lab.machine("clients", Network::Clients, 10).unwrap();
     let holder = Tunnel::start(&machine, Program::WireguardGo, "wg1").unwrap();
     holder.wg_set(&machine, "listen-port 51999").unwrap();
     machine.sh("ip link set wg1 up").unwrap();
-    let late = Tunnel::start(&machine, Program::Engine, "wg2").unwrap();
-    let (own, peer) = (Keys::random().unwrap(), format!("public_key={}\n", Keys::random().unwrap().public_hex));
+    let late = Tunnel::start_counting(&machine, Program::Engine, "wg2").unwrap();
+    machine.sh("ip addr add 10.8.0.1/16 dev wg2; ip link set wg2 up").unwrap();
+    let (own, keys) = (Keys::random().unwrap(), Load::keys(PEERS));
+    let peers = Load::as_peers(&keys, 1);
     late.set(&machine, &format!("private_key={}\nlisten_port=51999\n", own.private_hex)).unwrap_err();
-    late.set(&machine, &peer).unwrap_err();
+    late.set(&machine, &peers).unwrap_err();
     machine.sh("ip link del wg1").unwrap();
-    eventually("the port is free", 20, || late.set(&machine, &peer)).unwrap();
+    eventually("the port is free", 20, || late.set(&machine, &peers)).unwrap();
     assert_eq!(machine.run("wg", ["show", "wg2", "listen-port"]).unwrap().trim(), "51999");
+    let endpoint = format!("{}:51999", at.v4).parse().unwrap();
+    let load = Load::start(&clients, PEERS, endpoint, &own, Ipv4Addr::new(10, 8, 0, 1)).unwrap();
+    load.answered(PEERS, 5, 20).unwrap();
+    drop(load);
+
+    // A change of which not all can be made: what is made holds for every peer.
+    let holder = Tunnel::start(&machine, Program::WireguardGo, "wg1").unwrap();
+    holder.wg_set(&machine, "listen-port 51998").unwrap();
+    machine.sh("ip link set wg1 up").unwrap();
+    let new = Keys::random().unwrap();
+    late.set(&machine, &format!("private_key={}\nlisten_port=51998\n", new.private_hex)).unwrap_err();
+    assert_eq!(machine.run("wg", ["show", "wg2", "public-key"]).unwrap().trim(), new.public);
+    assert_eq!(machine.run("wg", ["show", "wg2", "listen-port"]).unwrap().trim(), "51999");
+    let load = Load::start(&clients, PEERS, endpoint, &new, Ipv4Addr::new(10, 8, 0, 1)).unwrap();
+    load.answered(PEERS, 5, 20).unwrap();
+    drop(load);
+    Account::settled(&machine, "wg2").unwrap().agrees().unwrap();
 }
 
 #[test]

@@ -379,19 +379,21 @@ impl Engine {
     }
 
     fn update(&mut self, now: Now, slot: u16, change: PeerChange, out: &mut Out) {
-        if let Some(psk) = change.preshared_key {
-            self.set_preshared_key(now, slot, psk, out);
-        }
-        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
-            return;
-        };
         if let Some(endpoint) = change.endpoint
+            && let Some(peer) = self.peers[usize::from(slot)].as_deref_mut()
             && peer.endpoint != Some(endpoint)
         {
             peer.endpoint = Some(endpoint);
             peer.via = None;
             self.counters.set_endpoint(slot, endpoint);
         }
+        // It may begin a handshake, at the endpoint that it has now.
+        if let Some(psk) = change.preshared_key {
+            self.set_preshared_key(now, slot, psk, out);
+        }
+        let Some(peer) = self.peers[usize::from(slot)].as_deref_mut() else {
+            return;
+        };
         if let Some(tenant) = change.tenant
             && (peer.tenant != Some(tenant) || peer.policy.tenant().is_none())
         {

@@ -12,6 +12,7 @@ use super::watch::Pulse;
 use super::worker::Worker;
 use crate::change::{DeviceChange, PeerChange};
 use crate::engine::{Notice, Shard};
+use crate::policy::PolicyChange;
 
 /// The workers, and where every peer is. One change at a time: the server's clients take turns.
 pub(crate) struct Fleet {
@@ -281,31 +282,33 @@ impl Fleet {
         Ok(Reply::Done(worst))
     }
 
-    /// The first worker chooses the port, changes the overlay, which all share, and answers for the journal.
+    /// The first worker chooses the port, changes the overlay, which all share, and answers for the journal. The others get
+    /// what it has then, also when it could not do everything: all have one key and one mark.
     fn device(&self, change: &DeviceChange) -> Result<Reply, WorkerGone> {
         let errno = self.workers[0].ask(Request::Device(change.clone()))?.errno();
-        if errno != 0 {
-            return Ok(Reply::Done(errno));
-        }
         let Reply::Device(state) = self.workers[0].ask(Request::Describe)? else {
             return Ok(Reply::Done(libc::EPROTO));
         };
         let port = (state.listen_port != 0).then_some(state.listen_port);
+        if errno != 0 && port.is_none() {
+            // No packet passes before the first has a port; then the others are told all of this.
+            return Ok(Reply::Done(errno));
+        }
         for worker in &self.workers[1..] {
             // One after the other: the order of binding is the order in which the kernel steers.
             let change = DeviceChange {
-                private_key: change.private_key.clone(),
+                private_key: state.view.private_key.clone().or_else(|| change.private_key.clone()),
                 listen_port: port,
-                fwmark: change.fwmark,
-                policy: change.policy.clone(),
+                fwmark: Some(state.fwmark),
+                policy: if errno == 0 { change.policy.clone() } else { PolicyChange::default() },
                 ..DeviceChange::default()
             };
-            let errno = worker.ask(Request::Device(change))?.errno();
-            if errno != 0 {
-                return Ok(Reply::Done(errno));
+            let of_worker = worker.ask(Request::Device(change))?.errno();
+            if of_worker != 0 {
+                return Ok(Reply::Done(if errno == 0 { of_worker } else { errno }));
             }
         }
-        Ok(Reply::Done(0))
+        Ok(Reply::Done(errno))
     }
 
     fn peers(&self, placement: &mut Placement, changes: Vec<PeerChange>) -> Result<Reply, WorkerGone> {

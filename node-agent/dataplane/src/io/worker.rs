@@ -435,10 +435,8 @@ impl Worker {
         Reply::Done(errno)
     }
 
+    /// Policy last: it is changed only if everything before it was.
     fn change_device(&mut self, now: Now, change: DeviceChange) -> io::Result<()> {
-        let too_many = |TooMany| io::Error::from_raw_os_error(libc::ENOSPC);
-        self.engine.set_overlay(change.replace_overlay, &change.overlay).map_err(too_many)?;
-        self.engine.change_policy(now, change.policy).map_err(too_many)?;
         if let Some(fwmark) = change.fwmark {
             if let Some(sockets) = &self.net.sockets {
                 sockets.set_fwmark(fwmark)?;
@@ -467,7 +465,9 @@ impl Worker {
         if let (Some(ack), Some(journal)) = (change.journal_ack, &self.journal) {
             journal.lock().unwrap_or_else(PoisonError::into_inner).acknowledge(ack)?;
         }
-        Ok(())
+        let too_many = |TooMany| io::Error::from_raw_os_error(libc::ENOSPC);
+        self.engine.set_overlay(change.replace_overlay, &change.overlay).map_err(too_many)?;
+        self.engine.change_policy(now, change.policy).map_err(too_many)
     }
 
     fn change_peers(&mut self, now: Now, changes: Vec<PeerChange>) -> Reply {

@@ -1,5 +1,6 @@
 //! `set=1` requests, line by line.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::str::FromStr;
 
@@ -43,6 +44,8 @@ pub struct SetParser {
     request: SetRequest,
     prefixes: usize,
     section_prefixes: usize,
+    /// Prefixes that the last peer was told to have and then not to: how many additions were before the removal.
+    retracted: HashMap<IpNet, usize>,
 }
 
 impl SetParser {
@@ -57,6 +60,7 @@ impl SetParser {
                 return Err(Invalid);
             }
             let public_key = hex_bytes(value)?;
+            self.retract();
             self.request.peers.push(PeerChange { public_key, ..PeerChange::default() });
             return Ok(());
         }
@@ -73,15 +77,38 @@ impl SetParser {
             }
         }
         match self.request.peers.last_mut() {
-            Some(peer) => peer_line(peer, key, value),
+            Some(peer) => {
+                let removed = peer.removed_ips.len();
+                peer_line(peer, key, value)?;
+                if peer.removed_ips.len() > removed && !peer.allowed_ips.is_empty() {
+                    self.retracted.extend(peer.removed_ips.last().map(|net| (*net, peer.allowed_ips.len())));
+                }
+                Ok(())
+            }
             None => device_line(&mut self.request, key, value),
         }
     }
 
     /// The request, at the empty line.
     #[must_use]
-    pub fn finish(self) -> SetRequest {
+    pub fn finish(mut self) -> SetRequest {
+        self.retract();
         self.request
+    }
+
+    /// Removals are made before additions: those additions that came before theirs are none.
+    fn retract(&mut self) {
+        if self.retracted.is_empty() {
+            return;
+        }
+        let mut numbers = 0..;
+        if let Some(peer) = self.request.peers.last_mut() {
+            peer.allowed_ips.retain(|net| {
+                let number = numbers.next();
+                self.retracted.get(net).is_none_or(|before| number >= Some(*before))
+            });
+        }
+        self.retracted.clear();
     }
 }
 
@@ -276,6 +303,33 @@ mod tests {
         assert_eq!((first.generation, first.persistent_keepalive), (Some(7), Some(25)));
         assert_eq!(first.tenant.unwrap()[15], 15);
         assert!(second.remove && !first.remove);
+    }
+
+    #[test]
+    fn of_a_prefix_that_comes_and_goes_the_last_line_holds() {
+        let peer = |lines: &[&str]| {
+            let lines: String = lines.iter().map(|net| format!("allowed_ip={net}\n")).collect();
+            parse(&format!("public_key={KEY}\n{lines}public_key={KEY}\nallowed_ip=10.0.0.1/32")).unwrap().peers
+        };
+        let list = |nets: &[&str]| nets.iter().map(|net| net.parse().unwrap()).collect::<Vec<IpNet>>();
+        for (lines, added, removed) in [
+            (&["+10.0.0.1/32", "-10.0.0.1/32"][..], &[][..], &["10.0.0.1/32"][..]),
+            (&["-10.0.0.1/32", "10.0.0.1/32"], &["10.0.0.1/32"], &["10.0.0.1/32"]),
+            (
+                &["10.0.0.1/32", "10.0.0.2/32", "-10.0.0.1/8", "10.0.0.1/32"],
+                &["10.0.0.1/32", "10.0.0.2/32", "10.0.0.1/32"],
+                &["10.0.0.0/8"],
+            ),
+            (
+                &["10.0.0.1/32", "10.0.0.2/32", "-10.0.0.1/32", "10.0.0.1/32"],
+                &["10.0.0.2/32", "10.0.0.1/32"],
+                &["10.0.0.1/32"],
+            ),
+        ] {
+            let peers = peer(lines);
+            assert_eq!((&peers[0].allowed_ips[..], &peers[0].removed_ips[..]), (&list(added)[..], &list(removed)[..]));
+            assert_eq!(peers[1].allowed_ips[..], list(&["10.0.0.1/32"]), "the next peer's is its own");
+        }
     }
 
     #[test]
