@@ -10,8 +10,8 @@ use crate::allowed::is_host;
 use crate::journal::JournalAck;
 use crate::policy::{PeerLimitsChange, PolicyChange};
 
-/// A secret of 32 bytes, wiped when dropped and never printed.
-#[derive(Clone, PartialEq, Eq)]
+/// A secret of 32 bytes, wiped when dropped and never printed. By default all zeroes.
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Secret(pub Zeroizing<[u8; 32]>);
 
 impl std::fmt::Debug for Secret {

@@ -114,6 +114,12 @@ fn an_address_that_moves_to_another_peer_takes_its_packets_along() {
     assert_eq!(dropped(machine, "wg0", "spoofed").unwrap() - before, 1);
     assert!(both.client.pings("fd00:cafe::1"), "its other address is still its own");
 
+    // Line by line: the first takes it from who has it, the second from who has got it.
+    let comes_and_goes = "allowed_ip=10.8.0.2/32\nallowed_ip=-10.8.0.2/32\n";
+    server.set(machine, &format!("public_key={}\n{comes_and_goes}", both.client.keys.public_hex)).unwrap();
+    for keys in [&keys, &both.client.keys] {
+        assert!(!server.shown(machine, "allowed-ips", keys).unwrap().contains("10.8.0.2"), "nobody has it");
+    }
     server
         .wg_set(machine, &format!("peer {} allowed-ips 10.8.0.2/32,fd00:cafe::2/128", both.client.keys.public))
         .unwrap();

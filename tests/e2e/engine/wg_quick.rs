@@ -112,9 +112,17 @@ fn up_save_strip_and_down_do_what_they_do_with_wireguard_go() {
         assert_eq!(ours, theirs);
     }
     assert_eq!(ours.len(), theirs.len());
-    let [_stripped, _came_up, shown, .., saved_on_the_way_down, restored] = &ours[..] else { panic!("{ours:?}") };
-    assert!(shown.iter().any(|line| line.contains(&peers[0].public)), "{shown:?}");
-    let names = |text: &[String], keys: &Keys| text.iter().any(|line| line.contains(&keys.public));
+    let [stripped, again, shown, saved, saved_on_the_way_down, restored] = &ours[..] else { panic!("{ours:?}") };
+    let says = |text: &[String], what: &str| text.iter().any(|line| line.contains(what));
+    let names = |text: &[String], keys: &Keys| says(text, &keys.public);
+    assert!(says(stripped, "PrivateKey") && !says(stripped, "Address") && !says(stripped, "PostUp"), "{stripped:?}");
+    assert!(says(again, "already exists"), "{again:?}");
+    assert!(names(shown, &peers[0]) && says(shown, "/run/was-up"), "{shown:?}");
+    assert!(names(saved, &peers[1]) && says(saved, "10.77.0.0/24") && says(saved, "PrivateKey"), "{saved:?}");
+    assert!(
+        says(restored, "10.77.0.0/24 scope link") || says(restored, "10.77.0.0/24 proto"),
+        "the route: {restored:?}"
+    );
     for text in [saved_on_the_way_down, restored] {
         assert!(!names(text, &peers[0]) && names(text, &peers[1]), "{text:?}");
     }

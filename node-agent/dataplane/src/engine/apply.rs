@@ -50,7 +50,7 @@ impl Notice {
 impl Engine {
     /// Sets or removes our key. Sessions made with another key end.
     pub fn set_private_key(&mut self, secret: &Secret) {
-        if self.identity.as_ref().is_some_and(|identity| identity.secret() == secret) {
+        if self.identity.as_ref().map_or(secret.is_zero(), |identity| identity.secret() == secret) {
             return;
         }
         self.identity = (!secret.is_zero()).then(|| Identity::new(secret, self.handshakes.load.seed.clone()));

@@ -12,7 +12,6 @@ use super::watch::Pulse;
 use super::worker::Worker;
 use crate::change::{DeviceChange, PeerChange};
 use crate::engine::{Notice, Shard};
-use crate::policy::PolicyChange;
 
 /// The workers, and where every peer is. One change at a time: the server's clients take turns.
 pub(crate) struct Fleet {
@@ -233,8 +232,9 @@ impl Fleet {
             }
             Request::Device(change) => {
                 let _turn = self.placement();
-                self.device(&change)
+                self.device(change)
             }
+            Request::Policy(_) => Ok(Reply::Done(libc::EPROTO)),
             Request::Peers(changes) => self.peers(&mut self.placement(), changes),
             Request::BeginReplace => {
                 let mut placement = self.placement();
@@ -282,10 +282,26 @@ impl Fleet {
         Ok(Reply::Done(worst))
     }
 
-    /// The first worker chooses the port, changes the overlay, which all share, and answers for the journal. The others get
-    /// what it has then, also when it could not do everything: all have one key and one mark.
-    fn device(&self, change: &DeviceChange) -> Result<Reply, WorkerGone> {
-        let errno = self.workers[0].ask(Request::Device(change.clone()))?.errno();
+    /// The first worker changes the overlay, which all share, chooses the port and answers for the journal. Policy is
+    /// everybody's before anything else is changed. Then the others get what the first has, also when it could not do everything: all
+    /// have one key and one mark.
+    fn device(&self, mut change: DeviceChange) -> Result<Reply, WorkerGone> {
+        for (number, worker) in self.workers.iter().enumerate() {
+            let (replace_overlay, overlay) = match number {
+                0 => (change.replace_overlay, std::mem::take(&mut change.overlay)),
+                _ => (false, Vec::new()),
+            };
+            let policy = change.policy.clone();
+            let errno = worker
+                .ask(Request::Policy(DeviceChange { replace_overlay, overlay, policy, ..DeviceChange::default() }))?
+                .errno();
+            if errno != 0 {
+                return Ok(Reply::Done(errno));
+            }
+        }
+        let DeviceChange { private_key, listen_port, fwmark, journal_ack, .. } = change;
+        let change = DeviceChange { private_key, listen_port, fwmark, journal_ack, ..DeviceChange::default() };
+        let errno = self.workers[0].ask(Request::Device(change))?.errno();
         let Reply::Device(state) = self.workers[0].ask(Request::Describe)? else {
             return Ok(Reply::Done(libc::EPROTO));
         };
@@ -297,10 +313,9 @@ impl Fleet {
         for worker in &self.workers[1..] {
             // One after the other: the order of binding is the order in which the kernel steers.
             let change = DeviceChange {
-                private_key: state.view.private_key.clone().or_else(|| change.private_key.clone()),
+                private_key: Some(state.view.private_key.clone().unwrap_or_default()),
                 listen_port: port,
                 fwmark: Some(state.fwmark),
-                policy: if errno == 0 { change.policy.clone() } else { PolicyChange::default() },
                 ..DeviceChange::default()
             };
             let of_worker = worker.ask(Request::Device(change))?.errno();

@@ -26,6 +26,8 @@ const SMALL: usize = 8;
 
 pub(crate) enum Request {
     Device(DeviceChange),
+    /// Of the same only overlay and policy.
+    Policy(DeviceChange),
     Peers(Vec<PeerChange>),
     /// The same of many, a portion in each pass. The first change that is refused is the last.
     Portions(vec::IntoIter<Vec<PeerChange>>),

@@ -405,6 +405,9 @@ impl Worker {
                 return Reply::Peers { peers, next: next.map(u32::from) };
             }
             Request::Device(change) => self.change_device(now, change).map_or_else(|error| errno_of(&error), |()| 0),
+            Request::Policy(mut change) => {
+                self.change_policy(now, &mut change).map_or_else(|error| errno_of(&error), |()| 0)
+            }
             Request::Peers(changes) => return self.change_peers(now, changes),
             // It is the mail's.
             Request::Portions(_) => libc::EPROTO,
@@ -435,9 +438,10 @@ impl Worker {
         Reply::Done(errno)
     }
 
-    /// Policy last: it is changed only if everything before it was.
-    fn change_device(&mut self, now: Now, change: DeviceChange) -> io::Result<()> {
-        if let Some(fwmark) = change.fwmark {
+    /// Policy first: what is too much for it changes nothing else.
+    fn change_device(&mut self, now: Now, mut change: DeviceChange) -> io::Result<()> {
+        self.change_policy(now, &mut change)?;
+        if let Some(fwmark) = change.fwmark.filter(|fwmark| *fwmark != self.net.fwmark) {
             if let Some(sockets) = &self.net.sockets {
                 sockets.set_fwmark(fwmark)?;
             }
@@ -465,9 +469,13 @@ impl Worker {
         if let (Some(ack), Some(journal)) = (change.journal_ack, &self.journal) {
             journal.lock().unwrap_or_else(PoisonError::into_inner).acknowledge(ack)?;
         }
+        Ok(())
+    }
+
+    fn change_policy(&mut self, now: Now, change: &mut DeviceChange) -> io::Result<()> {
         let too_many = |TooMany| io::Error::from_raw_os_error(libc::ENOSPC);
         self.engine.set_overlay(change.replace_overlay, &change.overlay).map_err(too_many)?;
-        self.engine.change_policy(now, change.policy).map_err(too_many)
+        self.engine.change_policy(now, std::mem::take(&mut change.policy)).map_err(too_many)
     }
 
     fn change_peers(&mut self, now: Now, changes: Vec<PeerChange>) -> Reply {

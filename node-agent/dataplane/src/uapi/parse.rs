@@ -1,6 +1,5 @@
 //! `set=1` requests, line by line.
 
-use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::str::FromStr;
 
@@ -44,8 +43,8 @@ pub struct SetParser {
     request: SetRequest,
     prefixes: usize,
     section_prefixes: usize,
-    /// Prefixes that the last peer was told to have and then not to: how many additions were before the removal.
-    retracted: HashMap<IpNet, usize>,
+    /// Where the section of the last peer begins: what comes behind are more of its prefixes.
+    section: usize,
 }
 
 impl SetParser {
@@ -56,13 +55,9 @@ impl SetParser {
     pub fn line(&mut self, line: &str) -> Result<(), Invalid> {
         let (key, value) = line.split_once('=').ok_or(Invalid)?;
         if key == "public_key" {
-            if self.request.peers.len() == MAX_PEERS {
-                return Err(Invalid);
-            }
             let public_key = hex_bytes(value)?;
-            self.retract();
-            self.request.peers.push(PeerChange { public_key, ..PeerChange::default() });
-            return Ok(());
+            self.section = self.request.peers.len();
+            return self.begin_peer(PeerChange { public_key, ..PeerChange::default() });
         }
         if matches!(key, "allowed_ip" | "cvault_overlay" | "cvault_host" | "cvault_allow_to" | "cvault_deny_to") {
             self.prefixes += 1;
@@ -76,39 +71,37 @@ impl SetParser {
                 return Err(Invalid);
             }
         }
-        match self.request.peers.last_mut() {
-            Some(peer) => {
-                let removed = peer.removed_ips.len();
-                peer_line(peer, key, value)?;
-                if peer.removed_ips.len() > removed && !peer.allowed_ips.is_empty() {
-                    self.retracted.extend(peer.removed_ips.last().map(|net| (*net, peer.allowed_ips.len())));
-                }
-                Ok(())
-            }
+        if let Some(peer) = self.request.peers.last()
+            && key == "allowed_ip"
+            && value.starts_with('-')
+            && !peer.allowed_ips.is_empty()
+        {
+            // In one change removals are made before additions.
+            let public_key = peer.public_key;
+            self.begin_peer(PeerChange { public_key, update_only: true, ..PeerChange::default() })?;
+        }
+        let of_section = match key {
+            "allowed_ip" => self.request.peers.last_mut(),
+            _ => self.request.peers.get_mut(self.section),
+        };
+        match of_section {
+            Some(peer) => peer_line(peer, key, value),
             None => device_line(&mut self.request, key, value),
         }
     }
 
-    /// The request, at the empty line.
-    #[must_use]
-    pub fn finish(mut self) -> SetRequest {
-        self.retract();
-        self.request
+    fn begin_peer(&mut self, peer: PeerChange) -> Result<(), Invalid> {
+        if self.request.peers.len() == MAX_PEERS {
+            return Err(Invalid);
+        }
+        self.request.peers.push(peer);
+        Ok(())
     }
 
-    /// Removals are made before additions: those additions that came before theirs are none.
-    fn retract(&mut self) {
-        if self.retracted.is_empty() {
-            return;
-        }
-        let mut numbers = 0..;
-        if let Some(peer) = self.request.peers.last_mut() {
-            peer.allowed_ips.retain(|net| {
-                let number = numbers.next();
-                self.retracted.get(net).is_none_or(|before| number >= Some(*before))
-            });
-        }
-        self.retracted.clear();
+    /// The request, at the empty line.
+    #[must_use]
+    pub fn finish(self) -> SetRequest {
+        self.request
     }
 }
 
@@ -297,39 +290,35 @@ mod tests {
             (request.device.overlay.len(), request.device.journal_ack),
             (2, Some(JournalAck { len: 256, last_crc: 0xbeef }))
         );
-        let [first, second] = &request.peers[..] else { panic!("two peers") };
+        let [first, more, second] = &request.peers[..] else { panic!("two peers, and more prefixes of the first") };
         assert_eq!(first.endpoint, Some("192.0.2.1:51820".parse().unwrap()));
-        assert_eq!((first.allowed_ips.len(), first.removed_ips.len()), (1, 1));
+        assert_eq!((first.allowed_ips.len(), more.removed_ips.len()), (1, 1));
+        assert!(more.public_key == first.public_key && more.update_only && !first.update_only);
         assert_eq!((first.generation, first.persistent_keepalive), (Some(7), Some(25)));
         assert_eq!(first.tenant.unwrap()[15], 15);
         assert!(second.remove && !first.remove);
     }
 
     #[test]
-    fn of_a_prefix_that_comes_and_goes_the_last_line_holds() {
-        let peer = |lines: &[&str]| {
+    fn prefixes_come_and_go_in_the_order_of_their_lines() {
+        let parts = |lines: &[&str]| -> Vec<(bool, Vec<String>, Vec<String>)> {
             let lines: String = lines.iter().map(|net| format!("allowed_ip={net}\n")).collect();
-            parse(&format!("public_key={KEY}\n{lines}public_key={KEY}\nallowed_ip=10.0.0.1/32")).unwrap().peers
+            let peers = parse(&format!("public_key={KEY}\n{lines}persistent_keepalive_interval=7")).unwrap().peers;
+            assert!(peers.iter().all(|peer| peer.public_key == peers[0].public_key));
+            assert_eq!(peers[0].persistent_keepalive, Some(7), "of the peer, not of its last prefixes");
+            let texts = |nets: &mut dyn Iterator<Item = &IpNet>| nets.map(ToString::to_string).collect();
+            let part = |peer: &PeerChange| {
+                (peer.update_only, texts(&mut peer.removed_ips.iter()), texts(&mut peer.allowed_ips.iter()))
+            };
+            peers.iter().map(part).collect()
         };
-        let list = |nets: &[&str]| nets.iter().map(|net| net.parse().unwrap()).collect::<Vec<IpNet>>();
-        for (lines, added, removed) in [
-            (&["+10.0.0.1/32", "-10.0.0.1/32"][..], &[][..], &["10.0.0.1/32"][..]),
-            (&["-10.0.0.1/32", "10.0.0.1/32"], &["10.0.0.1/32"], &["10.0.0.1/32"]),
-            (
-                &["10.0.0.1/32", "10.0.0.2/32", "-10.0.0.1/8", "10.0.0.1/32"],
-                &["10.0.0.1/32", "10.0.0.2/32", "10.0.0.1/32"],
-                &["10.0.0.0/8"],
-            ),
-            (
-                &["10.0.0.1/32", "10.0.0.2/32", "-10.0.0.1/32", "10.0.0.1/32"],
-                &["10.0.0.2/32", "10.0.0.1/32"],
-                &["10.0.0.1/32"],
-            ),
-        ] {
-            let peers = peer(lines);
-            assert_eq!((&peers[0].allowed_ips[..], &peers[0].removed_ips[..]), (&list(added)[..], &list(removed)[..]));
-            assert_eq!(peers[1].allowed_ips[..], list(&["10.0.0.1/32"]), "the next peer's is its own");
-        }
+        let list = |nets: &[&str]| nets.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let (one, two) = ("10.0.0.1/32", "10.0.0.2/32");
+        assert_eq!(parts(&["-10.0.0.1/32", one]), [(false, list(&[one]), list(&[one]))]);
+        assert_eq!(
+            parts(&["+10.0.0.1/32", "-10.0.0.1/32", "-10.0.0.2/32", two]),
+            [(false, list(&[]), list(&[one])), (true, list(&[one, two]), list(&[two]))]
+        );
     }
 
     #[test]

@@ -518,6 +518,7 @@ mod tests {
                         engine.abandon_replace();
                         Reply::Done(0)
                     }
+                    Request::Policy(_) => panic!("a fleet asks it of several workers"),
                     Request::Stop => return,
                 };
                 mail.reply.send(reply).unwrap();
@@ -628,6 +629,7 @@ mod tests {
                         Request::Peers(_) => ("peers", 0),
                         Request::Stop => return letters,
                         Request::Portions(_)
+                        | Request::Policy(_)
                         | Request::BeginReplace
                         | Request::AbandonReplace
                         | Request::EndReplace
